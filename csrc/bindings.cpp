@@ -1,0 +1,128 @@
+// w2s_fast._pages: PageManager for Python. int32 numpy arrays go in and come out; the tables are
+// read-only views of the manager's own memory. The errors are the classes of w2s_fast.errors.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <exception>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "page_manager.h"
+
+namespace py = pybind11;
+using w2s::PageManager;
+
+namespace {
+
+// Without py::array::forcecast: floats, or 64-bit integers that might not fit, are a TypeError
+// and not silently cut.
+using IntArray = py::array_t<std::int32_t, py::array::c_style>;
+
+PageManager::Ints ints(const IntArray& array) {
+    if (array.ndim() != 1) {
+        throw w2s::PageMisuse("expected a one-dimensional array, got " +
+                              std::to_string(array.ndim()) + " dimensions");
+    }
+    return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+template <typename T>
+py::array_t<T> to_numpy(const std::vector<T>& values) {
+    return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+py::array_t<std::int32_t> to_numpy(const std::vector<w2s::PageCopy>& copies) {
+    static_assert(sizeof(w2s::PageCopy) == 2 * sizeof(std::int32_t));
+    const auto rows = static_cast<py::ssize_t>(copies.size());
+    return py::array_t<std::int32_t>({rows, py::ssize_t{2}},
+                                     reinterpret_cast<const std::int32_t*>(copies.data()));
+}
+
+// A view that keeps its manager alive.
+py::array view(const py::object& manager, const std::int32_t* data,
+               std::vector<std::int64_t> shape) {
+    py::array_t<std::int32_t> array(std::vector<py::ssize_t>(shape.begin(), shape.end()), data,
+                                    manager);
+    array.attr("setflags")(py::arg("write") = false);
+    return array;
+}
+
+// Never released: a translator may run until the interpreter is gone.
+PyObject* out_of_pages = nullptr;
+PyObject* page_misuse = nullptr;
+
+}  // namespace
+
+PYBIND11_MODULE(_pages, module) {
+    module.doc() = "The paged KV-cache manager (csrc/page_manager.h).";
+
+    const py::module_ errors = py::module_::import("w2s_fast.errors");
+    out_of_pages = errors.attr("OutOfPages").cast<py::object>().release().ptr();
+    page_misuse = errors.attr("PageMisuse").cast<py::object>().release().ptr();
+    py::register_local_exception_translator([](std::exception_ptr thrown) {
+        try {
+            std::rethrow_exception(thrown);
+        } catch (const w2s::OutOfPages& error) {
+            PyErr_SetString(out_of_pages, error.what());
+        } catch (const w2s::PageMisuse& error) {
+            PyErr_SetString(page_misuse, error.what());
+        }
+    });
+
+    py::class_<PageManager>(module, "PageManager")
+        .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t>(),
+             py::arg("num_pages"), py::arg("page_size"), py::arg("max_slots"),
+             py::arg("max_pages_per_slot"))
+        .def("allocate", [](PageManager& self, std::int64_t n) {
+                return to_numpy(self.allocate(n));
+            }, py::arg("n"))
+        .def("reserve", [](PageManager& self, const IntArray& slots, const IntArray& tokens) {
+                return to_numpy(self.reserve(ints(slots), ints(tokens)));
+            }, py::arg("slots"), py::arg("tokens"))
+        .def("pages_needed", [](const PageManager& self, const IntArray& slots,
+                                const IntArray& tokens) {
+                return self.pages_needed(ints(slots), ints(tokens));
+            }, py::arg("slots"), py::arg("tokens"))
+        .def("slot_mapping", [](const PageManager& self, const IntArray& slots,
+                                const IntArray& tokens) {
+                return to_numpy(self.slot_mapping(ints(slots), ints(tokens)));
+            }, py::arg("slots"), py::arg("tokens"))
+        .def("extend", [](PageManager& self, const IntArray& slots, const IntArray& tokens) {
+                self.extend(ints(slots), ints(tokens));
+            }, py::arg("slots"), py::arg("tokens"))
+        .def("fork", [](PageManager& self, const IntArray& slots, const IntArray& counts) {
+                const w2s::ForkResult result = self.fork(ints(slots), ints(counts));
+                return py::make_tuple(to_numpy(result.children), to_numpy(result.copies));
+            }, py::arg("slots"), py::arg("counts"))
+        .def("truncate", [](PageManager& self, const IntArray& slots, const IntArray& lengths) {
+                self.truncate(ints(slots), ints(lengths));
+            }, py::arg("slots"), py::arg("lengths"))
+        .def("trim", [](PageManager& self, const IntArray& slots) { self.trim(ints(slots)); },
+             py::arg("slots"))
+        .def("release", [](PageManager& self, const IntArray& slots) {
+                self.release(ints(slots));
+            }, py::arg("slots"))
+        .def("check", &PageManager::check)
+        .def_property_readonly("num_pages", &PageManager::num_pages)
+        .def_property_readonly("page_size", &PageManager::page_size)
+        .def_property_readonly("max_slots", &PageManager::max_slots)
+        .def_property_readonly("max_pages_per_slot", &PageManager::max_pages_per_slot)
+        .def_property_readonly("free_pages", &PageManager::free_pages)
+        .def_property_readonly("used_pages", &PageManager::used_pages)
+        .def_property_readonly("free_slots", &PageManager::free_slots)
+        .def_property_readonly("page_table", [](const py::object& self) {
+                const auto& manager = self.cast<const PageManager&>();
+                return view(self, manager.page_table(),
+                            {manager.max_slots(), manager.max_pages_per_slot()});
+            })
+        .def_property_readonly("lengths", [](const py::object& self) {
+                const auto& manager = self.cast<const PageManager&>();
+                return view(self, manager.lengths(), {manager.max_slots()});
+            })
+        .def_property_readonly("reference_counts", [](const py::object& self) {
+                const auto& manager = self.cast<const PageManager&>();
+                return view(self, manager.references(), {manager.num_pages()});
+            });
+}

@@ -1,0 +1,289 @@
+#include "page_manager.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <string>
+#include <utility>
+
+namespace w2s {
+namespace {
+
+std::int64_t positive(std::int64_t value, const char* name) {
+    if (value < 1 || value > std::numeric_limits<std::int32_t>::max()) {
+        throw PageMisuse(std::string(name) + " must be between 1 and 2**31 - 1, not " +
+                         std::to_string(value));
+    }
+    return value;
+}
+
+// A stack of 0..n-1 whose top is 0.
+std::vector<std::int32_t> descending(std::int64_t n) {
+    std::vector<std::int32_t> stack(static_cast<std::size_t>(n));
+    std::iota(stack.rbegin(), stack.rend(), 0);
+    return stack;
+}
+
+}  // namespace
+
+PageManager::PageManager(std::int64_t num_pages, std::int64_t page_size, std::int64_t max_slots,
+                         std::int64_t max_pages_per_slot)
+    : page_size_(positive(page_size, "page_size")),
+      max_pages_per_slot_(positive(max_pages_per_slot, "max_pages_per_slot")) {
+    positive(num_pages, "num_pages");
+    positive(max_slots, "max_slots");
+    // Lengths are int32.
+    positive(page_size * max_pages_per_slot, "page_size * max_pages_per_slot");
+    page_table_.assign(static_cast<std::size_t>(max_slots * max_pages_per_slot), kNoPage);
+    lengths_.assign(static_cast<std::size_t>(max_slots), 0);
+    held_.assign(static_cast<std::size_t>(max_slots), kFree);
+    references_.assign(static_cast<std::size_t>(num_pages), 0);
+    free_pages_ = descending(num_pages);
+    free_slots_ = descending(max_slots);
+    seen_.assign(static_cast<std::size_t>(max_slots), 0);
+    leaving_.assign(static_cast<std::size_t>(num_pages), 0);
+}
+
+// ---- checks: none of these changes the visible state ----
+
+void PageManager::check_slots(Ints slots) const {
+    ++call_;
+    for (const std::int32_t slot : slots) {
+        if (slot < 0 || slot >= max_slots()) {
+            throw PageMisuse(slot_name(slot) + " does not exist: the pool has " +
+                             std::to_string(max_slots()) + " slots");
+        }
+        if (held_[slot] == kFree) throw PageMisuse(slot_name(slot) + " is free");
+        if (seen_[slot] == call_) throw PageMisuse(slot_name(slot) + " is given twice");
+        seen_[slot] = call_;
+    }
+}
+
+void PageManager::check_amounts(Ints slots, Ints amounts, const char* what) const {
+    if (slots.size() != amounts.size()) {
+        throw PageMisuse(std::to_string(slots.size()) + " slots but " +
+                         std::to_string(amounts.size()) + " " + what);
+    }
+    check_slots(slots);
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        if (amounts[i] < 0) {
+            throw PageMisuse("negative " + std::string(what) + " (" + std::to_string(amounts[i]) +
+                             ") for " + slot_name(slots[i]));
+        }
+    }
+}
+
+void PageManager::check_growth(Ints slots, Ints tokens) const {
+    check_amounts(slots, tokens, "tokens");
+    const std::int64_t room = max_pages_per_slot_ * page_size_;
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        const std::int64_t wanted = std::int64_t{lengths_[slots[i]]} + tokens[i];
+        if (wanted > room) {
+            throw PageMisuse(slot_name(slots[i]) + " would have " + std::to_string(wanted) +
+                             " tokens; a slot holds at most " + std::to_string(room));
+        }
+    }
+}
+
+void PageManager::check_reserved(Ints slots, Ints tokens) const {
+    check_growth(slots, tokens);
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        const std::int32_t slot = slots[i];
+        if (tokens[i] == 0) continue;
+        const std::int64_t wanted = std::int64_t{lengths_[slot]} + tokens[i];
+        if (pages_of(wanted) > held_[slot]) {
+            throw PageMisuse(slot_name(slot) + " has no page reserved for " +
+                             std::to_string(wanted) + " tokens: reserve first");
+        }
+        const std::int64_t partial = partial_index(slot);
+        if (partial >= 0 && references_[row(slot)[partial]] > 1) {
+            throw PageMisuse("the last page of " + slot_name(slot) +
+                             " is shared and must not be written: reserve first");
+        }
+    }
+}
+
+void PageManager::check_free_pages(std::int64_t wanted) const {
+    if (wanted > free_pages()) {
+        throw OutOfPages(std::to_string(wanted) + " pages wanted, " +
+                         std::to_string(free_pages()) + " free of " +
+                         std::to_string(num_pages()));
+    }
+}
+
+void PageManager::check_free_slots(std::int64_t wanted) const {
+    if (wanted > free_slots()) {
+        throw OutOfPages(std::to_string(wanted) + " slots wanted, " +
+                         std::to_string(free_slots()) + " free of " +
+                         std::to_string(max_slots()));
+    }
+}
+
+// ---- pages in and out ----
+
+std::int32_t PageManager::take_page() {
+    const std::int32_t page = free_pages_.back();
+    free_pages_.pop_back();
+    references_[page] = 1;
+    return page;
+}
+
+// Cannot throw: the stack keeps the capacity for all pages that it started with.
+void PageManager::drop_page(std::int32_t page) {
+    if (--references_[page] == 0) free_pages_.push_back(page);
+}
+
+// Last page first, so that the next slot to grow gets them back in ascending order.
+void PageManager::shrink(std::int32_t slot, std::int64_t pages) {
+    for (std::int32_t& held = held_[slot]; held > pages;) {
+        std::int32_t& entry = row(slot)[--held];
+        drop_page(entry);
+        entry = kNoPage;
+    }
+}
+
+// ---- operations ----
+
+std::vector<std::int32_t> PageManager::allocate(std::int64_t n) {
+    if (n < 0) throw PageMisuse("cannot allocate " + std::to_string(n) + " slots");
+    check_free_slots(n);
+    std::vector<std::int32_t> slots(free_slots_.rbegin(), free_slots_.rbegin() + n);
+    free_slots_.resize(free_slots_.size() - static_cast<std::size_t>(n));
+    for (const std::int32_t slot : slots) held_[slot] = 0;
+    return slots;
+}
+
+std::int64_t PageManager::pages_needed(Ints slots, Ints tokens) const {
+    check_growth(slots, tokens);
+    std::int64_t needed = 0;
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        if (tokens[i] == 0) continue;
+        const std::int32_t slot = slots[i];
+        needed += std::max<std::int64_t>(
+            0, pages_of(std::int64_t{lengths_[slot]} + tokens[i]) - held_[slot]);
+        if (const std::int64_t partial = partial_index(slot); partial >= 0) {
+            // When all owners of a page are in this call, the last of them can keep it.
+            const std::int32_t page = row(slot)[partial];
+            if (references_[page] - leaving_[page] > 1) {
+                ++leaving_[page];
+                ++needed;
+            }
+        }
+    }
+    for (const std::int32_t slot : slots) {
+        if (const std::int64_t partial = partial_index(slot); partial >= 0) {
+            leaving_[row(slot)[partial]] = 0;
+        }
+    }
+    return needed;
+}
+
+std::vector<PageCopy> PageManager::reserve(Ints slots, Ints tokens) {
+    check_free_pages(pages_needed(slots, tokens));
+    std::vector<PageCopy> copies;
+    copies.reserve(slots.size());  // Nothing may throw once the state changes.
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        if (tokens[i] == 0) continue;
+        const std::int32_t slot = slots[i];
+        if (const std::int64_t partial = partial_index(slot); partial >= 0) {
+            std::int32_t& entry = row(slot)[partial];
+            if (references_[entry] > 1) {
+                const PageCopy copy{entry, take_page()};
+                drop_page(copy.source);
+                entry = copy.destination;
+                copies.push_back(copy);
+            }
+        }
+        const std::int64_t wanted = pages_of(std::int64_t{lengths_[slot]} + tokens[i]);
+        for (std::int32_t& held = held_[slot]; held < wanted; ++held) {
+            row(slot)[held] = take_page();
+        }
+    }
+    return copies;
+}
+
+std::vector<std::int64_t> PageManager::slot_mapping(Ints slots, Ints tokens) const {
+    check_reserved(slots, tokens);
+    std::vector<std::int64_t> positions;
+    positions.reserve(static_cast<std::size_t>(
+        std::accumulate(tokens.begin(), tokens.end(), std::int64_t{0})));
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        const std::int32_t* pages = row(slots[i]);
+        const std::int64_t begin = lengths_[slots[i]];
+        for (std::int64_t position = begin; position < begin + tokens[i]; ++position) {
+            positions.push_back(pages[position / page_size_] * page_size_ + position % page_size_);
+        }
+    }
+    return positions;
+}
+
+void PageManager::extend(Ints slots, Ints tokens) {
+    check_reserved(slots, tokens);
+    for (std::size_t i = 0; i < slots.size(); ++i) lengths_[slots[i]] += tokens[i];
+}
+
+ForkResult PageManager::fork(Ints slots, Ints counts) {
+    check_amounts(slots, counts, "counts");
+    std::int64_t children = 0;
+    std::int64_t copied_pages = 0;
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        children += counts[i];
+        if (partial_index(slots[i]) >= 0) copied_pages += counts[i];
+    }
+    check_free_slots(children);
+    check_free_pages(copied_pages);
+    std::vector<PageCopy> copies;
+    copies.reserve(static_cast<std::size_t>(copied_pages));
+    ForkResult result{allocate(children), std::move(copies)};
+
+    auto child = result.children.cbegin();
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        const std::int32_t* pages = row(slots[i]);
+        const std::int32_t length = lengths_[slots[i]];
+        const std::int64_t full = length / page_size_;
+        for (std::int64_t page = 0; page < full; ++page) references_[pages[page]] += counts[i];
+        for (const auto last = child + counts[i]; child != last; ++child) {
+            std::copy_n(pages, full, row(*child));
+            if (partial_index(slots[i]) >= 0) {
+                const PageCopy copy{pages[full], take_page()};
+                row(*child)[full] = copy.destination;
+                result.copies.push_back(copy);
+            }
+            lengths_[*child] = length;
+            held_[*child] = static_cast<std::int32_t>(pages_of(length));
+        }
+    }
+    return result;
+}
+
+void PageManager::truncate(Ints slots, Ints lengths) {
+    check_amounts(slots, lengths, "lengths");
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        if (lengths[i] > lengths_[slots[i]]) {
+            throw PageMisuse("cannot truncate " + slot_name(slots[i]) + " from " +
+                             std::to_string(lengths_[slots[i]]) + " to " +
+                             std::to_string(lengths[i]) + " tokens");
+        }
+    }
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        lengths_[slots[i]] = lengths[i];
+        shrink(slots[i], pages_of(lengths[i]));
+    }
+}
+
+void PageManager::trim(Ints slots) {
+    check_slots(slots);
+    for (const std::int32_t slot : slots) shrink(slot, pages_of(lengths_[slot]));
+}
+
+void PageManager::release(Ints slots) {
+    check_slots(slots);
+    for (const std::int32_t slot : slots) {
+        shrink(slot, 0);
+        lengths_[slot] = 0;
+        held_[slot] = kFree;
+        free_slots_.push_back(slot);
+    }
+}
+
+}  // namespace w2s

@@ -1,0 +1,159 @@
+// The paged KV-cache manager: which page holds which tokens of which sequence.
+//
+// It does the bookkeeping only: it never sees keys or values, and it knows neither Python nor
+// CUDA. Where contents have to move, it returns (source, destination) pairs and the owner of the
+// KV tensor copies.
+//
+// Terms
+//   page    room for the keys and values of `page_size` consecutive tokens
+//   slot    one sequence: a row of the page table and a length
+//   length  the number of tokens whose keys and values stand in a slot
+//
+// Sharing rules; check() verifies them
+//   1. A page's reference count is the number of table entries that name it.
+//   2. A slot holds at least ceil(length / page_size) pages. Those beyond are reserved ahead and
+//      belong to that slot alone.
+//   3. A page is written only by a slot that owns it alone. A shared page that a slot wants to
+//      write at (the partial last page of a slot cut back by truncate) is replaced by reserve
+//      (copy-on-write); extend and slot_mapping refuse to run before that.
+//
+// Every operation takes many slots at once and is all-or-nothing: it checks everything first,
+// and when it throws, the state is exactly what it was. Free pages and slots are stacks, so the
+// same calls give the same pages, and a page just freed is the next one used.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace w2s {
+
+// The pool has too few free pages or slots. The caller may release some and try again.
+struct OutOfPages : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// The call makes no sense in this state: an error of the caller.
+struct PageMisuse : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// "Copy the contents of page `source` to page `destination`, before anything else is done with the
+// pool." Within the list of one call no page is both a source and a destination, and no page is a
+// destination twice: the copies may run in any order.
+struct PageCopy {
+    std::int32_t source;
+    std::int32_t destination;
+};
+
+struct ForkResult {
+    std::vector<std::int32_t> children;
+    std::vector<PageCopy> copies;
+};
+
+class PageManager {
+public:
+    using Ints = std::span<const std::int32_t>;
+
+    PageManager(std::int64_t num_pages, std::int64_t page_size, std::int64_t max_slots,
+                std::int64_t max_pages_per_slot);
+    // Views of the tables are handed out; a copy or a move would leave them dangling.
+    PageManager(const PageManager&) = delete;
+    PageManager& operator=(const PageManager&) = delete;
+
+    // n empty slots, holding no page.
+    std::vector<std::int32_t> allocate(std::int64_t n);
+
+    // Makes room for tokens[i] more tokens in slots[i]; afterwards they may be written.
+    std::vector<PageCopy> reserve(Ints slots, Ints tokens);
+
+    // Fresh pages that reserve would take, copies included.
+    std::int64_t pages_needed(Ints slots, Ints tokens) const;
+
+    // Flat positions page * page_size + offset of the tokens[i] positions that follow the length
+    // of slots[i], slot after slot. They must have been reserved.
+    std::vector<std::int64_t> slot_mapping(Ints slots, Ints tokens) const;
+
+    // Counts tokens[i] reserved positions of slots[i] as written.
+    void extend(Ints slots, Ints tokens);
+
+    // counts[i] new slots with the tokens of slots[i], grouped by parent. Full pages are shared;
+    // a partial last page is copied for each child. Parents keep everything, reserved pages too.
+    ForkResult fork(Ints slots, Ints counts);
+
+    // Cuts slots[i] back to lengths[i] tokens and gives up every page beyond them.
+    void truncate(Ints slots, Ints lengths);
+
+    // Gives up the pages reserved beyond the length.
+    void trim(Ints slots);
+
+    // Gives up the slots and their references to pages.
+    void release(Ints slots);
+
+    // Throws std::logic_error, naming the rule, if the state is inconsistent. Walks everything.
+    void check() const;
+
+    std::int64_t num_pages() const { return static_cast<std::int64_t>(references_.size()); }
+    std::int64_t page_size() const { return page_size_; }
+    std::int64_t max_slots() const { return static_cast<std::int64_t>(lengths_.size()); }
+    std::int64_t max_pages_per_slot() const { return max_pages_per_slot_; }
+    std::int64_t free_pages() const { return static_cast<std::int64_t>(free_pages_.size()); }
+    std::int64_t used_pages() const { return num_pages() - free_pages(); }
+    std::int64_t free_slots() const { return static_cast<std::int64_t>(free_slots_.size()); }
+
+    // These addresses stay the same for the manager's lifetime.
+    // page_table [max_slots, max_pages_per_slot], -1 = no page; lengths [max_slots];
+    // references [num_pages].
+    const std::int32_t* page_table() const { return page_table_.data(); }
+    const std::int32_t* lengths() const { return lengths_.data(); }
+    const std::int32_t* references() const { return references_.data(); }
+
+private:
+    static constexpr std::int32_t kNoPage = -1;  // in page_table_
+    static constexpr std::int32_t kFree = -1;    // in held_
+    static std::string slot_name(std::int32_t slot) { return "slot " + std::to_string(slot); }
+
+    void check_slots(Ints slots) const;
+    void check_amounts(Ints slots, Ints amounts, const char* what) const;
+    void check_growth(Ints slots, Ints tokens) const;
+    void check_reserved(Ints slots, Ints tokens) const;
+    void check_free_pages(std::int64_t wanted) const;
+    void check_free_slots(std::int64_t wanted) const;
+
+    std::int32_t take_page();
+    void drop_page(std::int32_t page);
+    void shrink(std::int32_t slot, std::int64_t pages);
+
+    std::int32_t* row(std::int32_t slot) { return page_table_.data() + slot * max_pages_per_slot_; }
+    const std::int32_t* row(std::int32_t slot) const {
+        return page_table_.data() + slot * max_pages_per_slot_;
+    }
+    std::int64_t pages_of(std::int64_t tokens) const {
+        return (tokens + page_size_ - 1) / page_size_;
+    }
+    // Index in the row of the page that position `length` falls into, if that page already holds
+    // tokens of the slot; -1 at a page boundary.
+    std::int64_t partial_index(std::int32_t slot) const {
+        return lengths_[slot] % page_size_ == 0 ? -1 : lengths_[slot] / page_size_;
+    }
+
+    std::int64_t page_size_;
+    std::int64_t max_pages_per_slot_;
+    std::vector<std::int32_t> page_table_;
+    std::vector<std::int32_t> lengths_;
+    std::vector<std::int32_t> held_;  // pages held by a slot; kFree for a free slot
+    std::vector<std::int32_t> references_;
+    std::vector<std::int32_t> free_pages_;
+    std::vector<std::int32_t> free_slots_;
+
+    // Scratch, so that checks allocate nothing. `seen_` marks the slots of the current call with
+    // its number; `leaving_` is all zero between calls.
+    mutable std::vector<std::uint64_t> seen_;
+    mutable std::uint64_t call_ = 0;
+    mutable std::vector<std::int32_t> leaving_;
+};
+
+}  // namespace w2s

@@ -1,0 +1,48 @@
+"""Every error the package raises on purpose, in one place.
+
+All derive from :class:`W2SFastError`; each also derives from the built-in that a caller
+would expect, so ``except ValueError`` around a bad request works as usual.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from w2s_fast.result import SearchResult
+
+
+class W2SFastError(Exception):
+    """Base class of all errors of this package.
+
+    Attributes:
+        results: set by :meth:`w2s_fast.Engine.generate` when one request of a batch fails:
+            the results of the whole batch in the order of the prompts (the failed ones carry
+            their ``error``), so that neighbours are never lost.
+    """
+
+    results: list[SearchResult] | None = None
+
+
+class InvalidRequest(W2SFastError, ValueError):
+    """A prompt or a search parameter is not allowed; the message says what is."""
+
+
+class UnsupportedModel(W2SFastError, ValueError):
+    """A model cannot be loaded or cannot be served from pages; the message says why."""
+
+
+class MismatchedVocabulary(UnsupportedModel):
+    """Base and guide do not share one token-to-id map."""
+
+
+class NumericalError(W2SFastError, ArithmeticError):
+    """A model produced NaN or infinity; the message names the model and the position."""
+
+
+class OutOfPages(W2SFastError, RuntimeError):
+    """The KV cache has too few free pages (or slots) for what was asked."""
+
+
+class PageMisuse(W2SFastError, RuntimeError):
+    """The page manager was called wrongly; its state is as before the call."""

@@ -1,0 +1,152 @@
+"""SearchParams: every knob of a request, its check, and its error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from w2s_fast.errors import InvalidRequest
+
+Method = Literal["cbs", "bon", "sample"]
+Finished = Literal["hold", "replicate"]
+ScoreKind = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True)
+class SearchParams:
+    """How one request is searched and sampled. Checked on construction.
+
+    Args:
+        method: ``"cbs"`` chunk-level beam search; ``"bon"`` best-of-N: ``successors`` whole
+            responses, ranked by score; ``"sample"``: ``n`` independent samples, no guide runs.
+        beam_width: W, hypotheses kept after each round (``cbs``).
+        successors: K, candidates sampled from each kept hypothesis; N of best-of-N.
+        chunk_length: L, tokens a candidate samples in a round. None: a whole response.
+        max_new_tokens: tokens of a response at most.
+        temperature: of sampling. 0 means greedy.
+        top_k: sample only from the k likeliest tokens, ties with the k-th included. 0: off.
+        top_p: sample only from the smallest set of likeliest tokens that holds this mass, ties
+            with the last one included. 1: off.
+        min_p: drop tokens less likely than this share of the likeliest one. 0: off.
+            The order of warping is temperature, top-k, top-p, min-p.
+        seed: 0 <= seed < 2**64. Same request, same seed, same tokens.
+        stop: stop strings.
+        stop_token_ids: a sampled token among these ends the response with ``"stop"``.
+        ignore_eos: treat EOS as any other token.
+        n: hypotheses to return, best first: at most ``beam_width`` (``cbs``) or
+            ``successors`` (``bon``); any number for ``sample``.
+        trace: record every round's candidates in the result.
+        finished: ``"hold"``: a finished hypothesis stays one candidate with its final score;
+            ``"replicate"``: it is copied K times like any other, as the paper's code does.
+        dedup: keep only the first of several candidates with the same tokens.
+        score: ``"sum"`` of the log-ratios of all response tokens, or their ``"mean"``.
+
+    Raises:
+        InvalidRequest: names the field, the value given and the values allowed.
+    """
+
+    method: Method = "cbs"
+    beam_width: int = 4
+    successors: int = 4
+    chunk_length: int | None = 5
+    max_new_tokens: int = 50
+    temperature: float = 0.7
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    trace: bool = False
+    finished: Finished = "hold"
+    dedup: bool = False
+    score: ScoreKind = "sum"
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, get_args(Method))
+        _check_choice("finished", self.finished, get_args(Finished))
+        _check_choice("score", self.score, get_args(ScoreKind))
+        for name in ("beam_width", "successors", "max_new_tokens", "n"):
+            _check_int(name, getattr(self, name), low=1)
+        if self.chunk_length is not None:
+            _check_int("chunk_length", self.chunk_length, low=1, also="None (whole responses)")
+        _check_int("top_k", self.top_k, low=0, also="0 (off)")
+        _check_int("seed", self.seed, low=0, high=2**64 - 1)
+        _check_number("temperature", self.temperature, 0.0, math.inf, "a number >= 0 (0: greedy)")
+        _check_number("top_p", self.top_p, 0.0, 1.0, "in (0, 1]", open_low=True)
+        _check_number("min_p", self.min_p, 0.0, 1.0, "in [0, 1]")
+        for name in ("ignore_eos", "trace", "dedup"):
+            if not isinstance(getattr(self, name), bool):
+                raise _invalid(name, getattr(self, name), "True or False")
+        self._check_stop()
+        limit = {"cbs": self.beam_width, "bon": self.successors}.get(self.method)
+        if limit is not None and self.n > limit:
+            which = "beam_width" if self.method == "cbs" else "successors"
+            raise _invalid("n", self.n, f"at most {which} ({limit}) for method {self.method!r}")
+
+    def _check_stop(self) -> None:
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise _invalid("stop", self.stop, "a sequence of non-empty strings")
+        if self.stop:
+            raise InvalidRequest("stop strings are not supported yet; use stop_token_ids")
+        for token in self.stop_token_ids:
+            _check_int("stop_token_ids", token, low=0)
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+    @property
+    def first_candidates(self) -> int:
+        """Candidates sampled from the prompt in round 1."""
+        if self.method == "sample":
+            return self.n
+        return self.successors if self.method == "bon" else self.beam_width * self.successors
+
+    @property
+    def kept(self) -> int:
+        """Candidates kept by a selection, at most."""
+        return self.beam_width if self.method == "cbs" else self.n
+
+    @property
+    def tokens_per_round(self) -> int:
+        """Tokens a candidate samples before the next selection, at most."""
+        if self.method == "cbs" and self.chunk_length is not None:
+            return min(self.chunk_length, self.max_new_tokens)
+        return self.max_new_tokens
+
+    @property
+    def uses_guides(self) -> bool:
+        """Whether scores can matter: never for plain sampling, W = K = 1 included."""
+        if self.method == "cbs":
+            return self.first_candidates > 1
+        return self.method == "bon"
+
+
+def _invalid(name: str, value: Any, allowed: str) -> InvalidRequest:
+    return InvalidRequest(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise _invalid(name, value, ", ".join(repr(c) for c in choices))
+
+
+def _check_int(
+    name: str, value: Any, *, low: int, high: int | None = None, also: str | None = None
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (
+        high is not None and value > high
+    ):
+        allowed = f"an integer >= {low}" + (f" and <= {high}" if high is not None else "")
+        raise _invalid(name, value, allowed + (f", or {also}" if also else ""))
+
+
+def _check_number(
+    name: str, value: Any, low: float, high: float, allowed: str, open_low: bool = False
+) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or value < low or value > high or (open_low and value == low):
+        raise _invalid(name, value, allowed)

@@ -1,0 +1,111 @@
+"""What a search returns: SearchResult, Hypothesis, Usage, and the Trace of its rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from w2s_fast.errors import W2SFastError
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One response.
+
+    Attributes:
+        text: the response without prompt, special tokens and stop token; None if the engine
+            has no tokenizer.
+        token_ids: the sampled tokens, EOS or stop token included where one was sampled.
+        score: guides' score of the whole response (a log-ratio in nats); None where no guide ran.
+        finish_reason: ``"eos"``, ``"stop"`` or ``"length"``.
+        token_scores: each token's part of the score, in nats; empty where no guide ran.
+        token_logprobs: the base's own log-prob of each token, at temperature 1, unwarped.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    score: float | None
+    finish_reason: FinishReason
+    token_scores: list[float]
+    token_logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A hypothesis after expansion, before selection.
+
+    Attributes:
+        parent: index into the previous round's ``kept``; None in round 1.
+        token_ids: the whole response so far.
+        score: its score; None where no guide runs.
+        finish_reason: None while it can still be extended.
+    """
+
+    parent: int | None
+    token_ids: list[int]
+    score: float | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: its candidates, and the indices of those kept, best first."""
+
+    candidates: list[Candidate]
+    kept: list[int]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The search tree of one request."""
+
+    rounds: list[Round] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one request.
+
+    Attributes:
+        prompt_tokens: of the base's prompt.
+        completion_tokens: of the returned hypotheses together.
+        sampled_tokens: sampled from the base, losers' tokens included.
+        scored_tokens: run through each guide.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    sampled_tokens: int
+    scored_tokens: int
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The answer to one request; ``hypotheses`` are best first and never empty unless it failed.
+
+    ``text``, ``token_ids``, ``score`` and ``finish_reason`` are those of the best hypothesis.
+    A failed request has ``error`` set, no hypotheses, and finish reason ``"error"``.
+    """
+
+    hypotheses: list[Hypothesis]
+    usage: Usage
+    trace: Trace | None = None
+    error: W2SFastError | None = None
+
+    @property
+    def text(self) -> str | None:
+        return self.hypotheses[0].text if self.hypotheses else None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.hypotheses[0].token_ids if self.hypotheses else []
+
+    @property
+    def score(self) -> float | None:
+        return self.hypotheses[0].score if self.hypotheses else None
+
+    @property
+    def finish_reason(self) -> Literal["eos", "stop", "length", "error"]:
+        return self.hypotheses[0].finish_reason if self.hypotheses else "error"
