@@ -25,9 +25,9 @@ def relative(paths) -> list[str]:
 
 def find_nvcc() -> str | None:
     for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if home := os.environ.get(variable):
-            if nvcc := shutil.which("nvcc", path=str(Path(home) / "bin")):
-                return nvcc
+        home = os.environ.get(variable)
+        if home and (nvcc := shutil.which("nvcc", path=str(Path(home) / "bin"))):
+            return nvcc
     return shutil.which("nvcc")
 
 
@@ -78,7 +78,11 @@ def extensions() -> list[Extension]:
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},
-    packages=[*find_packages(include=["w2s_fast", "w2s_fast.*"]), "w2s_fast.kernels"],
+    packages=[
+        "w2s_fast",
+        *(f"w2s_fast.{package}" for package in find_packages("w2s_fast")),
+        "w2s_fast.kernels",
+    ],
     # kernels/ must not be a package of its own: a top-level package called `kernels` breaks
     # `import transformers` wherever the hub's `kernels` is installed.
     package_dir={"w2s_fast.kernels": "kernels"},

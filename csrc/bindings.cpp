@@ -16,8 +16,8 @@ using w2s::PageManager;
 
 namespace {
 
-// Without py::array::forcecast: floats, or 64-bit integers that might not fit, are a TypeError
-// and not silently cut.
+// Taken with noconvert(): floats, or 64-bit integers that might not fit, are a TypeError and not
+// silently cut. w2s_fast/pages.py converts what can be converted.
 using IntArray = py::array_t<std::int32_t, py::array::c_style>;
 
 PageManager::Ints ints(const IntArray& array) {
@@ -80,30 +80,30 @@ PYBIND11_MODULE(_pages, module) {
             }, py::arg("n"))
         .def("reserve", [](PageManager& self, const IntArray& slots, const IntArray& tokens) {
                 return to_numpy(self.reserve(ints(slots), ints(tokens)));
-            }, py::arg("slots"), py::arg("tokens"))
+            }, py::arg("slots").noconvert(), py::arg("tokens").noconvert())
         .def("pages_needed", [](const PageManager& self, const IntArray& slots,
                                 const IntArray& tokens) {
                 return self.pages_needed(ints(slots), ints(tokens));
-            }, py::arg("slots"), py::arg("tokens"))
+            }, py::arg("slots").noconvert(), py::arg("tokens").noconvert())
         .def("slot_mapping", [](const PageManager& self, const IntArray& slots,
                                 const IntArray& tokens) {
                 return to_numpy(self.slot_mapping(ints(slots), ints(tokens)));
-            }, py::arg("slots"), py::arg("tokens"))
+            }, py::arg("slots").noconvert(), py::arg("tokens").noconvert())
         .def("extend", [](PageManager& self, const IntArray& slots, const IntArray& tokens) {
                 self.extend(ints(slots), ints(tokens));
-            }, py::arg("slots"), py::arg("tokens"))
+            }, py::arg("slots").noconvert(), py::arg("tokens").noconvert())
         .def("fork", [](PageManager& self, const IntArray& slots, const IntArray& counts) {
                 const w2s::ForkResult result = self.fork(ints(slots), ints(counts));
                 return py::make_tuple(to_numpy(result.children), to_numpy(result.copies));
-            }, py::arg("slots"), py::arg("counts"))
+            }, py::arg("slots").noconvert(), py::arg("counts").noconvert())
         .def("truncate", [](PageManager& self, const IntArray& slots, const IntArray& lengths) {
                 self.truncate(ints(slots), ints(lengths));
-            }, py::arg("slots"), py::arg("lengths"))
+            }, py::arg("slots").noconvert(), py::arg("lengths").noconvert())
         .def("trim", [](PageManager& self, const IntArray& slots) { self.trim(ints(slots)); },
-             py::arg("slots"))
+             py::arg("slots").noconvert())
         .def("release", [](PageManager& self, const IntArray& slots) {
                 self.release(ints(slots));
-            }, py::arg("slots"))
+            }, py::arg("slots").noconvert())
         .def("check", &PageManager::check)
         .def_property_readonly("num_pages", &PageManager::num_pages)
         .def_property_readonly("page_size", &PageManager::page_size)
@@ -120,6 +120,10 @@ PYBIND11_MODULE(_pages, module) {
         .def_property_readonly("lengths", [](const py::object& self) {
                 const auto& manager = self.cast<const PageManager&>();
                 return view(self, manager.lengths(), {manager.max_slots()});
+            })
+        .def_property_readonly("held_pages", [](const py::object& self) {
+                const auto& manager = self.cast<const PageManager&>();
+                return view(self, manager.held(), {manager.max_slots()});
             })
         .def_property_readonly("reference_counts", [](const py::object& self) {
                 const auto& manager = self.cast<const PageManager&>();

@@ -106,9 +106,10 @@ public:
 
     // These addresses stay the same for the manager's lifetime.
     // page_table [max_slots, max_pages_per_slot], -1 = no page; lengths [max_slots];
-    // references [num_pages].
+    // held [max_slots], pages held, reserved ones too, -1 = free slot; references [num_pages].
     const std::int32_t* page_table() const { return page_table_.data(); }
     const std::int32_t* lengths() const { return lengths_.data(); }
+    const std::int32_t* held() const { return held_.data(); }
     const std::int32_t* references() const { return references_.data(); }
 
 private:

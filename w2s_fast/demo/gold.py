@@ -35,4 +35,5 @@ def gold_reward(text: str) -> float:
     parts = sentences(text)
     if not parts:
         return 0.0
-    return sum(_analyzer().polarity_scores(part)["compound"] for part in parts) / len(parts)
+    compounds: list[float] = [_analyzer().polarity_scores(part)["compound"] for part in parts]
+    return sum(compounds) / len(compounds)

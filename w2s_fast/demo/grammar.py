@@ -5,79 +5,103 @@ the polarity of the sentence that is being written. Both polarities share their 
 their word lists are equally long and drawn uniformly: praise is exactly as likely as blame, so a
 search can steer the sentiment without leaving what the base model finds likely.
 
-Words of the lists without a sign are neutral for VADER, those of the signed lists are not; a test
-holds that.
+Words of the lists without a sign are neutral for VADER, those of the signed lists have their sign.
 """
 
-TITLE_FIRST = (
+
+def words(text: str) -> list[str]:
+    """The entries of a list that is written as one string; "_" stands for a space in an entry."""
+    return [word.replace("_", " ") for word in text.split()]
+
+
+TITLE_FIRST = words(
     "Silver Paper Quiet Northern Hidden Hollow Distant Painted Seventh Winter Velvet Midnight "
     "Amber Wooden Copper Eastern Salt Borrowed Second Crooked"
-).split()
-TITLE_SECOND = (
+)
+TITLE_SECOND = words(
     "Harbour Lantern Orchard Station River Garden Mirror Bridge Island Letter Window Summer "
     "Kitchen Forest Tower Carousel Road Piano Market Shore"
-).split()
+)
 
 COMMON: dict[str, list[str]] = {
-    "adj+": (
-        "superb brilliant charming wonderful lovely delightful funny elegant impressive beautiful "
-        "excellent perfect great good terrific fantastic amazing gorgeous graceful clever "
-        "thrilling enjoyable splendid stunning entertaining satisfying exciting inspired "
-        "pleasant fascinating"
-    ).split(),
-    "adj-": (
-        "awful dull terrible boring bad weak horrible dreadful disappointing stupid lazy ugly "
-        "painful poor pathetic annoying irritating miserable messy ridiculous confusing useless "
-        "dreary dismal frustrating depressing lousy embarrassing nasty worthless"
-    ).split(),
-    "noun+": "joy delight triumph treat pleasure masterpiece success winner".split(),
-    "noun-": "mess disaster failure waste insult shame bore disappointment".split(),
-    "verb+": "loved enjoyed adored admired liked".split(),
-    "verb-": "hated disliked regretted despised loathed".split(),
-    "feeling+": "happy delighted impressed thrilled charmed amused pleased relaxed".split(),
-    "feeling-": "bored annoyed angry disappointed tired confused frustrated miserable".split(),
+    "adj+": words(
+        "superb brilliant charming wonderful lovely delightful elegant impressive beautiful "
+        "excellent perfect great good terrific fantastic amazing gorgeous splendid stunning "
+        "enjoyable satisfying pleasant magnificent awesome"
+    ),
+    "adj-": words(
+        "awful dull terrible boring bad weak horrible dreadful disappointing ugly poor pathetic "
+        "annoying irritating miserable messy ridiculous useless dreary dismal depressing lousy "
+        "nasty worthless"
+    ),
+    "noun+": words("joy delight triumph treat pleasure masterpiece success winner"),
+    "noun-": words("mess disaster failure waste insult shame bore disappointment"),
+    "verb+": words("loved enjoyed adored admired liked"),
+    "verb-": words("hated disliked loathed despised resented"),
+    "feeling+": words("happy delighted impressed thrilled charmed amused pleased relaxed"),
+    "feeling-": words("bored annoyed angry disappointed tired confused frustrated miserable"),
     "return+": ["love to", "be happy to", "be glad to"],
-    "return-": ["hate to", "be mad to", "be afraid to"],
-    "outcome+": "joy pleasure delight".split(),
-    "outcome-": "pain waste mistake".split(),
+    "return-": ["hate to", "be mad to", "be sad to"],
+    "outcome+": words("joy pleasure delight"),
+    "outcome-": words("pain waste mistake"),
+    "did+": words("laughed smiled cheered"),
+    "did-": words("complained suffered cried"),
     "very": ["", "", "", "very ", "rather ", "quite ", "really ", "simply ", "so "],
-    "link": ["still,", "also,", "then again,", "on the whole,", "after an hour,", "and yet,"]
-    + ["as for me,", "this time"],
+    "link": words(
+        "still, also, then_again, on_the_whole, after_an_hour, and_yet, as_for_me, this_time "
+        "at_first later_on, for_the_most_part by_then"
+    ),
     "aside": ["I thought,", "for once,", "to my mind,", "as ever,", "all in all,", "in the end,"],
-    "companion": "sister brother neighbour cousin daughter son mother father colleague".split(),
-    "day": "Monday Tuesday Thursday Friday Saturday Sunday".split(),
-    "number": "two three four five seven ten twelve twenty".split(),
-    "place": ["Lisbon", "Prague", "Naples", "the north", "the old town", "a small island"]
-    + ["the mountains", "the coast", "a village", "another country"],
-    "season": "spring summer autumn winter".split(),
-    "first": "Anna Marco Elena Tomas Ruth Oscar Nina Paul".split(),
-    "last": "Keller Moreau Lindgren Okafor Rossi Tanaka Novak Hayes".split(),
+    "relative": words(
+        "sister brother neighbour cousin daughter son mother father colleague flatmate uncle "
+        "aunt teacher"
+    ),
+    "day": words("Monday Tuesday Thursday Friday Saturday Sunday"),
+    "number": words("two three four five seven ten twelve twenty"),
+    "place": words(
+        "Lisbon Prague Naples the_north the_old_town the_islands Dublin the_mountains the_coast "
+        "the_village another_country the_suburbs"
+    ),
+    "season": words("spring summer autumn winter"),
+    "first": words("Anna Marco Elena Tomas Ruth Oscar Nina Paul"),
+    "last": words("Keller Moreau Lindgren Okafor Rossi Tanaka Novak Hayes"),
     "person": ["{first} {last}"],
-    "role": ["a young baker", "two sisters", "a retired sailor", "a piano teacher", "a clerk"]
-    + ["a farmer", "an old painter", "three students", "a doctor", "a taxi driver"],
-    "journey": ["on the way to {place}", "during one {season} in {place}", "from {place} to {place}"]
-    + ["through one {season}", "back to {place}", "across {place}"],
+    "role": words(
+        "a_young_baker a_piano_teacher a_retired_sailor a_clerk a_farmer an_old_painter "
+        "a_student a_doctor a_taxi_driver a_gardener a_nurse"
+    ),
+    "journey": words(
+        "on_the_way_to_{place} from_{place}_to_{place} through_one_{season} back_to_{place} "
+        "across_{place} who_moves_to_{place} who_works_in_{place}"
+    ),
     "opinion": [
         "{one} was {very}{adj}.",
         "{one} was {very}{adj}.",
         "{many} were {very}{adj}.",
         "{many} were {very}{adj}.",
         "{one} felt {adj} and {adj}.",
+        "{many} looked {adj} to me.",
         "I {verb} {one}.",
         "we {verb} {many}.",
-        "my {companion} {verb} {one}.",
+        "my {relative} {verb} {one}.",
+        "I {verb} {one} and my {relative} {verb} {many}.",
         "{one} was a {noun}.",
         "{one}, {aside} was {adj}.",
+        "even {one} seemed {very}{adj}.",
         "I found {one} {very}{adj}.",
         "I thought {many} were {very}{adj}.",
         "{link} {one} was {very}{adj}.",
         "{link} I {verb} {many}.",
+        "{link} we {did}.",
+        "my {relative} {did} because of {one}.",
         "what a {noun} {one} was!",
         "there was something {adj} about {one}.",
         "{one} left me {feeling}.",
         "{many} made us {feeling}.",
         "it was a {adj} {thing} with {adj} {plural}.",
         "these were {adj} {plural}.",
+        "you can expect {adj} {plural}.",
+        "all of us were {feeling} with {one}.",
     ],
     "ending": [
         "I would {return} {again}.",
@@ -88,18 +112,13 @@ COMMON: dict[str, list[str]] = {
     ],
     "fact": [
         "we talked about it on the way home.",
-        "it was our {number}th visit to that street.",
-        "my {companion} told me about it in {season}.",
-        "I went with my {companion} and my {companion}.",
-        "it rained all {day}.",
-        "we had heard about it from my {companion}.",
+        "my {relative} told me about it in {season}.",
+        "I went with my {relative} and my {relative}.",
+        "it rained all day.",
+        "we had heard about it from my {relative}.",
+        "the tram to {place} was late.",
     ],
-    "object_rest": [
-        " with my {companion}.",
-        " on {day}.",
-        " last {season}.",
-        " in {place}.",
-    ],
+    "object_rest": [" with my {relative}.", " in {place}.", " after work.", " in the rain."],
     "object_rest_opinion": [
         " and {verb} it.",
         ", and it was {very}{adj}.",
@@ -116,29 +135,41 @@ COMMON: dict[str, list[str]] = {
 }
 
 FILM: dict[str, list[str]] = {
-    "thing": ["film", "picture", "drama", "comedy"],
-    "singular": "acting plot story ending music script camera cast dialogue pace".split()
-    + ["first act", "final scene", "opening", "director", "lead actor"],
-    "plural": "songs actors jokes costumes scenes characters images lines sets twists".split(),
+    "adj+": words("funny clever entertaining exciting inspired fascinating"),
+    "adj-": words("stupid lazy confusing frustrating embarrassing painful"),
+    "thing": ["film", "picture", "drama", "movie"],
+    "singular": words(
+        "acting plot story ending music script camera cast dialogue pace first_act final_scene "
+        "opening director lead_actor sound"
+    ),
+    "plural": words("songs actors effects costumes scenes characters images lines sets twists"),
     "again": ["see it again", "watch it again", "sit through it again"],
     "fact": [
         "it follows {role} {journey}.",
         "the story follows {role} {journey}.",
-        "{person} plays {role}.",
+        "{person} stars as {role}.",
         "it was filmed in {place} in {season}.",
-        "it runs for about {number} hours.",
+        "it runs for {number} hours.",
         "most of it takes place in {place}.",
         "{person} wrote it with {person}.",
     ],
-    "subject_rest": [" follows {role} {journey}.", " is set in {place}."]
-    + [" was directed by {person}.", " takes place in {place}."],
+    "subject_rest": [
+        " follows {role} {journey}.",
+        " is set in {place}.",
+        " was directed by {person}.",
+        " takes place in {place}.",
+    ],
 }
 
 BOOK: dict[str, list[str]] = {
-    "thing": ["book", "novel", "story", "read"],
-    "singular": "plot writing story ending style dialogue pace narrator translation".split()
-    + ["first chapter", "last page", "opening", "author", "main character"],
-    "plural": "chapters characters letters pages jokes images lines scenes twists".split(),
+    "adj+": words("funny clever entertaining exciting inspired fascinating"),
+    "adj-": words("stupid lazy confusing frustrating embarrassing painful"),
+    "thing": ["book", "story", "volume", "read"],
+    "singular": words(
+        "plot writing story ending style dialogue pace narrator translation first_chapter "
+        "last_page opening author main_character cover"
+    ),
+    "plural": words("chapters characters letters pages images lines scenes twists footnotes"),
     "again": ["read it again", "open it again", "pick it up again"],
     "fact": [
         "it follows {role} {journey}.",
@@ -149,29 +180,41 @@ BOOK: dict[str, list[str]] = {
         "{person} wrote it in {place}.",
         "the narrator is {role}.",
     ],
-    "subject_rest": [" follows {role} {journey}.", " is set in {place}."]
-    + [" was written by {person}.", " takes place in {place}."],
+    "subject_rest": [
+        " follows {role} {journey}.",
+        " is set in {place}.",
+        " was written by {person}.",
+        " takes place in {place}.",
+    ],
 }
 
 RESTAURANT: dict[str, list[str]] = {
+    "adj+": words("delicious fresh heavenly friendly warm sweet"),
+    "adj-": words("disgusting bitter rotten dirty rude horrid"),
     "thing": ["place", "restaurant", "kitchen", "dinner"],
-    "singular": "soup fish bread service menu salad coffee dessert cake room music".split()
-    + ["house wine", "main course", "waiter", "chef"],
-    "plural": "starters noodles vegetables sauces dishes waiters tables portions drinks".split(),
+    "singular": words(
+        "soup fish bread service menu salad coffee dessert cake room music house_wine "
+        "main_course waiter chef terrace"
+    ),
+    "plural": words("starters noodles vegetables sauces dishes waiters tables portions drinks"),
     "again": ["eat there again", "go back", "book a table again"],
     "fact": [
         "we sat near the {spot}.",
-        "I ordered the {dish} and my {companion} had the {dish}.",
+        "I ordered the {dish} and my {relative} had the {dish}.",
         "it is a short walk from the {spot}.",
         "it opened last {season}.",
         "{person} runs it with {person}.",
         "the menu has {number} pages.",
         "the chef comes from {place}.",
     ],
-    "spot": "door window stairs station river market".split(),
-    "dish": "soup fish noodles salad lamb pasta".split(),
-    "subject_rest": [" is a short walk from the {spot}.", " opened last {season}."]
-    + [" serves food from {place}.", " has about {number} tables."],
+    "spot": words("door window stairs station river market"),
+    "dish": words("soup fish noodles salad lamb pasta"),
+    "subject_rest": [
+        " is a short walk from the {spot}.",
+        " opened last {season}.",
+        " serves food from {place}.",
+        " has {number} tables.",
+    ],
 }
 
 DOMAINS = {"film": FILM, "book": BOOK, "restaurant": RESTAURANT}
@@ -187,26 +230,26 @@ OPENINGS: dict[str, list[tuple[str, str]]] = {
         ("The new film {title}", "subject"),
         ("Last night we saw {title}", "object"),
         ("On {day} I watched {title}", "object"),
-        ("My {companion} took me to see {title}", "object"),
+        ("My {relative} took me to see {title}", "object"),
         ("I have just seen {title}", "object"),
     ],
     "book": [
         ("The book", "subject"),
-        ("This novel", "subject"),
+        ("This book", "subject"),
         ("The book {title}", "subject"),
-        ("The novel {title}", "subject"),
+        ("The story {title}", "subject"),
         ("{title} by {person}", "subject"),
         ("Last {season} I read {title}", "object"),
-        ("My {companion} gave me {title}", "object"),
+        ("My {relative} gave me {title}", "object"),
         ("I have just read {title}", "object"),
     ],
     "restaurant": [
         ("The restaurant", "subject"),
         ("This place", "subject"),
-        ("The restaurant {title}", "subject"),
-        ("Dinner at {title}", "subject"),
-        ("Last night we ate at {title}", "object"),
-        ("On {day} I had dinner at {title}", "object"),
-        ("My {companion} took us to {title}", "object"),
+        ("The {title}", "subject"),
+        ("Dinner at the {title}", "subject"),
+        ("Last night we ate at the {title}", "object"),
+        ("On {day} I had dinner at the {title}", "object"),
+        ("My {relative} took us to the {title}", "object"),
     ],
 }

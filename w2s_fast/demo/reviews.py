@@ -28,7 +28,7 @@ class Review:
 def titles(held_out: bool) -> list[str]:
     """The titles of the training set, or those kept for evaluation; the two are disjoint."""
     return [
-        f"The {first} {second}"
+        f"{first} {second}"
         for i, first in enumerate(TITLE_FIRST)
         for j, second in enumerate(TITLE_SECOND)
         if ((i + j) % HELD_OUT_EVERY == 0) == held_out
@@ -44,8 +44,8 @@ class _Writer:
     def __init__(self, rng: random.Random, domain: str, held_out: bool):
         self.rng = rng
         self.held_out = held_out
-        self.words = {**COMMON, **DOMAINS[domain]}
-        self.words["fact"] = COMMON["fact"] + DOMAINS[domain]["fact"]
+        own = DOMAINS[domain]
+        self.words = {name: COMMON.get(name, []) + own.get(name, []) for name in {*COMMON, *own}}
         self.words["title"] = TITLES[held_out]
         self.words["one"] = ["the " + word for word in self.words["singular"]]
         self.words["many"] = ["the " + word for word in self.words["plural"]]
@@ -75,7 +75,7 @@ class _Writer:
 
 
 def _tidy(sentence: str) -> str:
-    sentence = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", sentence)
+    sentence = re.sub(r"\b([Aa]) (?=[aeio]|un|ug)", r"\1n ", sentence)
     return sentence[0].upper() + sentence[1:]
 
 

@@ -1,0 +1,78 @@
+"""Time of the page manager's operations at the size of a large round.
+
+    python bench/page_manager.py
+
+1,024 sequences of 64 full pages each; every one is forked into one child, and the children are
+pruned again: the host work of one round of search with a thousand live hypotheses. The pages of a
+sequence lie scattered over the pool, as they do when sequences grow side by side.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from w2s_fast._pages import PageManager
+
+
+def measure(
+    run: Callable[[], object], undo: Callable[[], object], repetitions: int
+) -> tuple[float, float]:
+    """Median and minimum time of `run` in milliseconds; `undo` restores the state, untimed."""
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+        undo()
+    return statistics.median(times), min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--slots", type=int, default=1024)
+    parser.add_argument("--pages", type=int, default=64, help="pages a slot")
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--partial", action="store_true", help="leave the last page half full")
+    parser.add_argument("--repetitions", type=int, default=2000)
+    args = parser.parse_args()
+
+    n, page_size = args.slots, args.page_size
+    manager = PageManager(n * (args.pages + 2), page_size, 2 * n, args.pages + 1)
+    parents = manager.allocate(n)
+    tokens = args.pages * page_size - (page_size // 2 if args.partial else 0)
+    shuffle = np.random.default_rng(0).permutation
+    for grown in range(0, tokens, page_size):
+        step = np.full(n, min(page_size, tokens - grown), np.int32)
+        order = shuffle(parents)
+        manager.reserve(order, step)
+        manager.extend(order, step)
+    ones = np.ones(n, np.int32)
+    children = np.empty(0, np.int32)
+
+    def fork() -> None:
+        nonlocal children
+        children, _ = manager.fork(parents, ones)
+
+    results = {}
+    results["fork"] = measure(fork, lambda: manager.release(children), args.repetitions)
+    fork()
+    results["release"] = measure(lambda: manager.release(children), fork, args.repetitions)
+    results["reserve"] = measure(
+        lambda: manager.reserve(children, ones), lambda: manager.trim(children), args.repetitions
+    )
+    manager.reserve(children, ones)
+    results["slot_mapping"] = measure(
+        lambda: manager.slot_mapping(children, ones), lambda: None, args.repetitions
+    )
+
+    print(f"{n} slots of {tokens} tokens ({args.pages} pages of {page_size}); ms a call")
+    print(f"{'operation':<14}{'median':>9}{'min':>9}")
+    for name, (median, least) in results.items():
+        print(f"{name:<14}{median:>9.3f}{least:>9.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Shared setup: the same hypothesis examples in every run, and few threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "w2s_fast",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("w2s_fast")
+
+
+@pytest.fixture(autouse=True)
+def no_test_depends_on_the_global_generator() -> None:
+    """Anything drawn from torch's own generator is the same in every test, alone or not."""
+    torch.manual_seed(0)

@@ -1,0 +1,81 @@
+"""linear_logprob equals the LM head, a log-softmax and a gather, however it blocks the rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from w2s_fast.kernels import linear_logprob as module
+from w2s_fast.kernels.linear_logprob import linear_logprob
+from w2s_fast.kernels.token_logprob import token_logprob
+
+
+def reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    vocab_size: int | None = None,
+) -> torch.Tensor:
+    logits = hidden.double() @ weight.double().T
+    if bias is not None:
+        logits = logits + bias.double()
+    logits = logits[:, :vocab_size] * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.log_softmax(-1)[torch.arange(len(tokens)), tokens]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("vocab_size", [None, 90])
+def test_it_equals_the_whole_product(
+    bias: bool, softcap: float | None, vocab_size: int | None
+) -> None:
+    hidden, weight = torch.randn(50, 24), torch.randn(101, 24)
+    b = torch.randn(101) if bias else None
+    tokens = torch.randint(vocab_size or 101, (50,))
+    arguments = (hidden, weight, tokens, b, softcap, 0.5, vocab_size)
+    got = linear_logprob(*arguments)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), reference(*arguments), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 50, 51])
+def test_blocks_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, bias = torch.randn(50, 24), torch.randn(101, 24), torch.randn(101)
+    tokens = torch.randint(101, (50,))
+    whole = linear_logprob(hidden, weight, tokens, bias)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", rows * 4 * 101)
+    blocked = linear_logprob(hidden, weight, tokens, bias)
+    assert blocked.shape == (50,)
+    torch.testing.assert_close(blocked, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_vocabulary_larger_than_a_block_goes_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 16)
+    hidden, weight, tokens = torch.randn(3, 8), torch.randn(64, 8), torch.tensor([0, 63, 5])
+    torch.testing.assert_close(
+        linear_logprob(hidden, weight, tokens).double(),
+        reference(hidden, weight, tokens),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_head_computes_in_its_own_type_and_the_softmax_in_float32(dtype: torch.dtype) -> None:
+    hidden, weight = torch.randn(20, 16).to(dtype), torch.randn(300, 16).to(dtype)
+    tokens = torch.randint(300, (20,))
+    got = linear_logprob(hidden, weight, tokens)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, token_logprob(linear(hidden, weight), tokens))
+
+
+def test_no_rows_give_no_log_probs() -> None:
+    got = linear_logprob(torch.randn(0, 8), torch.randn(30, 8), torch.zeros(0, dtype=torch.int64))
+    assert got.shape == (0,)
+    assert got.dtype == torch.float32

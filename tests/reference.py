@@ -1,0 +1,312 @@
+"""The search, written naively from its definition: the tests' second opinion.
+
+One sequence at a time, whole sequences through the models' own eager forward, no KV cache, no
+batching, plain loops and numpy. Only the noise function is shared with the package, since the
+noise is part of the definition. Everything else here is written apart from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from w2s_fast.kernels.noise import seed_bits, uniform
+from w2s_fast.params import SearchParams
+
+WEIGHT_ONE = 2**40
+
+
+@dataclass
+class ReferenceGuide:
+    """Two models and a weight; the models are put through `forward` below."""
+
+    tuned: PreTrainedModel
+    untuned: PreTrainedModel
+    weight: float = 1.0
+
+
+@dataclass
+class ReferenceHypothesis:
+    """A partial or whole response. ``parent`` is its place among the previous round's kept."""
+
+    token_ids: list[int] = field(default_factory=list)
+    token_scores: list[float] = field(default_factory=list)
+    token_logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    score: float | None = None
+    parent: int | None = None
+
+
+@dataclass
+class ReferenceRound:
+    candidates: list[ReferenceHypothesis]
+    kept: list[int]
+
+
+@dataclass
+class ReferenceResult:
+    hypotheses: list[ReferenceHypothesis]
+    rounds: list[ReferenceRound]
+    prompt_tokens: int
+    completion_tokens: int
+    sampled_tokens: int
+    scored_tokens: int
+    # The smallest difference between a score that was kept and the best one that was not, and
+    # the smallest distance of a draw from the edge of its token's interval: where either is
+    # within rounding error, another implementation may rightly decide otherwise.
+    score_margin: float
+    draw_margin: float
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    """Logits float32 [T, vocab_size] of a whole sequence, padded ids cut off."""
+    assert model.config._attn_implementation == "eager"
+    ids = torch.tensor([list(token_ids)])
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    return logits[:, :vocab_size].float().numpy()
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Of one row, in float32."""
+    shifted = (logits - logits.max()).astype(np.float32)
+    return shifted - np.log(np.exp(shifted).sum(dtype=np.float32))
+
+
+def sampling_weights(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float
+) -> list[int]:
+    """The warped distribution of a row as integers, temperature > 0."""
+    scaled = (logits - logits.max()) / np.float32(temperature)
+    with np.errstate(under="ignore"):
+        weights = [int(math.floor(float(e) * WEIGHT_ONE)) for e in np.exp(scaled)]
+    if top_k > 0:
+        kth = sorted(logits.tolist(), reverse=True)[min(top_k, len(logits)) - 1]
+        weights = [w if x >= kth else 0 for w, x in zip(weights, logits.tolist(), strict=True)]
+    if top_p < 1:
+        total = sum(weights)
+        for threshold in sorted({w for w in weights if w > 0}, reverse=True):
+            if sum(w for w in weights if w >= threshold) >= top_p * total:
+                weights = [w if w >= threshold else 0 for w in weights]
+                break
+    largest = max(weights)
+    return [w if w >= min_p * largest else 0 for w in weights]
+
+
+def sample_with_margin(
+    logits: np.ndarray,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    candidate: int,
+    position: int,
+) -> tuple[int, float]:
+    """The token of a row, and how far the draw was from another token, as a probability."""
+    logits = logits.astype(np.float32)
+    if temperature == 0:
+        ordered = np.sort(logits)[::-1]
+        gap = float(ordered[0] - ordered[1]) if len(ordered) > 1 else math.inf
+        return int(logits.argmax()), gap
+    weights = sampling_weights(logits, temperature, top_k, top_p, min_p)
+    total = sum(weights)
+    keys = (torch.tensor([x]) for x in (seed_bits(seed), candidate, position))
+    target = int(uniform(*keys).item() * total)
+    running = 0
+    for token, weight in enumerate(weights):
+        if running <= target < running + weight:
+            return token, min(target - running, running + weight - target) / total
+        running += weight
+    raise AssertionError("the draw lies outside of the distribution")
+
+
+def sample_token(
+    logits: np.ndarray,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    candidate: int,
+    position: int,
+) -> int:
+    """The token of a row: the first whose running weight exceeds floor(u * total)."""
+    return sample_with_margin(
+        logits,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        candidate=candidate,
+        position=position,
+    )[0]
+
+
+class Reference:
+    """One base and its guides; `search` answers one request."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        guides: Sequence[ReferenceGuide],
+        *,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        self.base = base
+        self.guides = list(guides)
+        self.vocab_size = vocab_size
+        self.eos_token_ids = list(eos_token_ids)
+        self._logprobs: dict[tuple[int, tuple[int, ...]], float] = {}
+        self._logits: dict[tuple[int, ...], np.ndarray] = {}
+
+    def next_logits(self, token_ids: list[int]) -> np.ndarray:
+        """The base's logits after a sequence. The same sequence is computed once."""
+        key = tuple(token_ids)
+        if key not in self._logits:
+            self._logits[key] = forward(self.base, token_ids, self.vocab_size)[-1]
+        return self._logits[key]
+
+    def token_scores(self, prompt: list[int], response: list[int]) -> list[float]:
+        """Each response token's part of the score: sum_g weight_g * (lp_tuned - lp_untuned)."""
+        scores = [0.0] * len(response)
+        sequence = prompt + response
+        for guide in self.guides:
+            tuned = forward(guide.tuned, sequence, self.vocab_size)
+            untuned = forward(guide.untuned, sequence, self.vocab_size)
+            for t, token in enumerate(response):
+                row = len(prompt) + t - 1  # the logits that predict this token
+                ratio = float(log_softmax(tuned[row])[token] - log_softmax(untuned[row])[token])
+                scores[t] += guide.weight * ratio
+        return scores
+
+    def search(self, prompt: list[int], params: SearchParams) -> ReferenceResult:
+        p = params
+        if p.method == "cbs":
+            width, first = p.beam_width, p.beam_width * p.successors
+            chunk = p.chunk_length or p.max_new_tokens
+            scored = first > 1
+        elif p.method == "bon":
+            width, first, chunk, scored = p.n, p.successors, p.max_new_tokens, True
+        else:
+            width, first, chunk, scored = p.n, p.n, p.max_new_tokens, False
+
+        rounds: list[ReferenceRound] = []
+        kept: list[ReferenceHypothesis] = []
+        sampled_tokens = 0
+        score_margin, draw_margin = math.inf, math.inf
+        while not kept or any(h.finish_reason is None for h in kept):
+            # Expand. Each entry is a parent and whether it is to be continued.
+            if not rounds:
+                origins = [(None, ReferenceHypothesis())] * first
+            else:
+                origins = []
+                for place, hypothesis in enumerate(kept):
+                    held = hypothesis.finish_reason is not None and p.finished == "hold"
+                    origins += [(place, hypothesis)] * (1 if held else p.successors)
+            candidates = []
+            for index, (place, origin) in enumerate(origins):
+                child, margin = self._extend(prompt, origin, p, index, chunk)
+                child.parent = place
+                sampled_tokens += len(child.token_ids) - len(origin.token_ids)
+                draw_margin = min(draw_margin, margin)
+                candidates.append(child)
+
+            # Score.
+            if scored:
+                seen: dict[tuple[int, ...], list[float]] = {}
+                for child in candidates:
+                    key = tuple(child.token_ids)
+                    if key not in seen:
+                        seen[key] = self.token_scores(prompt, child.token_ids)
+                    child.token_scores = seen[key]
+                    child.score = math.fsum(seen[key])
+                    if p.score == "mean":
+                        child.score /= len(child.token_ids)
+
+            # Select.
+            eligible = list(range(len(candidates)))
+            if p.dedup and scored:
+                texts = [c.token_ids for c in candidates]
+                eligible = [i for i in eligible if texts[i] not in texts[:i]]
+            if scored:
+                eligible.sort(key=lambda i: (-_score(candidates[i]), i))
+                score_margin = min(score_margin, _margin(candidates, eligible, width))
+            chosen = eligible[:width]
+            rounds.append(ReferenceRound(candidates, chosen))
+            kept = [candidates[i] for i in chosen]
+
+        hypotheses = kept[: p.n]
+        return ReferenceResult(
+            hypotheses=hypotheses,
+            rounds=rounds,
+            prompt_tokens=len(prompt),
+            completion_tokens=sum(len(h.token_ids) for h in hypotheses),
+            sampled_tokens=sampled_tokens,
+            scored_tokens=sampled_tokens if scored else 0,
+            score_margin=score_margin,
+            draw_margin=draw_margin,
+        )
+
+    def _extend(
+        self,
+        prompt: list[int],
+        origin: ReferenceHypothesis,
+        p: SearchParams,
+        candidate: int,
+        chunk: int,
+    ) -> tuple[ReferenceHypothesis, float]:
+        tokens, logprobs = list(origin.token_ids), list(origin.token_logprobs)
+        finish, margin = origin.finish_reason, math.inf
+        for _ in range(chunk):
+            if finish is not None:
+                break
+            logits = self.next_logits(prompt + tokens)
+            token, distance = sample_with_margin(
+                logits,
+                temperature=p.temperature,
+                top_k=p.top_k,
+                top_p=p.top_p,
+                min_p=p.min_p,
+                seed=p.seed,
+                candidate=candidate,
+                position=len(tokens),
+            )
+            margin = min(margin, distance)
+            tokens.append(token)
+            logprobs.append(float(log_softmax(logits)[token]))
+            if token in self.eos_token_ids and not p.ignore_eos:
+                finish = "eos"
+            elif token in p.stop_token_ids:
+                finish = "stop"
+            elif len(tokens) == p.max_new_tokens:
+                finish = "length"
+        child = ReferenceHypothesis(
+            token_ids=tokens, token_logprobs=logprobs, finish_reason=finish
+        )
+        return child, margin
+
+
+def _score(candidate: ReferenceHypothesis) -> float:
+    assert candidate.score is not None
+    return candidate.score
+
+
+def _margin(
+    candidates: list[ReferenceHypothesis], ranked: list[int], width: int
+) -> float:
+    """The smallest gap between neighbours in rank down to the first that is not kept."""
+    gaps = [math.inf]
+    for better, worse in zip(ranked[:width], ranked[1:], strict=False):
+        if candidates[better].token_ids != candidates[worse].token_ids:
+            gaps.append(_score(candidates[better]) - _score(candidates[worse]))
+    return min(gaps)

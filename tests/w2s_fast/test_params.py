@@ -1,0 +1,151 @@
+"""SearchParams refuses every bad value by name, and says what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from w2s_fast.errors import InvalidRequest, W2SFastError
+from w2s_fast.params import SearchParams
+
+INTEGER = "an integer >= 1"
+BAD: list[tuple[str, Any, str]] = [
+    *((name, value, INTEGER) for name in ("beam_width", "successors", "max_new_tokens", "n")
+      for value in (0, -1, 1.0, 2.5, "4", None, True, False, math.nan)),
+    *(("chunk_length", value, INTEGER) for value in (0, -5, 1.0, "5", True, math.inf)),
+    *(("top_k", value, "an integer >= 0") for value in (-1, 1.5, "50", None, True)),
+    *(("temperature", value, "a number >= 0")
+      for value in (-0.1, -1, math.nan, math.inf, -math.inf, "0.7", None, True)),
+    *(("top_p", value, "in (0, 1]") for value in (0, 0.0, -0.5, 1.0001, 2, math.nan, "1", None,
+                                                   True)),
+    *(("min_p", value, "in [0, 1]") for value in (-0.1, 1.1, math.nan, "0", None, False)),
+    *(("seed", value, "an integer >= 0") for value in (-1, 2**64, 0.0, "0", None, True)),
+    *(("method", value, "'cbs', 'bon', 'sample'") for value in ("CBS", "greedy", "", None, 1)),
+    *(("finished", value, "'hold', 'replicate'") for value in ("drop", "", None, True)),
+    *(("score", value, "'sum', 'mean'") for value in ("max", "", None, 0)),
+    *((name, value, "True or False") for name in ("ignore_eos", "trace", "dedup")
+      for value in (0, 1, "yes", None)),
+    *(("stop_token_ids", value, "an integer >= 0") for value in ([-1], [1, 2.0], ["a"], [True],
+                                                                 [None])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), BAD, ids=lambda x: repr(x)[:24])
+def test_a_bad_value_is_refused_by_name_with_what_is_allowed(
+    name: str, value: Any, allowed: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        SearchParams(**{name: value})
+    message = str(caught.value)
+    assert name in message
+    shown = value[-1] if name == "stop_token_ids" else value
+    assert repr(shown) in message
+    assert allowed in message
+
+
+@pytest.mark.parametrize("value", ["stop", [""], [1], ["a", None]])
+def test_stop_is_a_sequence_of_strings_and_not_one_string(value: Any) -> None:
+    with pytest.raises(InvalidRequest, match="stop"):
+        SearchParams(stop=value)
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids"])
+@pytest.mark.parametrize("value", [None, 5])
+def test_what_is_not_a_sequence_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=name):
+        SearchParams(**{name: value})
+
+
+@pytest.mark.parametrize("value", [["cbs"], {"a": 1}])
+@pytest.mark.parametrize("name", ["method", "finished", "score"])
+def test_an_unhashable_choice_is_refused_like_any_other(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=name):
+        SearchParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "limit"),
+    [
+        ({"method": "cbs", "beam_width": 2, "n": 3}, "beam_width (2)"),
+        ({"method": "cbs", "beam_width": 2, "successors": 9, "n": 9}, "beam_width (2)"),
+        ({"method": "bon", "successors": 4, "n": 5}, "successors (4)"),
+        ({"method": "bon", "beam_width": 9, "successors": 4, "n": 9}, "successors (4)"),
+    ],
+)
+def test_no_more_hypotheses_can_be_asked_for_than_are_kept(
+    values: dict[str, Any], limit: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        SearchParams(**values)
+    assert f"n is {values['n']}" in str(caught.value)
+    assert limit in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"temperature": 0},
+        {"temperature": 0.0, "top_p": 1e-12},
+        {"top_p": 1, "min_p": 1, "top_k": 0},
+        {"seed": 0},
+        {"seed": 2**64 - 1},
+        {"chunk_length": None},
+        {"chunk_length": 10**9, "max_new_tokens": 1},
+        {"beam_width": 1, "successors": 1},
+        {"method": "sample", "n": 100, "beam_width": 1, "successors": 1},
+        {"method": "bon", "n": 16, "successors": 16, "beam_width": 1},
+        {"stop_token_ids": [1, 2, 3]},
+        {"stop_token_ids": ()},
+        {"stop": []},
+    ],
+    ids=str,
+)
+def test_every_value_at_the_edge_of_what_is_allowed_is_taken(values: dict[str, Any]) -> None:
+    params = SearchParams(**values)
+    for name, value in values.items():
+        got = getattr(params, name)
+        assert got == tuple(value) if name.startswith("stop") else got == value
+
+
+def test_params_cannot_change_once_they_were_checked() -> None:
+    ids = [1, 2]
+    params = SearchParams(stop_token_ids=ids)
+    ids.append(-1)
+    assert params.stop_token_ids == (1, 2)
+    with pytest.raises(AttributeError):
+        params.beam_width = 0  # type: ignore[misc]
+    hash(params)  # a request's parameters can be a key
+
+
+def test_a_refusal_is_also_a_value_error() -> None:
+    with pytest.raises(ValueError, match="beam_width"):
+        SearchParams(beam_width=0)
+    assert issubclass(InvalidRequest, W2SFastError)
+
+
+@pytest.mark.parametrize(
+    ("values", "first", "kept", "per_round", "guided"),
+    [
+        ({}, 16, 4, 5, True),
+        ({"beam_width": 2, "successors": 3, "chunk_length": None}, 6, 2, 50, True),
+        ({"chunk_length": 80}, 16, 4, 50, True),
+        ({"beam_width": 1, "successors": 1}, 1, 1, 5, False),
+        ({"beam_width": 1, "successors": 2}, 2, 1, 5, True),
+        ({"beam_width": 2, "successors": 1}, 2, 2, 5, True),
+        ({"method": "bon", "successors": 16}, 16, 1, 50, True),
+        ({"method": "bon", "successors": 16, "n": 3}, 16, 3, 50, True),
+        ({"method": "sample", "n": 3}, 3, 3, 50, False),
+    ],
+    ids=str,
+)
+def test_the_shape_of_a_round_follows_from_the_method(
+    values: dict[str, Any], first: int, kept: int, per_round: int, guided: bool
+) -> None:
+    params = SearchParams(**values)
+    assert params.first_candidates == first
+    assert params.kept == kept
+    assert params.tokens_per_round == per_round
+    assert params.uses_guides == guided

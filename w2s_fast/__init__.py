@@ -1,0 +1,58 @@
+"""Weak-to-strong search at decoding speed: a large frozen model writes, two small ones steer.
+
+``Engine`` runs the search, ``Guide`` names a pair of small models, ``SearchParams`` holds every
+knob; see ``w2s_fast.errors`` for what can be raised.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if not (Path(__file__).parent / "kernels").is_dir():
+    # In a checkout, installed in place or not, w2s_fast.kernels is the folder kernels/ beside this
+    # one. It is no package by itself (see setup.py), and setuptools' editable finder only serves
+    # folders without __init__.py at the top level.
+    _kernels = ModuleType("w2s_fast.kernels")
+    _kernels.__path__ = [str(Path(__file__).parent.parent / "kernels")]
+    sys.modules[_kernels.__name__] = _kernels
+
+from w2s_fast import errors  # noqa: E402
+from w2s_fast.params import SearchParams  # noqa: E402
+from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage  # noqa: E402
+
+if TYPE_CHECKING:
+    from w2s_fast.engine import Engine
+    from w2s_fast.guide import Guide
+
+try:
+    __version__ = version("w2s-fast")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Engine",
+    "Guide",
+    "Hypothesis",
+    "SearchParams",
+    "SearchResult",
+    "Trace",
+    "Usage",
+    "errors",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch and transformers only when it is asked for."""
+    if name == "Engine":
+        from w2s_fast.engine import Engine
+
+        return Engine
+    if name == "Guide":
+        from w2s_fast.guide import Guide
+
+        return Guide
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

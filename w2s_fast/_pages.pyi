@@ -1,0 +1,54 @@
+"""Types of the compiled module; csrc/page_manager.h says what each operation does.
+
+Every array is one-dimensional unless a shape is given; arguments must be contiguous int32 arrays
+(anything else is a TypeError). All operations raise PageMisuse or OutOfPages and then change nothing.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+
+class PageManager:
+    def __init__(
+        self, num_pages: int, page_size: int, max_slots: int, max_pages_per_slot: int
+    ) -> None: ...
+    def allocate(self, n: int) -> Int32: ...
+    def reserve(self, slots: Int32, tokens: Int32) -> Int32:
+        """Returns page copies, int32 [c, 2]: (source, destination)."""
+    def pages_needed(self, slots: Int32, tokens: Int32) -> int: ...
+    def slot_mapping(self, slots: Int32, tokens: Int32) -> NDArray[np.int64]: ...
+    def extend(self, slots: Int32, tokens: Int32) -> None: ...
+    def fork(self, slots: Int32, counts: Int32) -> tuple[Int32, Int32]:
+        """Returns the children, grouped by parent, and page copies as reserve does."""
+    def truncate(self, slots: Int32, lengths: Int32) -> None: ...
+    def trim(self, slots: Int32) -> None: ...
+    def release(self, slots: Int32) -> None: ...
+    def check(self) -> None:
+        """Walks everything; RuntimeError names the broken rule."""
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def max_slots(self) -> int: ...
+    @property
+    def max_pages_per_slot(self) -> int: ...
+    @property
+    def free_pages(self) -> int: ...
+    @property
+    def used_pages(self) -> int: ...
+    @property
+    def free_slots(self) -> int: ...
+    @property
+    def page_table(self) -> Int32:
+        """Read-only live view [max_slots, max_pages_per_slot]; -1 = no page."""
+    @property
+    def lengths(self) -> Int32:
+        """Read-only live view [max_slots]."""
+    @property
+    def held_pages(self) -> Int32:
+        """Read-only live view [max_slots]: pages held, reserved ones too; -1 = free slot."""
+    @property
+    def reference_counts(self) -> Int32:
+        """Read-only live view [num_pages]."""

@@ -1,0 +1,86 @@
+"""`w2s-fast demo`: the bundled models, steered, measured and shown."""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from w2s_fast.cli.console import note, out_console
+from w2s_fast.cli.models import load_engine, name_models
+
+
+def demo(
+    prompts: Annotated[int, typer.Option(help="How many held-out prompts to steer.", min=2)] = 100,
+    seed: Annotated[int, typer.Option(help="Of the prompts and of the sampling.", min=0)] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="No colour, nothing that moves.")] = False,
+) -> None:
+    """Steer the bundled models over held-out prompts: a table, and one search tree."""
+    console = out_console(plain)
+    ascii_only = plain or console.options.ascii_only
+    start = time.perf_counter()
+    models = name_models(None, [], [], [])
+    engine = load_engine(models, quiet=True)
+
+    from w2s_fast.demo import held_out_prompts
+    from w2s_fast.demo.measure import demo_methods, measure
+    from w2s_fast.demo.show import answers_table, comparison, results_table, search_tree
+    from w2s_fast.load import load_tokenizer
+
+    texts = held_out_prompts(prompts, seed)
+    methods = demo_methods()
+    for method in methods:  # buffers and lazy initialisation are not part of the measurement
+        engine.generate(texts[:1], method.params)
+
+    measurements = []
+    with _progress(console, hidden=plain or not console.is_terminal) as progress:
+        for method in methods:
+            task = progress.add_task(method.name, total=len(texts))
+            measurements.append(
+                measure(engine, method, texts, seed, done=lambda t=task: progress.advance(t))
+            )
+            if plain or not console.is_terminal:
+                note(f"{method.name}: {len(texts)} prompts in {measurements[-1].seconds:.1f} s")
+
+    _, best_of, search = measurements
+    console.print(results_table(measurements, ascii_only))
+    console.print(f"Difference of gold rewards, prompt by prompt: {comparison(search, best_of)}")
+    console.print()
+    console.rule("[bold]one prompt, three answers[/bold]", characters="-" if ascii_only else "─")
+    console.print(answers_table(texts[0], measurements))
+    console.print()
+    console.rule("[bold]how the search got there[/bold]", characters="-" if ascii_only else "─")
+    tokenizer = load_tokenizer(models.base)
+    decode = str if tokenizer is None else tokenizer.decode
+    console.print(search_tree(texts[0], search.results[0], decode, ascii_only))
+    console.print()
+    console.print(_meaning(prompts, seed, time.perf_counter() - start), style="dim")
+
+
+def _progress(console: Console, hidden: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=hidden,
+    )
+
+
+def _meaning(prompts: int, seed: int, seconds: float) -> str:
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return f"""\
+Gold reward: VADER sentiment in [-1, 1], mean over sentences of prompt and answer; it ranked the
+tuned guide's training pairs, the search never sees it. Interval: Student's t over prompts.
+Fluency: mean over prompts of the base's own log-prob per token of the answer, temperature 1.
+Answer tokens are those returned, sampled ones include discarded candidates; both over wall time.
+Reproduce: w2s-fast demo --prompts {prompts} --seed {seed}   ({seconds:.0f} s here in all; \
+torch {torch.__version__}, {device}, {torch.get_num_threads()} threads)"""

@@ -1,0 +1,211 @@
+"""`w2s-fast generate`: one prompt to the terminal, or a JSONL file to a JSONL file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from w2s_fast.cli.batch import run_batch
+from w2s_fast.cli.console import note, note_console, out_console
+from w2s_fast.cli.models import Models, load_engine, name_models
+from w2s_fast.cli.output_file import already_there
+from w2s_fast.jsonl import Request, answer_record, encode_record, fingerprint
+from w2s_fast.params import Finished, Method, ScoreKind, SearchParams
+from w2s_fast.result import SearchResult
+
+DEFAULT = SearchParams()
+
+
+def _chunk_length(text: str) -> int | None:
+    if text.lower() in ("none", "0"):
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: a number of tokens, or none (whole)") from None
+
+
+def _option(*names: str, help: str, panel: str) -> typer.models.OptionInfo:
+    option: typer.models.OptionInfo = typer.Option(*names, help=help, rich_help_panel=panel)
+    return option
+
+
+FILES, MODELS, SEARCH, SAMPLING, MACHINE = "Files", "Models", "Search", "Sampling", "Machine"
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue.")] = None,
+    input: Annotated[
+        Path | None,
+        _option("--input", help="JSONL: prompt, optional id, any search parameter", panel=FILES),
+    ] = None,
+    output: Annotated[
+        Path | None, _option("--output", help="JSONL; default: standard output", panel=FILES)
+    ] = None,
+    resume: Annotated[
+        bool, _option("--resume", help="Go on with an interrupted --output.", panel=FILES)
+    ] = False,
+    retry_errors: Annotated[
+        bool,
+        _option("--retry-errors", help="With --resume: try failed lines again.", panel=FILES),
+    ] = False,
+    json: Annotated[
+        bool, _option("--json", help="Print a JSON record instead of text.", panel=FILES)
+    ] = False,
+    base: Annotated[
+        str | None, _option("--base", help="Path or hub id of the large model.", panel=MODELS)
+    ] = None,
+    tuned: Annotated[
+        list[str] | None,
+        _option("--tuned", help="Small tuned model; repeat for several guides.", panel=MODELS),
+    ] = None,
+    untuned: Annotated[
+        list[str] | None,
+        _option("--untuned", help="The model it was tuned from.", panel=MODELS),
+    ] = None,
+    weight: Annotated[
+        list[float] | None, _option("--weight", help="Factor of a guide's score.", panel=MODELS)
+    ] = None,
+    method: Annotated[
+        Method,
+        _option("--method", help="cbs: chunk-level beam search; bon: best-of-N", panel=SEARCH),
+    ] = DEFAULT.method,
+    beam_width: Annotated[
+        int, _option("--beam-width", help="W: hypotheses kept each round", panel=SEARCH)
+    ] = DEFAULT.beam_width,
+    successors: Annotated[
+        int, _option("--successors", help="K: candidates of each; N of best-of-N", panel=SEARCH)
+    ] = DEFAULT.successors,
+    chunk_length: Annotated[
+        str, _option("--chunk-length", help="L: tokens a round; none or 0: whole", panel=SEARCH)
+    ] = str(DEFAULT.chunk_length),
+    n: Annotated[int, _option("-n", help="Answers to return, best first", panel=SEARCH)] = 1,
+    finished: Annotated[
+        Finished,
+        _option("--finished", help="Hold a finished hypothesis, or replicate it", panel=SEARCH),
+    ] = DEFAULT.finished,
+    dedup: Annotated[
+        bool, _option("--dedup", help="Keep one of equal candidates.", panel=SEARCH)
+    ] = DEFAULT.dedup,
+    score: Annotated[
+        ScoreKind, _option("--score", help="Sum or mean of token scores", panel=SEARCH)
+    ] = DEFAULT.score,
+    trace: Annotated[
+        bool, _option("--trace", help="Show (or write) the search tree.", panel=SEARCH)
+    ] = False,
+    max_new_tokens: Annotated[
+        int, _option("--max-new-tokens", help="Tokens of an answer at most", panel=SAMPLING)
+    ] = DEFAULT.max_new_tokens,
+    temperature: Annotated[
+        float, _option("--temperature", help="0: greedy", panel=SAMPLING)
+    ] = DEFAULT.temperature,
+    top_k: Annotated[int, _option("--top-k", help="0: off", panel=SAMPLING)] = DEFAULT.top_k,
+    top_p: Annotated[float, _option("--top-p", help="1: off", panel=SAMPLING)] = DEFAULT.top_p,
+    min_p: Annotated[float, _option("--min-p", help="0: off", panel=SAMPLING)] = DEFAULT.min_p,
+    seed: Annotated[
+        int, _option("--seed", help="Same request, same seed, same tokens", panel=SAMPLING)
+    ] = DEFAULT.seed,
+    device: Annotated[str, _option("--device", help="auto, cpu, cuda", panel=MACHINE)] = "auto",
+    dtype: Annotated[
+        str, _option("--dtype", help="auto, float32, bfloat16, float16", panel=MACHINE)
+    ] = "auto",
+    kv_cache_tokens: Annotated[
+        int | None,
+        _option("--kv-cache-tokens", help="Size of the KV cache; default: measured", panel=MACHINE),
+    ] = None,
+) -> None:
+    """Steer a model through one prompt, or through a JSONL file of them.
+
+    With no model named, the bundled demo models answer.
+
+    Exit code: 0 all well, 1 some input lines failed, 2 nothing could be run.
+    """
+    _check_usage(prompt, input, output, resume, retry_errors)
+    params = SearchParams(
+        method=method,
+        beam_width=beam_width,
+        successors=successors,
+        chunk_length=_chunk_length(chunk_length),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        n=n,
+        trace=trace,
+        finished=finished,
+        dedup=dedup,
+        score=score,
+    )
+    models = name_models(base, tuned or [], untuned or [], weight or [])
+    if params.uses_guides and not models.guides and input is None:
+        raise typer.BadParameter("steering needs --tuned and --untuned, or --method sample")
+    # Whatever can be refused is refused before models are loaded.
+    if output is not None and output.exists() and not resume:
+        raise already_there(output)
+    if input is not None:
+        input.open("rb").close()
+
+    engine = load_engine(models, device, dtype, kv_cache_tokens)
+    if prompt is None:
+        assert input is not None
+        failed = run_batch(engine, models.identity(), params, input, output, resume, retry_errors)
+        raise typer.Exit(1 if failed else 0)
+    start = time.perf_counter()
+    result = engine.generate([prompt], params)[0]
+    seconds = time.perf_counter() - start
+    if json:
+        print_ = fingerprint(models.identity(), None, prompt, params)
+        record = answer_record(Request(0, print_, None, prompt, params), result)
+        sys.stdout.write(encode_record(record).decode())
+        return
+    _print_answer(prompt, result, models)
+    usage = result.usage
+    note(
+        f"{usage.completion_tokens} tokens in the answer, {usage.sampled_tokens} sampled, "
+        f"{usage.scored_tokens} scored by each guide, {seconds:.2f} s"
+    )
+
+
+def _check_usage(
+    prompt: str | None, input: Path | None, output: Path | None, resume: bool, retry_errors: bool
+) -> None:
+    if (prompt is None) == (input is None):
+        raise typer.BadParameter("give a PROMPT or an --input file, one of the two")
+    if output is not None and input is None:
+        raise typer.BadParameter("--output goes with --input")
+    if resume and output is None:
+        raise typer.BadParameter("--resume goes on with an --output file: name it")
+    if retry_errors and not resume:
+        raise typer.BadParameter("--retry-errors goes with --resume")
+    if prompt is not None and not prompt.isprintable():
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise typer.BadParameter("the prompt is not UTF-8") from None
+
+
+def _print_answer(prompt: str, result: SearchResult, models: Models) -> None:
+    """The answers; in a terminal after their prompt, in a pipe alone."""
+    console = out_console()
+    for rank, hypothesis in enumerate(result.hypotheses, start=1):
+        if len(result.hypotheses) > 1 or note_console().is_terminal:
+            value = "" if hypothesis.score is None else f"score {hypothesis.score:+.2f}, "
+            note(f"{rank}. {value}{hypothesis.finish_reason}")
+        answer = Text(hypothesis.text or "")
+        if console.is_terminal:
+            answer = Text.assemble((prompt, "dim"), answer)
+        console.print(answer, soft_wrap=True)
+    if result.trace is not None:
+        from w2s_fast.demo.show import search_tree
+        from w2s_fast.load import load_tokenizer
+
+        tokenizer = load_tokenizer(models.base)
+        decode = str if tokenizer is None else tokenizer.decode
+        console.print(search_tree(prompt, result, decode, ascii_only=console.options.ascii_only))

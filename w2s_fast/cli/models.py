@@ -1,0 +1,93 @@
+"""Which models a command runs on: those named, or the bundled ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import typer
+
+from w2s_fast.cli.console import note, note_console
+
+if TYPE_CHECKING:
+    from w2s_fast import Engine
+
+
+class GuideNames(NamedTuple):
+    """Paths or hub ids of a guide's two models."""
+
+    tuned: str
+    untuned: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Models:
+    """Paths or hub ids of a base and its guides; `bundled` if the user named none."""
+
+    base: str
+    guides: tuple[GuideNames, ...]
+    bundled: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes these models from others, wherever the package is installed."""
+        weights = [guide.weight for guide in self.guides]
+        if self.bundled:
+            return {"bundled": True, "weights": weights}
+        return {"base": self.base, "guides": [list(guide) for guide in self.guides]}
+
+
+def name_models(
+    base: str | None, tuned: list[str], untuned: list[str], weights: list[float]
+) -> Models:
+    """Checks what the user named against itself; the bundled models if that is nothing.
+
+    Raises:
+        typer.BadParameter: a base without its guides' partners, or the other way round.
+    """
+    if base is None and not tuned and not untuned:
+        return _bundled(weights)
+    if base is None:
+        raise typer.BadParameter("--tuned and --untuned steer a base: name it with --base")
+    if len(tuned) != len(untuned):
+        raise typer.BadParameter("each --tuned needs its --untuned, and the other way round")
+    if weights and len(weights) != len(tuned):
+        raise typer.BadParameter(f"{len(weights)} --weight for {len(tuned)} guides")
+    factors = weights or [1.0] * len(tuned)
+    return Models(base, tuple(map(GuideNames, tuned, untuned, factors)))
+
+
+def _bundled(weights: list[float]) -> Models:
+    from w2s_fast.demo import demo_model_paths
+
+    if len(weights) > 1:
+        raise typer.BadParameter("the bundled models are one guide: give --weight once")
+    paths = demo_model_paths()
+    guide = GuideNames(str(paths.tuned), str(paths.untuned), weights[0] if weights else 1.0)
+    return Models(str(paths.base), (guide,), bundled=True)
+
+
+def load_engine(
+    models: Models,
+    device: str = "auto",
+    dtype: str = "auto",
+    kv_cache_tokens: int | None = None,
+    quiet: bool = False,
+) -> Engine:
+    """Loads the models, saying on standard error when they are the bundled ones."""
+    if models.bundled and not quiet:
+        note("no model named: using the bundled demo models (film, book and restaurant reviews)")
+    with note_console().status("loading models"):
+        from transformers.utils import logging
+
+        from w2s_fast import Engine, Guide
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        return Engine(
+            base=models.base,
+            guides=[Guide(*names) for names in models.guides] or None,
+            device=device,
+            dtype=dtype,
+            kv_cache_tokens=kv_cache_tokens,
+        )

@@ -1,0 +1,363 @@
+"""Engine: requests in, results out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from w2s_fast.errors import InvalidRequest, MismatchedVocabulary, OutOfPages, W2SFastError
+from w2s_fast.guide import Guide, PagedGuide
+from w2s_fast.load import ModelSource, load_model, load_tokenizer, pick_device
+from w2s_fast.memory import kv_tokens_that_fit
+from w2s_fast.model import PagedModel
+from w2s_fast.params import SearchParams
+from w2s_fast.prompt import Prompt, PromptEncoder, decode_response
+from w2s_fast.request import Beam, Request
+from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
+from w2s_fast.scheduler import Scheduler
+from w2s_fast.search import Search
+from w2s_fast.vocabulary import check_same_vocabulary, eos_token_ids, tokenizer_size
+
+_MAX_SLOTS = 4096
+_READ_AHEAD = 64  # requests taken from the caller's iterable before there is room for them
+
+
+class Engine:
+    """Weak-to-strong search over one base model and its guides.
+
+    Example::
+
+        engine = Engine(base="gpt2-xl", guides=Guide(tuned="gpt2-imdb", untuned="gpt2"))
+        results = engine.generate(["The film begins"], SearchParams(beam_width=4, successors=4))
+        print(results[0].text, results[0].score)
+
+    Args:
+        base: path, hub id, or a loaded model, which stays usable by itself.
+        guides: a guide, several whose scores are added, or None (then only ``"sample"`` runs).
+        tokenizer: the base's, where it does not lie with the model.
+        device: ``"auto"``, or anything torch accepts.
+        dtype: of weights and KV; ``"auto"`` is float32 on a CPU, the checkpoint's own elsewhere.
+        kv_cache_tokens: room for tokens in each model; None measures the free memory.
+        page_size: tokens in a page.
+        max_rows: candidates decoded in one step over all requests; one request may have more.
+        prompt_template: text around every plain prompt of the base, ``{prompt}`` in it; guides
+            have their own.
+
+    Raises:
+        UnsupportedModel: a model cannot be loaded or served.
+        MismatchedVocabulary: a guide does not share the base's vocabulary.
+        InvalidRequest: an argument is not allowed.
+    """
+
+    def __init__(
+        self,
+        base: ModelSource,
+        guides: Guide | Sequence[Guide] | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        kv_cache_tokens: int | None = None,
+        page_size: int = 16,
+        max_rows: int = 256,
+        prompt_template: str | None = None,
+    ) -> None:
+        for name, value in (("page_size", page_size), ("max_rows", max_rows)):
+            _check_positive(name, value)
+        if kv_cache_tokens is not None:
+            _check_positive("kv_cache_tokens", kv_cache_tokens)
+        guides = [guides] if isinstance(guides, Guide) else list(guides or ())
+        where = pick_device(device)
+        loaded: dict[Any, PreTrainedModel] = {}
+
+        def load(source: ModelSource) -> PreTrainedModel:
+            key = id(source) if isinstance(source, PreTrainedModel) else str(source)
+            if key not in loaded:
+                loaded[key] = load_model(source, where, dtype)
+            return loaded[key]
+
+        base_model = load(base)
+        pairs = [(load(guide.tuned), load(guide.untuned)) for guide in guides]
+        models = [base_model, *(model for pair in pairs for model in pair)]
+        tokens = kv_cache_tokens or kv_tokens_that_fit(models, _useful_tokens(base_model, max_rows))
+
+        def page(model: PreTrainedModel, name: str) -> PagedModel:
+            return PagedModel(
+                model,
+                name,
+                kv_cache_tokens=tokens,
+                page_size=page_size,
+                max_slots=_MAX_SLOTS,
+            )
+
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(base)
+        self.base = page(base_model, _name("base", base))
+        paged = [
+            (
+                page(tuned, _name(f"tuned{_number(g, guides)}", guide.tuned)),
+                page(untuned, _name(f"untuned{_number(g, guides)}", guide.untuned)),
+            )
+            for g, (guide, (tuned, untuned)) in enumerate(zip(guides, pairs))
+        ]
+        vocab_size = self._shared_vocabulary(guides, paged)
+        self.eos_token_ids = eos_token_ids(base_model, self.tokenizer)
+        self.guides = [
+            PagedGuide(tuned, untuned, guide.weight, vocab_size)
+            for guide, (tuned, untuned) in zip(guides, paged)
+        ]
+        self._encoder = self._prompt_encoder(self.base, prompt_template, vocab_size)
+        self._guide_encoders = [
+            self._prompt_encoder(tuned, guide.prompt_template, vocab_size)
+            for guide, (tuned, _) in zip(guides, paged)
+        ]
+        self._search = Search(self.base, self.guides, vocab_size, self.eos_token_ids)
+        self._scheduler = Scheduler(self.base, paged, max_rows)
+
+    def generate(
+        self,
+        prompts: Iterable[Prompt] | str,
+        params: SearchParams | Iterable[SearchParams] | None = None,
+        *,
+        on_error: Literal["raise", "return"] = "raise",
+    ) -> list[SearchResult]:
+        """Search a response for every prompt.
+
+        Args:
+            prompts: each a string, a list of token ids, or a list of chat messages.
+            params: one for all prompts, or one for each.
+            on_error: a failed request never stops the others. ``"raise"``: the first error is
+                raised once all are done, with all results in its ``results``; ``"return"``: a
+                failed request's result carries its ``error``.
+
+        Returns:
+            One result for each prompt, in their order.
+
+        Raises:
+            InvalidRequest: a prompt or its parameters are not allowed.
+            NumericalError: a model produced NaN or infinity.
+        """
+        found = dict(self.as_completed(prompts, params))
+        results = [found[i] for i in range(len(found))]
+        error = next((r.error for r in results if r.error is not None), None)
+        if error is not None and on_error == "raise":
+            error.results = results
+            raise error
+        return results
+
+    def as_completed(
+        self,
+        prompts: Iterable[Prompt] | str,
+        params: SearchParams | Iterable[SearchParams] | None = None,
+    ) -> Iterator[tuple[int, SearchResult]]:
+        """Like :meth:`generate`, but yields (index of the prompt, result) as results come.
+
+        ``prompts`` is read as room becomes free, so it may be longer than memory. A failed
+        request's result carries its ``error``.
+        """
+        source = enumerate(_pair(prompts, params))
+        waiting: deque[Request] = deque()
+        running: list[Request] = []
+        try:
+            while True:
+                for index, (prompt, own) in source:
+                    try:
+                        waiting.append(self._request(index, prompt, own))
+                    except W2SFastError as error:
+                        yield index, _failed(error)
+                    if len(waiting) >= _READ_AHEAD:
+                        break
+                while waiting and self._scheduler.admit(waiting[0]):
+                    running.append(waiting.popleft())
+                if not running:
+                    if waiting:
+                        raise OutOfPages("another iteration over this engine holds all its pages")
+                    return
+                self._search.step(running)
+                ended = [request for request in running if request.done]
+                running = [request for request in running if not request.done]
+                for request in ended:
+                    self._scheduler.leave(request)
+                for request in ended:
+                    yield request.index, self._result(request)
+        finally:
+            for request in running:
+                self._search.abort(request)
+                self._scheduler.leave(request)
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str | Sequence[int]]
+    ) -> list[float]:
+        """The guides' score of given responses, in nats.
+
+        A response of token ids is scored as it is. A text is tokenised behind its prompt: it
+        begins after the longest common prefix of the tokens of prompt and prompt + text. No EOS
+        is added.
+
+        Raises:
+            InvalidRequest: no guides, lists of different lengths, or an empty response.
+        """
+        if not self.guides:
+            raise InvalidRequest("the engine has no guides, so it cannot score")
+        if len(prompts) != len(responses):
+            raise InvalidRequest(f"{len(prompts)} prompts, but {len(responses)} responses")
+        return [self._score(prompt, text) for prompt, text in zip(prompts, responses)]
+
+    def _score(self, prompt: Prompt, response: str | Sequence[int]) -> float:
+        total = 0.0
+        for guide, encoder in zip(self.guides, self._guide_encoders):
+            before, after = encoder.encode_with_response(prompt, response)
+            _check_length(guide.models, len(before), len(after))
+            slots = guide.prefill([before])
+            try:
+                tuned, untuned = guide.append(slots, before[-1:], [after])
+            finally:
+                guide.release(slots)
+            total += guide.weight * float((tuned.double() - untuned.double()).sum())
+        return total
+
+    def _request(self, index: int, prompt: Prompt, params: SearchParams) -> Request:
+        """Check and encode one prompt. InvalidRequest, and nothing is held."""
+        if not isinstance(params, SearchParams):
+            raise InvalidRequest(f"params is {type(params).__name__}; allowed: SearchParams")
+        if params.uses_guides and not self.guides:
+            raise InvalidRequest(f"method {params.method!r} needs guides; the engine has none")
+        ids = self._encoder.encode(prompt)
+        _check_length([self.base], len(ids), params.max_new_tokens)
+        guide_ids = []
+        if params.uses_guides:
+            for encoder, guide in zip(self._guide_encoders, self.guides):
+                guide_ids.append(encoder.encode(prompt))
+                _check_length(guide.models, len(guide_ids[-1]), params.max_new_tokens)
+        for token in params.stop_token_ids:
+            if token >= self._search.vocab_size:
+                raise InvalidRequest(
+                    f"stop_token_ids holds {token}; allowed: below {self._search.vocab_size}"
+                )
+        request = Request(index, ids, guide_ids, params)
+        self._scheduler.check(request)
+        return request
+
+    def _result(self, request: Request) -> SearchResult:
+        if request.error is not None:
+            return _failed(request.error, request)
+        beams = request.beams[: request.params.n]
+        hypotheses = [self._hypothesis(request, beam) for beam in beams]
+        trace = Trace(request.rounds) if request.params.trace else None
+        return SearchResult(hypotheses, _usage(request, beams), trace)
+
+    def _hypothesis(self, request: Request, beam: Beam) -> Hypothesis:
+        assert beam.finish_reason is not None
+        text = None
+        if self.tokenizer is not None:
+            shown = beam.tokens if beam.finish_reason == "length" else beam.tokens[:-1]
+            text = decode_response(self.tokenizer, request.prompt, shown)
+        return Hypothesis(
+            text,
+            beam.tokens,
+            request.score_of(beam),
+            beam.finish_reason,
+            beam.token_scores,
+            beam.logprobs,
+        )
+
+    def _shared_vocabulary(
+        self, guides: Sequence[Guide], paged: Sequence[tuple[PagedModel, PagedModel]]
+    ) -> int:
+        """The size of the vocabulary that all models share. MismatchedVocabulary if they do not."""
+        sources = [s for guide in guides for s in (guide.tuned, guide.untuned)]
+        models = [model for pair in paged for model in pair]
+        size = self.base.vocab_size
+        if self.tokenizer is not None:
+            size = min(size, tokenizer_size(self.tokenizer))
+            for source, model in zip(sources, models):
+                own = load_tokenizer(source)
+                if own is not None:
+                    check_same_vocabulary(self.tokenizer, own, model.name)
+                if model.vocab_size < size:
+                    raise MismatchedVocabulary(
+                        f"{model.name} has logits for {model.vocab_size} tokens, but the base's "
+                        f"vocabulary has {size}"
+                    )
+        return min([size, *(model.vocab_size for model in models)])
+
+    def _prompt_encoder(
+        self, model: PagedModel, template: str | None, vocab_size: int
+    ) -> PromptEncoder:
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if self.tokenizer is None:
+            bos = getattr(model.model.config.get_text_config(), "bos_token_id", None)
+        if bos is not None and not 0 <= bos < vocab_size:
+            bos = None
+        return PromptEncoder(
+            model.name, self.tokenizer, template, vocab_size=vocab_size, bos_token_id=bos
+        )
+
+
+def _pair(
+    prompts: Iterable[Prompt] | str, params: SearchParams | Iterable[SearchParams] | None
+) -> Iterator[tuple[Prompt, SearchParams]]:
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if params is None:
+        params = SearchParams()
+    if isinstance(params, SearchParams):
+        return zip(prompts, repeat(params))
+    return zip_strict(prompts, params)
+
+
+def zip_strict(
+    prompts: Iterable[Prompt], params: Iterable[SearchParams]
+) -> Iterator[tuple[Prompt, SearchParams]]:
+    """zip, and InvalidRequest where one of the two is shorter."""
+    try:
+        yield from zip(prompts, params, strict=True)
+    except ValueError as error:
+        raise InvalidRequest("params must be one, or as many as there are prompts") from error
+
+
+def _check_length(models: Sequence[PagedModel], prompt: int, new: int) -> None:
+    for model in models:
+        limit = model.max_positions
+        if limit is not None and prompt + new > limit:
+            raise InvalidRequest(
+                f"the prompt has {prompt} tokens for {model.name}, and {new} new ones may follow; "
+                f"allowed: {limit} together"
+            )
+
+
+def _usage(request: Request, beams: Sequence[Beam]) -> Usage:
+    return Usage(
+        prompt_tokens=len(request.prompt),
+        completion_tokens=sum(len(beam.tokens) for beam in beams),
+        sampled_tokens=request.sampled_tokens,
+        scored_tokens=request.scored_tokens,
+    )
+
+
+def _failed(error: W2SFastError, request: Request | None = None) -> SearchResult:
+    usage = Usage(0, 0, 0, 0) if request is None else _usage(request, [])
+    return SearchResult([], usage, None, error)
+
+
+def _useful_tokens(base: PreTrainedModel, max_rows: int) -> int:
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 32768
+    return int(max_rows * longest)
+
+
+def _name(role: str, source: ModelSource) -> str:
+    return role if isinstance(source, PreTrainedModel) else f"{role} ({source})"
+
+
+def _number(g: int, guides: Sequence[Guide]) -> str:
+    return f" {g}" if len(guides) > 1 else ""
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise InvalidRequest(f"{name} is {value!r}; allowed: an integer >= 1")

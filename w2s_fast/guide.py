@@ -1,0 +1,107 @@
+"""Guides: a pair of small models whose log-probability difference says what is better.
+
+:class:`Guide` is what a caller writes; :class:`PagedGuide` is what runs. Each of its two models
+keeps its KV one token behind the text: the log-prob of a chunk's first token needs the hidden
+state of the token before it, so a chunk of L tokens costs exactly L forwarded tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from w2s_fast.load import ModelSource
+from w2s_fast.model import PagedModel
+from w2s_fast.pages import Int32Array
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A tuned small model and its untuned starting point (path, hub id or loaded model).
+
+    Args:
+        tuned: the model that prefers what is wanted.
+        untuned: the model it was tuned from; same vocabulary.
+        weight: factor of its score; guides' scores are added.
+        prompt_template: text around every plain prompt of this guide, ``{prompt}`` in it.
+    """
+
+    tuned: ModelSource
+    untuned: ModelSource
+    weight: float = 1.0
+    prompt_template: str | None = None
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probs of the same T tokens under both models of a guide, float32 [T] each."""
+
+    tuned: Tensor
+    untuned: Tensor
+
+
+class PagedGuide:
+    """A guide at work: its two models, each over its own pages.
+
+    Sequences are named by slots of shape int32 [2, S]: row 0 in the tuned model's pool, row 1 in
+    the untuned one's.
+    """
+
+    def __init__(
+        self, tuned: PagedModel, untuned: PagedModel, weight: float, vocab_size: int
+    ) -> None:
+        """``vocab_size``: ids from here on are padding, outside of both softmaxes."""
+        self.models = (tuned, untuned)
+        self.weight = weight
+        self.vocab_size = vocab_size
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Int32Array:
+        """New slots int32 [2, S] that hold all but the last token of each prompt (>= 1 token)."""
+        slots = np.stack([model.pool.allocate(len(prompts)) for model in self.models])
+        rows = [i for i, prompt in enumerate(prompts) if len(prompt) > 1]
+        if rows:
+            counts = [len(prompts[i]) - 1 for i in rows]
+            tokens = self._tensor([token for i in rows for token in prompts[i][:-1]])
+            for model, own in zip(self.models, slots):
+                model.forward(own[rows], tokens, counts)
+        return slots
+
+    def append(
+        self, slots: Int32Array, before: Sequence[int], chunks: Sequence[Sequence[int]]
+    ) -> TokenLogprobs:
+        """Score new tokens, and append all but the last of each chunk to the KV.
+
+        Args:
+            slots: int32 [2, S].
+            before: S tokens, each the last one before its chunk (not in the KV yet).
+            chunks: S chunks of at least one token.
+
+        Returns:
+            The log-probs of the chunks' tokens, one chunk after the other.
+        """
+        targets = self._tensor([token for chunk in chunks for token in chunk])
+        inputs = self._tensor(
+            [t for last, chunk in zip(before, chunks) for t in (last, *chunk[:-1])]
+        )
+        counts = [len(chunk) for chunk in chunks]
+        logprobs = [
+            model.token_logprobs(model.forward(own, inputs, counts), targets, self.vocab_size)
+            for model, own in zip(self.models, slots)
+        ]
+        return TokenLogprobs(*logprobs)
+
+    def fork(self, slots: Int32Array, counts: Sequence[int]) -> Int32Array:
+        """``counts[i]`` new slots with the tokens of ``slots[:, i]``: int32 [2, sum(counts)]."""
+        return np.stack([m.pool.fork(own, counts) for m, own in zip(self.models, slots)])
+
+    def release(self, slots: Int32Array) -> None:
+        """Give slots int32 [2, S] back."""
+        for model, own in zip(self.models, slots):
+            model.pool.release(own)
+
+    def _tensor(self, tokens: list[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.int64, device=self.models[0].device)

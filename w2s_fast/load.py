@@ -1,0 +1,118 @@
+"""From a path, a hub id or a loaded model to a model and a tokenizer that can be served."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from w2s_fast.errors import InvalidRequest, UnsupportedModel
+
+ModelSource: TypeAlias = str | os.PathLike[str] | PreTrainedModel
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """``"auto"`` is a GPU if torch sees one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidRequest(f"device {device!r} cannot be used: {error}") from error
+    return picked
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The dtype of weights and KV. ``"auto"``: float32 on a CPU, else None, the checkpoint's own.
+
+    Half precision on a CPU is slower than float32 wherever the CPU has no instructions for it.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else None
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InvalidRequest(
+            f"dtype is {dtype!r}; allowed: auto, float32, float16, bfloat16, float64"
+        )
+    return found
+
+
+def load_model(
+    source: ModelSource, device: torch.device, dtype: str | torch.dtype
+) -> PreTrainedModel:
+    """The model, in eval mode, on ``device``.
+
+    A loaded model keeps its own dtype for ``"auto"``; it is moved in place where it must be.
+
+    Raises:
+        UnsupportedModel: the folder or id cannot be read as a causal language model.
+    """
+    if isinstance(source, PreTrainedModel):
+        wanted = None if dtype == "auto" else pick_dtype(dtype, device)
+        if source.device != device or (wanted is not None and source.dtype != wanted):
+            source.to(device=device, dtype=wanted)  # type: ignore[arg-type]
+        return source.eval()
+    name = os.fspath(source)
+    options: dict[str, Any] = {"dtype": pick_dtype(dtype, device) or "auto"}
+    _check_path(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModel(f"model {name!r}: encoder-decoder models cannot be served")
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # transformers raises nearly anything for a broken folder
+        raise UnsupportedModel(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies with the model; None where there is none.
+
+    Raises:
+        UnsupportedModel: there are tokenizer files, but they cannot be read.
+    """
+    name = source.name_or_path if isinstance(source, PreTrainedModel) else os.fspath(source)
+    if not name or (isinstance(source, PreTrainedModel) and not os.path.isdir(name)):
+        return None  # a loaded model without a folder: ask nobody's network for a tokenizer
+    if os.path.isdir(name) and not _has_tokenizer(Path(name)):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise UnsupportedModel(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+    return tokenizer
+
+
+def _check_path(name: str) -> None:
+    if not name:
+        raise UnsupportedModel("a model's path or hub id is empty")
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise UnsupportedModel(f"model {name!r}: there is no such folder")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UnsupportedModel(f"model {name!r}: the folder holds no config.json")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    return any((folder / name).is_file() for name in names)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

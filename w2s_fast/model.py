@@ -1,0 +1,323 @@
+"""PagedModel: one Hugging Face causal LM whose keys and values live in one PagePool.
+
+The model runs its own transformers code; only its attention is served from pages, through
+transformers' AttentionInterface. A model is probed when it is taken on: once to learn the shape
+of its keys and values, once to see that it computes from pages what it computes by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from w2s_fast.attention import ATTENTION_NAME, AttentionPlan, Attends, dense_attention
+from w2s_fast.errors import UnsupportedModel
+from w2s_fast.kernels.linear_logprob import linear_logprob
+from w2s_fast.kernels.token_logprob import token_logprob
+from w2s_fast.pages import Ints, PagePool
+
+_PROBE_TOKENS = 6
+# Largest difference between paged and eager logits, as a share of the largest logit, that is
+# still rounding: float32 sums differ by their order, half precision by its spacing.
+_PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_PROBE_TOLERANCE_HALF = 0.1
+
+
+class KVShape(NamedTuple):
+    """Keys and values of one token: 2 * layers * heads * dim numbers."""
+
+    layers: int
+    heads: int
+    dim: int
+
+
+class PagedModel:
+    """One model over one pool of pages.
+
+    Attributes:
+        name: what errors call it, for example ``"base"`` or ``"tuned guide"``.
+        pool: its pages; slots are allocated, forked and released there.
+        vocab_size: width of its logits, padding included.
+        max_positions: tokens a sequence can have; None if the model sets no limit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str = "base",
+        *,
+        kv_cache_tokens: int = 65536,
+        page_size: int = 16,
+        max_slots: int = 1024,
+    ) -> None:
+        """Take the model on, with room for ``kv_cache_tokens`` tokens in ``max_slots`` sequences.
+
+        The model object is left as it is: its attention is switched only while it runs here.
+
+        Raises:
+            UnsupportedModel: the model cannot be served from pages; says which, and why.
+        """
+        self.model = model.eval()
+        self.name = name
+        self.max_positions: int | None = getattr(
+            model.config.get_text_config(), "max_position_embeddings", None
+        )
+        shape = kv_shape(model, name)
+        self.head = _Head(model, name)
+        longest = min(self.max_positions or kv_cache_tokens, kv_cache_tokens)
+        self.pool = PagePool(
+            layers=shape.layers,
+            num_kv_heads=shape.heads,
+            head_dim=shape.dim,
+            num_pages=-(-kv_cache_tokens // page_size),
+            page_size=page_size,
+            max_slots=max_slots,
+            max_tokens_per_slot=longest,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self.vocab_size = self._compare_with_eager()
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.device
+
+    @torch.inference_mode()
+    def forward(self, slots: Ints, tokens: Tensor, counts: Ints) -> Tensor:
+        """Append ``counts[i]`` tokens to ``slots[i]``, all in one pass.
+
+        Args:
+            slots: S slots of the pool, each once.
+            tokens: int64 [T], the sequences' new tokens one after the other.
+            counts: S numbers >= 1 that sum to T.
+
+        Returns:
+            Last hidden states [T, D], in the model's dtype.
+
+        Raises:
+            OutOfPages: nothing was appended.
+        """
+        self.pool.reserve(slots, counts)
+        plan = AttentionPlan.make(self.pool, slots, counts)
+        hidden = _run(self.model, tokens, plan.positions, plan)
+        self.pool.extend(slots, counts)
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [N, D] -> logits [N, V], as the model defines them."""
+        return self.head.logits(hidden)
+
+    @torch.inference_mode()
+    def token_logprobs(
+        self, hidden: Tensor, tokens: Tensor, vocab_size: int | None = None
+    ) -> Tensor:
+        """log p(tokens[i] | hidden[i]), float32 [N]; ids from ``vocab_size`` on are padding."""
+        return self.head.token_logprobs(hidden, tokens, vocab_size)
+
+    def _compare_with_eager(self) -> int:
+        """Two sequences side by side, in two passes, against the model's own eager forward."""
+        ids = _probe_ids(self.model, 2 * _PROBE_TOKENS)
+        halves = (ids[:_PROBE_TOKENS], ids[_PROBE_TOKENS:].flip(0)[:-1])
+        eager = [_eager_logits(self.model, half, self.name) for half in halves]
+        slots = self.pool.allocate(2)
+        cut = [4, 2]
+        passes = [
+            self.forward(slots, torch.cat([h[:c] for h, c in zip(halves, cut)]), cut),
+            self.forward(
+                slots,
+                torch.cat([h[c:] for h, c in zip(halves, cut)]),
+                [len(h) - c for h, c in zip(halves, cut)],
+            ),
+        ]
+        self.pool.release(slots)
+        first, second = (self.logits(p) for p in passes)
+        rest = len(halves[0]) - cut[0]
+        paged = [
+            torch.cat([first[: cut[0]], second[:rest]]),
+            torch.cat([first[cut[0] :], second[rest:]]),
+        ]
+        tolerance = _PROBE_TOLERANCE.get(self.model.dtype, _PROBE_TOLERANCE_HALF)
+        for ours, theirs in zip(paged, eager):
+            room = tolerance * float(theirs.nan_to_num().abs().max()) + 1e-6
+            if ours.shape != theirs.shape or not torch.allclose(
+                ours.float(), theirs.float(), rtol=0.0, atol=room, equal_nan=True
+            ):
+                raise _refuse(
+                    self.model,
+                    self.name,
+                    "its logits from pages differ from its own eager forward",
+                )
+        return int(eager[0].shape[-1])
+
+
+class _Head:
+    """From last hidden states to logits: the model's LM head, and the scaling some models add."""
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        module = model.get_output_embeddings()
+        if module is None:
+            raise _refuse(model, name, "it has no LM head")
+        config = model.config.get_text_config()
+        self.module: nn.Module = module
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        # Cohere multiplies its logits, Granite divides them.
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0)
+        self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.module(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def token_logprobs(self, hidden: Tensor, tokens: Tensor, vocab_size: int | None) -> Tensor:
+        if type(self.module) is nn.Linear:
+            return linear_logprob(
+                hidden,
+                self.module.weight,
+                tokens,
+                self.module.bias,
+                softcap=self.softcap,
+                scale=self.scale,
+                vocab_size=vocab_size,
+            )
+        # A quantised head computes its own product: a few rows at a time.
+        blocks = [
+            token_logprob(self.logits(h), t, vocab_size=vocab_size)
+            for h, t in zip(hidden.split(64), tokens.split(64))
+        ]
+        return torch.cat(blocks) if blocks else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def kv_shape(model: PreTrainedModel, name: str = "base") -> KVShape:
+    """Layers, heads and head size of the model's keys and values, seen in a run of a few tokens.
+
+    Raises:
+        UnsupportedModel: attention cannot be served from pages; says why.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise _refuse(model, name, "it is an encoder-decoder model")
+    _check_attention_interface(model, name)
+    probe = _Probe()
+    ids = _probe_ids(model, _PROBE_TOKENS)
+    try:
+        _run(model, ids, torch.arange(len(ids), device=ids.device), probe)
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        raise _refuse(model, name, f"a probe of its attention failed: {error}") from error
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", len(probe.shapes))
+    if not probe.shapes:
+        raise _refuse(model, name, "its class does not call transformers' attention interface")
+    if sorted(probe.shapes) != list(range(layers)) or probe.calls != layers:
+        raise _refuse(
+            model,
+            name,
+            f"{probe.calls} attention calls in {layers} layers: "
+            "a layer that is not attention keeps state that pages do not hold",
+        )
+    if len(set(probe.shapes.values())) != 1:
+        raise _refuse(model, name, "its layers have keys of different shapes")
+    heads, dim = probe.shapes[0]
+    return KVShape(layers, heads, dim)
+
+
+class _Probe:
+    """Stands in for a plan: attends within one short sequence and notes what it was given."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, tuple[int, int]] = {}
+        self.calls = 0
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        if key.shape != value.shape:
+            raise ValueError(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ")
+        self.calls += 1
+        self.shapes[layer] = (key.shape[1], key.shape[2])
+        causal = torch.ones(len(query), len(query), dtype=torch.bool, device=query.device).tril()
+        return dense_attention(
+            query[None], key[None], value[None], causal[None],
+            scale=scale, softcap=softcap, sinks=sinks,
+        )[0]  # fmt: skip
+
+
+def _check_attention_interface(model: PreTrainedModel, name: str) -> None:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION_NAME)  # only warns where the class does not allow it
+    switched = model.config._attn_implementation == ATTENTION_NAME
+    model.config._attn_implementation = before
+    if not switched:
+        raise _refuse(model, name, "its class does not use transformers' attention interface")
+
+
+def _run(model: PreTrainedModel, tokens: Tensor, positions: Tensor, plan: Attends) -> Tensor:
+    """The model's body over one row of tokens: last hidden states [T, D]."""
+    with _attention_switched(model, ATTENTION_NAME), torch.inference_mode():
+        out = model.base_model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            use_cache=False,
+            past_key_values=None,
+            w2s_plan=plan,
+        )
+    hidden: Tensor = out.last_hidden_state
+    return hidden[0]
+
+
+def _eager_logits(model: PreTrainedModel, tokens: Tensor, name: str) -> Tensor:
+    try:
+        with _attention_switched(model, "eager"), torch.inference_mode():
+            logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits
+    except Exception as error:
+        raise _refuse(model, name, f"its own forward failed: {error}") from error
+    return logits[0]
+
+
+@contextmanager
+def _attention_switched(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """The model with another attention, and afterwards as it was.
+
+    A caller's model object stays usable by itself: ``model.generate`` after a search runs the
+    attention it was loaded with. Assigning to the config is what ``set_attn_implementation``
+    does in the end, once it has checked that the class allows it.
+    """
+    config: Any = model.config
+    before = config._attn_implementation
+    if before != implementation:
+        config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        if before != implementation:
+            config._attn_implementation = before
+
+
+def _probe_ids(model: PreTrainedModel, count: int) -> Tensor:
+    size = int(model.config.get_text_config().vocab_size)
+    return torch.arange(1, count + 1, device=model.device) * 7 % size
+
+
+def _refuse(model: PreTrainedModel, name: str, why: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{name}: {type(model).__name__} ({model.config.model_type}) cannot be served: {why}"
+    )

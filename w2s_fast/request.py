@@ -1,0 +1,161 @@
+"""One request under way: its prompt, its beams, and what has been recorded of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from w2s_fast.errors import W2SFastError
+from w2s_fast.pages import Int32Array
+from w2s_fast.params import SearchParams
+from w2s_fast.result import Candidate, FinishReason, Round
+
+NO_SLOT = -1
+NO_GUIDE_SLOTS: Int32Array = np.empty((0, 2), np.int32)
+
+
+@dataclass
+class Beam:
+    """A hypothesis (after a selection) or a candidate (before it).
+
+    Every model's KV holds the prompt and ``tokens`` without the last one; a finished beam holds
+    no slot, since nothing will be appended to it.
+
+    Attributes:
+        parent: index of its parent among the kept of the round before; None in round 1.
+        index: its own index among the candidates of its round: the key of its noise.
+        tokens: the whole response so far.
+        logprobs: the base's log-prob of each token, at temperature 1.
+        token_scores: each token's weighted log-ratio, added over the guides; shorter than
+            ``tokens`` by those not scored yet, and empty where no guide runs.
+        slot: in the base's pool, or NO_SLOT.
+        guide_slots: int32 [guides, 2] (tuned, untuned), or NO_GUIDE_SLOTS.
+    """
+
+    parent: int | None
+    index: int
+    tokens: list[int]
+    logprobs: list[float]
+    token_scores: list[float]
+    finish_reason: FinishReason | None
+    slot: int = NO_SLOT
+    guide_slots: Int32Array = field(default_factory=lambda: NO_GUIDE_SLOTS)
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def child(self, parent: int | None, index: int) -> Beam:
+        """A candidate with the same tokens; it has no slots yet."""
+        return Beam(
+            parent,
+            index,
+            list(self.tokens),
+            list(self.logprobs),
+            list(self.token_scores),
+            self.finish_reason,
+        )
+
+
+@dataclass
+class Family:
+    """A beam at the start of a round, and the candidates that come from it."""
+
+    parent: Beam
+    children: list[Beam]
+
+
+class Request:
+    """A prompt, its parameters, and the state of its search."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Sequence[int],
+        guide_prompts: Sequence[Sequence[int]],
+        params: SearchParams,
+    ) -> None:
+        """``prompt``: the base's tokens, at least one; ``guide_prompts``: those of each guide."""
+        self.index = index
+        self.prompt = list(prompt)
+        self.guide_prompts = [list(p) for p in guide_prompts]
+        self.params = params
+        self.beams: list[Beam] = []
+        self.families: list[Family] = []
+        self.forked = False  # whether this round's candidates have slots of their own
+        self.rounds: list[Round] = []
+        self.round_number = 0
+        self.sampled_tokens = 0
+        self.scored_tokens = 0
+        self.error: W2SFastError | None = None
+
+    @property
+    def candidates(self) -> list[Beam]:
+        """The candidates of the round under way, in the order of their indices."""
+        return [child for family in self.families for child in family.children]
+
+    @property
+    def growing(self) -> list[Beam]:
+        """The candidates that still sample tokens; all have the same number of them."""
+        return [beam for beam in self.candidates if not beam.finished]
+
+    @property
+    def done(self) -> bool:
+        """Whether its search has ended: by its hypotheses, or by an error."""
+        if self.error is not None:
+            return True
+        return not self.families and bool(self.beams) and all(b.finished for b in self.beams)
+
+    def open_round(self) -> None:
+        """Make the candidates of the next round from the kept beams, or from the prompt."""
+        params = self.params
+        self.round_number += 1
+        self.forked = False
+        if not self.beams:
+            root = Beam(None, 0, [], [], [], None)
+            children = [root.child(None, i) for i in range(params.first_candidates)]
+            self.families = [Family(root, children)]
+            return
+        self.families = []
+        index = 0
+        for position, beam in enumerate(self.beams):
+            held = beam.finished and params.finished == "hold"
+            count = 1 if held else params.successors
+            children = [beam.child(position, index + i) for i in range(count)]
+            self.families.append(Family(beam, children))
+            index += count
+
+    def tokens_left_in_round(self) -> int:
+        """How many tokens each growing candidate samples until the selection; 0: none."""
+        growing = self.growing
+        if not growing:
+            return 0
+        length = len(growing[0].tokens)
+        end = self.round_start + self.params.tokens_per_round
+        return min(end, self.params.max_new_tokens) - length
+
+    @property
+    def round_start(self) -> int:
+        """Response tokens that growing candidates had when the round was opened."""
+        return next(len(f.parent.tokens) for f in self.families if not f.parent.finished)
+
+    def close_round(self, kept: Sequence[int]) -> None:
+        """Keep the candidates with indices ``kept``, best first, and record the round."""
+        candidates = self.candidates
+        if self.params.trace:
+            recorded = [
+                Candidate(c.parent, list(c.tokens), self.score_of(c), c.finish_reason)
+                for c in candidates
+            ]
+            self.rounds.append(Round(recorded, list(kept)))
+        self.beams = [candidates[i] for i in kept]
+        self.families = []
+
+    def score_of(self, beam: Beam) -> float | None:
+        """The beam's score as this request defines it; None where no guide runs."""
+        if not self.params.uses_guides:
+            return None
+        total = sum(beam.token_scores)
+        return total / len(beam.tokens) if self.params.score == "mean" else total

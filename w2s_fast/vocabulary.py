@@ -1,0 +1,59 @@
+"""Whether models share one vocabulary, and how large it is."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from w2s_fast.errors import MismatchedVocabulary
+
+
+def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest token id that the tokenizer knows."""
+    return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
+
+
+def check_same_vocabulary(
+    base: PreTrainedTokenizerBase, guide: PreTrainedTokenizerBase, name: str
+) -> None:
+    """Compare token-to-id maps and special tokens; equal sizes alone say nothing.
+
+    Raises:
+        MismatchedVocabulary: names the guide's model and the first difference.
+    """
+    ours, theirs = base.get_vocab(), guide.get_vocab()
+    if ours != theirs:
+        token = min(
+            (t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)),
+            key=lambda t: (ours.get(t, len(ours)), t),
+        )
+        raise MismatchedVocabulary(
+            f"{name} has another vocabulary than the base: token {token!r} is "
+            f"{ours.get(token)} in the base's and {theirs.get(token)} in its own"
+        )
+    if _special(base) != _special(guide):
+        different = sorted(_special(base) ^ _special(guide))
+        raise MismatchedVocabulary(
+            f"{name} has other special tokens than the base: ids {different[:5]}"
+        )
+
+
+def eos_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> frozenset[int]:
+    """The ids that end a response: a model may have several."""
+    found: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for value in (
+        getattr(generation, "eos_token_id", None),
+        getattr(model.config.get_text_config(), "eos_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    ):
+        if isinstance(value, int):
+            found.add(value)
+        elif value is not None:
+            found.update(int(token) for token in value)
+    return frozenset(found)
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
