@@ -13,9 +13,10 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
-# Machine code for the architectures in use, PTX of the newest for those to come.
+# Machine code for those of them that nvcc knows, and PTX of the newest for what comes later.
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
@@ -45,16 +46,21 @@ class BuildExt(build_ext):
         if not isinstance(extension, CudaLibrary):
             super().build_extension(extension)
             return
+        nvcc = find_nvcc()
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [find_nvcc(), "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC"]
         # The CUDA runtime is linked statically, so that no CUDA installation is needed to load it.
-        command += ["-cudart", "static", "-Xcompiler", "-fvisibility=hidden"]
-        for arch in CUDA_ARCHITECTURES:
-            command.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
-        newest = CUDA_ARCHITECTURES[-1]
-        command.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-        subprocess.run([*command, "-o", str(target), *extension.sources], check=True)
+        command = [nvcc, "-O3", "-std=c++17", "-shared", "-cudart", "static"]
+        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-o", str(target)]
+        try:
+            known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
+            archs = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known]
+            command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+            command += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs[-1:]]
+            subprocess.run([*command, *extension.sources], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            # The extension is optional: setuptools turns this into a warning.
+            raise CompileError(f"{nvcc} failed: {error}") from error
 
 
 def extensions() -> list[Extension]:
@@ -72,7 +78,7 @@ def extensions() -> list[Extension]:
     if find_nvcc() is None:
         print("w2s_fast: no nvcc found, building without csrc/*.cu (torch copies the pages)")
         return [pages]
-    return [pages, CudaLibrary("w2s_fast._cuda", sources)]
+    return [pages, CudaLibrary("w2s_fast._cuda", sources, optional=True)]
 
 
 setup(

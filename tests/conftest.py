@@ -16,6 +16,9 @@ settings.register_profile(
 settings.load_profile("w2s_fast")
 
 
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+
 @pytest.fixture(autouse=True)
 def no_test_depends_on_the_global_generator() -> None:
     """Anything drawn from torch's own generator is the same in every test, alone or not."""

@@ -20,9 +20,9 @@ if not (Path(__file__).parent / "kernels").is_dir():
     _kernels.__path__ = [str(Path(__file__).parent.parent / "kernels")]
     sys.modules[_kernels.__name__] = _kernels
 
-from w2s_fast import errors  # noqa: E402
-from w2s_fast.params import SearchParams  # noqa: E402
-from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage  # noqa: E402
+from w2s_fast import errors
+from w2s_fast.params import SearchParams
+from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
 
 if TYPE_CHECKING:
     from w2s_fast.engine import Engine

@@ -62,10 +62,10 @@ def paged_attention_forward(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The ``w2s_paged`` attention of transformers: query [1, H, T, D], key and value [1, Hkv, T, D].
+    """The ``w2s_paged`` attention of transformers.
 
-    Returns [1, T, H, D]. ``attention_mask`` is None for a name that transformers has no mask for;
-    causality and windows follow from the plan.
+    query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]. ``attention_mask`` is None
+    for a name that transformers has no mask for; causality and windows follow from the plan.
     """
     if w2s_plan is None:
         raise RuntimeError(f"the {ATTENTION_NAME!r} attention runs only inside a PagedModel")

@@ -174,7 +174,6 @@ def _self_check() -> Finding:
     """Steers a bundled prompt, and scores the answer again by whole forward passes, without KV."""
     from w2s_fast import Engine, Guide, SearchParams
     from w2s_fast.demo import demo_model_paths, held_out_prompts
-    from w2s_fast.load import load_tokenizer
 
     paths = demo_model_paths()
     guide = Guide(tuned=str(paths.tuned), untuned=str(paths.untuned))
@@ -183,10 +182,9 @@ def _self_check() -> Finding:
     prompt = held_out_prompts(1, seed=0)[0]
     answer = engine.generate([prompt], SearchParams(max_new_tokens=20))[0]
     seconds = time.perf_counter() - start
-    tokenizer = load_tokenizer(str(paths.base))
-    if tokenizer is None or answer.score is None:
+    if engine.tokenizer is None or answer.score is None:
         return Finding("bad", "self-check", "the bundled models give no tokenizer or no score")
-    prompt_ids = list(tokenizer(prompt)["input_ids"])
+    prompt_ids = list(engine.tokenizer(prompt)["input_ids"])
     tuned, untuned = (
         _sum_logprobs(path, prompt_ids, answer.token_ids) for path in (paths.tuned, paths.untuned)
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -62,8 +63,9 @@ def load_model(
     if isinstance(source, PreTrainedModel):
         wanted = None if dtype == "auto" else pick_dtype(dtype, device)
         if source.device != device or (wanted is not None and source.dtype != wanted):
-            source.to(device=device, dtype=wanted)  # type: ignore[arg-type]
-        return source.eval()
+            nn.Module.to(source, device=device, dtype=wanted)
+        nn.Module.eval(source)  # the same method; transformers leaves its own untyped
+        return source
     name = os.fspath(source)
     options: dict[str, Any] = {"dtype": pick_dtype(dtype, device) or "auto"}
     _check_path(name)
@@ -76,7 +78,9 @@ def load_model(
         raise
     except Exception as error:  # transformers raises nearly anything for a broken folder
         raise UnsupportedModel(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
-    return model.to(device).eval()  # type: ignore[arg-type]
+    nn.Module.to(model, device)
+    nn.Module.eval(model)
+    return model
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
@@ -93,7 +97,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        raise UnsupportedModel(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UnsupportedModel(
+            f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}"
+        ) from error
     return tokenizer
 
 
@@ -109,7 +115,13 @@ def _check_path(name: str) -> None:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    names = (
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    )
     return any((folder / name).is_file() for name in names)
 
 

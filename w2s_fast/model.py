@@ -7,16 +7,15 @@ of its keys and values, once to see that it computes from pages what it computes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from w2s_fast.attention import ATTENTION_NAME, AttentionPlan, Attends, dense_attention
+from w2s_fast.attention import ATTENTION_NAME, Attends, AttentionPlan, dense_attention
 from w2s_fast.errors import UnsupportedModel
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.token_logprob import token_logprob
@@ -63,7 +62,8 @@ class PagedModel:
         Raises:
             UnsupportedModel: the model cannot be served from pages; says which, and why.
         """
-        self.model = model.eval()
+        nn.Module.eval(model)
+        self.model = model
         self.name = name
         self.max_positions: int | None = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
@@ -161,7 +161,8 @@ class _Head:
     """From last hidden states to logits: the model's LM head, and the scaling some models add."""
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
-        module = model.get_output_embeddings()
+        untyped: Any = model
+        module = untyped.get_output_embeddings()
         if module is None:
             raise _refuse(model, name, "it has no LM head")
         config = model.config.get_text_config()
@@ -193,7 +194,7 @@ class _Head:
         # A quantised head computes its own product: a few rows at a time.
         blocks = [
             token_logprob(self.logits(h), t, vocab_size=vocab_size)
-            for h, t in zip(hidden.split(64), tokens.split(64))
+            for h, t in zip(torch.split(hidden, 64), torch.split(tokens, 64))
         ]
         return torch.cat(blocks) if blocks else hidden.new_zeros(0, dtype=torch.float32)
 

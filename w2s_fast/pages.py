@@ -21,8 +21,10 @@ Ints: TypeAlias = NDArray[np.integer] | Sequence[int]
 
 
 def as_int32(values: Ints) -> Int32Array:
-    """`values` as a contiguous int32 array. PageMisuse if they are not integers that fit."""
+    """`values` as a contiguous int32 array [n]. PageMisuse if they are not integers that fit."""
     array = np.asarray(values)
+    if array.ndim != 1:
+        raise PageMisuse(f"expected one dimension, got {array.ndim}")
     if array.dtype != np.int32:
         if array.size == 0:
             return np.empty(array.shape, np.int32)

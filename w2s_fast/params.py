@@ -137,8 +137,11 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def _check_int(
     name: str, value: Any, *, low: int, high: int | None = None, also: str | None = None
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (
-        high is not None and value > high
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < low
+        or (high is not None and value > high)
     ):
         allowed = f"an integer >= {low}" + (f" and <= {high}" if high is not None else "")
         raise _invalid(name, value, allowed + (f", or {also}" if also else ""))

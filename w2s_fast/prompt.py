@@ -6,7 +6,6 @@ formatted, and never becomes a special token.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -59,15 +58,7 @@ class PromptEncoder:
             InvalidRequest: not a prompt, an id outside the vocabulary, no tokenizer for text, no
                 chat template for messages, or empty for a model without BOS.
         """
-        ids = self._ids(prompt)
-        if not ids:
-            if self.bos_token_id is None:
-                raise InvalidRequest(
-                    f"the prompt is empty for {self.name}, which has no BOS token to start from; "
-                    "give at least one token"
-                )
-            ids = [self.bos_token_id]
-        return ids
+        return self._or_bos(self._ids(prompt))
 
     def encode_with_response(
         self, prompt: Prompt, response: str | Sequence[int]
@@ -80,21 +71,30 @@ class PromptEncoder:
         Raises:
             InvalidRequest: as :meth:`encode`, or the response is empty.
         """
-        before = self.encode(prompt)
-        if isinstance(response, str):
-            tokenizer = self._need_tokenizer()
-            text = prompt if isinstance(prompt, str) and self.template is None else None
-            if text is None:  # behind a template or given ids the response stands by itself
-                after = _plain(tokenizer, response, add_special_tokens=False)
-            else:
-                both = _plain(tokenizer, text + response, add_special_tokens=True)
-                common = len(os.path.commonprefix([before, both]))
-                before, after = before[: max(common, 1)], both[max(common, 1) :]
+        if isinstance(response, str) and isinstance(prompt, str) and self.template is None:
+            alone = self._encode_text(prompt)
+            both = _plain(self._need_tokenizer(), prompt + response, add_special_tokens=True)
+            common = _common_prefix(alone, both)
+            before, after = self._or_bos(alone[:common]), both[common:]
         else:
-            after = self._check_ids(response)
+            before = self.encode(prompt)
+            if isinstance(response, str):  # behind a template or given ids it stands by itself
+                after = _plain(self._need_tokenizer(), response, add_special_tokens=False)
+            else:
+                after = self._check_ids(response)
         if not after:
             raise InvalidRequest("a response is empty; allowed: at least one token")
         return before, after
+
+    def _or_bos(self, ids: list[int]) -> list[int]:
+        if ids:
+            return ids
+        if self.bos_token_id is None:
+            raise InvalidRequest(
+                f"the prompt is empty for {self.name}, which has no BOS token to start from; "
+                "give at least one token"
+            )
+        return [self.bos_token_id]
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -179,9 +179,7 @@ def decode_response(
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(
-        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
@@ -190,6 +188,11 @@ def _plain(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
         text, add_special_tokens=add_special_tokens, split_special_tokens=True
     )["input_ids"]
     return ids
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens agree."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _between(

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from w2s_fast.demo import demo_model_paths, gold_reward, held_out_prompts
 from w2s_fast.demo.dpo import DPOSettings
 from w2s_fast.demo.gold import sentences
+from w2s_fast.demo.pretrain import token_loss
 from w2s_fast.demo.reviews import reviews, titles, write_review
-from w2s_fast.demo.train import Dims, Recipe, token_loss, train, write_card
+from w2s_fast.demo.train import Dims, Pretraining, Recipe, train, write_card
 
 PATHS = demo_model_paths()
 FOLDERS = {"base": PATHS.base, "tuned": PATHS.tuned, "untuned": PATHS.untuned}
@@ -169,11 +170,8 @@ def test_a_tiny_run_of_the_script_writes_loadable_folders(tmp_path: Path) -> Non
     recipe = Recipe(
         vocab_size=300,
         tokenizer_reviews=50,
-        base=Dims(hidden=32, layers=1, heads=2, kv_heads=1, mlp=64),
-        guide=Dims(hidden=16, layers=1, heads=2, kv_heads=1, mlp=32),
-        base_steps=3,
-        guide_steps=3,
-        batch=4,
+        base=Pretraining(Dims(32, 1, 2, 1, 64), steps=3, lr=1e-3, batch=4),
+        guide=Pretraining(Dims(16, 1, 2, 1, 32), steps=3, lr=1e-3, batch=4),
         eval_reviews=4,
         dpo=DPOSettings(prompts=16, samples=2, max_new_tokens=16, margin=-1, batch=8),
     )

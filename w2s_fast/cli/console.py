@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from typing import Any
 
@@ -22,7 +23,7 @@ class Commands(TyperGroup):
     Every other exception is a bug and keeps its traceback.
     """
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except W2SFastError as error:
@@ -49,3 +50,12 @@ def note_console() -> Console:
 def note(message: str, style: str = "dim") -> None:
     """One line on standard error, never wrapped, for people and for grep."""
     note_console().print(Text(message, style=style), soft_wrap=True)
+
+
+def quiet_transformers() -> None:
+    """No loading bars and no advice. To be called before transformers is imported, which reads it.
+
+    What the user has set in the environment stays.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from w2s_fast.cli.console import note, out_console
-from w2s_fast.cli.models import load_engine, name_models
+from w2s_fast.cli.models import decoder, load_engine, name_models
 
 
 def demo(
@@ -29,7 +30,6 @@ def demo(
     from w2s_fast.demo import held_out_prompts
     from w2s_fast.demo.measure import demo_methods, measure
     from w2s_fast.demo.show import answers_table, comparison, results_table, search_tree
-    from w2s_fast.load import load_tokenizer
 
     texts = held_out_prompts(prompts, seed)
     methods = demo_methods()
@@ -40,9 +40,8 @@ def demo(
     with _progress(console, hidden=plain or not console.is_terminal) as progress:
         for method in methods:
             task = progress.add_task(method.name, total=len(texts))
-            measurements.append(
-                measure(engine, method, texts, seed, done=lambda t=task: progress.advance(t))
-            )
+            step = partial(progress.advance, task)
+            measurements.append(measure(engine, method, texts, seed, done=step))
             if plain or not console.is_terminal:
                 note(f"{method.name}: {len(texts)} prompts in {measurements[-1].seconds:.1f} s")
 
@@ -54,11 +53,10 @@ def demo(
     console.print(answers_table(texts[0], measurements))
     console.print()
     console.rule("[bold]how the search got there[/bold]", characters="-" if ascii_only else "─")
-    tokenizer = load_tokenizer(models.base)
-    decode = str if tokenizer is None else tokenizer.decode
-    console.print(search_tree(texts[0], search.results[0], decode, ascii_only))
+    console.print(search_tree(texts[0], search.results[0], decoder(engine), ascii_only))
     console.print()
-    console.print(_meaning(prompts, seed, time.perf_counter() - start), style="dim")
+    meaning = _meaning(prompts, seed, time.perf_counter() - start)
+    console.print(meaning, style="dim", markup=False)
 
 
 def _progress(console: Console, hidden: bool) -> Progress:
@@ -77,10 +75,11 @@ def _meaning(prompts: int, seed: int, seconds: float) -> str:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    where = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     return f"""\
-Gold reward: VADER sentiment in [-1, 1], mean over sentences of prompt and answer; it ranked the
-tuned guide's training pairs, the search never sees it. Interval: Student's t over prompts.
-Fluency: mean over prompts of the base's own log-prob per token of the answer, temperature 1.
-Answer tokens are those returned, sampled ones include discarded candidates; both over wall time.
-Reproduce: w2s-fast demo --prompts {prompts} --seed {seed}   ({seconds:.0f} s here in all; \
-torch {torch.__version__}, {device}, {torch.get_num_threads()} threads)"""
+Gold reward: VADER sentiment in [-1, 1], mean over the sentences of prompt and answer. It ranked the
+tuned guide's training pairs; the search never sees it. Interval: Student's t over prompts.
+Fluency: mean over prompts of the base's own log-prob per token of the answer, at temperature 1.
+Answer tokens are those returned; sampled ones include discarded candidates. Both: over wall time.
+Here: {where}; {seconds:.0f} s in all.
+Reproduce: w2s-fast demo --prompts {prompts} --seed {seed}"""

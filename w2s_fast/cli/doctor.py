@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 from rich.text import Text
 
-from w2s_fast.cli.console import out_console
+from w2s_fast.cli.console import out_console, quiet_transformers
 from w2s_fast.doctor import examine
 
 STYLES = {"ok": "green", "none": "yellow", "bad": "bold red"}
@@ -16,6 +16,7 @@ def doctor() -> None:
 
     Verdicts: ok; none (absent, and nothing needs it); bad. Exit code 1 if anything is bad.
     """
+    quiet_transformers()
     console = out_console()
     bad = []
     for finding in examine():

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from w2s_fast.cli.batch import run_batch
 from w2s_fast.cli.console import note, note_console, out_console
-from w2s_fast.cli.models import Models, load_engine, name_models
+from w2s_fast.cli.models import Decode, decoder, load_engine, name_models
 from w2s_fast.cli.output_file import already_there
 from w2s_fast.jsonl import Request, answer_record, encode_record, fingerprint
 from w2s_fast.params import Finished, Method, ScoreKind, SearchParams
@@ -165,7 +165,7 @@ def generate(
         record = answer_record(Request(0, print_, None, prompt, params), result)
         sys.stdout.write(encode_record(record).decode())
         return
-    _print_answer(prompt, result, models)
+    _print_answer(prompt, result, decoder(engine))
     usage = result.usage
     note(
         f"{usage.completion_tokens} tokens in the answer, {usage.sampled_tokens} sampled, "
@@ -191,21 +191,21 @@ def _check_usage(
             raise typer.BadParameter("the prompt is not UTF-8") from None
 
 
-def _print_answer(prompt: str, result: SearchResult, models: Models) -> None:
+def _print_answer(prompt: str, result: SearchResult, decode: Decode) -> None:
     """The answers; in a terminal after their prompt, in a pipe alone."""
     console = out_console()
     for rank, hypothesis in enumerate(result.hypotheses, start=1):
         if len(result.hypotheses) > 1 or note_console().is_terminal:
             value = "" if hypothesis.score is None else f"score {hypothesis.score:+.2f}, "
             note(f"{rank}. {value}{hypothesis.finish_reason}")
-        answer = Text(hypothesis.text or "")
+        text = hypothesis.text or ""
         if console.is_terminal:
-            answer = Text.assemble((prompt, "dim"), answer)
-        console.print(answer, soft_wrap=True)
+            safe = text.replace("\x1b", "\N{REPLACEMENT CHARACTER}")  # what a terminal would obey
+            console.print(Text.assemble((prompt, "dim"), safe), soft_wrap=True)
+        else:
+            typer.echo(text)
     if result.trace is not None:
         from w2s_fast.demo.show import search_tree
-        from w2s_fast.load import load_tokenizer
 
-        tokenizer = load_tokenizer(models.base)
-        decode = str if tokenizer is None else tokenizer.decode
-        console.print(search_tree(prompt, result, decode, ascii_only=console.options.ascii_only))
+        tree = search_tree(prompt, result, decode, ascii_only=console.options.ascii_only)
+        console.print(tree)

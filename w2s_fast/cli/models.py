@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from w2s_fast.cli.console import note, note_console
+from w2s_fast.cli.console import note, note_console, quiet_transformers
 
 if TYPE_CHECKING:
     from w2s_fast import Engine
+
+
+Decode = Callable[[list[int]], str]
 
 
 class GuideNames(NamedTuple):
@@ -77,17 +81,22 @@ def load_engine(
     """Loads the models, saying on standard error when they are the bundled ones."""
     if models.bundled and not quiet:
         note("no model named: using the bundled demo models (film, book and restaurant reviews)")
+    quiet_transformers()
     with note_console().status("loading models"):
-        from transformers.utils import logging
-
         from w2s_fast import Engine, Guide
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
         return Engine(
             base=models.base,
-            guides=[Guide(*names) for names in models.guides] or None,
+            guides=[Guide(**names._asdict()) for names in models.guides] or None,
             device=device,
             dtype=dtype,
             kv_cache_tokens=kv_cache_tokens,
         )
+
+
+def decoder(engine: Engine) -> Decode:
+    """Token ids to text, without special tokens; to a list of numbers if there is no tokenizer."""
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        return str
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))

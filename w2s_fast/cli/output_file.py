@@ -71,7 +71,7 @@ class OutputFile:
         """
         if not path.exists():
             return cls.create(path)
-        file = path.open("r+b")
+        file: BinaryIO = path.open("r+b")
         _lock(file, path)
         answers, whole_bytes = _read_answers(file, path)
         _check_same_run(answers, requests)

@@ -3,7 +3,6 @@
 import copy
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from w2s_fast.demo.gold import gold_reward
+from w2s_fast.demo.pretrain import Advance
 
 HELD_OUT_PAIRS = 512  # at most; never trained on, they measure the accuracy
 
@@ -83,7 +83,7 @@ def preference_pairs(
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[str],
     settings: DPOSettings,
-    advance: Callable[[str], None],
+    advance: Advance,
 ) -> list[Pair]:
     """Samples responses and pairs, for each prompt, the best with the worst by gold reward."""
     pairs: list[Pair] = []
@@ -108,7 +108,7 @@ def response_log_probs(model: LlamaForCausalLM, pairs: list[Pair]) -> torch.Tens
     prompts = [pair.prompt for pair in pairs] * 2
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    width = -(-width // 16) * 16 + 1  # few different widths, see make_batch in train.py
+    width = -(-width // 16) * 16 + 1  # few different widths, see pad_rows in pretrain.py
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     counted = torch.zeros(len(prompts), width, dtype=torch.bool)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -128,8 +128,8 @@ def dpo_margins(
     """Log-ratio policy to reference of the chosen response less that of the rejected, [pairs]."""
     with torch.no_grad():
         reference_log_probs = response_log_probs(reference, pairs)
-    chosen, rejected = response_log_probs(policy, pairs) - reference_log_probs
-    return chosen - rejected
+    ratios = response_log_probs(policy, pairs) - reference_log_probs
+    return ratios[0] - ratios[1]
 
 
 def train_dpo(
@@ -137,7 +137,7 @@ def train_dpo(
     pairs: list[Pair],
     settings: DPOSettings,
     seed: int,
-    advance: Callable[[str], None],
+    advance: Advance,
 ) -> tuple[LlamaForCausalLM, dict[str, float]]:
     """A tuned copy of `reference`, and what was measured on pairs held out of the training.
 

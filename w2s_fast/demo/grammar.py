@@ -59,16 +59,17 @@ COMMON: dict[str, list[str]] = {
     "day": words("Monday Tuesday Thursday Friday Saturday Sunday"),
     "number": words("two three four five seven ten twelve twenty"),
     "place": words(
-        "Lisbon Prague Naples the_north the_old_town the_islands Dublin the_mountains the_coast "
-        "the_village another_country the_suburbs"
+        "Lisbon Prague Naples Dublin Vienna Oslo Porto Turin Lyon Leeds the_north the_old_town "
+        "the_islands the_mountains the_coast the_village another_country the_suburbs"
     ),
     "season": words("spring summer autumn winter"),
-    "first": words("Anna Marco Elena Tomas Ruth Oscar Nina Paul"),
-    "last": words("Keller Moreau Lindgren Okafor Rossi Tanaka Novak Hayes"),
+    "first": words("Anna Marco Elena Tomas Ruth Oscar Nina Paul Ivan Clara Hugo Rosa"),
+    "last": words("Keller Moreau Lindgren Okafor Rossi Tanaka Novak Hayes Silva Brandt"),
     "person": ["{first} {last}"],
     "role": words(
         "a_young_baker a_piano_teacher a_retired_sailor a_clerk a_farmer an_old_painter "
-        "a_student a_doctor a_taxi_driver a_gardener a_nurse"
+        "a_student a_doctor a_taxi_driver a_gardener a_nurse a_tailor two_sisters a_judge "
+        "a_pilot three_students a_postman a_cook"
     ),
     "journey": words(
         "on_the_way_to_{place} from_{place}_to_{place} through_one_{season} back_to_{place} "
@@ -111,12 +112,14 @@ COMMON: dict[str, list[str]] = {
         "a {noun}!",
     ],
     "fact": [
-        "we talked about it on the way home.",
-        "my {relative} told me about it in {season}.",
-        "I went with my {relative} and my {relative}.",
-        "it rained all day.",
-        "we had heard about it from my {relative}.",
-        "the tram to {place} was late.",
+        "my {relative} told my {relative} about {one}.",
+        "{one} reminded my {relative} of {place}.",
+        "we talked about {one} and {many}.",
+        "{link} my {relative} asked about {one}.",
+        "{many} reminded us of {place}.",
+        "I noticed {one} and my {relative} noticed {many}.",
+        "{link} we discussed {many}.",
+        "my {relative} took the {number} o'clock tram to {place}.",
     ],
     "object_rest": [" with my {relative}.", " in {place}.", " after work.", " in the rain."],
     "object_rest_opinion": [
@@ -148,10 +151,9 @@ FILM: dict[str, list[str]] = {
         "it follows {role} {journey}.",
         "the story follows {role} {journey}.",
         "{person} stars as {role}.",
-        "it was filmed in {place} in {season}.",
-        "it runs for {number} hours.",
-        "most of it takes place in {place}.",
-        "{person} wrote it with {person}.",
+        "{person} and {person} filmed {one} in {place}.",
+        "{many} come from {place}.",
+        "{person} wrote {one} with {person}.",
     ],
     "subject_rest": [
         " follows {role} {journey}.",
@@ -174,11 +176,10 @@ BOOK: dict[str, list[str]] = {
     "fact": [
         "it follows {role} {journey}.",
         "the story follows {role} {journey}.",
-        "it has {number} chapters.",
-        "it is set in {place} in {season}.",
-        "I read it on the train to {place}.",
-        "{person} wrote it in {place}.",
-        "the narrator is {role}.",
+        "{many} begin in {place} and end in {place}.",
+        "I read {many} on the train to {place}.",
+        "{person} wrote {many} in {place}.",
+        "{one} is about {role} and {role}.",
     ],
     "subject_rest": [
         " follows {role} {journey}.",
@@ -199,18 +200,17 @@ RESTAURANT: dict[str, list[str]] = {
     "plural": words("starters noodles vegetables sauces dishes waiters tables portions drinks"),
     "again": ["eat there again", "go back", "book a table again"],
     "fact": [
-        "we sat near the {spot}.",
+        "we sat near the {spot} with my {relative}.",
         "I ordered the {dish} and my {relative} had the {dish}.",
-        "it is a short walk from the {spot}.",
-        "it opened last {season}.",
         "{person} runs it with {person}.",
-        "the menu has {number} pages.",
-        "the chef comes from {place}.",
+        "{many} and {one} come from {place}.",
+        "{one} came after the {dish} and {many}.",
+        "{person} brought {one}.",
     ],
-    "spot": words("door window stairs station river market"),
-    "dish": words("soup fish noodles salad lamb pasta"),
+    "spot": words("door window stairs piano mirror bar garden street wall entrance"),
+    "dish": words("soup fish noodles salad lamb pasta rice beans tart curry cheese mussels"),
     "subject_rest": [
-        " is a short walk from the {spot}.",
+        " is a short walk from {place}.",
         " opened last {season}.",
         " serves food from {place}.",
         " has {number} tables.",

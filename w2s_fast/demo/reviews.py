@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from w2s_fast.demo.grammar import COMMON, DOMAINS, OPENINGS, TITLE_FIRST, TITLE_SECOND
 
-NEUTRAL_SHARE = 0.25  # of the sentences
+NEUTRAL_SHARE = 0.2  # of the sentences
 TILT = 0.15  # a review's share of praise among its polar sentences is 0.5 +- at most this
 HELD_OUT_EVERY = 5  # one title in so many is kept out of training
 

@@ -80,7 +80,7 @@ def answers_table(prompt: str, measurements: Sequence[Measurement]) -> Table:
     table.add_column(justify="right", no_wrap=True, style="cyan")
     table.add_column()
     for m in measurements:
-        answer = Text.assemble((prompt, "dim"), m.results[0].text or "")
+        answer = Text.assemble((prompt, "dim"), printable(m.results[0].text or ""))
         table.add_row(m.method.name, f"{m.rewards[0]:+.2f}", answer)
     return table
 
@@ -110,7 +110,7 @@ def search_tree(
     answer = Text.assemble(
         (f"{painter.marks.winner} ", "bold green"),
         (prompt, "dim"),
-        (result.text or "", "bold green"),
+        (printable(result.text or ""), "bold green"),
         (score, "cyan"),
     )
     return Group(tree, answer)
@@ -187,11 +187,15 @@ class _Painter:
         if index > 0 and candidate.parent is not None:
             last = self.rounds[index - 1]
             before = self.decode(last.candidates[last.kept[candidate.parent]].token_ids)
-        text = self.decode(candidate.token_ids)[len(before) :]
-        text = "".join(c if c.isprintable() else " " for c in text)
+        text = printable(self.decode(candidate.token_ids)[len(before) :])
         if candidate.finish_reason is not None:
             text = f"{text} [{candidate.finish_reason}]" if text else "[finished, held]"
         return text if len(text) <= SNIPPET else text[: SNIPPET - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """On one line, and without what a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _letter(rank: int) -> str:

@@ -6,11 +6,10 @@ the untuned one after DPO on its own samples, ranked by the gold reward. No netw
 
 import copy
 import itertools
-import math
 import platform
-import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -23,11 +22,11 @@ from rich.progress import Progress
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from w2s_fast.demo.dpo import DPOSettings, preference_pairs, train_dpo
-from w2s_fast.demo.reviews import Review, reviews
+from w2s_fast.demo.pretrain import Advance, pretrain, token_loss
+from w2s_fast.demo.reviews import reviews
 
 EOS = "<|endoftext|>"
 MAX_POSITIONS = 512
-Advance = Callable[[str], None]  # told after every step: a note for the progress bar
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,24 @@ class Dims:
 
 
 @dataclass(frozen=True)
+class Pretraining:
+    """How long and how fast one model is pre-trained."""
+
+    dims: Dims
+    steps: int
+    lr: float  # its peak
+    batch: int = 32  # reviews a step
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides what the models become."""
 
     seed: int = 0
     vocab_size: int = 1024
     tokenizer_reviews: int = 20_000
-    base: Dims = field(default_factory=lambda: Dims(256, 5, 4, 2, 704))
-    guide: Dims = field(default_factory=lambda: Dims(128, 2, 4, 2, 256))
-    base_steps: int = 2500
-    guide_steps: int = 1500
-    batch: int = 32  # reviews a step
-    base_lr: float = 2e-3
-    guide_lr: float = 4e-3
+    base: Pretraining = Pretraining(Dims(256, 4, 4, 2, 640), steps=1200, lr=2e-3)
+    guide: Pretraining = Pretraining(Dims(128, 2, 4, 2, 256), steps=1000, lr=4e-3)
     eval_reviews: int = 512
     dpo: DPOSettings = field(default_factory=DPOSettings)
 
@@ -103,79 +107,6 @@ def make_model(dims: Dims, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausal
     return LlamaForCausalLM(config)
 
 
-def make_batch(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str], drop_bos: random.Random | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [rows, length] (BOS, review, EOS, padding) and labels, -100 on the padding.
-
-    With `drop_bos` every second row, by chance, begins without BOS: prompts of both kinds occur.
-    """
-    eos = tokenizer.eos_token_id
-    rows = [[eos, *ids, eos] for ids in tokenizer(texts)["input_ids"]]
-    if drop_bos is not None:
-        rows = [row[drop_bos.randrange(2) :] for row in rows]
-    # few different widths: each new matrix shape costs the CPU's libraries a set-up
-    width = -(-max(map(len, rows)) // 16) * 16
-    ids = torch.tensor([row + [eos] * (width - len(row)) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    labels = ids.masked_fill(torch.arange(width) >= lengths[:, None], -100)
-    return ids, labels
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine to a hundredth of the peak."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2)
-
-
-def pretrain(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    stream: Iterator[Review],
-    steps: int,
-    batch: int,
-    peak_lr: float,
-    seed: int,
-    advance: Advance,
-) -> None:
-    """Next-token training on fresh reviews at every step; changes `model` in place."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.05
-    )
-    drop_bos = random.Random(seed)
-    model.train()
-    for step in range(steps):
-        texts = [review.text for review in itertools.islice(stream, batch)]
-        ids, labels = make_batch(tokenizer, texts, drop_bos)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak_lr)
-        # bf16 is several times faster than fp32 on CPUs with AMX; the weights stay fp32
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        advance(f"loss {loss.item():.3f}")
-    model.train(False)
-
-
-@torch.no_grad()
-def token_loss(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> float:
-    """Mean negative log-likelihood per token, EOS included, in nats."""
-    total, count = 0.0, 0
-    for start in range(0, len(texts), 128):
-        ids, labels = make_batch(tokenizer, texts[start : start + 128])
-        tokens = int((labels[:, 1:] != -100).sum())
-        total += model(input_ids=ids, labels=labels).loss.item() * tokens
-        count += tokens
-    return total / count
-
-
 def round_weights(model: LlamaForCausalLM) -> None:
     """Rounds to fp16, the stored precision, so that what follows sees the stored model."""
     for weight in model.parameters():
@@ -190,55 +121,83 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     tokenizer.save_pretrained(folder)
 
 
+class Workshop:
+    """The stages of a run; each starts from its own seed, so that none depends on another's length.
+
+    `measured` collects what the stages measure, for CARD.md.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, progress: Progress):
+        self.recipe = recipe
+        self.out = out
+        self.progress = progress
+        self.measured: dict[str, float] = {}
+
+    def seed(self, stage: int) -> int:
+        """The seed of a stage's reviews; torch's generator starts from it too."""
+        seed = self.recipe.seed * 1000 + stage
+        torch.manual_seed(seed)
+        return seed
+
+    def bar(self, name: str, steps: int) -> Advance:
+        """A new progress bar's callback."""
+        bar = self.progress.add_task(name, total=steps)
+        return lambda note: self.progress.update(bar, advance=1, description=f"{name}  {note}")
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.measured[f"minutes for {name} (wall clock)"] = (time.perf_counter() - begin) / 60
+
+    def make_tokenizer(self) -> PreTrainedTokenizerFast:
+        texts = (review.text for review in reviews(self.seed(0)))
+        shown = itertools.islice(texts, self.recipe.tokenizer_reviews)
+        tokenizer = train_tokenizer(shown, self.recipe.vocab_size)
+        tokenizer.save_pretrained(self.out / "tokenizer")
+        return tokenizer
+
+    def make_pretrained(
+        self, name: str, part: Pretraining, tokenizer: PreTrainedTokenizerFast
+    ) -> LlamaForCausalLM:
+        """Both pre-trained models read the same reviews, as far as each goes."""
+        seed = self.seed(1)
+        model = make_model(part.dims, tokenizer)
+        with self.timed(name):
+            advance = self.bar(name, part.steps)
+            pretrain(model, tokenizer, seed, part.steps, part.batch, part.lr, advance)
+        round_weights(model)
+        save(model, tokenizer, self.out / name)
+        fresh = itertools.islice(reviews(self.seed(2), held_out=True), self.recipe.eval_reviews)
+        loss = token_loss(model, tokenizer, [review.text for review in fresh])
+        self.measured[f"{name}, parameters"] = model.num_parameters()
+        self.measured[f"{name}, loss on held-out reviews (nats a token)"] = loss
+        return model
+
+    def make_tuned(
+        self, untuned: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+    ) -> LlamaForCausalLM:
+        settings = self.recipe.dpo
+        seed = self.seed(3)
+        prompts = [review.prompt for review in itertools.islice(reviews(seed), settings.prompts)]
+        with self.timed("pairs and tuned"):
+            advance = self.bar("pairs", settings.batches)
+            pairs = preference_pairs(untuned, tokenizer, prompts, settings, advance)
+            advance = self.bar("tuned", settings.steps(len(pairs)))
+            tuned, measured = train_dpo(untuned, pairs, settings, seed, advance)
+        save(tuned, tokenizer, self.out / "tuned")
+        self.measured |= measured
+        return tuned
+
+
 def train(recipe: Recipe, out: Path, progress: Progress) -> dict[str, float]:
     """Makes all the models, writes them under `out`, and returns what was measured."""
-    begin = time.perf_counter()
-    torch.manual_seed(recipe.seed)
-
-    def task(name: str, steps: int) -> Advance:
-        bar = progress.add_task(name, total=steps)
-        return lambda note: progress.update(bar, advance=1, description=f"{name}  {note}")
-
-    # every use of reviews has its own stream; the held-out titles are only used to measure
-    streams = [recipe.seed * 1000 + part for part in range(4)]
-    texts = (review.text for review in reviews(streams[0]))
-    tokenizer = train_tokenizer(
-        itertools.islice(texts, recipe.tokenizer_reviews), recipe.vocab_size
-    )
-    tokenizer.save_pretrained(out / "tokenizer")
-    fresh = itertools.islice(reviews(streams[3], held_out=True), recipe.eval_reviews)
-    eval_texts = [review.text for review in fresh]
-
-    measured: dict[str, float] = {}
-    models: dict[str, LlamaForCausalLM] = {}
-    for name, dims, steps, lr in (
-        ("untuned", recipe.guide, recipe.guide_steps, recipe.guide_lr),
-        ("base", recipe.base, recipe.base_steps, recipe.base_lr),
-    ):
-        model = models[name] = make_model(dims, tokenizer)
-        advance = task(name, steps)
-        # both models read the same reviews, in the same order
-        stream = reviews(streams[1])
-        pretrain(model, tokenizer, stream, steps, recipe.batch, lr, streams[1], advance)
-        round_weights(model)
-        save(model, tokenizer, out / name)
-        measured[f"{name} parameters"] = model.num_parameters()
-        measured[f"{name} loss on held-out reviews (nats a token)"] = token_loss(
-            model, tokenizer, eval_texts
-        )
-
-    settings = recipe.dpo
-    prompts = [review.prompt for review in itertools.islice(reviews(streams[2]), settings.prompts)]
-    pairs = preference_pairs(
-        models["untuned"], tokenizer, prompts, settings, task("sampling pairs", settings.batches)
-    )
-    tuned, dpo_measured = train_dpo(
-        models["untuned"], pairs, settings, recipe.seed, task("tuned", settings.steps(len(pairs)))
-    )
-    save(tuned, tokenizer, out / "tuned")
-    measured.update(dpo_measured)
-    measured["minutes"] = (time.perf_counter() - begin) / 60
-    return measured
+    shop = Workshop(recipe, out, progress)
+    tokenizer = shop.make_tokenizer()
+    shop.make_pretrained("base", recipe.base, tokenizer)
+    untuned = shop.make_pretrained("untuned", recipe.guide, tokenizer)
+    shop.make_tuned(untuned, tokenizer)
+    return shop.measured
 
 
 def write_card(recipe: Recipe, measured: dict[str, float], out: Path) -> None:
@@ -256,8 +215,8 @@ def write_card(recipe: Recipe, measured: dict[str, float], out: Path) -> None:
         "  (`gold.py`: VADER's compound score, averaged over sentences).",
         "- **Storage.** fp16 safetensors; one byte-level BPE tokenizer, in every folder.",
         "- **Prompts.** Plain text such as `Last night we saw Silver Bridge`: no template, no",
-        "  space at the end. Sentiment in English film, book and restaurant reviews of this one",
-        "  style is all that these models know; they are for trying the engine, not for use.",
+        "  space at the end. Reviews of this one style are all that these models know: they are",
+        "  for trying the engine, and for nothing else.",
         "",
         "## Recipe",
         "",

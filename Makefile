@@ -1,0 +1,46 @@
+# `make` alone lists what there is. Everything happens in .venv; a fresh clone needs only python3
+# and a C++20 compiler.
+
+PYTHON ?= python3
+BIN := .venv/bin
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
+TYPED := $(wildcard w2s_fast/*) kernels
+
+.PHONY: help demo test lint demo-models clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: .venv/installed ## steer the bundled models, show the table and a search tree
+	$(BIN)/w2s-fast demo
+
+test: .venv/installed ## run the tests
+	$(BIN)/pytest
+
+lint: .venv/linters ## ruff, and mypy in strict mode
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# kernels/ is w2s_fast.kernels once installed (setup.py): show mypy the tree as it will be.
+	rm -rf build/typing && mkdir -p build/typing/w2s_fast
+	ln -s $(addprefix $(CURDIR)/,$(TYPED)) build/typing/w2s_fast/
+	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p w2s_fast
+
+demo-models: .venv/installed ## train the bundled models anew (about 20 minutes on 2 cores)
+	$(BIN)/python -m w2s_fast.demo.train --out w2s_fast/demo
+
+clean: ## remove everything that was built, .venv included
+	rm -rf .venv build dist *.egg-info w2s_fast/*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first, pinned: a looser request would fetch gigabytes of CUDA libraries.
+.venv/installed: $(BUILD_INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+.venv/linters: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lint]"
+	touch $@

@@ -1,0 +1,52 @@
+"""The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-D_GLIBCXX_ASSERTIONS"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("sanitized")
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    built = subprocess.run([compiler, *SANITIZERS, probe, "-o", folder / "probe"])
+    if built.returncode or subprocess.run([folder / "probe"]).returncode:
+        pytest.skip(f"{compiler} cannot build or run with the sanitizers")
+    target = folder / "random_operations"
+    sources = [
+        ROOT / "tests/csrc/sanitize/random_operations.cpp",
+        *(ROOT / "csrc").glob("page_manager*.cpp"),
+    ]
+    command = [compiler, *FLAGS, *SANITIZERS, f"-I{ROOT / 'csrc'}", *sources, "-o", target]
+    subprocess.run(command, check=True)
+    return target
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_operations_are_clean_under_the_sanitizers(program, seed):
+    done = subprocess.run([program, "150000", str(seed)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    happened = {
+        what: int(count) for what, count in (line.split(": ") for line in done.stdout.splitlines())
+    }
+    # Not vacuous: the rare things happened too.
+    assert happened["copied on write"] > 1_000, happened
+    assert min(happened.values()) > 1_000, happened
+
+
+def test_the_sanitizers_are_on(program):
+    """A program without them would pass everything above."""
+    symbols = program.read_bytes()
+    assert b"__asan_" in symbols
+    assert b"__ubsan_" in symbols
