@@ -34,13 +34,16 @@ clean: ## remove everything that was built, .venv included
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch first, pinned: a looser request would fetch gigabytes of CUDA libraries.
+# torch first, pinned: a looser request would fetch gigabytes of CUDA libraries. The build tools of
+# pyproject.toml come along, so that the tests can build a wheel, too.
 .venv/installed: $(BUILD_INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 setuptools wheel pybind11
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable ".[test]"
 	touch $@
 
 .venv/linters: .venv/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lint]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable ".[lint]"
 	touch $@

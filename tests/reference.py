@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def sampling_weights(
     """The warped distribution of a row as integers, temperature > 0."""
     scaled = (logits - logits.max()) / np.float32(temperature)
     with np.errstate(under="ignore"):
-        weights = [int(math.floor(float(e) * WEIGHT_ONE)) for e in np.exp(scaled)]
+        weights = [math.floor(float(e) * WEIGHT_ONE) for e in np.exp(scaled)]
     if top_k > 0:
         kth = sorted(logits.tolist(), reverse=True)[min(top_k, len(logits)) - 1]
         weights = [w if x >= kth else 0 for w, x in zip(weights, logits.tolist(), strict=True)]
@@ -166,7 +167,6 @@ class Reference:
         self.guides = list(guides)
         self.vocab_size = vocab_size
         self.eos_token_ids = list(eos_token_ids)
-        self._logprobs: dict[tuple[int, tuple[int, ...]], float] = {}
         self._logits: dict[tuple[int, ...], np.ndarray] = {}
 
     def next_logits(self, token_ids: list[int]) -> np.ndarray:
@@ -176,11 +176,14 @@ class Reference:
             self._logits[key] = forward(self.base, token_ids, self.vocab_size)[-1]
         return self._logits[key]
 
-    def token_scores(self, prompt: list[int], response: list[int]) -> list[float]:
-        """Each response token's part of the score: sum_g weight_g * (lp_tuned - lp_untuned)."""
+    def token_scores(self, prompts: list[list[int]], response: list[int]) -> list[float]:
+        """Each response token's part of the score: sum_g weight_g * (lp_tuned - lp_untuned).
+
+        ``prompts``: one for each guide.
+        """
         scores = [0.0] * len(response)
-        sequence = prompt + response
-        for guide in self.guides:
+        for guide, prompt in zip(self.guides, prompts, strict=True):
+            sequence = prompt + response
             tuned = forward(guide.tuned, sequence, self.vocab_size)
             untuned = forward(guide.untuned, sequence, self.vocab_size)
             for t, token in enumerate(response):
@@ -189,8 +192,15 @@ class Reference:
                 scores[t] += guide.weight * ratio
         return scores
 
-    def search(self, prompt: list[int], params: SearchParams) -> ReferenceResult:
+    def search(
+        self,
+        prompt: list[int],
+        params: SearchParams,
+        guide_prompts: list[list[int]] | None = None,
+    ) -> ReferenceResult:
+        """``guide_prompts``: the guides' own; else they are given the base's."""
         p = params
+        guide_prompts = guide_prompts or [prompt] * len(self.guides)
         if p.method == "cbs":
             width, first = p.beam_width, p.beam_width * p.successors
             chunk = p.chunk_length or p.max_new_tokens
@@ -227,7 +237,7 @@ class Reference:
                 for child in candidates:
                     key = tuple(child.token_ids)
                     if key not in seen:
-                        seen[key] = self.token_scores(prompt, child.token_ids)
+                        seen[key] = self.token_scores(guide_prompts, child.token_ids)
                     child.token_scores = seen[key]
                     child.score = math.fsum(seen[key])
                     if p.score == "mean":
@@ -290,9 +300,7 @@ class Reference:
                 finish = "stop"
             elif len(tokens) == p.max_new_tokens:
                 finish = "length"
-        child = ReferenceHypothesis(
-            token_ids=tokens, token_logprobs=logprobs, finish_reason=finish
-        )
+        child = ReferenceHypothesis(token_ids=tokens, token_logprobs=logprobs, finish_reason=finish)
         return child, margin
 
 
@@ -301,12 +309,10 @@ def _score(candidate: ReferenceHypothesis) -> float:
     return candidate.score
 
 
-def _margin(
-    candidates: list[ReferenceHypothesis], ranked: list[int], width: int
-) -> float:
+def _margin(candidates: list[ReferenceHypothesis], ranked: list[int], width: int) -> float:
     """The smallest gap between neighbours in rank down to the first that is not kept."""
     gaps = [math.inf]
-    for better, worse in zip(ranked[:width], ranked[1:], strict=False):
+    for better, worse in pairwise(ranked[: width + 1]):
         if candidates[better].token_ids != candidates[worse].token_ids:
             gaps.append(_score(candidates[better]) - _score(candidates[worse]))
     return min(gaps)

@@ -124,7 +124,9 @@ def draw_weights(model: PreTrainedModel, seed: int, peak: float) -> None:
         elif parameter is embeddings or "wpe" in name:
             value = noise
         elif parameter.ndim == 1:
-            value = 0.1 * noise + (name.endswith("weight") and "gemma" not in model.config.model_type)
+            value = 0.1 * noise + (
+                name.endswith("weight") and "gemma" not in model.config.model_type
+            )
         else:
             value = noise * 1.5 / width**0.5
         parameter.data.copy_(value)

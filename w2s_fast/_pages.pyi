@@ -1,7 +1,7 @@
 """Types of the compiled module; csrc/page_manager.h says what each operation does.
 
 Every array is one-dimensional unless a shape is given; arguments must be contiguous int32 arrays
-(anything else is a TypeError). All operations raise PageMisuse or OutOfPages and then change nothing.
+(anything else is a TypeError). Operations raise PageMisuse or OutOfPages and then change nothing.
 """
 
 import numpy as np

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import repeat
 from typing import Any, Literal
 
@@ -73,6 +74,11 @@ class Engine:
         if kv_cache_tokens is not None:
             _check_positive("kv_cache_tokens", kv_cache_tokens)
         guides = [guides] if isinstance(guides, Guide) else list(guides or ())
+        for guide in guides:
+            if not math.isfinite(guide.weight):
+                raise InvalidRequest(
+                    f"weight of a guide is {guide.weight!r}; allowed: a number"
+                )
         where = pick_device(device)
         loaded: dict[Any, PreTrainedModel] = {}
 
@@ -308,17 +314,11 @@ def _pair(
         params = SearchParams()
     if isinstance(params, SearchParams):
         return zip(prompts, repeat(params))
-    return zip_strict(prompts, params)
-
-
-def zip_strict(
-    prompts: Iterable[Prompt], params: Iterable[SearchParams]
-) -> Iterator[tuple[Prompt, SearchParams]]:
-    """zip, and InvalidRequest where one of the two is shorter."""
-    try:
-        yield from zip(prompts, params, strict=True)
-    except ValueError as error:
-        raise InvalidRequest("params must be one, or as many as there are prompts") from error
+    if isinstance(prompts, Sized) and isinstance(params, Sized) and len(prompts) != len(params):
+        raise InvalidRequest(
+            f"{len(prompts)} prompts, but {len(params)} params; allowed: one for all, or one each"
+        )
+    return zip(prompts, params)
 
 
 def _check_length(models: Sequence[PagedModel], prompt: int, new: int) -> None:

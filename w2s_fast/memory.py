@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from w2s_fast.errors import OutOfPages
 from w2s_fast.model import kv_shape
 
 # Shares of the free memory to spend on pages. A GPU's is this program's own; a CPU's is not.
@@ -19,11 +19,12 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is free now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise OutOfPages("free memory cannot be measured here; give kv_cache_tokens")
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux: all that the machine has
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def kv_tokens_that_fit(models: Sequence[PreTrainedModel], useful_tokens: int) -> int:

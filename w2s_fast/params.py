@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -74,9 +75,11 @@ class SearchParams:
             _check_int(name, getattr(self, name), low=1)
         if self.chunk_length is not None:
             _check_int("chunk_length", self.chunk_length, low=1, also="None (whole responses)")
-        _check_int("top_k", self.top_k, low=0, also="0 (off)")
+        _check_int("top_k", self.top_k, low=0, high=2**31 - 1)
         _check_int("seed", self.seed, low=0, high=2**64 - 1)
-        _check_number("temperature", self.temperature, 0.0, math.inf, "a number >= 0 (0: greedy)")
+        _check_number(
+            "temperature", self.temperature, 0.0, sys.float_info.max, "a number >= 0 (0: greedy)"
+        )
         _check_number("top_p", self.top_p, 0.0, 1.0, "in (0, 1]", open_low=True)
         _check_number("min_p", self.min_p, 0.0, 1.0, "in [0, 1]")
         for name in ("ignore_eos", "trace", "dedup"):
@@ -150,6 +153,8 @@ def _check_int(
 def _check_number(
     name: str, value: Any, low: float, high: float, allowed: str, open_low: bool = False
 ) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # An integer may be too large for a float: compare it as it is.
+    ok = ok and (isinstance(value, int) or math.isfinite(value))
     if not ok or value < low or value > high or (open_low and value == low):
         raise _invalid(name, value, allowed)

@@ -72,6 +72,7 @@ class PromptEncoder:
             InvalidRequest: as :meth:`encode`, or the response is empty.
         """
         if isinstance(response, str) and isinstance(prompt, str) and self.template is None:
+            _check_unicode(response)
             alone = self._encode_text(prompt)
             both = _plain(self._need_tokenizer(), prompt + response, add_special_tokens=True)
             common = _common_prefix(alone, both)
@@ -121,6 +122,7 @@ class PromptEncoder:
 
     def _encode_text(self, text: str) -> list[int]:
         tokenizer = self._need_tokenizer()
+        _check_unicode(text)
         if self.template is None:
             return _plain(tokenizer, text, add_special_tokens=True)
         before, after = self.template.split(PLACEHOLDER)
@@ -136,6 +138,7 @@ class PromptEncoder:
                     f"a chat message is {dict(message)!r}; allowed: a mapping with the strings "
                     "'role' and 'content'"
                 )
+            _check_unicode(message["content"])
         if tokenizer.chat_template is None:
             raise InvalidRequest(f"{self.name} has no chat template; give its prompt as a string")
         # Contents are rendered as marks no text holds, so that what the template wrote and what
@@ -188,6 +191,13 @@ def _plain(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
         text, add_special_tokens=add_special_tokens, split_special_tokens=True
     )["input_ids"]
     return ids
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"a text is not valid Unicode: {error}") from error
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

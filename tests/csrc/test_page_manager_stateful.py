@@ -222,6 +222,8 @@ class Pages(RuleBasedStateMachine):
             data.draw(st.integers(0, min(shared[slot], len(self.tokens[slot])))) for slot in slots
         ]
         self.cut(slots, lengths)
+        for slot in slots:
+            self.write_tokens([slot], [min(1, self.room(slot))])  # refused, if it would be seen
         counts = [self.several(slot) for slot in slots]
         if self.reserve_tokens(slots, counts):
             assert self.write_tokens(slots, counts)

@@ -232,9 +232,7 @@ def test_the_same_key_gives_the_same_token_in_every_row_and_batch() -> None:
         logits = torch.from_numpy(random_logits(vocabulary, vocabulary, 0.3))
         keys = [(seed, c, t) for seed in (0, 2**64 - 1) for c in (0, 3) for t in (0, 9)]
 
-        def tokens(
-            keys: list[tuple[int, int, int]], row: torch.Tensor = logits
-        ) -> list[int]:
+        def tokens(keys: list[tuple[int, int, int]], row: torch.Tensor = logits) -> list[int]:
             return draw(
                 row.expand(len(keys), -1).contiguous(),
                 Warp(temperature=0.9, top_k=500),

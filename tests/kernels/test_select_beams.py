@@ -40,8 +40,9 @@ def select(requests: list[Request]) -> list[int]:
 # Few different scores, so that ties are common.
 scores = st.one_of(st.integers(-2, 2).map(float), st.floats(-1e6, 1e6), st.just(-0.0))
 requests = st.lists(
-    st.lists(st.tuples(scores, st.sampled_from([True, True, True, False])), min_size=1, max_size=12)
-    .flatmap(
+    st.lists(
+        st.tuples(scores, st.sampled_from([True, True, True, False])), min_size=1, max_size=12
+    ).flatmap(
         lambda rows: st.builds(
             Request,
             st.just([s for s, _ in rows]),

@@ -30,7 +30,9 @@ def recomputed(
 ) -> np.ndarray:
     """Log-ratio of each response token, from whole forwards."""
     rows = range(len(prompt) - 1, len(prompt) + len(response) - 1)
-    tuned, untuned = (forward(m, prompt + response, vocab_size) for m in (guide.tuned, guide.untuned))
+    tuned, untuned = (
+        forward(m, prompt + response, vocab_size) for m in (guide.tuned, guide.untuned)
+    )
     return np.array(
         [
             log_softmax(tuned[row])[token] - log_softmax(untuned[row])[token]
@@ -75,9 +77,7 @@ def test_log_ratios_over_several_chunks_equal_a_full_recomputation(family: str) 
     ratios: list[list[float]] = [[], [], []]
     for step in range(3):
         chunks = [r[c[step] : c[step + 1]] for r, c in zip(responses, cuts, strict=True)]
-        before = [
-            (p + r[: c[step]])[-1] for p, r, c in zip(prompts, responses, cuts, strict=True)
-        ]
+        before = [(p + r[: c[step]])[-1] for p, r, c in zip(prompts, responses, cuts, strict=True)]
         tuned, untuned = guide.append(slots, before, chunks)
         pieces = (tuned - untuned).split([len(c) for c in chunks])
         for own, piece in zip(ratios, pieces, strict=True):
@@ -141,7 +141,9 @@ def test_padded_ids_have_no_share_in_a_guides_probabilities() -> None:
 
 
 def test_given_responses_are_scored_like_sampled_ones() -> None:
-    models = [tiny_model(f, seed=s) for s, f in enumerate(["llama", "gpt2", "gpt2", "phi3", "phi3"])]
+    models = [
+        tiny_model(f, seed=s) for s, f in enumerate(["llama", "gpt2", "gpt2", "phi3", "phi3"])
+    ]
     guides = [Guide(models[1], models[2], weight=0.7), Guide(models[3], models[4], weight=-0.3)]
     engine = Engine(base=models[0], guides=guides, device="cpu", kv_cache_tokens=2048)
     prompts = [random_tokens(5, 0), random_tokens(2, 1)]

@@ -107,6 +107,22 @@ def test_appending_several_tokens_to_many_sequences_equals_the_eager_forward(fam
             assert_close(torch.cat(seen[i]), eager(model.model, text[: done[i]]))
 
 
+@pytest.mark.parametrize("room", [1, 4000, 100_000])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_attention_in_groups_of_any_size_equals_the_eager_forward(
+    family: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("w2s_fast.attention._GROUP_BYTES", room)
+    model = paged(family)
+    texts = [tokens_of(n, n) for n in (9, 8, 3, 30, 7, 1, 12, 31, 2)]
+    slots = model.pool.allocate(9)
+    append(model, slots, [text[:-1] if len(text) > 1 else text for text in texts])
+    grown = [i for i, text in enumerate(texts) if len(text) > 1]
+    last = append(model, slots[grown], [texts[i][-1:] for i in grown])
+    for ours, i in zip(last, grown, strict=True):
+        assert_close(ours, eager(model.model, texts[i])[-1:])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_very_different_lengths_in_one_pass_equal_the_eager_forward(family: str) -> None:
     model = paged(family)
@@ -318,9 +334,8 @@ def test_what_is_served_is_right_at_every_length_alone_and_beside_others(kind: s
     draw_weights(model, seed=0, peak=2.0)
     try:
         served = PagedModel(model, kv_cache_tokens=256, page_size=4)
-    except UnsupportedModel as refusal:
-        assert type(model).__name__ in str(refusal)
-        return
+    except UnsupportedModel:
+        return  # a refusal is as good
     assert served.max_positions is not None
     long, short = tokens_of(served.max_positions), tokens_of(5)
     slots = served.pool.allocate(2)

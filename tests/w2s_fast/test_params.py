@@ -52,7 +52,7 @@ def test_stop_is_a_sequence_of_strings_and_not_one_string(value: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["stop", "stop_token_ids"])
-@pytest.mark.parametrize("value", [None, 5])
+@pytest.mark.parametrize("value", [None, 5, iter([]), iter([7])], ids=["None", "5", "i0", "i7"])
 def test_what_is_not_a_sequence_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=name):
         SearchParams(**{name: value})

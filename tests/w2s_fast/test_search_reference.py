@@ -17,7 +17,7 @@ from w2s_fast import Engine, Guide, SearchParams, SearchResult
 # Rounding may decide otherwise where a draw or two scores are as close as this; eager attention
 # has its softmax in float32 whatever the model's type.
 MARGIN = 2e-5
-EOS_SETS: tuple[tuple[int, ...], ...] = ((), (0,), (3, 7), (1, 4, 8, 11, 15, 19))
+EOS_SETS: tuple[tuple[int, ...], ...] = ((), (0,), (3, 7), (1, 4, 8, 11))
 WEIGHTS: tuple[tuple[float, ...], ...] = ((1.0,), (0.5, -1.5), (2.0, 0.0))
 
 
@@ -70,9 +70,7 @@ def assert_same(result: SearchResult, expected: ReferenceResult, atol: float = 1
 
     assert result.error is None
     assert result.trace is not None
-    for number, (ours, theirs) in enumerate(
-        zip(result.trace.rounds, expected.rounds, strict=True)
-    ):
+    for number, (ours, theirs) in enumerate(zip(result.trace.rounds, expected.rounds, strict=True)):
         assert len(ours.candidates) == len(theirs.candidates), number
         for index, (a, b) in enumerate(zip(ours.candidates, theirs.candidates, strict=True)):
             where = f"round {number}, candidate {index}"
@@ -113,8 +111,8 @@ def search_params(draw: st.DrawFn, method: str | None = None) -> SearchParams:
         method=method,  # type: ignore[arg-type]
         beam_width=width,
         successors=successors,
-        chunk_length=draw(st.one_of(st.integers(1, 6), st.none())),
-        max_new_tokens=draw(st.integers(1, 12)),
+        chunk_length=draw(st.sampled_from([2, 1, 3, 5, 8, None])),
+        max_new_tokens=draw(st.sampled_from([12, 10, 7, 3, 1])),
         temperature=draw(st.sampled_from([0.7, 1.0, 1.5, 0.3, 0.0])),
         top_k=draw(st.sampled_from([0, 50, 5, 2, 1])),
         top_p=draw(st.sampled_from([1.0, 0.95, 0.7])),
@@ -229,7 +227,7 @@ def test_the_papers_settings_find_what_the_reference_finds(name: str, finished: 
     ],
     ids=str,
 )
-@pytest.mark.parametrize("eos", [(0,), (1, 4, 8, 11, 15, 19)], ids=["rare eos", "frequent eos"])
+@pytest.mark.parametrize("eos", [(0,), (1, 4, 8, 11)], ids=["rare eos", "frequent eos"])
 def test_named_cases_find_what_the_reference_finds(
     values: dict[str, Any], eos: tuple[int, ...]
 ) -> None:
@@ -239,5 +237,3 @@ def test_named_cases_find_what_the_reference_finds(
         expected = reference.search([6, 2], params)
         assert decided(expected)
         assert_same(engine.generate([[6, 2]], params)[0], expected)
-
-

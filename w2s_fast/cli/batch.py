@@ -72,8 +72,9 @@ def run_batch(
     """
     if output is None:
         with input.open("rb") as lines:
-            requests = read_requests(lines, params, models)
-            return _run(engine, requests, _write_stdout).failed
+            tally = _run(engine, read_requests(lines, params, models), _write_stdout)
+        note(str(tally), style="yellow" if tally.failed else "dim")
+        return tally.failed
     with _open_output(input, output, resume, retry_errors, params, models) as file:
         if file.cut_bytes:
             note(f"cut off a half-written last line ({file.cut_bytes} bytes)")

@@ -39,7 +39,7 @@ class Commands(TyperGroup):
 def out_console(plain: bool = False) -> Console:
     """Standard output: results. `plain`: no colour and nothing that moves."""
     width = None if sys.stdout.isatty() else PIPE_WIDTH
-    return Console(width=width, no_color=plain or None, highlight=False, soft_wrap=False)
+    return Console(width=width, color_system=None if plain else "auto", highlight=False)
 
 
 def note_console() -> Console:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from w2s_fast.cli.console import note, out_console
+from w2s_fast.cli.console import note, note_console, out_console
 from w2s_fast.cli.models import decoder, load_engine, name_models
 
 
@@ -33,8 +33,9 @@ def demo(
 
     texts = held_out_prompts(prompts, seed)
     methods = demo_methods()
-    for method in methods:  # buffers and lazy initialisation are not part of the measurement
-        engine.generate(texts[:1], method.params)
+    with note_console().status("warming up"):  # first-time costs are no part of the measurement
+        for method in methods:
+            engine.generate(texts[:1], method.params)
 
     measurements = []
     with _progress(console, hidden=plain or not console.is_terminal) as progress:

@@ -150,7 +150,7 @@ def generate(
     if output is not None and output.exists() and not resume:
         raise already_there(output)
     if input is not None:
-        input.open("rb").close()
+        input.stat()
 
     engine = load_engine(models, device, dtype, kv_cache_tokens)
     if prompt is None:
@@ -184,11 +184,10 @@ def _check_usage(
         raise typer.BadParameter("--resume goes on with an --output file: name it")
     if retry_errors and not resume:
         raise typer.BadParameter("--retry-errors goes with --resume")
-    if prompt is not None and not prompt.isprintable():
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
-            raise typer.BadParameter("the prompt is not UTF-8") from None
+    try:
+        (prompt or "").encode("utf-8")
+    except UnicodeEncodeError:
+        raise typer.BadParameter("the prompt is not UTF-8") from None
 
 
 def _print_answer(prompt: str, result: SearchResult, decode: Decode) -> None:
