@@ -76,9 +76,7 @@ class Engine:
         guides = [guides] if isinstance(guides, Guide) else list(guides or ())
         for guide in guides:
             if not math.isfinite(guide.weight):
-                raise InvalidRequest(
-                    f"weight of a guide is {guide.weight!r}; allowed: a number"
-                )
+                raise InvalidRequest(f"weight of a guide is {guide.weight!r}; allowed: a number")
         where = pick_device(device)
         loaded: dict[Any, PreTrainedModel] = {}
 

@@ -131,7 +131,7 @@ def search_params(draw: st.DrawFn, method: str | None = None) -> SearchParams:
 prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=7)
 
 
-@settings(max_examples=100)
+@settings(max_examples=120)
 @given(
     family=st.sampled_from(FAMILIES),
     eos=st.sampled_from(EOS_SETS),

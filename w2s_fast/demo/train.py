@@ -58,7 +58,7 @@ class Recipe:
     vocab_size: int = 1024
     tokenizer_reviews: int = 20_000
     base: Pretraining = Pretraining(Dims(256, 4, 4, 2, 640), steps=1200, lr=2e-3)
-    guide: Pretraining = Pretraining(Dims(128, 2, 4, 2, 256), steps=1000, lr=4e-3)
+    guide: Pretraining = Pretraining(Dims(128, 2, 4, 2, 256), steps=350, lr=4e-3)
     eval_reviews: int = 512
     dpo: DPOSettings = field(default_factory=DPOSettings)
 
