@@ -215,11 +215,11 @@ class Reference:
         sampled_tokens = 0
         score_margin, draw_margin = math.inf, math.inf
         while not kept or any(h.finish_reason is None for h in kept):
-            # Expand. Each entry is a parent and whether it is to be continued.
+            # Expand. Each entry is the place of a candidate's parent, and the parent.
+            origins: list[tuple[int | None, ReferenceHypothesis]] = []
             if not rounds:
                 origins = [(None, ReferenceHypothesis())] * first
             else:
-                origins = []
                 for place, hypothesis in enumerate(kept):
                     held = hypothesis.finish_reason is not None and p.finished == "hold"
                     origins += [(place, hypothesis)] * (1 if held else p.successors)
