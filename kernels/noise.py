@@ -17,30 +17,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+from w2s_fast.kernels.library import jit, tl
+
 _MASK = 0xFFFFFFFF
-ROUNDS = 10
+
+
+def philox_rounds(c0, c1, c2, c3, k0, k1):
+    """The ten rounds, on 32-bit words held in int64: torch tensors, or scalars of a kernel.
+
+    Both run this one body (:func:`philox_kernel` is its Triton form), which is why the constants
+    are spelled out: a kernel sees no globals.
+    """
+    for _ in range(10):
+        # The 64-bit product wraps around in int64, which leaves its bits right; the mask
+        # after the arithmetic shift drops the copied sign.
+        p0 = c0 * 0xD2511F53
+        p1 = c2 * 0xCD9E8D57
+        c0 = ((p1 >> 32) & 0xFFFFFFFF) ^ c1 ^ k0
+        c2 = ((p0 >> 32) & 0xFFFFFFFF) ^ c3 ^ k1
+        c1 = p1 & 0xFFFFFFFF
+        c3 = p0 & 0xFFFFFFFF
+        k0 = (k0 + 0x9E3779B9) & 0xFFFFFFFF
+        k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+philox_kernel = jit(philox_rounds)
 
 
 def philox_4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words a counter, all held in int64 tensors of one shape."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(ROUNDS):
-        # The 64-bit product wraps around in int64, which leaves its bits right; the mask
-        # after the arithmetic shift drops the copied sign.
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = (
-            (p1 >> 32) & _MASK ^ c1 ^ k0,
-            p1 & _MASK,
-            (p0 >> 32) & _MASK ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return c0, c1, c2, c3
+    words: tuple[Tensor, Tensor, Tensor, Tensor] = philox_rounds(*counter, *key)
+    return words
 
 
 def uniform(seed: Tensor, candidate: Tensor, position: Tensor) -> Tensor:
@@ -55,6 +65,17 @@ def uniform(seed: Tensor, candidate: Tensor, position: Tensor) -> Tensor:
     key = (seed & _MASK, (seed >> 32) & _MASK)
     x0, x1, _, _ = philox_4x32((candidate & _MASK, position & _MASK, zero, zero), key)
     return ((x0 >> 5) * 2**26 + (x1 >> 6)).double() * 2.0**-53
+
+
+@jit
+def uniform_kernel(seed, candidate, position):
+    """:func:`uniform` inside of a kernel: int64 scalars to a float64 scalar, bit for bit."""
+    zero = position * 0
+    mask = 0xFFFFFFFF
+    x0, x1, _, _ = philox_kernel(
+        candidate & mask, position & mask, zero, zero, seed & mask, (seed >> 32) & mask
+    )
+    return ((x0 >> 5) * 67108864 + (x1 >> 6)).to(tl.float64) * 1.1102230246251565e-16
 
 
 def seed_bits(seed: int) -> int:

@@ -30,6 +30,7 @@ class Beam:
         logprobs: the base's log-prob of each token, at temperature 1.
         token_scores: each token's weighted log-ratio, added over the guides; shorter than
             ``tokens`` by those not scored yet, and empty where no guide runs.
+        total: sum of the token scores, as the selection computed it.
         slot: in the base's pool, or NO_SLOT.
         guide_slots: int32 [guides, 2] (tuned, untuned), or NO_GUIDE_SLOTS.
     """
@@ -40,6 +41,7 @@ class Beam:
     logprobs: list[float]
     token_scores: list[float]
     finish_reason: FinishReason | None
+    total: float = 0.0
     slot: int = NO_SLOT
     guide_slots: Int32Array = field(default_factory=lambda: NO_GUIDE_SLOTS)
 
@@ -56,6 +58,7 @@ class Beam:
             list(self.logprobs),
             list(self.token_scores),
             self.finish_reason,
+            self.total,
         )
 
 
@@ -157,5 +160,4 @@ class Request:
         """The beam's score as this request defines it; None where no guide runs."""
         if not self.params.uses_guides:
             return None
-        total = sum(beam.token_scores)
-        return total / len(beam.tokens) if self.params.score == "mean" else total
+        return beam.total / len(beam.tokens) if self.params.score == "mean" else beam.total

@@ -13,15 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from w2s_fast.errors import NumericalError
 from w2s_fast.guide import PagedGuide
-from w2s_fast.kernels.select_beams import select_beams
 from w2s_fast.model import PagedModel
 from w2s_fast.request import NO_GUIDE_SLOTS, NO_SLOT, Beam, Family, Request
 from w2s_fast.sampling import SamplingBatch
+from w2s_fast.selection import choose, new_tokens
 
 # A step samples no more tokens than this before the host looks at them; rows that met EOS are
 # carried along until then.
@@ -64,7 +63,9 @@ class Search:
         self._expand([r for r in requests if r.growing])
         complete = [r for r in requests if r.error is None and r.tokens_left_in_round() == 0]
         self._score([r for r in complete if r.params.uses_guides])
-        self._select([r for r in complete if r.error is None])
+        for request in complete:
+            if not request.params.uses_guides:
+                self._close_round(request, range(len(request.candidates)))
 
     def abort(self, request: Request) -> None:
         """Give back all slots of a request."""
@@ -160,21 +161,42 @@ class Search:
     # Score
 
     def _score(self, requests: Sequence[Request]) -> None:
-        """Add the guides' log-ratios of the tokens that the round brought."""
+        """Score the tokens that the round brought, and keep the best candidates."""
+        if not requests:
+            return
         owned = [
             (request, family)
             for request in requests
             for family in request.families
             if not family.parent.finished
         ]
-        if not owned:
-            return
-        rows = [(request, beam) for request, family in owned for beam in family.children]
-        chunks = [beam.tokens[len(beam.token_scores) :] for _, beam in rows]
-        ends = np.cumsum([len(chunk) for chunk in chunks])
-        scores = np.zeros(ends[-1])
         self._prefill_guides([request for request, _ in owned if request.round_number == 1])
         self._fork_guides([family for _, family in owned])
+        tuned, untuned = self._guide_logprobs(
+            [(request, beam) for request, family in owned for beam in family.children]
+        )
+        beams = [beam for request in requests for beam in request.candidates]
+        chunks = [new_tokens(beam) for beam in beams]
+        weights = [guide.weight for guide in self.guides]
+        choice = choose(requests, chunks, tuned, untuned, weights)
+        owners = [request for request in requests for _ in request.candidates]
+        for request, beam, broken in zip(owners, beams, choice.broken):
+            if broken is not None and request.error is None:
+                model = self._first_broken(tuned[:, broken.token], untuned[:, broken.token])
+                request.error = _not_finite(model, len(beam.token_scores) + broken.offset)
+        for request, beam, new, score in zip(owners, beams, choice.token_scores, choice.scores):
+            beam.token_scores.extend(new)
+            beam.total = score
+            request.scored_tokens += len(new)
+        for request, kept in zip(requests, choice.kept):
+            if request.error is None:
+                self._close_round(request, kept)
+        self._abort_failed(requests)
+
+    def _guide_logprobs(self, rows: Sequence[tuple[Request, Beam]]) -> tuple[Tensor, Tensor]:
+        """Run the rows' new tokens through all guides: float32 [guides, T], tuned and untuned."""
+        chunks = [new_tokens(beam) for _, beam in rows]
+        found = []
         for g, guide in enumerate(self.guides):
             before = [
                 beam.tokens[len(beam.token_scores) - 1]
@@ -183,17 +205,19 @@ class Search:
                 for request, beam in rows
             ]
             slots = np.stack([beam.guide_slots[g] for _, beam in rows], axis=1)
-            logprobs = [v.double().cpu().numpy() for v in guide.append(slots, before, chunks)]
-            for model, values in zip(guide.models, logprobs):
-                _check_finite(model, rows, np.split(values, ends[:-1]))
-            scores += guide.weight * (logprobs[0] - logprobs[1])
-        for (request, beam), new in zip(rows, np.split(scores, ends[:-1])):
-            beam.token_scores.extend(new.tolist())
-            request.scored_tokens += len(new)
-        self._release_guides([beam for _, beam in rows if beam.finished])
-        for request in requests:
-            _share_scores(request.candidates)
-        self._abort_failed(requests)
+            found.append(guide.append(slots, before, chunks))
+        tuned, untuned = (torch.stack(logprobs) for logprobs in zip(*found))
+        return tuned, untuned
+
+    def _first_broken(self, tuned: Tensor, untuned: Tensor) -> PagedModel:
+        """The first model whose log-prob, one for each guide, is not finite."""
+        finite = torch.stack([tuned, untuned], 1).isfinite().tolist()
+        return next(
+            model
+            for guide, both in zip(self.guides, finite)
+            for model, sound in zip(guide.models, both)
+            if not sound
+        )
 
     def _prefill_guides(self, requests: Sequence[Request]) -> None:
         """Run the prompts of requests in their first round."""
@@ -219,15 +243,12 @@ class Search:
 
     # Select
 
-    def _select(self, requests: Sequence[Request]) -> None:
-        """Keep the best candidates of each request; give back what only losers used."""
-        ranked = [request for request in requests if request.params.uses_guides]
-        kept = dict(zip((request.index for request in ranked), _rank(ranked)))
-        for request in requests:
-            candidates = request.candidates
-            request.close_round(kept.get(request.index, range(len(candidates))))
-            winners = set(map(id, request.beams))
-            self._release([beam for beam in candidates if id(beam) not in winners])
+    def _close_round(self, request: Request, kept: Sequence[int]) -> None:
+        """Keep candidates by their indices; give back what only losers and finished ones used."""
+        candidates = request.candidates
+        request.close_round(kept)
+        winners = {id(beam) for beam in request.beams if not beam.finished}
+        self._release([beam for beam in candidates if id(beam) not in winners])
 
     # Slots
 
@@ -254,52 +275,6 @@ class Search:
             guide.release(np.stack([beam.guide_slots[g] for beam in held], axis=1))
         for beam in held:
             beam.guide_slots = NO_GUIDE_SLOTS
-
-
-def _share_scores(candidates: Sequence[Beam]) -> None:
-    """Give candidates with the same tokens the same score, bit for bit.
-
-    They ran in different rows of a batched product; its rounding must not decide between them.
-    """
-    first: dict[tuple[int, ...], Beam] = {}
-    for beam in candidates:
-        beam.token_scores = first.setdefault(tuple(beam.tokens), beam).token_scores[:]
-
-
-def _rank(requests: Sequence[Request]) -> list[list[int]]:
-    """For each request, the indices of the candidates it keeps, best first."""
-    if not requests:
-        return []
-    rows = [(r, request, beam) for r, request in enumerate(requests) for beam in request.candidates]
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    eligible = []
-    for r, request, beam in rows:
-        key = (r, tuple(beam.tokens))
-        eligible.append(not (request.params.dedup and key in seen))
-        seen.add(key)
-    winners = select_beams(
-        torch.tensor([request.score_of(beam) for _, request, beam in rows], dtype=torch.float64),
-        torch.tensor([r for r, _, _ in rows]),
-        torch.tensor([request.params.kept for request in requests]),
-        torch.tensor(eligible),
-    )
-    kept: list[list[int]] = [[] for _ in requests]
-    for row in winners.tolist():
-        r, _, beam = rows[row]
-        kept[r].append(beam.index)
-    return kept
-
-
-def _check_finite(
-    model: PagedModel,
-    rows: Sequence[tuple[Request, Beam]],
-    logprobs: Sequence[NDArray[np.float64]],
-) -> None:
-    """Note an error in the requests whose tokens got a log-prob that is not finite."""
-    for (request, beam), values in zip(rows, logprobs):
-        broken = np.flatnonzero(~np.isfinite(values))
-        if len(broken) and request.error is None:
-            request.error = _not_finite(model, len(beam.token_scores) + int(broken[0]))
 
 
 def _not_finite(model: PagedModel, position: int) -> NumericalError:

@@ -79,3 +79,44 @@ def test_no_rows_give_no_log_probs() -> None:
     got = linear_logprob(torch.randn(0, 8), torch.randn(30, 8), torch.zeros(0, dtype=torch.int64))
     assert got.shape == (0,)
     assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "tokens", "bias"),
+    [
+        ((3, 4), (9, 5), (3,), None),
+        ((3, 4), (9, 4), (2,), None),
+        ((4,), (9, 4), (1,), None),
+        ((3, 4), (9, 4), (3,), (8,)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    hidden: tuple[int, ...],
+    weight: tuple[int, ...],
+    tokens: tuple[int, ...],
+    bias: tuple[int, ...] | None,
+) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        linear_logprob(
+            torch.zeros(hidden),
+            torch.zeros(weight),
+            torch.zeros(tokens, dtype=torch.int64),
+            None if bias is None else torch.zeros(bias),
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype", "fused"),
+    [
+        (16, 768, torch.bfloat16, True),
+        (2048, 768, torch.bfloat16, True),
+        (127, 4096, torch.float16, True),
+        (128, 4096, torch.float16, False),
+        (32, 768, torch.float32, True),
+        (33, 768, torch.float32, False),
+    ],
+)
+def test_a_fixed_table_says_where_the_product_is_left_to_torch(
+    rows: int, width: int, dtype: torch.dtype, fused: bool
+) -> None:
+    assert module._product_pays(rows, width, dtype.itemsize) is not fused

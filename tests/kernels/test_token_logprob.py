@@ -70,6 +70,26 @@ def test_a_forbidden_token_has_log_prob_minus_infinity_and_nan_stays_in_its_row(
     assert torch.equal(got[[0, 3]], clean[[0, 3]])
 
 
+def test_an_infinite_logit_makes_its_row_nan_whichever_token_is_asked_for() -> None:
+    logits = torch.randn(3, 10)
+    logits[1, 4] = math.inf
+    for token in (4, 5):
+        got = token_logprob(logits, torch.full((3,), token))
+        assert got.isnan().tolist() == [False, True, False]
+    # A soft-cap makes it finite first.
+    assert token_logprob(logits, torch.tensor([0, 0, 0]), softcap=3.0).isfinite().all()
+
+
+def test_a_row_of_forbidden_tokens_is_nan() -> None:
+    assert token_logprob(torch.full((1, 5), -math.inf), torch.tensor([2])).isnan()
+
+
+@pytest.mark.parametrize(("logits", "tokens"), [((3, 5), (2,)), ((5,), (5,)), ((3, 5), (3, 1))])
+def test_shapes_that_do_not_fit_are_refused(logits: tuple[int], tokens: tuple[int]) -> None:
+    with pytest.raises(ValueError, match=r"must be \[N, V\] and \[N\]"):
+        token_logprob(torch.zeros(logits), torch.zeros(tokens, dtype=torch.int64))
+
+
 def test_log_probs_of_all_tokens_sum_to_one() -> None:
     row = torch.randn(200) * 5
     got = token_logprob(row.expand(200, -1), torch.arange(200))

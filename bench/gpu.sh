@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Prove and time the kernels on this machine's GPU, without a network:
+#
+#     bench/gpu.sh [folder for the results]        default: bench/results
+#
+# Needs python with torch, triton, transformers, pytest, hypothesis and pybind11, a C++ compiler,
+# and nvcc for the CUDA sources. Builds in place, runs the tests marked `gpu`, times every kernel.
+# A part that fails hides no other; the last lines say how each part ended. At most 8 minutes.
+# W2S_FAST_DRY_RUN=1 runs the same parts with tiny shapes on the CPU.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+out=${1:-bench/results}
+python=${PYTHON:-python3}
+name=$(date +%Y-%m-%d)-$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr ' ' '-')
+name=${name%-}
+mkdir -p "$out"
+summary=()
+status=0
+
+part() { # part NAME SECONDS COMMAND...
+    local title=$1 seconds=$2
+    shift 2
+    printf '\n== %s\n' "$title"
+    local begin=$SECONDS
+    timeout "$seconds" "$@"
+    local code=$?
+    local verdict="ok"
+    if [ "$code" -eq 124 ]; then verdict="FAILED: still running after $seconds s"
+    elif [ "$code" -ne 0 ]; then verdict="FAILED: exit code $code"; fi
+    [ "$code" -eq 0 ] || status=1
+    summary+=("$(printf '%-22s %4d s  %s' "$title" $((SECONDS - begin)) "$verdict")")
+}
+
+export PYTHONUNBUFFERED=1
+part "build" 120 "$python" setup.py --quiet build_ext --inplace
+if [ -n "${W2S_FAST_DRY_RUN:-}" ]; then
+    part "timings" 120 "$python" bench/kernels.py --dry-run --out "$out/$name-kernels-dry.json"
+else
+    part "kernels on the device" 150 "$python" -m pytest -q -m gpu tests/gpu/test_kernels.py \
+        --junitxml "$out/$name-kernel-tests.xml"
+    part "search on the device" 90 "$python" -m pytest -q -m gpu tests/gpu/test_search.py \
+        --junitxml "$out/$name-search-tests.xml"
+    part "page copies" 30 "$python" -m pytest -q tests/csrc/test_copy_pages.py
+    part "timings" 200 "$python" bench/kernels.py --seconds 150 --out "$out/$name-kernels.json"
+fi
+
+printf '\n== summary\n'
+printf '%s\n' "${summary[@]}"
+exit "$status"

@@ -1,0 +1,301 @@
+"""Time of every operator between hidden states and beams, against what the machine can do.
+
+    python bench/kernels.py --out bench/results/kernels.json       on a GPU
+    python bench/kernels.py --dry-run --out /tmp/kernels.json      tiny shapes, any machine
+
+Each row gives the median time, GB/s or TFLOP/s, and the share of the copy bandwidth or matmul rate
+measured in the same run; or the ratio to a baseline timed in the same run. A case that fails is
+reported as such, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]  # a bare machine runs the checkout as it is
+
+from bench.timing import (  # noqa: E402
+    copy_bandwidth,
+    graph_seconds,
+    input_sets,
+    matmul_rate,
+    median_seconds,
+)
+from w2s_fast.kernels.fuse_logits import choose_beta, fuse_logits  # noqa: E402
+from w2s_fast.kernels.library import BACKEND, HAS_TRITON, triton  # noqa: E402
+from w2s_fast.kernels.linear_logprob import linear_logprob  # noqa: E402
+from w2s_fast.kernels.sample_tokens import sample_tokens  # noqa: E402
+from w2s_fast.kernels.select_beams import select_beams  # noqa: E402
+from w2s_fast.kernels.token_logprob import token_logprob  # noqa: E402
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Machine:
+    """Where it runs, and its limits as measured there."""
+
+    device: torch.device
+    copy: float  # bytes read and written, a second
+    matmul: dict[str, float]  # operations a second, by dtype
+    dry: bool
+
+
+@dataclass
+class Row:
+    """One line of the result. Times in microseconds."""
+
+    name: str
+    shape: str
+    us: float | None = None
+    gb_per_s: float | None = None
+    share_of_copy: float | None = None
+    tflop_per_s: float | None = None
+    share_of_matmul: float | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
+    target: str = ""
+    error: str = ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU if need be")
+    parser.add_argument("--seconds", type=float, default=180, help="start no case after this long")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not args.dry_run:
+        parser.error("no GPU here; --dry-run runs tiny shapes on the CPU")
+    size, square = (2**20, 128) if args.dry_run else (2**30, 8192)
+    machine = Machine(
+        device,
+        copy_bandwidth(device, size),
+        {name: matmul_rate(device, dtype, square) for name, dtype in DTYPES.items()},
+        args.dry_run,
+    )
+    rows, start = [], time.monotonic()
+    for name, case in cases(machine):
+        if time.monotonic() - start > args.seconds:
+            rows.append(Row(name, "", error="not run: time was up"))
+            continue
+        try:
+            rows += case()
+        except Exception as error:
+            traceback.print_exc()
+            rows.append(Row(name, "", error=f"{type(error).__name__}: {error}"[:300]))
+        print(line(rows[-1]), flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report(machine, rows), indent=1) + "\n")
+    print("\n" + "\n".join(line(row) for row in rows))
+    return 1 if any(row.error for row in rows) else 0
+
+
+def cases(machine: Machine) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    """Every case; targets first, so that a short run still has them."""
+    big = 1000 if machine.dry else 128_256
+    many = 8 if machine.dry else 512
+    yield "token_logprob", lambda: [_token_logprob(machine, many, big, "bf16", "0.85 of copy")]
+    yield "token_logprob", lambda: [_token_logprob(machine, 16, big, "bf16", "0.60 of copy")]
+    for settings, target in (
+        ("no filter", "1.5 passes"),
+        ("top-k 50 top-p 0.95", "3 passes"),
+        ("top-p 0.95", ""),
+        ("greedy", ""),
+    ):
+        rows = 4 if machine.dry else 128
+        yield "sample_tokens", _bound(_sample, machine, rows, big, settings, target)
+    yield "select_beams", lambda: [_select(machine, 64, 16, 5, "15 us")]
+    yield "select_beams", lambda: [_select(machine, 8, 64, 30, "")]
+    heads = [(97, 32)] if machine.dry else [(50_257, 768), (128_256, 4_096), (128_256, 8_192)]
+    for vocab, width in heads:
+        for rows in (16, 64, 128, 512):
+            yield "linear_logprob", _bound(_linear, machine, rows, vocab, width, "bf16")
+    yield "fuse_logits", lambda: [_fuse(machine, 4 if machine.dry else 64, big)]
+    yield "choose_beta", lambda: [_choose_beta(machine, 4 if machine.dry else 64, big)]
+    for dtype in ("fp16", "fp32"):
+        yield "token_logprob", _bound(_token_logprob, machine, many, big, dtype, "")
+
+
+def _bound(case: Callable[..., Row], *args: Any) -> Callable[[], list[Row]]:
+    return lambda: [case(*args)]
+
+
+def _token_logprob(machine: Machine, rows: int, vocab: int, dtype: str, target: str) -> Row:
+    moved = rows * vocab * DTYPES[dtype].itemsize
+    tokens = torch.randint(0, vocab, (rows,), device=machine.device)
+    inputs = [_logits(machine, rows, vocab, dtype) for _ in range(input_sets(moved, 16))]
+    seconds = median_seconds(lambda logits: token_logprob(logits, tokens), inputs)
+    return _bytes_row(
+        machine, "token_logprob", f"[{rows}, {vocab}] {dtype}", seconds, moved, target
+    )
+
+
+def _sample(machine: Machine, rows: int, vocab: int, settings: str, target: str) -> Row:
+    moved = rows * vocab * 2
+    keys = [torch.arange(rows, device=machine.device) for _ in range(3)]
+    top_k = 50 if "top-k" in settings else 0
+    top_p = 0.95 if "top-p" in settings else 1.0
+
+    def full(value: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((rows,), value, dtype=dtype, device=machine.device)
+
+    own = (
+        full(0.0 if settings == "greedy" else 0.7, torch.float32),
+        full(top_k, torch.int64),
+        full(top_p, torch.float64),
+        full(0.0, torch.float64),
+    )
+    inputs = [_logits(machine, rows, vocab, "bf16") for _ in range(input_sets(moved, 8))]
+    seconds = median_seconds(lambda logits: sample_tokens(logits, *own, *keys), inputs)
+    row = _bytes_row(
+        machine, "sample_tokens", f"[{rows}, {vocab}] {settings}", seconds, moved, target
+    )
+    # A pass reads the logits once at the copy bandwidth, which counts reads and writes.
+    row.ratios["passes"] = seconds / (moved / machine.copy)
+    return row
+
+
+def _select(machine: Machine, requests: int, candidates: int, length: int, target: str) -> Row:
+    count = requests * candidates
+    tokens = count * length
+    device = machine.device
+    tuned, untuned = -torch.rand(2, 1, tokens, device=device)
+    args = (
+        tuned,
+        untuned,
+        torch.ones(1, dtype=torch.float64, device=device),
+        torch.randint(0, 50_000, (tokens,), device=device),
+        torch.arange(0, tokens + 1, length, device=device),
+        torch.zeros(count, dtype=torch.float64, device=device),
+        torch.full((count,), length, device=device),
+        torch.zeros(count, dtype=torch.int32, device=device),
+        torch.arange(count, device=device) % candidates // 4,
+        torch.arange(0, count + 1, candidates, device=device),
+        torch.full((requests,), 4, device=device),
+        torch.zeros(requests, dtype=torch.bool, device=device),
+        torch.ones(requests, dtype=torch.bool, device=device),
+    )
+    # Inside a graph, as in an engine: a launch from Python takes longer than the kernel.
+    seconds = graph_seconds(lambda _: select_beams(*args, candidates, 4), None)
+    shape = f"{requests} requests x {candidates} candidates x {length} tokens"
+    return Row("select_beams", shape, us=seconds * 1e6, target=target)
+
+
+def _linear(machine: Machine, rows: int, vocab: int, width: int, dtype: str) -> Row:
+    kind = DTYPES[dtype]
+    weight = (torch.randn(vocab, width, device=machine.device) * width**-0.5).to(kind)
+    tokens = torch.randint(0, vocab, (rows,), device=machine.device)
+    inputs = [torch.randn(rows, width, device=machine.device).to(kind) for _ in range(4)]
+    ours = median_seconds(lambda hidden: linear_logprob(hidden, weight, tokens), inputs)
+    product = median_seconds(lambda hidden: torch.nn.functional.linear(hidden, weight), inputs)
+    both = median_seconds(
+        lambda hidden: token_logprob(torch.nn.functional.linear(hidden, weight), tokens), inputs
+    )
+    flop = 2 * rows * vocab * width
+    moved = (vocab + rows) * width * kind.itemsize
+    target = "1.25 x product" if width == 768 else "1 x product + token_logprob"
+    row = _bytes_row(
+        machine, "linear_logprob", f"N {rows}, V {vocab}, D {width} {dtype}", ours, moved, target
+    )
+    row.tflop_per_s = flop / ours / 1e12
+    row.share_of_matmul = flop / ours / machine.matmul[dtype]
+    row.ratios = {"to product": ours / product, "to product + token_logprob": ours / both}
+    return row
+
+
+def _fuse(machine: Machine, rows: int, vocab: int) -> Row:
+    base, tuned, untuned = _three(machine, rows, vocab)
+    beta = torch.ones(1, rows, device=machine.device)
+    seconds = median_seconds(lambda _: fuse_logits(base, tuned, untuned, beta), [None])
+    moved = rows * vocab * (3 * 2 + 4)  # three bf16 reads, one fp32 write
+    return _bytes_row(machine, "fuse_logits", f"[{rows}, {vocab}] bf16", seconds, moved, "")
+
+
+def _choose_beta(machine: Machine, rows: int, vocab: int) -> Row:
+    base, tuned, untuned = _three(machine, rows, vocab)
+    seconds = median_seconds(lambda _: choose_beta(base, tuned, untuned), [None])
+    return _bytes_row(
+        machine, "choose_beta", f"[{rows}, {vocab}] bf16", seconds, rows * vocab * 3 * 2, ""
+    )
+
+
+def _three(machine: Machine, rows: int, vocab: int) -> tuple[torch.Tensor, ...]:
+    return (
+        _logits(machine, rows, vocab, "bf16"),
+        _logits(machine, rows, vocab, "bf16")[None],
+        _logits(machine, rows, vocab, "bf16")[None],
+    )
+
+
+def _logits(machine: Machine, rows: int, vocab: int, dtype: str) -> torch.Tensor:
+    return (torch.randn(rows, vocab, device=machine.device) * 3).to(DTYPES[dtype])
+
+
+def _bytes_row(
+    machine: Machine, name: str, shape: str, seconds: float, moved: int, target: str
+) -> Row:
+    rate = moved / seconds
+    return Row(
+        name, shape, us=seconds * 1e6, gb_per_s=rate / 1e9, share_of_copy=rate / machine.copy,
+        target=target,
+    )  # fmt: skip
+
+
+def line(row: Row) -> str:
+    """One row for a terminal."""
+    if row.error:
+        return f"{row.name:15s} {row.shape:40s} FAILED {row.error}"
+    parts = [f"{row.us:9.1f} us"]
+    if row.share_of_copy is not None:
+        parts.append(f"{row.gb_per_s:7.0f} GB/s = {row.share_of_copy:.2f} of copy")
+    if row.share_of_matmul is not None:
+        parts.append(f"{row.tflop_per_s:5.0f} TFLOP/s = {row.share_of_matmul:.2f} of matmul")
+    parts += [f"{value:.2f} {name}" for name, value in row.ratios.items()]
+    if row.target:
+        parts.append(f"(target {row.target})")
+    return f"{row.name:15s} {row.shape:40s} " + ", ".join(parts)
+
+
+def report(machine: Machine, rows: list[Row]) -> dict[str, Any]:
+    """Everything a reader needs to trust a number, or not."""
+    cuda = machine.device.type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "machine": platform.machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "dry_run": machine.dry,
+        "backend": BACKEND,
+        "torch": torch.__version__,
+        "triton": triton.__version__ if HAS_TRITON else None,
+        "copy_gb_per_s": machine.copy / 1e9,
+        "matmul_tflop_per_s": {name: rate / 1e12 for name, rate in machine.matmul.items()},
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _commit() -> str | None:
+    try:
+        return subprocess.check_output(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

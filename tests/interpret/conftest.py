@@ -1,0 +1,20 @@
+"""Kernels against float64: in Triton's interpreter, or on the GPU where there is one.
+
+The interpreter has to be chosen before Triton is imported, so these files run in a session of
+their own, which tests/kernels/test_interpreter.py starts. One file an operator:
+test_<operator>.py.
+"""
+
+import pytest
+import torch
+
+from w2s_fast.kernels.library import BACKEND
+
+runs_kernels = BACKEND == "interpret" or (BACKEND == "auto" and torch.cuda.is_available())
+collect_ignore_glob = [] if runs_kernels else ["test_*.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The interpreter computes with numpy, which warns of what kernels do on purpose: log 0."""
+    for module in ("triton.runtime.interpreter", "numpy"):
+        config.addinivalue_line("filterwarnings", f"ignore::RuntimeWarning:{module}")

@@ -1,0 +1,309 @@
+"""The kernels of sample_tokens draw the tokens of the definition, on whichever path a row goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.interpret.rule import DEVICE, DTYPES
+from tests.kernels.test_sample_tokens import TIED, Warp, chi_square_p, random_logits, warped
+from w2s_fast.kernels import sample_tokens as torch_module
+from w2s_fast.kernels import sample_tokens_triton as module
+from w2s_fast.kernels.library import jit, tl
+from w2s_fast.kernels.noise import uniform
+from w2s_fast.kernels.sample_tokens_search import integer_weight
+from w2s_fast.kernels.sample_tokens_triton import Tiling
+
+INF = math.inf
+# So small that 100 tokens are several blocks, and that survivors of several sizes overflow.
+SMALL = Tiling(block=64, group=8, capacity=32, listed=4, guess=4, search_block=32, pivots=4)
+EVERY_FILTER = [
+    Warp(temperature, top_k, top_p, min_p)
+    for temperature in (1.0, 0.6)
+    for top_k in (0, 5)
+    for top_p in (1.0, 0.8)
+    for min_p in (0.0, 0.1)
+]
+
+
+@jit
+def weigh(logits, largest, temperature, weights, vocab, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    v = tl.arange(0, BLOCK)
+    x = tl.load(logits + row * vocab + v, mask=v < vocab, other=-float("inf"))
+    weight = integer_weight(x, tl.load(largest + row), tl.load(temperature + row))
+    tl.store(weights + row * vocab + v, weight, mask=v < vocab)
+
+
+def kernel_weights(logits: Tensor, temperature: Tensor) -> Tensor:
+    """The integers that the kernels hold for [S, V] logits."""
+    logits = logits.float().contiguous().to(DEVICE)
+    rows, vocab = logits.shape
+    weights = torch.empty(rows, vocab, dtype=torch.int64, device=DEVICE)
+    block = 1 << (vocab - 1).bit_length()
+    largest = logits.max(-1).values
+    weigh[(rows,)](logits, largest, temperature.to(DEVICE), weights, vocab, BLOCK=block)
+    return weights.cpu()
+
+
+def tensors(warps: Sequence[Warp], seed: int) -> tuple[Tensor, ...]:
+    rows = len(warps)
+    return (
+        torch.tensor([w.temperature for w in warps], dtype=torch.float32),
+        torch.tensor([w.top_k for w in warps]),
+        torch.tensor([w.top_p for w in warps], dtype=torch.float64),
+        torch.tensor([w.min_p for w in warps], dtype=torch.float64),
+        torch.full((rows,), seed),
+        torch.arange(rows) % 3,
+        torch.arange(rows),
+    )
+
+
+def defined(logits: np.ndarray, weights: list[int], warp: Warp, u: float) -> int:
+    """The token of one row, from the definition, in Python's integers."""
+    if not np.isfinite(logits.max()):
+        return 0
+    if warp.temperature == 0:
+        return int(logits.argmax())
+    if warp.top_k:
+        kth = np.sort(logits)[::-1][min(warp.top_k, len(logits)) - 1]
+        weights = [w if x >= kth else 0 for w, x in zip(weights, logits)]
+    if warp.top_p < 1:
+        needed = max(1, math.ceil(warp.top_p * float(sum(weights))))
+        levels = sorted(set(weights), reverse=True)
+        level = next(t for t in levels if sum(w for w in weights if w >= t) >= needed)
+        weights = [w if w >= level else 0 for w in weights]
+    least = math.ceil(warp.min_p * 2**40)
+    weights = [w if w >= least else 0 for w in weights]
+    target = min(int(u * float(sum(weights))), sum(weights) - 1)
+    running = np.cumsum(np.array(weights, dtype=np.int64))
+    return int(np.searchsorted(running, target, side="right"))
+
+
+def launch(
+    logits: Tensor, warps: Sequence[Warp], seed: int, tiling: Tiling | None = SMALL
+) -> tuple[Tensor, Tensor]:
+    on_device = (x.to(DEVICE) for x in tensors(warps, seed))
+    tokens, logprobs = module.launch(logits.to(DEVICE), *on_device, tiling)  # type: ignore[misc]
+    return tokens.cpu(), logprobs.cpu()
+
+
+def check(
+    logits: Tensor, warps: Sequence[Warp], seed: int = 0, tiling: Tiling | None = SMALL
+) -> tuple[Tensor, Tensor]:
+    tokens, logprobs = launch(logits, warps, seed, tiling)
+    temperature, *_, seeds, candidate, position = tensors(warps, seed)
+    weights = kernel_weights(logits, temperature).tolist()
+    u = uniform(seeds, candidate, position).tolist()
+    plain = logits.float().cpu()
+    rows = plain.numpy()
+    expected = [defined(x, w, warp, n) for x, w, warp, n in zip(rows, weights, warps, u)]
+    assert tokens.tolist() == expected
+    exact = plain.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    exact[~plain.max(-1).values.isfinite()] = math.nan
+    torch.testing.assert_close(logprobs.double(), exact, atol=3e-6, rtol=1e-6, equal_nan=True)
+    return tokens, logprobs
+
+
+def left_to_search(logits: Tensor, warps: Sequence[Warp], tiling: Tiling = SMALL) -> list[bool]:
+    """Which rows the fast paths do not settle."""
+    with mock.patch.object(module, "search", mock.MagicMock()):
+        tokens, _ = launch(logits, warps, 0, tiling)
+    return (tokens == -1).tolist()
+
+
+def rows_of(count: int, vocabulary: int, scale: float = 2.0) -> Tensor:
+    return torch.from_numpy(np.stack([random_logits(vocabulary, i, scale) for i in range(count)]))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 64, 100, 129])
+def test_every_combination_of_filters_in_one_call(vocabulary: int) -> None:
+    warps = [*EVERY_FILTER, Warp(temperature=0.0), Warp(top_k=vocabulary)]
+    check(rows_of(len(warps), vocabulary), warps, seed=vocabulary)
+
+
+def test_weights_are_those_of_the_exact_exponential_but_for_rounding() -> None:
+    logits = rows_of(8, 200, 6.0)
+    temperature = torch.tensor([1.0, 0.7, 0.1, 3.0, 1e-3, 50.0, 1.0, 0.3])
+    exponent = (logits - logits.max(-1, keepdim=True).values).double()
+    exponent /= temperature.double()[:, None]
+    exact = exponent.exp() * 2**40
+    # A float32 exponent is off by half an ulp, and exp itself by two.
+    allowed = exact * (2.0**-22 + exponent.abs() * 2.0**-22) + 1
+    assert ((kernel_weights(logits, temperature) - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-6, 1e6, 1e30, 3e38])
+def test_extreme_temperatures_stay_in_bounds(temperature: float) -> None:
+    logits = rows_of(4, 70)
+    logits[:, ::4] = -INF
+    warps = [Warp(temperature), Warp(temperature, top_k=3), Warp(temperature, top_p=0.5)]
+    check(logits, [*warps, Warp(temperature, min_p=0.5)])
+
+
+def test_rows_go_by_the_path_that_is_meant_for_them() -> None:
+    peaked = torch.from_numpy(-1.5 * np.log(np.random.default_rng(0).permutation(200) + 1.0))
+    peaked = peaked.float().expand(9, -1).contiguous()
+    flat = torch.zeros(9, 200)
+    warps = [
+        Warp(),
+        Warp(temperature=0.0),
+        Warp(min_p=0.05),
+        Warp(top_k=1),
+        Warp(top_k=5),
+        Warp(top_k=5, top_p=0.7),
+        Warp(top_p=0.3),
+        Warp(top_p=0.999),  # its nucleus is more than the groups looked at
+        Warp(top_k=60),  # more survivors than fit
+    ]
+    assert left_to_search(peaked, warps) == [False] * 7 + [True] * 2
+    assert left_to_search(flat, warps) == [False] * 3 + [True] * 6  # ties overflow
+    check(peaked, warps)
+    check(flat, warps)
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 5])
+def test_ties_are_kept_together_on_every_path(distinct: int) -> None:
+    levels = torch.randint(distinct, (16, 150)).float() * 0.7
+    warps = [*EVERY_FILTER]
+    check(levels, warps)
+    few = torch.full_like(levels, -3.0).scatter(1, torch.randint(150, (16, 9)), levels[:, :9])
+    check(few, warps)
+    assert not all(left_to_search(few, warps))
+
+
+@pytest.mark.parametrize("tiling", [SMALL, Tiling(64, 8, 8, 2, 1, 32, 2, 1)], ids=["fits", "search"])
+def test_top_k_at_every_place_of_a_tie(tiling: Tiling) -> None:
+    ks = range(1, len(TIED) + 2)
+    check(torch.from_numpy(TIED).repeat(len(ks), 3), [Warp(top_k=k) for k in ks], tiling=tiling)
+
+
+@pytest.mark.parametrize("tiling", [SMALL, Tiling(64, 8, 1, 1, 1, 32, 4)], ids=["fits", "search"])
+def test_top_p_keeps_one_token_more_only_just_above_its_exact_edge(tiling: Tiling) -> None:
+    row = torch.log(torch.tensor([5.0, 4.0, 3.0, 3.0, 2.0, 1.0]))
+    weights = kernel_weights(row[None], torch.ones(1))[0].tolist()
+    for kept in (1, 2, 4, 5):
+        mass = sum(weights[:kept])
+        edge = mass / sum(weights)
+        while edge * sum(weights) > mass:
+            edge = math.nextafter(edge, 0)
+        warps = [Warp(top_p=p) for p in (edge, edge * (1 - 1e-9), edge + 1e-9) for _ in range(5)]
+        check(row.expand(15, -1), warps, tiling=tiling)
+
+
+def test_zero_and_minus_zero_are_one_value() -> None:
+    row = torch.tensor([0.0, -0.0, -1.0, -0.0, 0.0, -2.0] * 3)
+    warps = [Warp(top_k=k) for k in range(1, 15)] + [Warp(top_p=0.5), Warp(temperature=0.0)]
+    check(row.expand(16, -1), warps)
+    check(-row.expand(16, -1), warps, tiling=Tiling(64, 8, 1, 1, 1, 32, 4))
+
+
+def test_forbidden_tokens_are_never_drawn_and_never_counted() -> None:
+    logits = rows_of(18, 100)
+    logits[torch.rand(18, 100) < 0.9] = -INF
+    logits[:, 77] = -40.0
+    logits[:3] = -INF
+    logits[:3, 99] = 5.0
+    check(logits, [*EVERY_FILTER, Warp(temperature=0.0), Warp(top_k=99)])
+
+
+@pytest.mark.parametrize(
+    "warp",
+    [Warp(), Warp(temperature=0.0), Warp(top_k=3), Warp(top_p=0.9), Warp(min_p=0.1)],
+    ids=str,
+)
+def test_broken_rows_are_flagged_by_nan_and_leave_their_neighbours_alone(warp: Warp) -> None:
+    clean = rows_of(9, 70)
+    broken = clean.clone()
+    broken[1, 66] = math.nan
+    broken[3, 0] = INF
+    broken[5] = -INF
+    broken[7, :3] = torch.tensor([math.nan, INF, -INF])
+    tokens, logprobs = launch(broken, [warp] * 9, 0)
+    expected, expected_logprobs = launch(clean, [warp] * 9, 0)
+    assert logprobs.isnan().tolist() == [i in (1, 3, 5, 7) for i in range(9)]
+    assert tokens[1::2].tolist() == [0] * 4
+    assert torch.equal(tokens[::2], expected[::2])
+    assert torch.equal(logprobs[::2], expected_logprobs[::2])
+
+
+@settings(max_examples=40)
+@given(
+    logits=st.lists(
+        st.one_of(st.integers(-4, 4).map(float), st.floats(-20, 20, width=32), st.just(-INF)),
+        min_size=1,
+        max_size=90,
+    ).filter(lambda row: max(row) > -INF),
+    warps=st.lists(
+        st.builds(
+            Warp,
+            st.sampled_from([0.0, 0.05, 0.5, 1.0, 2.5]),
+            st.integers(0, 40),
+            st.sampled_from([1.0, 1.0, 0.99, 0.9, 0.5, 0.25, 0.01]),
+            st.sampled_from([0.0, 0.0, 0.01, 0.1, 0.5, 1.0]),
+        ),
+        min_size=4,
+        max_size=4,
+    ),
+    capacity=st.sampled_from([4, 32]),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_any_row_with_any_settings(
+    logits: list[float], warps: list[Warp], capacity: int, seed: int
+) -> None:
+    tiling = Tiling(32, 4, capacity, 2, 4, 32, 4)
+    check(torch.tensor(logits).expand(4, -1), warps, seed, tiling)
+
+
+@pytest.mark.parametrize("vocabulary", [900, 20_001, 70_000])
+def test_the_tiles_of_real_vocabularies_give_the_tokens_of_the_torch_path(vocabulary: int) -> None:
+    rank = torch.from_numpy(np.random.default_rng(0).permutation(vocabulary) + 1.0)
+    logits = torch.stack([-1.3 * rank.log(), torch.randn(vocabulary, dtype=torch.float64)]).float()
+    warps = [Warp(), Warp(0.7, 50, 0.95), Warp(top_p=0.5), Warp(0.0)]
+    logits = logits.repeat_interleave(len(warps), 0)
+    tokens, logprobs = launch(logits, warps * 2, 5, None)
+    expected, expected_logprobs = torch_module._torch(logits, *tensors(warps * 2, 5))
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logprobs, expected_logprobs, atol=3e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_may_be_slices_of_wider_ones_of_any_type(dtype: torch.dtype) -> None:
+    wide = rows_of(16, 100).to(dtype).to(DEVICE)
+    wide[:, 90:] = 50.0  # padding: never drawn
+    check(wide[:, :90], EVERY_FILTER)
+    check(wide.t().contiguous().t()[:, :90], EVERY_FILTER)
+
+
+def test_no_rows_give_no_tokens() -> None:
+    tokens, logprobs = launch(torch.empty(0, 10), [], 0)
+    assert tokens.shape == logprobs.shape == (0,)
+
+
+def test_the_operator_is_served_by_the_kernels() -> None:
+    logits, warps = rows_of(16, 100), EVERY_FILTER
+    on_device = [x.to(DEVICE) for x in tensors(warps, 0)]
+    tokens, logprobs = torch_module.sample_tokens(logits.to(DEVICE), *on_device)
+    expected, expected_logprobs = launch(logits, warps, 0, None)
+    assert torch.equal(tokens.cpu(), expected)
+    assert torch.equal(logprobs.cpu(), expected_logprobs)
+
+
+@pytest.mark.parametrize("warp", [Warp(), Warp(top_k=4, top_p=0.9)], ids=str)
+def test_tokens_follow_the_warped_distribution(warp: Warp) -> None:
+    logits = random_logits(9, 3)
+    rows = torch.from_numpy(logits).expand(400, -1)
+    tokens, _ = launch(rows, [warp] * 400, 1, Tiling(16, 4, 16, 4, 4, 16, 4))
+    observed = np.bincount(tokens.numpy(), minlength=9)
+    p = warped(logits, warp)
+    assert observed[p == 0].sum() == 0
+    assert chi_square_p(observed, p) > 1e-3
+    assert chi_square_p(observed, np.full(9, 1 / 9)) < 1e-6

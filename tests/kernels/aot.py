@@ -1,0 +1,125 @@
+"""Kernels compiled ahead of time, for GPUs that are not there, exactly as their launchers ask.
+
+:func:`compilations` runs a launcher on meta tensors under a driver that only knows a target. Every
+launch then compiles instead of running: the same specialisations, constants, warps and stages as
+on a GPU, taken from the launcher itself. What comes back says how many registers a thread takes,
+whether any are spilled, how much shared memory is used, and which instructions were chosen.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from w2s_fast.kernels import library
+
+# Multiprocessors of the largest part, and the shared memory a program may have, in bytes (CUDA C++
+# Programming Guide, technical specifications per compute capability).
+SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One kernel, as a launch asked for it."""
+
+    name: str
+    arch: int
+    grid: tuple[int, ...]
+    num_warps: int
+    shared: int  # bytes
+    ptx: str
+    cubin: bytes
+
+    @cached_property
+    def resources(self) -> dict[str, int]:
+        """REG, STACK, LOCAL, SHARED of a thread or program, as cuobjdump has them."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            printed = subprocess.check_output(
+                [str(_CUOBJDUMP), "--dump-resource-usage", file.name], text=True
+            )
+        line = next(x for x in printed.splitlines() if "REG:" in x)
+        return {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+
+    @property
+    def registers(self) -> int:
+        return self.resources["REG"]
+
+    @property
+    def spilled(self) -> int:
+        """Bytes of stack or local memory a thread takes: 0 unless registers did not suffice."""
+        return self.resources["STACK"] + self.resources["LOCAL"]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} sm_{self.arch} grid {self.grid} {self.num_warps} warps: "
+            f"{self.registers} registers, {self.spilled} bytes spilled, {self.shared} shared"
+        )
+
+
+class _Driver:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # kernels are cached per device, so each target gets its own
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextmanager
+def _compiling(arch: int, done: list[Compilation]) -> Iterator[None]:
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        done.append(
+            Compilation(
+                name=kernel.metadata.name,
+                arch=arch,
+                grid=tuple(grid),
+                num_warps=kernel.metadata.num_warps,
+                shared=kernel.metadata.shared,
+                ptx=kernel.asm["ptx"],
+                cubin=kernel.asm["cubin"],
+            )
+        )
+        return kernel
+
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(driver, "_active", _Driver(arch)),
+        mock.patch.object(library, "STAND_IN", library.Gpu(arch, SMS[arch])),
+    ):
+        yield
+
+
+def compilations(arch: int, launcher: Callable[[], object]) -> list[Compilation]:
+    """What ``launcher``, called on meta tensors, launches on a GPU of capability ``arch``."""
+    done: list[Compilation] = []
+    with _compiling(arch, done):
+        launcher()
+    return done

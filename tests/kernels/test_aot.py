@@ -1,0 +1,172 @@
+"""Kernels compile for every GPU they are meant for: within registers, with the right instructions.
+
+A new kernel is one more ``Case`` in ``CASES``; which kernels it launches and how comes from its
+launcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'w2s-fast[test]'")
+
+from tests.kernels.aot import SHARED_LIMIT, SMS, Compilation, compilations
+from w2s_fast.kernels import linear_logprob, token_logprob
+from w2s_fast.kernels.library import BACKEND
+
+pytestmark = pytest.mark.skipif(
+    BACKEND != "auto", reason=f"W2S_FAST_BACKEND={BACKEND}: kernels are not compiled"
+)
+
+ARCHITECTURES = [80, 90, 100]
+DTYPES = [torch.bfloat16, torch.float16]
+# (V, D) of gpt2, an 8B and a 70B.
+MODELS = {"gpt2": (50257, 768), "8b": (128256, 4096), "70b": (128256, 8192)}
+# One thread's share where every thread of a multiprocessor has as many: 65,536 in all.
+REGISTERS = 65536
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a launcher asks for on meta tensors, and what has to come out.
+
+    Attributes:
+        launch: given the dtype, calls the launcher.
+        registers: the most a thread of each kernel may take; names every kernel launched.
+        instructions: by architecture, what has to be in the PTX of the first kernel.
+    """
+
+    name: str
+    launch: Callable[[torch.dtype], object]
+    registers: dict[str, int]
+    instructions: dict[int, str]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def token_logprob_case(
+    model: str, rows: int, softcap: float | None, kernels: dict[str, int]
+) -> Case:
+    vocabulary, _ = MODELS[model]
+
+    def launch(dtype: torch.dtype) -> None:
+        logits = meta(rows, vocabulary, dtype=dtype)
+        token_logprob._triton(logits, meta(rows), None, 1.0, softcap)
+
+    # Rows of an odd vocabulary begin anywhere: no vectors there.
+    vectors = {} if vocabulary % 16 else {80: "ld.global.v4", 90: "ld.global.v4"}
+    name = f"token_logprob-{model}-{rows}-{softcap}"
+    return Case(name, launch, kernels, vectors)
+
+
+def linear_logprob_case(
+    model: str, rows: int, registers: int, bias: bool = False, softcap: float | None = None
+) -> Case:
+    vocabulary, width = MODELS[model]
+
+    def launch(dtype: torch.dtype) -> None:
+        linear_logprob._triton(
+            meta(rows, width, dtype=dtype), meta(vocabulary, width, dtype=dtype), meta(rows),
+            meta(vocabulary, dtype=dtype) if bias else None, softcap, 1.0, None,
+        )  # fmt: skip
+
+    return Case(
+        f"linear_logprob-{model}-{rows}-{bias}-{softcap}",
+        launch,
+        {"_split_vocabulary": registers, "_merge_splits": 64},
+        {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"},
+    )
+
+
+# 64 registers are eight programs of 128 threads on a multiprocessor, 96 are five, 128 are four; 168
+# are one of 256 threads, and so are 255: two warps for each of its schedulers.
+CASES = [
+    token_logprob_case("gpt2", 16, None, {"_split_rows": 64, "_merge_splits": 64}),
+    token_logprob_case("gpt2", 2048, None, {"_split_rows": 64}),
+    token_logprob_case("8b", 16, None, {"_split_rows": 64, "_merge_splits": 64}),
+    token_logprob_case("8b", 2048, 30.0, {"_split_rows": 64}),
+    token_logprob_case("gpt2", 16, 30.0, {"_split_rows": 64, "_merge_splits": 64}),
+    linear_logprob_case("gpt2", 1, 96),
+    linear_logprob_case("8b", 16, 96),
+    linear_logprob_case("70b", 32, 128),
+    linear_logprob_case("70b", 64, 168),
+    linear_logprob_case("gpt2", 1024, 255),
+    linear_logprob_case("8b", 80, 255, bias=True, softcap=30.0),
+]
+
+
+def check(case: Case, arch: int, compiled: list[Compilation]) -> None:
+    assert {c.name for c in compiled} == set(case.registers)
+    for c in compiled:
+        assert c.spilled == 0, str(c)
+        assert c.registers <= case.registers[c.name], str(c)
+        assert c.registers * c.num_warps * 32 <= REGISTERS, str(c)
+        assert c.shared <= SHARED_LIMIT[arch], str(c)
+        assert all(size >= 1 for size in c.grid), str(c)
+        assert all(size <= 65535 for size in c.grid[1:]), str(c)
+    if instruction := case.instructions.get(arch):
+        assert instruction in compiled[0].ptx, f"{compiled[0]}: no {instruction}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_kernel_compiles_without_spilling(case: Case, arch: int, dtype: torch.dtype) -> None:
+    check(case, arch, compilations(arch, lambda: case.launch(dtype)))
+
+
+@pytest.mark.parametrize("arch", [86, 120])
+@pytest.mark.parametrize("rows", [64, 1024])
+def test_tiles_fit_where_shared_memory_is_small(arch: int, rows: int) -> None:
+    case = linear_logprob_case("gpt2", rows, 255)
+    for c in compilations(arch, lambda: case.launch(torch.float16)):
+        assert c.shared <= SHARED_LIMIT[arch] and c.spilled == 0, str(c)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32])
+def test_products_of_float32_spill_nothing(rows: int) -> None:
+    case = linear_logprob_case("gpt2", rows, 128)
+    compiled = compilations(90, lambda: case.launch(torch.float32))
+    assert all(c.spilled == 0 and c.registers <= 128 for c in compiled), list(map(str, compiled))
+    assert "tf32" not in compiled[0].ptx  # exact products only
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sixteen_rows_fill_the_largest_gpu(arch: int, model: str) -> None:
+    for case in (token_logprob_case(model, 16, None, {}), linear_logprob_case(model, 16, 0)):
+        first = compilations(arch, lambda case=case: case.launch(torch.bfloat16))[0]  # type: ignore[misc]
+        programs = 1
+        for size in first.grid:
+            programs *= size
+        assert programs >= SMS[arch], str(first)
+
+
+def test_the_number_of_rows_compiles_nothing_anew() -> None:
+    """17, 20 and 32 rows, odd buffers included, are one variant of each kernel."""
+    kernels = {
+        (c.name, c.ptx)
+        for rows in (17, 20, 32)
+        for c in compilations(
+            90,
+            lambda rows=rows: linear_logprob_case("gpt2", rows, 0).launch(torch.bfloat16),  # type: ignore[misc]
+        )
+    }
+    assert len(kernels) == 2
+
+
+def test_a_spill_would_be_seen() -> None:
+    """The measure itself: far too large a tile has to spill."""
+    case = linear_logprob_case("gpt2", 16, 0)
+    too_large = linear_logprob._Launch(128, 64, depth=32, num_warps=1, num_stages=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_logprob, "_launch", lambda *_: too_large)
+        compiled = compilations(80, lambda: case.launch(torch.float16))
+    assert compiled[0].spilled > 0

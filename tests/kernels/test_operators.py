@@ -1,0 +1,54 @@
+"""Every operator is a proper torch operator: its schema, its fake and torch.compile agree with it.
+
+A new operator is one more line in ``OPERATORS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from w2s_fast.kernels.linear_logprob import linear_logprob
+from w2s_fast.kernels.token_logprob import token_logprob
+
+# name: (the public function, arguments and keyword arguments of it, arguments of the operator).
+Operator = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], tuple[Any, ...]]
+
+
+def operators() -> dict[str, Operator]:
+    logits, tokens = torch.randn(5, 40), torch.randint(33, (5,))
+    hidden, weight, bias = torch.randn(5, 12), torch.randn(40, 12), torch.randn(40)
+    return {
+        "token_logprob": (
+            token_logprob,
+            (logits, tokens),
+            {"vocab_size": 33, "scale": 0.5, "softcap": 9.0},
+            (logits, tokens, 33, 0.5, 9.0),
+        ),
+        "linear_logprob": (
+            linear_logprob,
+            (hidden, weight, tokens, bias, 9.0, 0.5, 33),
+            {},
+            (hidden, weight, tokens, bias, 9.0, 0.5, 33),
+        ),
+    }
+
+
+OPERATORS = list(operators())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_schema_and_fake_agree_with_the_operator(name: str) -> None:
+    *_, arguments = operators()[name]
+    torch.library.opcheck(getattr(torch.ops.w2s_fast, name).default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_public_function_compiles_without_a_graph_break(name: str, dynamic: bool) -> None:
+    function, arguments, keywords, _ = operators()[name]
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments, **keywords), function(*arguments, **keywords))
