@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 from w2s_fast.kernels.token_logprob import token_logprob
 
 # Logits of one block, float32: small enough to stay in the cache between the matrix product

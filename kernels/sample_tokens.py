@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 from w2s_fast.kernels.noise import uniform
 
 WEIGHT_ONE = 2**40  # the likeliest token's weight; 2^22 tokens of it still fit in int64
