@@ -153,9 +153,7 @@ class Workshop:
     def make_tokenizer(self) -> PreTrainedTokenizerFast:
         texts = (review.text for review in reviews(self.seed(0)))
         shown = itertools.islice(texts, self.recipe.tokenizer_reviews)
-        tokenizer = train_tokenizer(shown, self.recipe.vocab_size)
-        tokenizer.save_pretrained(self.out / "tokenizer")
-        return tokenizer
+        return train_tokenizer(shown, self.recipe.vocab_size)
 
     def make_pretrained(
         self, name: str, part: Pretraining, tokenizer: PreTrainedTokenizerFast
