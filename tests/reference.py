@@ -220,9 +220,9 @@ class Reference:
             if not rounds:
                 origins = [(None, ReferenceHypothesis())] * first
             else:
-                for place, hypothesis in enumerate(kept):
+                for parent, hypothesis in enumerate(kept):
                     held = hypothesis.finish_reason is not None and p.finished == "hold"
-                    origins += [(place, hypothesis)] * (1 if held else p.successors)
+                    origins += [(parent, hypothesis)] * (1 if held else p.successors)
             candidates = []
             for index, (place, origin) in enumerate(origins):
                 child, margin = self._extend(prompt, origin, p, index, chunk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -202,7 +203,10 @@ def test_an_interrupted_run_is_resumed_without_loss(
     output, undisturbed = tmp_path / "out.jsonl", tmp_path / "undisturbed.jsonl"
     command = ["generate", "--input", str(source), *named(models), *SMALL]
 
-    with subprocess.Popen([*COMMAND, *command, "--output", str(output)]) as process:
+    few_threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*COMMAND, *command, "--output", str(output)], env=few_threads
+    ) as process:
         deadline = time.monotonic() + 120
         while not output.exists() or output.read_bytes().count(b"\n") < 5:
             assert process.poll() is None, "ended before it could be interrupted"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,10 @@ BUILD_TOOLS = {"setuptools": (77,), "wheel": (0,), "pybind11": (2, 13)}  # as in
 def python(script: str) -> str:
     """What a script prints when it is run from the checkout's root."""
     command = [sys.executable, "-c", script]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    few_threads = {**os.environ, "OMP_NUM_THREADS": "1"}  # the models here are too small for more
+    answer = subprocess.run(
+        command, cwd=ROOT, env=few_threads, capture_output=True, text=True, check=False
+    )
     assert answer.returncode == 0, answer.stderr
     return answer.stdout.strip()
 
@@ -49,6 +53,11 @@ def test_the_public_face_is_there_and_torch_is_imported_only_for_the_engine() ->
         "print(json.dumps([before, 'torch' in sys.modules, Engine.__name__, Guide.__name__]))"
     )
     assert json.loads(python(script)) == [False, True, "Engine", "Guide"]
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    example = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(python(example).splitlines()) == 2
 
 
 def test_the_makefile_and_the_constraints_name_the_same_torch() -> None:

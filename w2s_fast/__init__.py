@@ -19,6 +19,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
     _kernels = ModuleType("w2s_fast.kernels")
     _kernels.__path__ = [str(Path(__file__).parent.parent / "kernels")]
     sys.modules[_kernels.__name__] = _kernels
+    globals()["kernels"] = _kernels
 
 from w2s_fast import errors
 from w2s_fast.params import SearchParams

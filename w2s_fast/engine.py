@@ -75,7 +75,7 @@ class Engine:
             _check_positive("kv_cache_tokens", kv_cache_tokens)
         guides = [guides] if isinstance(guides, Guide) else list(guides or ())
         for guide in guides:
-            if not math.isfinite(guide.weight):
+            if not isinstance(guide.weight, (int, float)) or not math.isfinite(guide.weight):
                 raise InvalidRequest(f"weight of a guide is {guide.weight!r}; allowed: a number")
         where = pick_device(device)
         loaded: dict[Any, PreTrainedModel] = {}

@@ -66,8 +66,12 @@ class PagedGuide:
         if rows:
             counts = [len(prompts[i]) - 1 for i in rows]
             tokens = self._tensor([token for i in rows for token in prompts[i][:-1]])
-            for model, own in zip(self.models, slots):
-                model.forward(own[rows], tokens, counts)
+            try:
+                for model, own in zip(self.models, slots):
+                    model.forward(own[rows], tokens, counts)
+            except BaseException:
+                self.release(slots)  # nobody else knows of them yet
+                raise
         return slots
 
     def append(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from w2s_fast.attention import ATTENTION_NAME, Attends, AttentionPlan, dense_attention
-from w2s_fast.errors import UnsupportedModel
+from w2s_fast.errors import InvalidRequest, UnsupportedModel
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.token_logprob import token_logprob
 from w2s_fast.pages import Ints, PagePool
@@ -29,11 +29,15 @@ _PROBE_TOLERANCE_HALF = 0.1
 
 
 class KVShape(NamedTuple):
-    """Keys and values of one token: 2 * layers * heads * dim numbers."""
+    """Keys and values of one token: 2 * layers * heads * dim numbers.
+
+    ``max_positions``: up to how many tokens pages give what the model would; None: no limit.
+    """
 
     layers: int
     heads: int
     dim: int
+    max_positions: int | None
 
 
 class PagedModel:
@@ -43,7 +47,8 @@ class PagedModel:
         name: what errors call it, for example ``"base"`` or ``"tuned guide"``.
         pool: its pages; slots are allocated, forked and released there.
         vocab_size: width of its logits, padding included.
-        max_positions: tokens a sequence can have; None if the model sets no limit.
+        max_positions: tokens a sequence can have; None if the model sets no limit. Less than
+            the model's own where pages could not give the same beyond.
     """
 
     def __init__(
@@ -61,14 +66,19 @@ class PagedModel:
 
         Raises:
             UnsupportedModel: the model cannot be served from pages; says which, and why.
+            InvalidRequest: ``kv_cache_tokens`` is too small for anything.
         """
         nn.Module.eval(model)
         self.model = model
         self.name = name
-        self.max_positions: int | None = getattr(
-            model.config.get_text_config(), "max_position_embeddings", None
-        )
         shape = kv_shape(model, name)
+        self.max_positions = shape.max_positions
+        least = 2 * -(-_PROBE_TOKENS // page_size) * page_size
+        if kv_cache_tokens < least:
+            raise InvalidRequest(
+                f"kv_cache_tokens is {kv_cache_tokens}; allowed: at least {least} "
+                f"with pages of {page_size} tokens"
+            )
         self.head = _Head(model, name)
         longest = min(self.max_positions or kv_cache_tokens, kv_cache_tokens)
         self.pool = PagePool(
@@ -229,7 +239,44 @@ def kv_shape(model: PreTrainedModel, name: str = "base") -> KVShape:
     if len(set(probe.shapes.values())) != 1:
         raise _refuse(model, name, "its layers have keys of different shapes")
     heads, dim = probe.shapes[0]
-    return KVShape(layers, heads, dim)
+    limits = (
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        _window_limit(model, probe),
+        _rope_limit(model),
+    )
+    known = [int(limit) for limit in limits if limit is not None]
+    return KVShape(layers, heads, dim, min(known, default=None))
+
+
+def _window_limit(model: PreTrainedModel, probe: _Probe) -> int | None:
+    """The window that some models apply in their mask only: within it there is nothing to mask."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(probe.windows)
+    told = all(
+        probe.windows[layer] is not None
+        for layer, kind in enumerate(kinds)
+        if kind == "sliding_attention"
+    )
+    return None if told else int(window)
+
+
+def _rope_limit(model: PreTrainedModel) -> int | None:
+    """Where rotary frequencies begin to follow the longest sequence of the whole pass.
+
+    Longer ones would change their neighbours, and their own earlier tokens.
+    """
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [p for p in parameters.values() if isinstance(p, dict)]
+    for rope in nested or [parameters]:
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            limit = rope.get("original_max_position_embeddings")
+            limit = limit or getattr(config, "original_max_position_embeddings", None)
+            return int(limit or config.max_position_embeddings)
+    return None
 
 
 class _Probe:
@@ -237,6 +284,7 @@ class _Probe:
 
     def __init__(self) -> None:
         self.shapes: dict[int, tuple[int, int]] = {}
+        self.windows: dict[int, int | None] = {}
         self.calls = 0
 
     def attend(
@@ -255,6 +303,7 @@ class _Probe:
             raise ValueError(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ")
         self.calls += 1
         self.shapes[layer] = (key.shape[1], key.shape[2])
+        self.windows[layer] = window
         causal = torch.ones(len(query), len(query), dtype=torch.bool, device=query.device).tril()
         return dense_attention(
             query[None], key[None], value[None], causal[None],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -13,6 +12,8 @@ from w2s_fast.errors import InvalidRequest
 Method = Literal["cbs", "bon", "sample"]
 Finished = Literal["hold", "replicate"]
 ScoreKind = Literal["sum", "mean"]
+
+_FLOAT32_MAX = 3.4028234663852886e38  # logits are divided by a temperature in float32
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,8 @@ class SearchParams:
             _check_int("chunk_length", self.chunk_length, low=1, also="None (whole responses)")
         _check_int("top_k", self.top_k, low=0, high=2**31 - 1)
         _check_int("seed", self.seed, low=0, high=2**64 - 1)
-        _check_number(
-            "temperature", self.temperature, 0.0, sys.float_info.max, "a number >= 0 (0: greedy)"
-        )
+        allowed = "a number >= 0 (0: greedy)"
+        _check_number("temperature", self.temperature, 0.0, _FLOAT32_MAX, allowed)
         _check_number("top_p", self.top_p, 0.0, 1.0, "in (0, 1]", open_low=True)
         _check_number("min_p", self.min_p, 0.0, 1.0, "in [0, 1]")
         for name in ("ignore_eos", "trace", "dedup"):
@@ -92,14 +92,17 @@ class SearchParams:
             raise _invalid("n", self.n, f"at most {which} ({limit}) for method {self.method!r}")
 
     def _check_stop(self) -> None:
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+        for name, item in (("stop", "non-empty strings"), ("stop_token_ids", "token ids")):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise _invalid(name, value, f"a sequence of {item}")
+            object.__setattr__(self, name, tuple(value))
+        if not all(isinstance(text, str) and text for text in self.stop):
             raise _invalid("stop", self.stop, "a sequence of non-empty strings")
         if self.stop:
             raise InvalidRequest("stop strings are not supported yet; use stop_token_ids")
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, low=0)
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
 
     @property
     def first_candidates(self) -> int:

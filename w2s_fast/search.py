@@ -69,8 +69,9 @@ class Search:
 
     def abort(self, request: Request) -> None:
         """Give back all slots of a request."""
-        parents = [family.parent for family in request.families]
-        self._release([*request.beams, *parents, *request.candidates])
+        # Within a round the kept beams are the parents of its families.
+        parents = [family.parent for family in request.families] or request.beams
+        self._release([*parents, *request.candidates])
         request.families = []
 
     # Expand

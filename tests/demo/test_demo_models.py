@@ -39,14 +39,13 @@ def texts(seed: int, n: int, held_out: bool = False) -> list[str]:
 
 
 def test_bundle_is_at_most_15_megabytes() -> None:
-    folders = [*FOLDERS.values(), PATHS.base.parent / "tokenizer"]
+    folders = FOLDERS.values()
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 15e6
 
 
 def test_all_folders_hold_the_same_small_tokenizer() -> None:
     tokenizers = [AutoTokenizer.from_pretrained(path) for path in FOLDERS.values()]
-    tokenizers.append(AutoTokenizer.from_pretrained(PATHS.base.parent / "tokenizer"))
     vocabulary = tokenizers[0].get_vocab()
     assert len(vocabulary) <= 1024
     for tokenizer in tokenizers:
@@ -57,7 +56,7 @@ def test_all_folders_hold_the_same_small_tokenizer() -> None:
 
 @given(st.text(max_size=40))
 def test_tokenizer_encodes_any_text_and_adds_nothing(text: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(PATHS.base.parent / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(PATHS.base)
     ids = tokenizer(text.replace(EOS, ""))["input_ids"]
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.decode(ids) == text.replace(EOS, "")
@@ -80,9 +79,9 @@ def test_base_predicts_held_out_reviews_better_than_the_guides(
     models: dict[str, PreTrainedModel],
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(PATHS.base)
-    fresh = texts(seed=987_654, n=256, held_out=True)
+    fresh = list(itertools.islice(reviews(987_654, held_out=True), 256))
     losses = {name: token_loss(model, tokenizer, fresh) for name, model in models.items()}
-    assert losses["base"] < losses["untuned"] - 0.02 < losses["tuned"]
+    assert losses["base"] < losses["untuned"] - 0.02 < losses["tuned"] - 0.02
 
 
 def test_tuned_guide_prefers_praise(models: dict[str, PreTrainedModel]) -> None:

@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from tests.reference import sample_token
+from w2s_fast.kernels import sample_tokens as module
 from w2s_fast.kernels.noise import seed_bits
 from w2s_fast.kernels.sample_tokens import sample_tokens
 
@@ -202,6 +203,29 @@ def test_top_p_keeps_one_token_more_only_just_above_its_exact_edge() -> None:
         for top_p, allowed in ((edge, kept), (edge * (1 - 1e-9), kept), (edge + 1e-9, kept + 1)):
             tokens, _ = draw(logits.expand(4000, -1), Warp(top_p=top_p))
             assert set(tokens.tolist()) == set(range(allowed)), (kept, top_p)
+
+
+def test_a_draw_at_the_very_edge_of_a_token_takes_the_right_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Four equal tokens among forbidden ones: token t owns [t / 4, (t + 1) / 4).
+    logits = torch.tensor([-INF, 2.0, -INF, 2.0, 2.0, -INF, 2.0, -INF])
+    below = 2.0**-53
+    expected = {
+        0.0: 1,
+        below: 1,
+        0.25 - below: 1,
+        0.25: 3,
+        0.5 - below: 3,
+        0.5: 4,
+        0.75 - below: 4,
+        0.75: 6,
+        1 - below: 6,
+    }
+    draws = torch.tensor(list(expected), dtype=torch.float64)
+    monkeypatch.setattr(module, "uniform", lambda *_: draws)
+    tokens, _ = draw(logits.expand(len(draws), -1), Warp())
+    assert tokens.tolist() == list(expected.values())
 
 
 def test_settings_of_one_row_do_not_reach_another() -> None:

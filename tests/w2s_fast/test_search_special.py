@@ -186,12 +186,22 @@ def test_temperature_0_writes_what_transformers_greedy_generation_writes(family:
 
 
 def test_equal_candidates_score_the_same_and_the_lower_index_is_kept() -> None:
-    # In float32 and beside requests of all sizes, where rounding may differ from row to row.
-    e = engine(dtype=torch.float32)
+    # However the rounding of a batched product may differ from row to row.
+    triple = tiny_triple(dtype=torch.float32)
+    e = make_engine(*triple)
     params = SearchParams(
         temperature=0.0, beam_width=3, successors=4, chunk_length=2, max_new_tokens=10, trace=True
     )
-    for result in e.generate(PROMPTS, [replace(params, seed=i) for i in range(5)]):
+
+    def round_anew(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * (1 + 1e-5 * torch.rand_like(output))
+
+    handle = triple.tuned.get_input_embeddings().register_forward_hook(round_anew)
+    try:
+        results = e.generate(PROMPTS, [replace(params, seed=i) for i in range(5)])
+    finally:
+        handle.remove()
+    for result in results:
         assert result.trace is not None
         for one in result.trace.rounds:
             assert len({c.score for c in one.candidates}) == 1
@@ -297,13 +307,15 @@ def test_requests_wait_where_pages_are_few_and_find_the_same(page_size: int) -> 
         return make_engine(*triple, page_size=page_size, kv_cache_tokens=tokens)
 
     # The smallest cache, to the page, in which each request is accepted at all.
-    for tokens in range(2 * page_size, 1024, page_size):
+    for tokens in range(6 * page_size, 1024, page_size):
         try:
             e = with_room_for(tokens)
-            results = e.generate(PROMPTS, MIXED)
         except W2SFastError:
             continue
-        break
+        results = e.generate(PROMPTS, MIXED, on_error="return")
+        if all(r.error is None for r in results):
+            break
+        assert all("kv_cache_tokens" in str(r.error) for r in results if r.error is not None)
     else:
         pytest.fail("no size was enough")
     assert found(results) == found(engine().generate(PROMPTS, MIXED))
@@ -392,18 +404,17 @@ def test_two_iterations_over_one_engine_do_not_disturb_each_other() -> None:
 def test_a_prompt_is_computed_once_and_a_survivor_once_for_all_its_children() -> None:
     triple = tiny_triple(eos=())
     e = make_engine(*triple)
-    params = SearchParams(beam_width=2, successors=3, chunk_length=4, max_new_tokens=12, trace=True)
+    params = SearchParams(beam_width=2, successors=3, chunk_length=4, max_new_tokens=11, trace=True)
     with forwarded(*triple) as totals:
         results = e.generate(PROMPTS, params)
     expected = 0
     for prompt, result in zip(PROMPTS, results, strict=True):
         assert result.trace is not None
-        expected += len(prompt)
-        previous = None
-        for one in result.trace.rounds:
-            expected += 3 * len(one.candidates)  # a chunk's last token waits for its selection
-            expected += len(previous.kept) if previous is not None else 0
-            previous = one
+        first, *later = result.trace.rounds
+        # A chunk's last token waits for its selection; then only survivors' are run.
+        expected += len(prompt) + (4 - 1) * len(first.candidates)
+        for one, chunk in zip(later, (4, 3), strict=True):
+            expected += params.beam_width + (chunk - 1) * len(one.candidates)
     assert totals[0] == expected
     sampled = sum(r.usage.sampled_tokens for r in results)
     assert totals[1:] == [sampled + sum(len(p) - 1 for p in PROMPTS)] * 2

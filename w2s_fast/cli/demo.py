@@ -48,7 +48,8 @@ def demo(
 
     _, best_of, search = measurements
     console.print(results_table(measurements, ascii_only))
-    console.print(f"Difference of gold rewards, prompt by prompt: {comparison(search, best_of)}")
+    gap = comparison(search, best_of, ascii_only)
+    console.print(f"Difference of gold rewards, prompt by prompt: {gap}")
     console.print()
     console.rule("[bold]one prompt, three answers[/bold]", characters="-" if ascii_only else "─")
     console.print(answers_table(texts[0], measurements))
@@ -76,11 +77,13 @@ def _meaning(prompts: int, seed: int, seconds: float) -> str:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    where = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    where = f"{device}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
     return f"""\
 Gold reward: VADER sentiment in [-1, 1], mean over the sentences of prompt and answer. It ranked the
 tuned guide's training pairs; the search never sees it. Interval: Student's t over prompts.
-Fluency: mean over prompts of the base's own log-prob per token of the answer, at temperature 1.
+Fluency: mean over prompts of the base's own log-prob per token of the answer, at temperature 1;
+a change above 0 means that the base finds the answers likelier than its own.
 Answer tokens are those returned; sampled ones include discarded candidates. Both: over wall time.
 Here: {where}; {seconds:.0f} s in all.
 Reproduce: w2s-fast demo --prompts {prompts} --seed {seed}"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -83,8 +84,14 @@ def load_engine(
         note("no model named: using the bundled demo models (film, book and restaurant reviews)")
     quiet_transformers()
     with note_console().status("loading models"):
+        import torch
+
         from w2s_fast import Engine, Guide
 
+        if models.bundled and "OMP_NUM_THREADS" not in os.environ:
+            # Their operations are too small to share. On two busy cores, where threads wait for
+            # one another, two of them took 8 to 14 times as long as one.
+            torch.set_num_threads(1)
         return Engine(
             base=models.base,
             guides=[Guide(**names._asdict()) for names in models.guides] or None,

@@ -110,8 +110,8 @@ class Mean:
     value: float
     half_width: float
 
-    def __str__(self) -> str:
-        return f"{self.value:+.3f} ± {self.half_width:.3f}"
+    def shown(self, ascii_only: bool = False) -> str:
+        return f"{self.value:+.3f} {'+-' if ascii_only else '±'} {self.half_width:.3f}"
 
 
 def mean_with_interval(values: Sequence[float]) -> Mean:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from w2s_fast.demo.reviews import reviews
+from w2s_fast.demo.reviews import Review, reviews
 
 Advance = Callable[[str], None]  # told after every step: a note for the progress bar
 SORTED_TOGETHER = 16  # batches
@@ -87,14 +87,22 @@ def pretrain(
 
 @torch.no_grad()
 def token_loss(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, written: list[Review]
 ) -> float:
-    """Mean negative log-likelihood per token, EOS included, in nats."""
+    """Mean negative log-likelihood per token after the prompt, EOS included, in nats.
+
+    The prompt does not count: it names a title, and knowing the training titles well makes the
+    held-out ones only less likely.
+    """
     total, count = 0.0, 0
-    for start in range(0, len(texts), 128):
-        rows = review_rows(tokenizer, texts[start : start + 128])
+    for start in range(0, len(written), 128):
+        part = written[start : start + 128]
+        rows = review_rows(tokenizer, [review.text for review in part])
         ids, labels = pad_rows(rows, tokenizer.eos_token_id)
-        tokens = int((labels[:, 1:] != -100).sum())
+        prompts = tokenizer([review.prompt for review in part])["input_ids"]
+        for row, prompt in enumerate(prompts):
+            labels[row, : 1 + len(prompt)] = -100  # BOS and the prompt
+        tokens = int((labels != -100).sum())
         total += model(input_ids=ids, labels=labels).loss.item() * tokens
         count += tokens
     return total / count

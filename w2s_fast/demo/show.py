@@ -54,10 +54,9 @@ def results_table(measurements: Sequence[Measurement], ascii_only: bool = False)
     for m in measurements:
         reward, fluency = mean_with_interval(m.rewards), mean_with_interval(m.fluency).value
         change = 100 * (fluency - base_fluency) / abs(base_fluency)
-        shown = str(reward) if not ascii_only else str(reward).replace("±", "+-")
         table.add_row(
             m.method.name,
-            shown,
+            reward.shown(ascii_only),
             f"{fluency:.3f}",
             "" if m is measurements[0] else f"{change:+.1f} %",
             f"{m.answer_tokens_per_s:,.0f}",
@@ -67,10 +66,11 @@ def results_table(measurements: Sequence[Measurement], ascii_only: bool = False)
     return table
 
 
-def comparison(better: Measurement, other: Measurement) -> str:
+def comparison(better: Measurement, other: Measurement, ascii_only: bool = False) -> str:
     """How much more reward one method got than another, prompt by prompt."""
     gaps = [a - b for a, b in zip(better.rewards, other.rewards, strict=True)]
-    return f"{better.method.name} against {other.method.name}: {mean_with_interval(gaps)}"
+    gap = mean_with_interval(gaps).shown(ascii_only)
+    return f"{better.method.name} against {other.method.name}: {gap}"
 
 
 def answers_table(prompt: str, measurements: Sequence[Measurement]) -> Table:
@@ -97,6 +97,10 @@ def search_tree(
     if trace is None or not trace.rounds:
         return Text("no trace: ask for one with SearchParams(trace=True)")
     painter = _Painter(trace, decode, ASCII if ascii_only else UNICODE)
+    m = painter.marks
+    legend = f"{m.winner} the winner's line  {m.kept} kept  {m.lost} not kept  scores in nats"
+    if len(trace.rounds) > 1:
+        legend += f"  b {m.parent} a: goes on from the last round's a"
     tree = Tree(Text(prompt, style="bold"), guide_style="dim")
     folded = range(FIRST_ROUNDS, len(trace.rounds) - LAST_ROUNDS)
     for index in range(len(trace.rounds)):
@@ -113,7 +117,7 @@ def search_tree(
         (printable(result.text or ""), "bold green"),
         (score, "cyan"),
     )
-    return Group(tree, answer)
+    return Group(Text(legend, style="dim"), tree, answer)
 
 
 class _Painter:

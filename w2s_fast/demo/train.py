@@ -153,9 +153,7 @@ class Workshop:
     def make_tokenizer(self) -> PreTrainedTokenizerFast:
         texts = (review.text for review in reviews(self.seed(0)))
         shown = itertools.islice(texts, self.recipe.tokenizer_reviews)
-        tokenizer = train_tokenizer(shown, self.recipe.vocab_size)
-        tokenizer.save_pretrained(self.out / "tokenizer")
-        return tokenizer
+        return train_tokenizer(shown, self.recipe.vocab_size)
 
     def make_pretrained(
         self, name: str, part: Pretraining, tokenizer: PreTrainedTokenizerFast
@@ -169,9 +167,9 @@ class Workshop:
         round_weights(model)
         save(model, tokenizer, self.out / name)
         fresh = itertools.islice(reviews(self.seed(2), held_out=True), self.recipe.eval_reviews)
-        loss = token_loss(model, tokenizer, [review.text for review in fresh])
+        loss = token_loss(model, tokenizer, list(fresh))
         self.measured[f"{name}, parameters"] = model.num_parameters()
-        self.measured[f"{name}, loss on held-out reviews (nats a token)"] = loss
+        self.measured[f"{name}, loss after held-out prompts (nats a token)"] = loss
         return model
 
     def make_tuned(
@@ -206,7 +204,7 @@ def write_card(recipe: Recipe, measured: dict[str, float], out: Path) -> None:
     lines = [
         "# The demo models",
         "",
-        "Made by `python -m w2s_fast.demo.train`; this page is written by the same run.",
+        "Made and written down by `python -m w2s_fast.demo.train`.",
         "",
         "- **Data.** Synthetic film, book and restaurant reviews (`reviews.py`), each sentence",
         "  positive, negative or neutral by chance. Titles of the held-out prompts are not in it.",
