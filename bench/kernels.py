@@ -1,7 +1,7 @@
 """Time of every operator between hidden states and beams, against what the machine can do.
 
-    python bench/kernels.py --out bench/results/kernels.json       on a GPU
-    python bench/kernels.py --dry-run --out /tmp/kernels.json      tiny shapes, any machine
+    python -m bench.kernels --out bench/results/kernels.json       on a GPU
+    python -m bench.kernels --dry-run --out dry.json               tiny shapes, any machine
 
 Each row gives the median time, GB/s or TFLOP/s, and the share of the copy bandwidth or matmul rate
 measured in the same run; or the ratio to a baseline timed in the same run. A case that fails is
@@ -24,23 +24,21 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]  # a bare machine runs the checkout as it is
-
-from bench.timing import (  # noqa: E402
+from bench.timing import (
     copy_bandwidth,
     graph_seconds,
     input_sets,
     matmul_rate,
     median_seconds,
 )
-from w2s_fast.kernels.fuse_logits import choose_beta, fuse_logits  # noqa: E402
-from w2s_fast.kernels.library import BACKEND, HAS_TRITON, triton  # noqa: E402
-from w2s_fast.kernels.linear_logprob import linear_logprob  # noqa: E402
-from w2s_fast.kernels.sample_tokens import sample_tokens  # noqa: E402
-from w2s_fast.kernels.select_beams import select_beams  # noqa: E402
-from w2s_fast.kernels.token_logprob import token_logprob  # noqa: E402
+from w2s_fast.kernels.fuse_logits import choose_beta, fuse_logits
+from w2s_fast.kernels.library import BACKEND, HAS_TRITON, triton
+from w2s_fast.kernels.linear_logprob import linear_logprob
+from w2s_fast.kernels.sample_tokens import sample_tokens
+from w2s_fast.kernels.select_beams import select_beams
+from w2s_fast.kernels.token_logprob import token_logprob
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -99,7 +97,6 @@ def main() -> int:
         print(line(rows[-1]), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report(machine, rows), indent=1) + "\n")
-    print("\n" + "\n".join(line(row) for row in rows))
     return 1 if any(row.error for row in rows) else 0
 
 
@@ -277,7 +274,7 @@ def report(machine: Machine, rows: list[Row]) -> dict[str, Any]:
         "machine": platform.machine(),
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m bench.kernels", *sys.argv[1:]]),
         "dry_run": machine.dry,
         "backend": BACKEND,
         "torch": torch.__version__,

@@ -142,18 +142,18 @@ def _draw_among_few(
     """
     values, ids = logits.topk(width, dim=-1)
     weights = _weights(values, largest, temperature)
-    if bool((top_k > 0).all()):
+    has_top_k = bool((top_k > 0).all())
+    if has_top_k:
         kth = values.gather(-1, top_k[:, None] - 1)
         exact = (values[:, -1] < kth[:, 0]) | (kth[:, 0] == -torch.inf)
         weights = weights * (values >= kth)
         total = weights.sum(-1)
     else:
-        exact = torch.zeros_like(top_k, dtype=torch.bool)
         total = _weights(logits, largest, temperature).sum(-1)
     if bool((top_p < 1).any()):
         level = _level_of_top_p(weights.sort(-1, descending=True).values, total, top_p)
-        # Left-out weights are at most the last one, exp's rounding granted.
-        exact |= weights[:, -1] * 1.00001 + 1 < level[:, 0]
+        if not has_top_k:  # left-out weights are at most the last one, exp's rounding granted
+            exact = weights[:, -1] * 1.00001 + 1 < level[:, 0]
         weights = weights * (weights >= level)
     ids, order = ids.sort(dim=-1)
     weights = _keep_min_p(weights.gather(-1, order), min_p)

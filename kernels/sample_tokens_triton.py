@@ -50,7 +50,7 @@ class Tiling:
     block: int = 4096
     group: int = 128
     capacity: int = 2048  # survivors of a row; at most 2048, see `bisect`
-    listed: int = 32  # groups of survivors read at a time
+    listed: int = 16  # groups of survivors read at a time: more would take over 128 registers
     guess: int = 256  # groups to look in for the nucleus of top-p without top-k
     search_block: int = 1024
     pivots: int = 8
@@ -62,8 +62,8 @@ def tiling_for(vocab_size: int) -> Tiling:
     if vocab_size > 65_536:
         return Tiling()
     if vocab_size > 16_384:
-        return Tiling(block=2048, group=64, listed=64, guess=192)
-    return Tiling(block=1024, group=32, listed=64, guess=128)
+        return Tiling(block=2048, group=64, listed=32, guess=192)
+    return Tiling(block=2048, group=32, listed=32, guess=128)
 
 
 def launch(

@@ -165,9 +165,16 @@ def _attention() -> Finding:
 
 
 def _kernels() -> Finding:
+    from w2s_fast.kernels.library import BACKEND, HAS_TRITON
     from w2s_fast.load import pick_device
 
-    return Finding("ok", "kernels", f"path: torch, on {pick_device('auto')}")
+    device = pick_device("auto")
+    path = "torch"
+    if BACKEND == "interpret":
+        path = "Triton's interpreter, for tests (W2S_FAST_BACKEND=interpret)"
+    elif device.type == "cuda" and BACKEND == "auto" and HAS_TRITON:
+        path = "Triton"
+    return Finding("ok", "kernels", f"path: {path}, on {device}")
 
 
 def _self_check_on_one_thread() -> Finding:

@@ -95,6 +95,12 @@ def test_the_launch_table_gives_the_definition(vocabulary: int, sms: int) -> Non
         check(logits.half(), tokens, vocabulary - 3, 0.5, 10.0)
 
 
+def test_a_soft_cap_is_exact_where_its_two_formulas_meet() -> None:
+    """tanh is a series below 0.3 and a quotient above: pairs of logits around it, and beyond."""
+    middle = torch.linspace(-60, 60, 97)
+    check(torch.stack([middle - 0.5, middle + 0.5], 1), torch.zeros(97).long(), softcap=100.0)
+
+
 @pytest.mark.parametrize("sms", [1, 100])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_rows_of_equal_logits_are_uniform(sms: int, softcap: float | None) -> None:

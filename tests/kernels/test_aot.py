@@ -16,7 +16,13 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'w2s-fast[test]'")
 
 from tests.kernels.aot import SHARED_LIMIT, SMS, Compilation, compilations
-from w2s_fast.kernels import linear_logprob, token_logprob
+from w2s_fast.kernels import (
+    fuse_logits,
+    linear_logprob,
+    sample_tokens_triton,
+    select_beams,
+    token_logprob,
+)
 from w2s_fast.kernels.library import BACKEND
 
 pytestmark = pytest.mark.skipif(
@@ -85,8 +91,47 @@ def linear_logprob_case(
     )
 
 
+def select_beams_case(requests: int, candidates: int, registers: int) -> Case:
+    count, length, double = requests * candidates, 5, torch.float64
+
+    def launch(dtype: torch.dtype) -> None:  # log-probs are float32 whatever the models are
+        logprobs, flags = meta(2, count * length, dtype=torch.float32), meta(requests).bool()
+        select_beams._triton(
+            logprobs, logprobs, meta(2, dtype=double), meta(count * length), meta(count + 1),
+            meta(count, dtype=double), meta(count), meta(count, dtype=torch.int32), meta(count),
+            meta(requests + 1), meta(requests), flags, flags, candidates, 4,
+        )  # fmt: skip
+
+    return Case(f"select_beams-{requests}x{candidates}", launch, {"_one_request": registers}, {})
+
+
 # 64 registers are eight programs of 128 threads on a multiprocessor, 96 are five, 128 are four; 168
 # are one of 256 threads, and so are 255: two warps for each of its schedulers.
+def sample_tokens_case(vocabulary: int, kernels: dict[str, int]) -> Case:
+    def launch(dtype: torch.dtype) -> None:
+        temperature, share = meta(128, dtype=torch.float32), meta(128, dtype=torch.float64)
+        sample_tokens_triton.launch(
+            meta(128, vocabulary, dtype=dtype), temperature, meta(128), share, share,
+            meta(128), meta(128), meta(128),
+        )  # fmt: skip
+
+    vectors = {} if vocabulary % 16 else {80: "ld.global.v4", 90: "ld.global.v4"}
+    return Case(f"sample_tokens-{vocabulary}", launch, kernels, vectors)
+
+
+def fusion_case(vocabulary: int, kernels: dict[str, int]) -> Case:
+    def launch(dtype: torch.dtype) -> None:
+        base = meta(64, vocabulary, dtype=dtype)
+        tuned, untuned = meta(2, 64, vocabulary, dtype=dtype), meta(2, 64, vocabulary, dtype=dtype)
+        fuse_logits._fuse_triton(base, tuned, untuned, meta(2, 64, dtype=torch.float32))
+        fuse_logits._choose_triton(base, tuned, untuned)
+
+    return Case(f"fusion-{vocabulary}", launch, kernels, {})
+
+
+SAMPLING = {"summarise": 64, "block_weights": 80, "draw": 128, "search": 192}
+FUSION = {"fuse": 96, "grid_sums": 120, "choose": 96}
+
 CASES = [
     token_logprob_case("gpt2", 16, None, {"_split_rows": 64, "_merge_splits": 64}),
     token_logprob_case("gpt2", 2048, None, {"_split_rows": 64}),
@@ -99,6 +144,13 @@ CASES = [
     linear_logprob_case("70b", 64, 168),
     linear_logprob_case("gpt2", 1024, 255),
     linear_logprob_case("8b", 80, 255, bias=True, softcap=30.0),
+    select_beams_case(64, 16, 96),
+    select_beams_case(8, 64, 168),
+    select_beams_case(1, 256, 168),
+    select_beams_case(1, 1024, 128),
+    *(sample_tokens_case(v, SAMPLING) for v in (900, 16384, 32000, 50257, 128256, 262144)),
+    fusion_case(50257, FUSION),
+    fusion_case(128256, FUSION),
 ]
 
 

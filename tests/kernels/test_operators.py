@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from w2s_fast.kernels.fuse_logits import choose_beta, fuse_logits
 from w2s_fast.kernels.linear_logprob import linear_logprob
+from w2s_fast.kernels.sample_tokens import sample_tokens
+from w2s_fast.kernels.select_beams import select_beams
 from w2s_fast.kernels.token_logprob import token_logprob
 
 # name: (the public function, arguments and keyword arguments of it, arguments of the operator).
@@ -21,6 +24,16 @@ Operator = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], tuple[Any,
 def operators() -> dict[str, Operator]:
     logits, tokens = torch.randn(5, 40), torch.randint(33, (5,))
     hidden, weight, bias = torch.randn(5, 12), torch.randn(40, 12), torch.randn(40)
+    tuned, untuned, beta = torch.randn(2, 5, 40), torch.randn(2, 5, 40), torch.rand(2, 5)
+    row = torch.arange(5)
+    sampling = (row / 4, row, 1 - row.double() / 8, row.double() / 50, row, row, row)
+    # Two requests with two candidates each, of two new tokens.
+    ones, flags = torch.ones(4, dtype=torch.float64), torch.tensor([False, True])
+    round_: tuple[Any, ...] = (
+        -torch.rand(1, 8), -torch.rand(1, 8), ones[:1], torch.randint(9, (8,)),
+        torch.arange(0, 9, 2), 0 * ones, torch.full((4,), 2), torch.zeros(4, dtype=torch.int32),
+        torch.arange(4), torch.tensor([0, 2, 4]), torch.tensor([1, 2]), flags, flags, 2, 2,
+    )  # fmt: skip
     return {
         "token_logprob": (
             token_logprob,
@@ -34,6 +47,15 @@ def operators() -> dict[str, Operator]:
             {},
             (hidden, weight, tokens, bias, 9.0, 0.5, 33),
         ),
+        "sample_tokens": (sample_tokens, (logits, *sampling), {}, (logits, *sampling)),
+        "fuse_logits": (
+            fuse_logits,
+            (logits, tuned, untuned, beta),
+            {},
+            (logits, tuned, untuned, beta),
+        ),
+        "choose_beta": (choose_beta, (logits, tuned, untuned), {}, (logits, tuned, untuned)),
+        "select_beams": (select_beams, round_, {}, round_),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from transformers.generation.logits_process import (
 
 from tests.reference import sample_token
 from w2s_fast.kernels import sample_tokens as module
-from w2s_fast.kernels.noise import seed_bits
+from w2s_fast.kernels import sample_tokens as sample_module
+from w2s_fast.kernels.noise import seed_bits, uniform
 from w2s_fast.kernels.sample_tokens import sample_tokens
 
 DRAWS = 200_000
@@ -432,3 +434,47 @@ def test_every_token_is_that_of_the_plain_reference(
         for i in range(40)
     ]
     assert tokens.tolist() == expected
+
+
+def from_the_definition(logits: torch.Tensor, warps: list[Warp], seed: int) -> list[int]:
+    """The whole-row path, which looks at every token."""
+    rows = torch.arange(len(logits))
+    u = uniform(torch.full_like(rows, seed), torch.zeros_like(rows), rows)
+    columns = (
+        torch.tensor([w.temperature for w in warps], dtype=torch.float32),
+        torch.tensor([w.top_k for w in warps]),
+        torch.tensor([w.top_p for w in warps], dtype=torch.float64),
+        torch.tensor([w.min_p for w in warps], dtype=torch.float64),
+    )
+    return sample_module._draw(logits, logits.max(-1).values, *columns, u).tolist()
+
+
+@pytest.mark.parametrize("kind", ["peaked", "flat", "tied", "mostly forbidden"])
+def test_looking_at_the_largest_logits_alone_changes_no_token(kind: str) -> None:
+    warps = [
+        Warp(temperature, top_k, top_p, min_p)
+        for temperature in (0.7, 3.0)
+        for top_k in (0, 1, 7, 50, 500)
+        for top_p in (1.0, 0.9, 0.2)
+        for min_p in (0.0, 0.05)
+    ]
+    logits = torch.from_numpy(np.stack([random_logits(9000, i) for i in range(len(warps))]))
+    if kind == "peaked":
+        logits = logits * 4
+    elif kind == "flat":
+        logits = logits * 0.01
+    elif kind == "tied":
+        logits = logits.round()
+    else:
+        logits[torch.rand(logits.shape) < 0.999] = -INF
+    for rows in (slice(None), slice(0, None, 3), slice(3, 4)):
+        tokens, _ = draw(logits[rows], warps[rows], seed=2)
+        assert tokens.tolist() == from_the_definition(logits[rows], warps[rows], seed=2)
+
+
+def test_most_rows_with_filters_need_their_largest_logits_only() -> None:
+    logits = torch.from_numpy(np.stack([random_logits(9000, i, 4.0) for i in range(4)]))
+    with mock.patch.object(sample_module, "_draw", side_effect=AssertionError("the whole row")):
+        draw(logits, [Warp(0.0), Warp(top_k=50), Warp(top_p=0.9), Warp(0.7, 50, 0.95, 0.1)])
+        with pytest.raises(AssertionError, match="the whole row"):
+            draw(logits, Warp())

@@ -1,0 +1,81 @@
+"""The search on the device: in float32 against the naive reference, in half precision against
+itself and against a recomputation of its scores by transformers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.tiny_models import tiny_model
+from w2s_fast import Engine, Guide, SearchParams, SearchResult
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [2, 2]]
+PARAMS = [
+    SearchParams(beam_width=2, successors=3, chunk_length=3, max_new_tokens=12, trace=True),
+    SearchParams(beam_width=3, successors=2, chunk_length=2, max_new_tokens=12, top_k=0, top_p=0.9),
+    SearchParams(method="bon", successors=4, n=2, max_new_tokens=10, top_k=0),
+    SearchParams(method="sample", n=3, max_new_tokens=9, min_p=0.05),
+]
+# How far a score of 12 tokens may be from one computed in another order, in nats.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.2, torch.bfloat16: 1.5}
+
+
+def models(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel]:
+    base, tuned, untuned = (
+        copy.deepcopy(tiny_model(family, seed=seed, layers=layers))
+        for family, seed, layers in (("llama", 0, 2), ("gpt2", 1, 1), ("gpt2", 2, 1))
+    )
+    for model in (base, tuned, untuned):
+        torch.nn.Module.to(model, device="cuda", dtype=dtype)
+    return base, tuned, untuned
+
+
+def results(engine: Engine) -> list[SearchResult]:
+    return engine.generate(PROMPTS, PARAMS)
+
+
+def eager_logprobs(model: PreTrainedModel, prompt: list[int], response: list[int]) -> Tensor:
+    ids = torch.tensor([prompt + response], device="cuda")
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+
+
+def test_in_float32_the_device_finds_what_the_cpu_finds() -> None:
+    on_gpu = models(torch.float32)
+    on_cpu = [copy.deepcopy(model).to("cpu") for model in on_gpu]
+    found = results(Engine(on_gpu[0], Guide(*on_gpu[1:]), device="cuda", kv_cache_tokens=4096))
+    expected = results(Engine(on_cpu[0], Guide(*on_cpu[1:]), device="cpu", kv_cache_tokens=4096))
+    for ours, theirs in zip(found, expected):
+        assert [h.token_ids for h in ours.hypotheses] == [h.token_ids for h in theirs.hypotheses]
+        if theirs.score is not None:
+            assert ours.score == pytest.approx(theirs.score, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_scores_are_those_of_a_recomputation(dtype: torch.dtype) -> None:
+    base, tuned, untuned = models(dtype)
+    engine = Engine(base, Guide(tuned, untuned), device="cuda", kv_cache_tokens=4096)
+    for prompt, result in zip(PROMPTS, results(engine)):
+        for h in result.hypotheses:
+            if h.score is None:
+                continue
+            above, below = (eager_logprobs(m, prompt, h.token_ids) for m in (tuned, untuned))
+            assert h.score == pytest.approx(float((above - below).sum()), abs=TOLERANCE[dtype])
+            assert h.score == pytest.approx(sum(h.token_scores), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_same_request_gives_the_same_tokens_twice_and_leaves_no_page(
+    dtype: torch.dtype,
+) -> None:
+    base, tuned, untuned = models(dtype)
+    engine = Engine(base, Guide(tuned, untuned), device="cuda", kv_cache_tokens=4096)
+    first, second = results(engine), results(engine)
+    assert [r.token_ids for r in first] == [r.token_ids for r in second]
+    for model in (engine.base, *engine.guides[0].models):
+        assert model.pool.free_pages == model.pool.num_pages
