@@ -32,16 +32,18 @@ part() { # part NAME SECONDS COMMAND...
 }
 
 export PYTHONUNBUFFERED=1
-part "build" 120 "$python" setup.py --quiet build_ext --inplace
+part "build" 90 "$python" setup.py --quiet build_ext --inplace
 if [ -n "${W2S_FAST_DRY_RUN:-}" ]; then
     part "timings" 120 "$python" -m bench.kernels --dry-run --out "$out/$name-kernels-dry.json"
 else
-    part "kernels on the device" 150 "$python" -m pytest -q -m gpu tests/gpu/test_kernels.py \
+    part "kernels on the device" 100 "$python" -m pytest -q -m gpu tests/gpu/test_kernels.py \
         --junitxml "$out/$name-kernel-tests.xml"
-    part "search on the device" 90 "$python" -m pytest -q -m gpu tests/gpu/test_search.py \
+    part "search on the device" 50 "$python" -m pytest -q -m gpu tests/gpu/test_search.py \
         --junitxml "$out/$name-search-tests.xml"
-    part "page copies" 30 "$python" -m pytest -q tests/csrc/test_copy_pages.py
-    part "timings" 200 "$python" -m bench.kernels --seconds 150 --out "$out/$name-kernels.json"
+    part "page copies" 20 "$python" -m pytest -q tests/csrc/test_copy_pages.py
+    part "timings" 130 "$python" -m bench.kernels --seconds 100 --out "$out/$name-kernels.json"
+    part "kernels, drawn shapes" 80 "$python" -m pytest -q tests/interpret \
+        --junitxml "$out/$name-drawn-tests.xml"
 fi
 
 printf '\n== summary\n'

@@ -59,6 +59,8 @@ class Tiling:
 
 def tiling_for(vocab_size: int) -> Tiling:
     """Groups so small that there are several hundred, blocks so large that there are few."""
+    if vocab_size > 131_072:
+        return Tiling(group=256, listed=8)
     if vocab_size > 65_536:
         return Tiling()
     if vocab_size > 16_384:

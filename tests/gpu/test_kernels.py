@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.beams import RoundOfOne, naive
+from tests.kernels.beams import RoundOfOne, check
 from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.sample_tokens import sample_tokens
-from w2s_fast.kernels.select_beams import select_beams
 from w2s_fast.kernels.token_logprob import token_logprob
 
 DTYPES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -93,33 +92,7 @@ def test_select_beams_agrees_with_the_naive_selection(candidates: int) -> None:
         mean=False,
         dedup=True,
     )
-    expected = naive(r, [1.0])
-    count = torch.arange(candidates)
-    found = select_beams(
-        *(
-            x.cuda()
-            for x in (
-                tuned.float().reshape(1, -1),
-                untuned.float().reshape(1, -1),
-                torch.ones(1, dtype=torch.float64),
-                torch.tensor(chunks).flatten(),
-                torch.arange(0, 3 * candidates + 1, 3),
-                torch.tensor(r.previous, dtype=torch.float64),
-                torch.full((candidates,), 5),
-                count.int(),
-                torch.tensor(r.siblings),
-                torch.tensor([0, candidates]),
-                torch.tensor([4]),
-                torch.tensor([False]),
-                torch.tensor([True]),
-            )
-        ),
-        candidates,
-        4,
-    )
-    kept = expected.kept + [-1] * (4 - len(expected.kept))
-    assert found.kept.tolist() == [kept]
-    assert torch.allclose(found.scores.cpu(), torch.tensor(expected.scores).double(), atol=1e-12)
+    check([r], [1.0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,7 +19,7 @@ from w2s_fast.kernels import sample_tokens as torch_module
 from w2s_fast.kernels import sample_tokens_triton as module
 from w2s_fast.kernels.library import jit, tl
 from w2s_fast.kernels.noise import uniform
-from w2s_fast.kernels.sample_tokens_search import integer_weight
+from w2s_fast.kernels.sample_tokens_search import cut_off, integer_weight
 from w2s_fast.kernels.sample_tokens_triton import Tiling
 
 INF = math.inf
@@ -41,6 +41,14 @@ def weigh(logits, largest, temperature, weights, vocab, BLOCK: tl.constexpr):
     x = tl.load(logits + row * vocab + v, mask=v < vocab, other=-float("inf"))
     weight = integer_weight(x, tl.load(largest + row), tl.load(temperature + row))
     tl.store(weights + row * vocab + v, weight, mask=v < vocab)
+
+
+@jit
+def weigh_just_below_the_cut(largest, temperature, weights):
+    row = tl.program_id(0)
+    m, t = tl.load(largest + row), tl.load(temperature + row)
+    below = cut_off(m, t) - tl.maximum(tl.abs(m), 28.0 * t) * 1.2e-7
+    tl.store(weights + row, integer_weight(below, m, t))
 
 
 def kernel_weights(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -141,6 +149,18 @@ def test_weights_are_those_of_the_exact_exponential_but_for_rounding() -> None:
     assert ((kernel_weights(logits, temperature) - exact).abs() <= allowed).all()
 
 
+def test_what_is_cut_off_weighs_nothing() -> None:
+    largest, temperature = torch.meshgrid(
+        torch.tensor([0.0, 1.0, -7.3, 500.0, 1e6, -1e30]),
+        torch.tensor([1e-3, 0.05, 0.7, 1.0, 3.0, 1e4]),
+        indexing="ij",
+    )
+    weights = torch.ones(36, dtype=torch.int64, device=DEVICE)
+    on_device = (x.flatten().to(DEVICE) for x in (largest, temperature))
+    weigh_just_below_the_cut[(36,)](*on_device, weights)
+    assert not weights.any()
+
+
 @pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-6, 1e6, 1e30, 3e38])
 def test_extreme_temperatures_stay_in_bounds(temperature: float) -> None:
     logits = rows_of(4, 70)
@@ -180,7 +200,9 @@ def test_ties_are_kept_together_on_every_path(distinct: int) -> None:
     assert not all(left_to_search(few, warps))
 
 
-@pytest.mark.parametrize("tiling", [SMALL, Tiling(64, 8, 8, 2, 1, 32, 2, 1)], ids=["fits", "search"])
+@pytest.mark.parametrize(
+    "tiling", [SMALL, Tiling(64, 8, 8, 2, 1, 32, 2, 1)], ids=["fits", "search"]
+)
 def test_top_k_at_every_place_of_a_tie(tiling: Tiling) -> None:
     ks = range(1, len(TIED) + 2)
     check(torch.from_numpy(TIED).repeat(len(ks), 3), [Warp(top_k=k) for k in ks], tiling=tiling)
@@ -197,6 +219,26 @@ def test_top_p_keeps_one_token_more_only_just_above_its_exact_edge(tiling: Tilin
             edge = math.nextafter(edge, 0)
         warps = [Warp(top_p=p) for p in (edge, edge * (1 - 1e-9), edge + 1e-9) for _ in range(5)]
         check(row.expand(15, -1), warps, tiling=tiling)
+
+
+def test_different_logits_of_equal_weight_are_a_tie() -> None:
+    # So hot that exp(x / T) rounds to 1 for 40 different logits; only some are among the first
+    # survivors, but top-p has to keep all of them.
+    row = torch.full((200,), -5e8)
+    row[torch.randperm(200)[:40]] = -torch.rand(40)
+    row[50] = 0.0
+    warps = [Warp(1e8, top_p=p) for p in (0.05, 0.1, 0.3)] * 4
+    check(row.expand(12, -1), warps)
+    assert len(set(kernel_weights(row[None], torch.tensor([1e8]))[0].tolist())) == 2
+
+
+@pytest.mark.parametrize("margin", [1e-3, 1e-6, -1e-6, -1e-3])
+def test_a_block_at_the_very_edge_of_min_p_is_read(margin: float) -> None:
+    row = torch.full((128,), math.log(0.1) + margin)
+    row[:64] = -9.0
+    row[5] = 0.0
+    tokens, _ = check(row.expand(10, -1), [Warp(min_p=0.1)] * 10)
+    assert (tokens >= 64).any() == (margin > 0)
 
 
 def test_zero_and_minus_zero_are_one_value() -> None:
@@ -263,7 +305,7 @@ def test_any_row_with_any_settings(
     check(torch.tensor(logits).expand(4, -1), warps, seed, tiling)
 
 
-@pytest.mark.parametrize("vocabulary", [900, 20_001, 70_000])
+@pytest.mark.parametrize("vocabulary", [900, 20_001, 70_000, 140_000])
 def test_the_tiles_of_real_vocabularies_give_the_tokens_of_the_torch_path(vocabulary: int) -> None:
     rank = torch.from_numpy(np.random.default_rng(0).permutation(vocabulary) + 1.0)
     logits = torch.stack([-1.3 * rank.log(), torch.randn(vocabulary, dtype=torch.float64)]).float()

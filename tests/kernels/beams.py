@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from w2s_fast.kernels.select_beams import Selection, select_beams
 
 Chunk = tuple[int, ...]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -39,7 +40,7 @@ def run(rounds: list[RoundOfOne], weights: list[float]) -> Selection:
     def cumulative(counts: list[int]) -> torch.Tensor:
         return torch.tensor([0, *counts]).cumsum(0)
 
-    return select_beams(
+    arguments = (
         torch.tensor([flat(g, "tuned") for g in range(len(weights))]),
         torch.tensor([flat(g, "untuned") for g in range(len(weights))]),
         torch.tensor(weights, dtype=torch.float64),
@@ -53,9 +54,10 @@ def run(rounds: list[RoundOfOne], weights: list[float]) -> Selection:
         torch.tensor([r.width for r in rounds]),
         torch.tensor([r.mean for r in rounds]),
         torch.tensor([r.dedup for r in rounds]),
-        max(len(r.chunks) for r in rounds),
-        max(r.width for r in rounds),
     )
+    largest = max(len(r.chunks) for r in rounds), max(r.width for r in rounds)
+    found = select_beams(*(x.to(DEVICE) for x in arguments), *largest)
+    return Selection(*(x.cpu() for x in found))
 
 
 @dataclass

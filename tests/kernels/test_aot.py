@@ -129,7 +129,7 @@ def fusion_case(vocabulary: int, kernels: dict[str, int]) -> Case:
     return Case(f"fusion-{vocabulary}", launch, kernels, {})
 
 
-SAMPLING = {"summarise": 64, "block_weights": 80, "draw": 128, "search": 192}
+SAMPLING = {"summarise": 64, "block_weights": 88, "draw": 128, "search": 192}
 FUSION = {"fuse": 96, "grid_sums": 120, "choose": 96}
 
 CASES = [
@@ -148,7 +148,7 @@ CASES = [
     select_beams_case(8, 64, 168),
     select_beams_case(1, 256, 168),
     select_beams_case(1, 1024, 128),
-    *(sample_tokens_case(v, SAMPLING) for v in (900, 16384, 32000, 50257, 128256, 262144)),
+    *(sample_tokens_case(v, SAMPLING) for v in (900, 16384, 50257, 128256, 151936, 200019)),
     fusion_case(50257, FUSION),
     fusion_case(128256, FUSION),
 ]
