@@ -31,7 +31,8 @@ from bench.timing import (
     matmul_rate,
     median_seconds,
 )
-from w2s_fast.kernels.fuse_logits import choose_beta, fuse_logits
+from w2s_fast.kernels.choose_beta import choose_beta
+from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.library import BACKEND, HAS_TRITON, triton
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.sample_tokens import sample_tokens

@@ -10,22 +10,24 @@ from torch import Tensor
 
 from tests.interpret.rule import DEVICE, DTYPES, assert_as_exact_as_torch
 from tests.kernels.test_fuse_logits import a_round, check_choice
-from w2s_fast.kernels import fuse_logits as module
-from w2s_fast.kernels.fuse_logits import choose_beta, fuse_logits
+from w2s_fast.kernels import choose_beta as choosing
+from w2s_fast.kernels import fuse_logits as fusing
+from w2s_fast.kernels.choose_beta import choose_beta
+from w2s_fast.kernels.fuse_logits import fuse_logits
 
 INF = math.inf
 
 
 def fused(base: Tensor, tuned: Tensor, untuned: Tensor, beta: Tensor, block: int = 32) -> Tensor:
     given = (x.to(DEVICE) for x in (base, tuned, untuned, beta))
-    return module._fuse_triton(*given, block=block).cpu()
+    return fusing._triton(*given, block=block).cpu()
 
 
 def chosen(
     base: Tensor, tuned: Tensor, untuned: Tensor, chunk: int = 64, block: int = 16
 ) -> tuple[Tensor, ...]:
     given = (x.to(DEVICE) for x in (base, tuned, untuned))
-    return tuple(x.cpu() for x in module._choose_triton(*given, chunk=chunk, block=block))
+    return tuple(x.cpu() for x in choosing._triton(*given, chunk=chunk, block=block))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -39,7 +41,7 @@ def test_fused_logits_err_no_more_than_torch(
     beta[0, 1] = 0
     difference = tuned.double() - untuned.double()
     exact = base.double() + (beta.double()[..., None] * difference).sum(0)
-    plain = module._fuse_torch(base, tuned, untuned, beta)
+    plain = fusing._torch(base, tuned, untuned, beta)
     got = fused(base, tuned, untuned, beta)
     assert got.dtype == torch.float32
     assert_as_exact_as_torch(got, plain, exact, dtype)
@@ -55,7 +57,7 @@ def test_special_values_are_those_of_torch() -> None:
     beta = torch.ones(2, 6)
     beta[0] = 0.0
     beta[1, 5] = math.nan
-    expected = module._fuse_torch(base, tuned, untuned, beta)
+    expected = fusing._torch(base, tuned, untuned, beta)
     torch.testing.assert_close(fused(base, tuned, untuned, beta), expected, equal_nan=True)
 
 
@@ -103,7 +105,7 @@ def test_ties_forbidden_padded_and_broken_rows_are_treated_as_torch_does() -> No
     untuned[1, 6] = base[6]  # a perfect guide, where both allow the same tokens
     tuned[1, 6, 7] = -INF
     beta, active, objective = chosen(base, tuned, untuned)
-    expected = module._choose_torch(base, tuned, untuned)
+    expected = choosing._torch(base, tuned, untuned)
     assert torch.equal(beta.nan_to_num(-1), expected[0].nan_to_num(-1))
     assert torch.equal(active, expected[1])
     torch.testing.assert_close(objective, expected[2], atol=1e-6, rtol=1e-3, equal_nan=True)
@@ -134,6 +136,6 @@ def test_the_operators_are_served_by_the_kernels() -> None:
     given = a_round(2, 1, 50)
     on_device = tuple(x.to(DEVICE) for x in given)
     beta, _, objective = choose_beta(*on_device)
-    kernel_beta, _, kernel_objective = module._choose_triton(*on_device)
+    kernel_beta, _, kernel_objective = choosing._triton(*on_device)
     assert torch.equal(beta, kernel_beta) and torch.equal(objective, kernel_objective)
-    assert torch.equal(fuse_logits(*on_device, beta), module._fuse_triton(*on_device, kernel_beta))
+    assert torch.equal(fuse_logits(*on_device, beta), fusing._triton(*on_device, kernel_beta))

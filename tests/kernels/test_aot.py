@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'w2s-
 
 from tests.kernels.aot import SHARED_LIMIT, SMS, Compilation, compilations
 from w2s_fast.kernels import (
+    choose_beta,
     fuse_logits,
     linear_logprob,
     sample_tokens_triton,
@@ -123,8 +124,8 @@ def fusion_case(vocabulary: int, kernels: dict[str, int]) -> Case:
     def launch(dtype: torch.dtype) -> None:
         base = meta(64, vocabulary, dtype=dtype)
         tuned, untuned = meta(2, 64, vocabulary, dtype=dtype), meta(2, 64, vocabulary, dtype=dtype)
-        fuse_logits._fuse_triton(base, tuned, untuned, meta(2, 64, dtype=torch.float32))
-        fuse_logits._choose_triton(base, tuned, untuned)
+        fuse_logits._triton(base, tuned, untuned, meta(2, 64, dtype=torch.float32))
+        choose_beta._triton(base, tuned, untuned)
 
     return Case(f"fusion-{vocabulary}", launch, kernels, {})
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from w2s_fast.kernels.fuse_logits import choose_beta, fuse_logits
+from w2s_fast.kernels.choose_beta import choose_beta
+from w2s_fast.kernels.fuse_logits import fuse_logits
 
 INF = math.inf
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from w2s_fast.kernels.fuse_logits import choose_beta, fuse_logits
+from w2s_fast.kernels.choose_beta import choose_beta
+from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.sample_tokens import sample_tokens
 from w2s_fast.kernels.select_beams import select_beams
