@@ -91,6 +91,11 @@ def gpu(device: torch.device) -> Gpu:
     return _gpus[device]
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether the operators launch Triton kernels for tensors on this device."""
+    return BACKEND == "interpret" or (device.type == "cuda" and BACKEND == "auto" and HAS_TRITON)
+
+
 _LIBRARY = torch.library.Library("w2s_fast", "FRAGMENT")
 
 

@@ -1,17 +1,15 @@
 """Attention over pages: the plan of one forward pass, and the function Hugging Face models call.
 
-A forward pass runs all its sequences as one row of T tokens. Before it, an
-:class:`AttentionPlan` is made on the host: where each token's keys and values are written, and
-which keys each token may see. During it, every attention layer calls
-:func:`paged_attention_forward` through transformers' AttentionInterface, which hands the layer's
-tensors to the plan. The plan travels as a keyword argument of the model call, so several models
-never share state.
+A forward pass runs all its sequences as one row of T tokens. Before it, a plan is made on the
+host: where each token's keys and values are written, and which keys each token may see. During it,
+every attention layer calls :func:`paged_attention_forward` through transformers'
+AttentionInterface, which hands the layer's tensors to the plan. The plan travels as a keyword
+argument of the model call, so several models never share state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from w2s_fast.gathered_attention import GatheredPlan
+from w2s_fast.kernels.library import runs_triton
+from w2s_fast.kernels.paged_attention import paged_attention
+from w2s_fast.kernels.write_kv import write_kv
 from w2s_fast.pages import Ints, PagePool
 
 ATTENTION_NAME = "w2s_paged"
-
-# Keys and values gathered for one group of sequences, in bytes: they should stay in the last-level
-# cache between the copy and the product.
-_GROUP_BYTES = 32 * 2**20
 
 
 class Attends(Protocol):
@@ -86,63 +84,48 @@ AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)
 
 
 @dataclass
-class _Group:
-    """Sequences of one plan that are computed together, padded to Q queries and L keys.
-
-    Attributes:
-        queries: int64 [S, Q] indices into the T tokens; padding repeats a sequence's first.
-        real: bool [S, Q] or None if nothing is padded.
-        keys: int64 [S, L] positions in the pages; those past a sequence's end repeat its first,
-            since unwritten pages may hold NaN, which no mask would stop.
-        distance: int32 [S, Q, L]: how far a key lies behind a query; negative: in its future.
-    """
-
-    queries: Tensor
-    real: Tensor | None
-    keys: Tensor
-    distance: Tensor
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
-
-    def mask(self, window: int | None) -> Tensor:
-        """bool [S, Q, L]: True where a query may see a key. Made once for all layers."""
-        if window not in self._masks:
-            seen = self.distance >= 0
-            self._masks[window] = seen if window is None else seen & (self.distance < window)
-        return self._masks[window]
-
-
-@dataclass
-class AttentionPlan:
-    """One forward pass over a pool: T new tokens of S sequences.
+class KernelPlan:
+    """One forward pass over a pool through the operators write_kv and paged_attention.
 
     Attributes:
         pool: the pages of the model that runs.
         write: int64 [T] positions in the pages for the new keys and values.
         positions: int64 [T], each token's position in its sequence.
-        groups: the sequences, grouped by like lengths.
-        in_order: the only group holds every token in order, so nothing need be scattered back.
+        page_table: int32 [S, M]. lengths: int32 [S], new tokens included. cu_seqlens_q:
+            int32 [S + 1], where each sequence's new tokens begin.
+        max_q, max_k: the most new tokens and the most keys of a sequence.
     """
 
     pool: PagePool
     write: Tensor
     positions: Tensor
-    groups: list[_Group]
-    in_order: bool
+    page_table: Tensor
+    lengths: Tensor
+    cu_seqlens_q: Tensor
+    max_q: int
+    max_k: int
 
     @classmethod
-    def make(cls, pool: PagePool, slots: Ints, counts: Ints) -> AttentionPlan:
+    def make(cls, pool: PagePool, slots: Ints, counts: Ints) -> KernelPlan:
         """Plan ``counts[i]`` new tokens for ``slots[i]``: after ``reserve``, before ``extend``."""
-        new = np.asarray(counts, np.int64)
-        old = pool.lengths(slots).astype(np.int64)
-        start = np.concatenate(([0], new.cumsum()))
+        new = np.asarray(counts, np.int32)
+        old = pool.lengths(slots)
+        start = np.concatenate(([0], new.cumsum())).astype(np.int32)
         offset = np.arange(start[-1]) - np.repeat(start[:-1], new)
-        positions = torch.from_numpy(np.repeat(old, new) + offset).to(pool.device)
-        table = pool.page_table(slots).long()
-        members = list(_group_by_length(new, old + new, pool))
-        groups = [_make_group(pool, table, m, new, old, start) for m in members]
-        in_order = len(groups) == 1 and groups[0].real is None and _ascending(members[0])
-        write = pool.slot_mapping(slots, counts)
-        return cls(pool, write, positions, groups, in_order)
+
+        def on_device(array: NDArray[np.integer]) -> Tensor:
+            return torch.from_numpy(array).to(pool.device, non_blocking=True)
+
+        return cls(
+            pool=pool,
+            write=pool.slot_mapping(slots, counts),
+            positions=on_device(np.repeat(old, new).astype(np.int64) + offset),
+            page_table=pool.page_table(slots),
+            lengths=on_device(old + new),
+            cu_seqlens_q=on_device(start),
+            max_q=int(new.max()),
+            max_k=int((old + new).max()),
+        )
 
     def attend(
         self,
@@ -157,118 +140,27 @@ class AttentionPlan:
         sinks: Tensor | None,
     ) -> Tensor:
         """Write the new keys and values, then attend over all of each sequence's pages."""
-        kv = self.pool.kv[layer].flatten(1, 2)  # [2, pages * page_size, Hkv, D]
-        kv[0].index_copy_(0, self.write, key.to(kv.dtype))
-        kv[1].index_copy_(0, self.write, value.to(kv.dtype))
-        out = None if self.in_order else torch.empty_like(query)
-        for group in self.groups:
-            part = dense_attention(
-                query[group.queries],
-                kv[0][group.keys],
-                kv[1][group.keys],
-                group.mask(window),
-                scale=scale,
-                softcap=softcap,
-                sinks=sinks,
-            )
-            if out is None:
-                return part.flatten(0, 1)
-            if group.real is None:
-                out[group.queries.flatten()] = part.flatten(0, 1)
-            else:
-                out[group.queries[group.real]] = part[group.real]
-        assert out is not None
-        return out
+        pages = self.pool.kv[layer]
+        write_kv(key, value, pages, self.write)
+        return paged_attention(
+            query,
+            pages,
+            self.page_table,
+            self.lengths,
+            self.cu_seqlens_q,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            max_q=self.max_q,
+            max_k=self.max_k,
+        )
 
 
-def dense_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """query [S, Q, H, D], key and value [S, L, Hkv, D], mask bool [S, Q, L] -> [S, Q, H, D].
+def make_plan(pool: PagePool, slots: Ints, counts: Ints) -> KernelPlan | GatheredPlan:
+    """Plan ``counts[i]`` new tokens for ``slots[i]``: after ``reserve``, before ``extend``.
 
-    The H / Hkv query heads of a key head are laid beside the queries, so keys and values are read
-    once and never repeated.
+    Kernels serve wherever Triton does, and gathered rows and dense products elsewhere.
     """
-    sequences, queries, heads, dim = query.shape
-    kv_heads = key.shape[2]
-    shape = (sequences, queries, kv_heads, heads // kv_heads, dim)
-    q = query.reshape(shape).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, Hkv, G * Q, D]
-    k, v = key.transpose(1, 2), value.transpose(1, 2)
-    allowed = mask[:, None].repeat(1, 1, heads // kv_heads, 1)  # [S, 1, G * Q, L]
-    if softcap is None and sinks is None:
-        out = nn.functional.scaled_dot_product_attention(q, k, v, allowed, scale=scale)
-    else:
-        logits = (q @ k.transpose(-1, -2)).float() * scale
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        logits = logits.masked_fill(~allowed, -torch.inf)
-        if sinks is not None:
-            sink = sinks.float().view(1, kv_heads, -1, 1).repeat_interleave(queries, 2)
-            logits = torch.cat([logits, sink.expand(sequences, -1, -1, -1)], dim=-1)
-        out = logits.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
-    out = out.reshape(sequences, kv_heads, heads // kv_heads, queries, dim)
-    return out.permute(0, 3, 1, 2, 4).reshape(sequences, queries, heads, dim)
-
-
-def _group_by_length(
-    new: NDArray[np.int64], total: NDArray[np.int64], pool: PagePool
-) -> Iterator[NDArray[np.int64]]:
-    """Cut the sequences into groups of like shape, so that padding stays small."""
-    limit = max(1, _GROUP_BYTES * pool.kv.shape[0] // pool.bytes_per_token)  # keys of one layer
-    order = np.arange(len(new))
-    if not _alike(new.min(), new.max(), 0) or not _alike(total.min(), total.max(), 64):
-        order = np.lexsort((total, new))
-    start = 0
-    longest = 0
-    for end, i in enumerate(order):
-        longest = max(longest, int(total[i]))
-        first = order[start]
-        if end > start and not (
-            _alike(new[first], new[i], 0)
-            and _alike(total[order[start:end]].min(), longest, 64)
-            and longest * (end - start + 1) <= limit
-        ):
-            yield order[start:end]
-            start, longest = end, int(total[i])
-    yield order[start:]
-
-
-def _alike(small: int, large: int, slack: int) -> bool:
-    return large <= 2 * small + slack and (slack > 0 or small > 1 or large == 1)
-
-
-def _make_group(
-    pool: PagePool,
-    table: Tensor,
-    members: NDArray[np.int64],
-    new: NDArray[np.int64],
-    old: NDArray[np.int64],
-    start: NDArray[np.int64],
-) -> _Group:
-    queries_max, keys_max = int(new[members].max()), int((old + new)[members].max())
-    device = pool.device
-    rows = torch.from_numpy(members).to(device)
-    count, before, first = (torch.from_numpy(a[members]).to(device) for a in (new, old, start))
-    q = torch.arange(queries_max, device=device)
-    k = torch.arange(keys_max, device=device)
-    real = None if bool((new[members] == queries_max).all()) else q < count[:, None]
-    queries = first[:, None] + (q if real is None else torch.where(real, q, 0))
-    written = k < (before + count)[:, None]
-    place = torch.where(written, k, 0)
-    pages = table[rows].gather(1, place // pool.page_size)
-    keys = pages * pool.page_size + place % pool.page_size
-    distance = (before[:, None] + q)[:, :, None] - torch.where(written, k, keys_max)[:, None, :]
-    if real is not None:  # a padded query sees the first key, so that its softmax is not 0 / 0
-        distance = torch.where(real[:, :, None], distance, (k > 0).int().neg())
-    return _Group(queries, real, keys, distance.int())
-
-
-def _ascending(members: NDArray[np.int64]) -> bool:
-    return bool((np.diff(members) == 1).all())
+    plan = KernelPlan if runs_triton(pool.device) else GatheredPlan
+    return plan.make(pool, slots, counts)

@@ -159,20 +159,23 @@ def _page_copies() -> Finding:
 
 def _attention() -> Finding:
     from w2s_fast.attention import ATTENTION_NAME
+    from w2s_fast.kernels.library import runs_triton
     from w2s_fast.load import pick_device
 
-    return Finding("ok", "attention", f"path: torch, on {pick_device('auto')} ({ATTENTION_NAME})")
+    device = pick_device("auto")
+    path = "Triton" if runs_triton(device) else "torch"
+    return Finding("ok", "attention", f"path: {path}, on {device} ({ATTENTION_NAME})")
 
 
 def _kernels() -> Finding:
-    from w2s_fast.kernels.library import BACKEND, HAS_TRITON
+    from w2s_fast.kernels.library import BACKEND, runs_triton
     from w2s_fast.load import pick_device
 
     device = pick_device("auto")
     path = "torch"
     if BACKEND == "interpret":
         path = "Triton's interpreter, for tests (W2S_FAST_BACKEND=interpret)"
-    elif device.type == "cuda" and BACKEND == "auto" and HAS_TRITON:
+    elif runs_triton(device):
         path = "Triton"
     return Finding("ok", "kernels", f"path: {path}, on {device}")
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from w2s_fast.attention import ATTENTION_NAME, Attends, AttentionPlan, dense_attention
+from w2s_fast.attention import ATTENTION_NAME, Attends, make_plan
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
+from w2s_fast.gathered_attention import dense_attention
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.token_logprob import token_logprob
 from w2s_fast.pages import Ints, PagePool
@@ -114,7 +115,7 @@ class PagedModel:
             OutOfPages: nothing was appended.
         """
         self.pool.reserve(slots, counts)
-        plan = AttentionPlan.make(self.pool, slots, counts)
+        plan = make_plan(self.pool, slots, counts)
         hidden = _run(self.model, tokens, plan.positions, plan)
         self.pool.extend(slots, counts)
         return hidden

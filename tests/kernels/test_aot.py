@@ -20,9 +20,11 @@ from w2s_fast.kernels import (
     choose_beta,
     fuse_logits,
     linear_logprob,
+    paged_attention,
     sample_tokens_triton,
     select_beams,
     token_logprob,
+    write_kv,
 )
 from w2s_fast.kernels.library import BACKEND
 
@@ -36,6 +38,8 @@ DTYPES = [torch.bfloat16, torch.float16]
 MODELS = {"gpt2": (50257, 768), "8b": (128256, 4096), "70b": (128256, 8192)}
 # One thread's share where every thread of a multiprocessor has as many: 65,536 in all.
 REGISTERS = 65536
+# (H, Hkv, D) of gpt2, an 8B, and a gemma with a head size of 256.
+HEADS = {"gpt2": (12, 12, 64), "8b": (32, 8, 128), "gemma": (8, 4, 256)}
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,52 @@ def fusion_case(vocabulary: int, kernels: dict[str, int]) -> Case:
     return Case(f"fusion-{vocabulary}", launch, kernels, {})
 
 
+def write_kv_case(model: str, registers: int) -> Case:
+    _, heads, dim = HEADS[model]
+
+    def launch(dtype: torch.dtype) -> None:
+        k, pages = meta(80, heads, dim, dtype=dtype), meta(2, 64, 16, heads, dim, dtype=dtype)
+        write_kv._triton(k, k, pages, meta(80))
+
+    vectors = dict.fromkeys(ARCHITECTURES, "st.global.v4")
+    return Case(f"write_kv-{model}", launch, {"_scatter": registers}, vectors)
+
+
+def paged_attention_case(
+    model: str,
+    rows: int,
+    max_q: int,
+    max_k: int,
+    kernels: dict[str, int],
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
+) -> Case:
+    heads, kv_heads, dim = HEADS[model]
+
+    def launch(dtype: torch.dtype) -> None:
+        i32 = torch.int32
+        paged_attention._triton(
+            meta(rows * max_q, heads, dim, dtype=dtype),
+            meta(2, 4096, 16, kv_heads, dim, dtype=dtype), meta(rows, -(-max_k // 16), dtype=i32),
+            meta(rows, dtype=i32), meta(rows + 1, dtype=i32), 0.125, window, softcap,
+            meta(heads, dtype=dtype) if sinks else None, max_q, max_k,
+        )  # fmt: skip
+
+    # From 64 queries times heads on, a product is one of a whole warp group.
+    wide = max_q * heads // kv_heads > 32
+    products = {
+        80: "mma.sync",
+        90: "wgmma.mma_async" if wide else "mma.sync",
+        100: "tcgen05.mma" if wide else "mma.sync",
+    }
+    options = f"{window}-{softcap}-{sinks}"
+    name = f"paged_attention-{model}-{rows}x{max_q}-{max_k}-{options}"
+    return Case(name, launch, kernels, products)
+
+
 SAMPLING = {"summarise": 64, "block_weights": 88, "draw": 128, "search": 192}
+CUT = {"_attend": 255, "_merge_segments": 64}
 FUSION = {"fuse": 96, "grid_sums": 120, "choose": 96}
 
 CASES = [
@@ -152,6 +201,23 @@ CASES = [
     *(sample_tokens_case(v, SAMPLING) for v in (900, 16384, 50257, 128256, 151936, 200019)),
     fusion_case(50257, FUSION),
     fusion_case(128256, FUSION),
+    write_kv_case("gpt2", 64),
+    write_kv_case("8b", 64),
+    write_kv_case("gemma", 64),
+    # Decoding, whole and cut; chunks of 5, 16 and 30; a prompt; all options.
+    paged_attention_case("gpt2", 16, 1, 1024, {"_attend": 96, "_merge_segments": 64}),
+    paged_attention_case("gpt2", 16, 30, 512, {"_attend": 128}),
+    paged_attention_case("gpt2", 4, 512, 512, {"_attend": 168}),
+    paged_attention_case("8b", 16, 1, 512, {"_attend": 128}),
+    paged_attention_case("8b", 16, 1, 4096, {"_attend": 168, "_merge_segments": 64}),
+    paged_attention_case("8b", 16, 5, 4096, {"_attend": 192, "_merge_segments": 64}),
+    paged_attention_case("8b", 16, 16, 4096, {"_attend": 255, "_merge_segments": 64}),
+    paged_attention_case("8b", 4, 512, 512, {"_attend": 192}),
+    paged_attention_case("8b", 16, 1, 4096, CUT, window=1024, softcap=30.0, sinks=True),
+    paged_attention_case("8b", 4, 512, 4096, CUT, window=1024, softcap=30.0, sinks=True),
+    paged_attention_case("gemma", 16, 1, 4096, {"_attend": 168, "_merge_segments": 64}),
+    paged_attention_case("gemma", 16, 16, 4096, {"_attend": 255, "_merge_segments": 64}),
+    paged_attention_case("gemma", 4, 512, 4096, CUT, window=1024, softcap=50.0),
 ]
 
 
@@ -181,6 +247,39 @@ def test_tiles_fit_where_shared_memory_is_small(arch: int, rows: int) -> None:
     case = linear_logprob_case("gpt2", rows, 255)
     for c in compilations(arch, lambda: case.launch(torch.float16)):
         assert c.shared <= SHARED_LIMIT[arch] and c.spilled == 0, str(c)
+
+
+@pytest.mark.parametrize("arch", [86, 120])
+@pytest.mark.parametrize("model", HEADS)
+@pytest.mark.parametrize("max_q", [1, 8, 16, 512])
+def test_attention_fits_where_shared_memory_is_small(max_q: int, model: str, arch: int) -> None:
+    case = paged_attention_case(model, 4, max_q, 1024, {})
+    for c in compilations(arch, lambda: case.launch(torch.float16)):
+        assert c.shared <= SHARED_LIMIT[arch] and c.spilled == 0, str(c)
+
+
+@pytest.mark.parametrize("model", HEADS)
+@pytest.mark.parametrize("max_q", [1, 512])
+def test_attention_in_float32_spills_nothing(max_q: int, model: str) -> None:
+    case = paged_attention_case(model, 4, max_q, 1024, {})
+    for c in compilations(90, lambda: case.launch(torch.float32)):
+        assert c.spilled == 0 and c.registers * c.num_warps * 32 <= REGISTERS, str(c)
+        assert "tf32" not in c.ptx  # exact products only
+
+
+def test_rows_and_bounds_compile_no_attention_anew() -> None:
+    """Rows, odd buffers and tables included, and bounds with one tile are one variant."""
+    kernels = {
+        (c.name, c.ptx)
+        for rows, max_q, max_k in ((15, 5, 1000), (16, 6, 1024), (32, 7, 5000))
+        for c in compilations(
+            90,
+            lambda rows=rows, max_q=max_q, max_k=max_k: paged_attention_case(  # type: ignore[misc]
+                "8b", rows, max_q, max_k, {}
+            ).launch(torch.bfloat16),
+        )
+    }
+    assert len(kernels) == 2
 
 
 @pytest.mark.parametrize("rows", [1, 16, 32])

@@ -14,9 +14,11 @@ import torch
 from w2s_fast.kernels.choose_beta import choose_beta
 from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.linear_logprob import linear_logprob
+from w2s_fast.kernels.paged_attention import paged_attention
 from w2s_fast.kernels.sample_tokens import sample_tokens
 from w2s_fast.kernels.select_beams import select_beams
 from w2s_fast.kernels.token_logprob import token_logprob
+from w2s_fast.kernels.write_kv import write_kv
 
 # name: (the public function, arguments and keyword arguments of it, arguments of the operator).
 Operator = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], tuple[Any, ...]]
@@ -35,7 +37,23 @@ def operators() -> dict[str, Operator]:
         torch.arange(0, 9, 2), 0 * ones, torch.full((4,), 2), torch.zeros(4, dtype=torch.int32),
         torch.arange(4), torch.tensor([0, 2, 4]), torch.tensor([1, 2]), flags, flags, 2, 2,
     )  # fmt: skip
+    # Three rows of 1, 2 and 0 new tokens in five pages of four.
+    pages, q, sinks = torch.randn(2, 5, 4, 2, 8), torch.randn(3, 4, 8), torch.randn(4)
+    table = torch.tensor([[3, 0], [1, 4], [2, -1]], dtype=torch.int32)
+    lengths, cu_seqlens = torch.tensor([5, 7, 4]).int(), torch.tensor([0, 1, 3, 3]).int()
+    paged = (q, pages, table, lengths, cu_seqlens)
+    attention = {
+        "scale": 0.3, "window": 3, "softcap": 9.0, "sinks": sinks, "max_q": 2, "max_k": 7,
+    }  # fmt: skip
+    k, v, slots = torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.tensor([12, -1, 6])
     return {
+        "write_kv": (write_kv, (k, v, pages, slots), {}, (k, v, pages, slots)),
+        "paged_attention": (
+            paged_attention,
+            paged,
+            attention,
+            (*paged, *attention.values()),
+        ),
         "token_logprob": (
             token_logprob,
             (logits, tokens),

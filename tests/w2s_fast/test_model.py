@@ -112,7 +112,7 @@ def test_appending_several_tokens_to_many_sequences_equals_the_eager_forward(fam
 def test_attention_in_groups_of_any_size_equals_the_eager_forward(
     family: str, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w2s_fast.attention._GROUP_BYTES", room)
+    monkeypatch.setattr("w2s_fast.gathered_attention._GROUP_BYTES", room)
     model = paged(family)
     texts = [tokens_of(n, n) for n in (9, 8, 3, 30, 7, 1, 12, 31, 2)]
     slots = model.pool.allocate(9)
