@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from w2s_fast.gathered_attention import GatheredPlan
+from w2s_fast.gathered_attention import GatheredPlan, LayerOptions
 from w2s_fast.kernels.library import runs_triton
 from w2s_fast.kernels.paged_attention import paged_attention
 from w2s_fast.kernels.write_kv import write_kv
@@ -36,11 +36,7 @@ class Attends(Protocol):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        options: LayerOptions,
     ) -> Tensor:
         """query [T, H, D], key and value [T, Hkv, D] -> [T, H, D]."""
         ...
@@ -72,10 +68,12 @@ def paged_attention_forward(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
+        LayerOptions(
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            window=sliding_window,
+            softcap=softcap,
+            sinks=s_aux,
+        ),
     )
     return out[None], None
 
@@ -133,11 +131,7 @@ class KernelPlan:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        options: LayerOptions,
     ) -> Tensor:
         """Write the new keys and values, then attend over all of each sequence's pages."""
         pages = self.pool.kv[layer]
@@ -148,10 +142,7 @@ class KernelPlan:
             self.page_table,
             self.lengths,
             self.cu_seqlens_q,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
+            **options._asdict(),
             max_q=self.max_q,
             max_k=self.max_k,
         )

@@ -6,10 +6,7 @@ would expect, so ``except ValueError`` around a bad request works as usual.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from w2s_fast.result import SearchResult
+from typing import Any
 
 
 class W2SFastError(Exception):
@@ -17,11 +14,11 @@ class W2SFastError(Exception):
 
     Attributes:
         results: set by :meth:`w2s_fast.Engine.generate` when one request of a batch fails:
-            the results of the whole batch in the order of the prompts (the failed ones carry
+            every ``SearchResult`` of the batch in the order of the prompts (the failed ones carry
             their ``error``), so that neighbours are never lost.
     """
 
-    results: list[SearchResult] | None = None
+    results: list[Any] | None = None
 
 
 class InvalidRequest(W2SFastError, ValueError):

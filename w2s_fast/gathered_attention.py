@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,22 @@ from w2s_fast.pages import Ints, PagePool
 # Keys and values gathered for one group of sequences, in bytes: they should stay in the last-level
 # cache between the copy and the product.
 _GROUP_BYTES = 32 * 2**20
+
+
+class LayerOptions(NamedTuple):
+    """What an attention layer asks for beside its tensors.
+
+    Attributes:
+        scale: factor on query . key.
+        window: how many keys a query sees, its own included; None: all before it.
+        softcap: of the scaled logits; None is off.
+        sinks: [H], one more logit for each head; None: none.
+    """
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
 
 
 @dataclass
@@ -85,11 +102,7 @@ class GatheredPlan:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        options: LayerOptions,
     ) -> Tensor:
         """Write the new keys and values, then attend over all of each sequence's pages."""
         kv = self.pool.kv[layer].flatten(1, 2)  # [2, pages * page_size, Hkv, D]
@@ -101,10 +114,8 @@ class GatheredPlan:
                 query[group.queries],
                 kv[0][group.keys],
                 kv[1][group.keys],
-                group.mask(window),
-                scale=scale,
-                softcap=softcap,
-                sinks=sinks,
+                group.mask(options.window),
+                options,
             )
             if out is None:
                 return part.flatten(0, 1)
@@ -121,10 +132,7 @@ def dense_attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: LayerOptions,
 ) -> Tensor:
     """query [S, Q, H, D], key and value [S, L, Hkv, D], mask bool [S, Q, L] -> [S, Q, H, D].
 
@@ -133,6 +141,7 @@ def dense_attention(
     """
     sequences, queries, heads, dim = query.shape
     kv_heads = key.shape[2]
+    scale, _, softcap, sinks = options  # the mask knows of the window
     shape = (sequences, queries, kv_heads, heads // kv_heads, dim)
     q = query.reshape(shape).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, Hkv, G * Q, D]
     k, v = key.transpose(1, 2), value.transpose(1, 2)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from w2s_fast.attention import ATTENTION_NAME, Attends, make_plan
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
-from w2s_fast.gathered_attention import dense_attention
+from w2s_fast.gathered_attention import LayerOptions, dense_attention
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.token_logprob import token_logprob
 from w2s_fast.pages import Ints, PagePool
@@ -294,22 +294,15 @@ class _Probe:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        options: LayerOptions,
     ) -> Tensor:
         if key.shape != value.shape:
             raise ValueError(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ")
         self.calls += 1
         self.shapes[layer] = (key.shape[1], key.shape[2])
-        self.windows[layer] = window
+        self.windows[layer] = options.window
         causal = torch.ones(len(query), len(query), dtype=torch.bool, device=query.device).tril()
-        return dense_attention(
-            query[None], key[None], value[None], causal[None],
-            scale=scale, softcap=softcap, sinks=sinks,
-        )[0]  # fmt: skip
+        return dense_attention(query[None], key[None], value[None], causal[None], options)[0]
 
 
 def _check_attention_interface(model: PreTrainedModel, name: str) -> None:
