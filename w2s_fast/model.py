@@ -63,7 +63,8 @@ class PagedModel:
     ) -> None:
         """Take the model on, with room for ``kv_cache_tokens`` tokens in ``max_slots`` sequences.
 
-        The model object is left as it is: its attention is switched only while it runs here.
+        The model object is put into eval mode and otherwise left as it is: its attention is
+        switched only while it runs here.
 
         Raises:
             UnsupportedModel: the model cannot be served from pages; says which, and why.
