@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from w2s_fast.pages import Ints, PagePool
+from w2s_fast.pages import Int32Array, Ints, PagePool, as_int32
+from w2s_fast.row_tree import RowTree
 
 # Keys and values gathered for one group of sequences, in bytes: they should stay in the last-level
 # cache between the copy and the product.
@@ -80,10 +81,18 @@ class GatheredPlan:
     positions: Tensor
     groups: list[_Group]
     in_order: bool
+    slots: Int32Array
 
     @classmethod
-    def make(cls, pool: PagePool, slots: Ints, counts: Ints) -> GatheredPlan:
-        """Plan ``counts[i]`` new tokens for ``slots[i]``: after ``reserve``, before ``extend``."""
+    def make(
+        cls,
+        pool: PagePool,
+        slots: Ints,
+        counts: Ints,
+        tree: RowTree | None = None,
+        ahead: int = 0,
+    ) -> GatheredPlan:
+        """See :func:`w2s_fast.attention.make_plan`."""
         new = np.asarray(counts, np.int64)
         old = pool.lengths(slots).astype(np.int64)
         start = np.concatenate(([0], new.cumsum()))
@@ -94,7 +103,15 @@ class GatheredPlan:
         groups = [_make_group(pool, table, m, new, old, start) for m in members]
         in_order = len(groups) == 1 and groups[0].real is None and _ascending(members[0])
         write = pool.slot_mapping(slots, counts)
-        return cls(pool, write, positions, groups, in_order)
+        return cls(pool, write, positions, groups, in_order, as_int32(slots))
+
+    def advance(self) -> None:
+        """Move on by one token a row."""
+        # The pool has counted the tokens of the last pass.
+        following = GatheredPlan.make(self.pool, self.slots, np.ones(len(self.slots), np.int32))
+        self.positions.copy_(following.positions)
+        self.write, self.groups = following.write, following.groups
+        self.in_order = following.in_order
 
     def attend(
         self,

@@ -11,16 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from w2s_fast.attention import ATTENTION_NAME, Attends, make_plan
-from w2s_fast.errors import InvalidRequest, UnsupportedModel
+from w2s_fast.attention import ATTENTION_NAME, Attends, AttentionPlan, make_plan
+from w2s_fast.errors import InvalidRequest, PageMisuse, UnsupportedModel
 from w2s_fast.gathered_attention import LayerOptions, dense_attention
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.token_logprob import token_logprob
-from w2s_fast.pages import Ints, PagePool
+from w2s_fast.pages import Ints, PagePool, as_int32
+from w2s_fast.row_tree import RowTree
 
 _PROBE_TOKENS = 6
 # Largest difference between paged and eager logits, as a share of the largest logit, that is
@@ -101,13 +103,16 @@ class PagedModel:
         return self.pool.device
 
     @torch.inference_mode()
-    def forward(self, slots: Ints, tokens: Tensor, counts: Ints) -> Tensor:
+    def forward(
+        self, slots: Ints, tokens: Tensor, counts: Ints, tree: RowTree | None = None
+    ) -> Tensor:
         """Append ``counts[i]`` tokens to ``slots[i]``, all in one pass.
 
         Args:
             slots: S slots of the pool, each once.
             tokens: int64 [T], the sequences' new tokens one after the other.
             counts: S numbers >= 1 that sum to T.
+            tree: which of the slots share which of their first tokens; None: none do.
 
         Returns:
             Last hidden states [T, D], in the model's dtype.
@@ -116,10 +121,18 @@ class PagedModel:
             OutOfPages: nothing was appended.
         """
         self.pool.reserve(slots, counts)
-        plan = make_plan(self.pool, slots, counts)
+        plan = make_plan(self.pool, slots, counts, tree)
         hidden = _run(self.model, tokens, plan.positions, plan)
         self.pool.extend(slots, counts)
         return hidden
+
+    def decoding(self, slots: Ints, steps: int, tree: RowTree | None = None) -> Decoding:
+        """Decode up to ``steps`` tokens, one in each of ``slots`` at a time.
+
+        Raises:
+            OutOfPages: there is no room for so many tokens; nothing has changed.
+        """
+        return Decoding(self, slots, steps, tree)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -167,6 +180,42 @@ class PagedModel:
                     "its logits from pages differ from its own eager forward",
                 )
         return int(eager[0].shape[-1])
+
+
+class Decoding:
+    """Slots that grow together by a token at a time, under one plan.
+
+    Room for all steps is reserved before the first one. Nothing else may be done with these slots
+    until the last step is taken.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, model: PagedModel, slots: Ints, steps: int, tree: RowTree | None = None
+    ) -> None:
+        """See :meth:`PagedModel.decoding`."""
+        self._model = model
+        self._slots = as_int32(slots)
+        self._one = np.ones(len(self._slots), np.int32)
+        self._plan: AttentionPlan | None = None
+        if steps > 0:
+            model.pool.reserve(self._slots, self._one * steps)
+            self._plan = make_plan(model.pool, self._slots, self._one, tree, ahead=steps - 1)
+        self._left = steps
+        self._begun = False
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append tokens int64 [S], one to each slot: last hidden states [S, D]."""
+        if self._plan is None or self._left == 0:
+            raise PageMisuse("there is no room for another step of this decoding")
+        if self._begun:
+            self._plan.advance()
+        self._begun = True
+        self._left -= 1
+        hidden = _run(self._model.model, tokens, self._plan.positions, self._plan)
+        self._model.pool.extend(self._slots, self._one)
+        return hidden
 
 
 class _Head:

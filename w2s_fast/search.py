@@ -93,10 +93,9 @@ class Search:
             request.forked = True
         drawn = [sampling.draw(logits, 0)]
         slots = np.array([beam.slot for _, beam in rows], np.int32)
-        one = np.ones(len(rows), np.int32)
-        self.base.pool.reserve(slots, one * (steps - 1))
+        decoding = self.base.decoding(slots, steps - 1)
         for step in range(1, steps):
-            hidden = self.base.forward(slots, drawn[-1][0], one)
+            hidden = decoding.step(drawn[-1][0])
             drawn.append(sampling.draw(self.base.logits(hidden)[:, : self.vocab_size], step))
 
         tokens, logprobs = (torch.stack(columns, 1).tolist() for columns in zip(*drawn))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
-from w2s_fast.attention import KernelPlan, make_plan
+from w2s_fast.attention import make_plan
+from w2s_fast.kernel_attention import KernelPlan
 from w2s_fast.model import PagedModel
 
 LENGTHS = (19, 7, 33)  # on and off the borders of pages of 16
