@@ -76,7 +76,8 @@ class RowTree:
             long = (groups[first] >= 0) & (end - begin >= SHORTEST_SEGMENT)
             found.append(np.stack([first, count, begin, end])[:, long])
             own = np.where(np.repeat(long, count), ends, own)
-        return cls(*np.concatenate(found, axis=1), own)
+        first, count, begin, end = np.concatenate(found, axis=1)
+        return cls(first, count, begin, end, own)
 
     def only(self, rows: NDArray[np.bool_]) -> RowTree:
         """The tree without sharing for those rows that are False; bool [S]."""
@@ -86,8 +87,8 @@ class RowTree:
         for first, count, begin, end in zip(self.first, self.count, self.begin, self.end):
             edges = np.diff(rows[first : first + count], prepend=False, append=False).nonzero()[0]
             found += [(first + a, b - a, begin, end) for a, b in edges.reshape(-1, 2)]
-        columns = np.array(found, np.int32).reshape(-1, 4).T
-        return RowTree(*columns, np.where(rows, self.own, 0))
+        kept = np.array(found, np.int32).reshape(-1, 4)
+        return RowTree(kept[:, 0], kept[:, 1], kept[:, 2], kept[:, 3], np.where(rows, self.own, 0))
 
     @property
     def shares(self) -> bool:
