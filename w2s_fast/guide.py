@@ -18,6 +18,7 @@ from torch import Tensor
 from w2s_fast.load import ModelSource
 from w2s_fast.model import PagedModel
 from w2s_fast.pages import Int32Array
+from w2s_fast.row_tree import RowTree
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,11 @@ class PagedGuide:
         return slots
 
     def append(
-        self, slots: Int32Array, before: Sequence[int], chunks: Sequence[Sequence[int]]
+        self,
+        slots: Int32Array,
+        before: Sequence[int],
+        chunks: Sequence[Sequence[int]],
+        tree: RowTree | None = None,
     ) -> TokenLogprobs:
         """Score new tokens, and append all but the last of each chunk to the KV.
 
@@ -83,6 +88,7 @@ class PagedGuide:
             slots: int32 [2, S].
             before: S tokens, each the last one before its chunk (not in the KV yet).
             chunks: S chunks of at least one token.
+            tree: which slots share which of their first tokens; None: none do.
 
         Returns:
             The log-probs of the chunks' tokens, one chunk after the other.
@@ -93,7 +99,7 @@ class PagedGuide:
         )
         counts = [len(chunk) for chunk in chunks]
         logprobs = [
-            model.token_logprobs(model.forward(own, inputs, counts), targets, self.vocab_size)
+            model.token_logprobs(model.forward(own, inputs, counts, tree), targets, self.vocab_size)
             for model, own in zip(self.models, slots)
         ]
         return TokenLogprobs(*logprobs)

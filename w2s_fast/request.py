@@ -25,6 +25,7 @@ class Beam:
 
     Attributes:
         parent: index of its parent among the kept of the round before; None in round 1.
+        inherited: how many of its tokens it has from its parent, in common with its siblings.
         index: its own index among the candidates of its round: the key of its noise.
         tokens: the whole response so far.
         logprobs: the base's log-prob of each token, at temperature 1.
@@ -36,6 +37,7 @@ class Beam:
     """
 
     parent: int | None
+    inherited: int
     index: int
     tokens: list[int]
     logprobs: list[float]
@@ -53,6 +55,7 @@ class Beam:
         """A candidate with the same tokens; it has no slots yet."""
         return Beam(
             parent,
+            len(self.tokens),
             index,
             list(self.tokens),
             list(self.logprobs),
@@ -90,6 +93,7 @@ class Request:
         self.forked = False  # whether this round's candidates have slots of their own
         self.rounds: list[Round] = []
         self.round_number = 0
+        self._common: Int32Array = np.zeros((0, 0), np.int32)
         self.sampled_tokens = 0
         self.scored_tokens = 0
         self.error: W2SFastError | None = None
@@ -117,7 +121,7 @@ class Request:
         self.round_number += 1
         self.forked = False
         if not self.beams:
-            root = Beam(None, 0, [], [], [], None)
+            root = Beam(None, 0, 0, [], [], [], None)
             children = [root.child(None, i) for i in range(params.first_candidates)]
             self.families = [Family(root, children)]
             return
@@ -153,8 +157,33 @@ class Request:
                 for c in candidates
             ]
             self.rounds.append(Round(recorded, list(kept)))
+        self._remember_kinship([candidates[i] for i in kept])
         self.beams = [candidates[i] for i in kept]
         self.families = []
+
+    @property
+    def shared_tokens(self) -> int:
+        """How many of their first tokens all kept beams that are not finished have in common.
+
+        By descent: tokens that came out equal by chance do not count, their keys may differ in
+        the last bits. 0 in the first round.
+        """
+        alive = [i for i, beam in enumerate(self.beams) if not beam.finished]
+        return int(self._common[np.ix_(alive, alive)].min(initial=2**31 - 1)) if alive else 0
+
+    def _remember_kinship(self, kept: Sequence[Beam]) -> None:
+        """Up to where each two of the kept beams have the same ancestor; before ``beams`` change.
+
+        Beams of the same parent share what they inherited, others what their parents shared.
+        """
+        parents = np.array([-1 if beam.parent is None else beam.parent for beam in kept], np.int64)
+        inherited = np.array([beam.inherited for beam in kept], np.int32)
+        common = np.broadcast_to(inherited[:, None], (len(kept), len(kept))).copy()
+        cousins = parents[:, None] != parents
+        if cousins.any():
+            common[cousins] = self._common[np.ix_(parents, parents)][cousins]
+        np.fill_diagonal(common, [len(beam.tokens) for beam in kept])
+        self._common = common
 
     def score_of(self, beam: Beam) -> float | None:
         """The beam's score as this request defines it; None where no guide runs."""

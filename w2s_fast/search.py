@@ -19,6 +19,7 @@ from w2s_fast.errors import NumericalError
 from w2s_fast.guide import PagedGuide
 from w2s_fast.model import PagedModel
 from w2s_fast.request import NO_GUIDE_SLOTS, NO_SLOT, Beam, Family, Request
+from w2s_fast.row_tree import Level, RowTree
 from w2s_fast.sampling import SamplingBatch
 from w2s_fast.selection import choose, new_tokens
 
@@ -82,18 +83,19 @@ class Search:
             return
         steps = min(MAX_STEP_TOKENS, *(r.tokens_left_in_round() for r in requests))
         rows = [(request, beam) for request in requests for beam in request.growing]
-        sources = [source for request in requests for source in self._sources(request)]
+        sources = [(request, source) for request in requests for source in self._sources(request)]
         sampling = SamplingBatch.of(rows, self.base.device)
 
         # The first token of all children of a beam comes from one row of logits, and only then
         # are they forked: what they share is forwarded once.
         logits = self._first_logits(sources)
-        self._fork_base(sources)
+        self._fork_base([source for _, source in sources])
         for request in requests:
             request.forked = True
         drawn = [sampling.draw(logits, 0)]
         slots = np.array([beam.slot for _, beam in rows], np.int32)
-        decoding = self.base.decoding(slots, steps - 1)
+        tree = _family_tree(rows, [len(request.prompt) for request, _ in rows])
+        decoding = self.base.decoding(slots, steps - 1, tree)
         for step in range(1, steps):
             hidden = decoding.step(drawn[-1][0])
             drawn.append(sampling.draw(self.base.logits(hidden)[:, : self.vocab_size], step))
@@ -114,17 +116,22 @@ class Search:
         root.slot = int(self.base.pool.allocate(1)[0])
         return [_Source(root, request.prompt, families[0].children)]
 
-    def _first_logits(self, sources: Sequence[_Source]) -> Tensor:
+    def _first_logits(self, sources: Sequence[tuple[Request, _Source]]) -> Tensor:
         """Append each source's tokens; the logits after the last, once for each child."""
-        counts = [len(source.tokens) for source in sources]
-        tokens = [token for source in sources for token in source.tokens]
+        counts = [len(source.tokens) for _, source in sources]
+        tokens = [token for _, source in sources for token in source.tokens]
         hidden = self.base.forward(
-            [source.beam.slot for source in sources],
+            [source.beam.slot for _, source in sources],
             torch.tensor(tokens, dtype=torch.int64, device=self.base.device),
             counts,
+            _family_tree(
+                [(request, source.beam) for request, source in sources],
+                # A new request's prompt is yet to be run.
+                [len(request.prompt) * bool(source.beam.tokens) for request, source in sources],
+            ),
         )
         logits = self.base.logits(hidden[np.cumsum(counts) - 1])[:, : self.vocab_size]
-        children = torch.tensor([len(s.children) for s in sources], device=logits.device)
+        children = torch.tensor([len(s.children) for _, s in sources], device=logits.device)
         return logits.repeat_interleave(children, dim=0, output_size=int(children.sum()))
 
     def _fork_base(self, sources: Sequence[_Source]) -> None:
@@ -205,7 +212,9 @@ class Search:
                 for request, beam in rows
             ]
             slots = np.stack([beam.guide_slots[g] for _, beam in rows], axis=1)
-            found.append(guide.append(slots, before, chunks))
+            # The guides' last token of the prompt is run with the first chunk.
+            prompts = [len(request.guide_prompts[g]) - 1 for request, _ in rows]
+            found.append(guide.append(slots, before, chunks, _family_tree(rows, prompts)))
         tuned, untuned = (torch.stack(logprobs) for logprobs in zip(*found))
         return tuned, untuned
 
@@ -275,6 +284,30 @@ class Search:
             guide.release(np.stack([beam.guide_slots[g] for beam in held], axis=1))
         for beam in held:
             beam.guide_slots = NO_GUIDE_SLOTS
+
+
+def _family_tree(rows: Sequence[tuple[Request, Beam]], prompts: Sequence[int]) -> RowTree:
+    """What rows share: those of a request its prompt and more, siblings what they inherited.
+
+    Args:
+        rows: candidates, or the beams that they come from; request by request, and siblings
+            together.
+        prompts: for each row, how many tokens of the prompt stand in the KV.
+    """
+    requests: list[int] = []
+    families: list[int] = []
+    together, inherited = [], []
+    before: tuple[Request, int | None] | None = None
+    for (request, beam), prompt in zip(rows, prompts):
+        fresh = before is None or before[0] is not request
+        requests.append(requests[-1] + fresh if requests else 0)
+        fresh = fresh or before is None or before[1] != beam.parent
+        families.append(families[-1] + fresh if families else 0)
+        before = (request, beam.parent)
+        # A parent stands in the KV without its last token.
+        together.append(prompt + min(request.shared_tokens, beam.inherited))
+        inherited.append(prompt + beam.inherited)
+    return RowTree.of([Level(requests, together), Level(families, inherited)], len(rows))
 
 
 def _not_finite(model: PagedModel, position: int) -> NumericalError:
