@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import repeat
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from w2s_fast.errors import InvalidRequest, MismatchedVocabulary, OutOfPages, W2SFastError
+from w2s_fast.errors import InvalidRequest, MismatchedVocabulary, W2SFastError
 from w2s_fast.guide import Guide, PagedGuide
 from w2s_fast.load import ModelSource, load_model, load_tokenizer, pick_device
 from w2s_fast.memory import kv_tokens_that_fit
@@ -21,12 +20,13 @@ from w2s_fast.params import SearchParams
 from w2s_fast.prompt import Prompt, PromptEncoder, decode_response
 from w2s_fast.request import Beam, Request
 from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
+from w2s_fast.runner import Runner
 from w2s_fast.scheduler import Scheduler
 from w2s_fast.search import Search
 from w2s_fast.vocabulary import check_same_vocabulary, eos_token_ids, tokenizer_size
 
 _MAX_SLOTS = 4096
-_READ_AHEAD = 64  # requests taken from the caller's iterable before there is room for them
+_READ_AHEAD = 64
 
 
 class Engine:
@@ -122,12 +122,17 @@ class Engine:
         ]
         self._search = Search(self.base, self.guides, vocab_size, self.eos_token_ids)
         self._scheduler = Scheduler(self.base, paged, max_rows)
+        self._runner = Runner(self._search, self._scheduler)
+        # Requests that one iteration has under way: more than can run, so that none ever waits for
+        # the caller's iterable to be read.
+        self._read_ahead = max_rows + _READ_AHEAD
 
     def generate(
         self,
         prompts: Iterable[Prompt] | str,
         params: SearchParams | Iterable[SearchParams] | None = None,
         *,
+        priority: int = 0,
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[SearchResult]:
         """Search a response for every prompt.
@@ -135,6 +140,7 @@ class Engine:
         Args:
             prompts: each a string, a list of token ids, or a list of chat messages.
             params: one for all prompts, or one for each.
+            priority: the lower, the sooner, among all requests of the engine.
             on_error: a failed request never stops the others. ``"raise"``: the first error is
                 raised once all are done, with all results in its ``results``; ``"return"``: a
                 failed request's result carries its ``error``.
@@ -146,7 +152,7 @@ class Engine:
             InvalidRequest: a prompt or its parameters are not allowed.
             NumericalError: a model produced NaN or infinity.
         """
-        found = dict(self.as_completed(prompts, params))
+        found = dict(self.as_completed(prompts, params, priority=priority))
         results = [found[i] for i in range(len(found))]
         error = next((r.error for r in results if r.error is not None), None)
         if error is not None and on_error == "raise":
@@ -158,6 +164,8 @@ class Engine:
         self,
         prompts: Iterable[Prompt] | str,
         params: SearchParams | Iterable[SearchParams] | None = None,
+        *,
+        priority: int = 0,
     ) -> Iterator[tuple[int, SearchResult]]:
         """Like :meth:`generate`, but yields (index of the prompt, result) as results come.
 
@@ -165,34 +173,30 @@ class Engine:
         request's result carries its ``error``.
         """
         source = enumerate(_pair(prompts, params))
-        waiting: deque[Request] = deque()
-        running: list[Request] = []
+        own: list[Request] = []
         try:
             while True:
-                for index, (prompt, own) in source:
+                for index, (prompt, params_of) in source:
                     try:
-                        waiting.append(self._request(index, prompt, own))
+                        request = self._request(index, prompt, params_of, priority)
                     except W2SFastError as error:
                         yield index, _failed(error)
-                    if len(waiting) >= _READ_AHEAD:
+                        continue
+                    self._runner.submit(request)
+                    own.append(request)
+                    if len(own) >= self._read_ahead:
                         break
-                while waiting and self._scheduler.admit(waiting[0]):
-                    running.append(waiting.popleft())
-                if not running:
-                    if waiting:
-                        raise OutOfPages("another iteration over this engine holds all its pages")
+                if not own:
                     return
-                self._search.step(running)
-                ended = [request for request in running if request.done]
-                running = [request for request in running if not request.done]
-                for request in ended:
-                    self._scheduler.leave(request)
+                self._runner.advance(own)
+                ended = [request for request in own if request.ended]
+                own = [request for request in own if not request.ended]
                 for request in ended:
                     yield request.index, self._result(request)
         finally:
-            for request in running:
-                self._search.abort(request)
-                self._scheduler.leave(request)
+            for request in own:
+                self._runner.give_up(request)
+            self._runner.settle()
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str | Sequence[int]]
@@ -225,7 +229,9 @@ class Engine:
             total += guide.weight * float((tuned.double() - untuned.double()).sum())
         return total
 
-    def _request(self, index: int, prompt: Prompt, params: SearchParams) -> Request:
+    def _request(
+        self, index: int, prompt: Prompt, params: SearchParams, priority: int = 0
+    ) -> Request:
         """Check and encode one prompt. InvalidRequest, and nothing is held."""
         if not isinstance(params, SearchParams):
             raise InvalidRequest(f"params is {type(params).__name__}; allowed: SearchParams")
@@ -243,7 +249,7 @@ class Engine:
                 raise InvalidRequest(
                     f"stop_token_ids holds {token}; allowed: below {self._search.vocab_size}"
                 )
-        request = Request(index, ids, guide_ids, params)
+        request = Request(index, ids, guide_ids, params, priority)
         self._scheduler.check(request)
         return request
 

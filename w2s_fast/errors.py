@@ -43,3 +43,11 @@ class OutOfPages(W2SFastError, RuntimeError):
 
 class PageMisuse(W2SFastError, RuntimeError):
     """The page manager was called wrongly; its state is as before the call."""
+
+
+class Aborted(W2SFastError):
+    """The request was given up by its caller before it ended."""
+
+
+class EngineFailure(W2SFastError, RuntimeError):
+    """A model failed in a way that no single request is to blame for; see ``__cause__``."""

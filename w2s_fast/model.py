@@ -7,7 +7,7 @@ of its keys and values, once to see that it computes from pages what it computes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from w2s_fast.errors import InvalidRequest, PageMisuse, UnsupportedModel
 from w2s_fast.gathered_attention import LayerOptions, dense_attention
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.token_logprob import token_logprob
-from w2s_fast.pages import Ints, PagePool, as_int32
+from w2s_fast.pages import Int32Array, Ints, PagePool, as_int32
 from w2s_fast.row_tree import RowTree
 
 _PROBE_TOKENS = 6
@@ -41,6 +41,13 @@ class KVShape(NamedTuple):
     heads: int
     dim: int
     max_positions: int | None
+
+
+class SharedTexts(NamedTuple):
+    """Texts of a few sequences that have their first ``shared`` tokens, at least one, in common."""
+
+    texts: list[list[int]]
+    shared: int
 
 
 class PagedModel:
@@ -125,6 +132,47 @@ class PagedModel:
         hidden = _run(self.model, tokens, plan.positions, plan)
         self.pool.extend(slots, counts)
         return hidden
+
+    @torch.inference_mode()
+    def recompute(self, groups: Sequence[SharedTexts]) -> list[Int32Array]:
+        """New slots that hold given texts; what the texts of a group share is run once.
+
+        Returns:
+            For each group the slots of its texts.
+
+        Raises:
+            OutOfPages: there is no room; nothing has changed.
+        """
+        held: list[int] = []
+
+        def run(slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> None:
+            rows = [i for i, chunk in enumerate(chunks) if chunk]
+            tokens = [token for chunk in chunks for token in chunk]
+            if rows:
+                self.forward(
+                    [slots[i] for i in rows],
+                    torch.tensor(tokens, device=self.device),
+                    [len(chunks[i]) for i in rows],
+                )
+
+        try:
+            roots = self.pool.allocate(len(groups)).tolist()
+            held += roots
+            run(roots, [group.texts[0][: group.shared] for group in groups])
+            others = self.pool.fork(roots, [len(group.texts) - 1 for group in groups]).tolist()
+            held += others
+            rest = iter(others)
+            slots = [
+                [root, *(next(rest) for _ in group.texts[1:])] for root, group in zip(roots, groups)
+            ]
+            run(
+                [slot for own in slots for slot in own],
+                [text[group.shared :] for group in groups for text in group.texts],
+            )
+        except BaseException:
+            self.pool.release(held)
+            raise
+        return [np.array(own, np.int32) for own in slots]
 
     def decoding(self, slots: Ints, steps: int, tree: RowTree | None = None) -> Decoding:
         """Decode up to ``steps`` tokens, one in each of ``slots`` at a time.

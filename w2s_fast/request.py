@@ -82,14 +82,22 @@ class Request:
         prompt: Sequence[int],
         guide_prompts: Sequence[Sequence[int]],
         params: SearchParams,
+        priority: int = 0,
     ) -> None:
-        """``prompt``: the base's tokens, at least one; ``guide_prompts``: those of each guide."""
+        """``prompt``: the base's tokens, at least one; ``guide_prompts``: those of each guide.
+
+        ``priority``: the lower, the sooner.
+        """
         self.index = index
         self.prompt = list(prompt)
         self.guide_prompts = [list(p) for p in guide_prompts]
         self.params = params
+        self.priority = priority
+        self.urgency = (0, 0)  # the scheduler's: smaller numbers run first
+        self.promised: list[int] = []  # pages of the round under way, as the scheduler counts them
         self.beams: list[Beam] = []
         self.families: list[Family] = []
+        self.aside = False  # its slots were given up between two rounds
         self.forked = False  # whether this round's candidates have slots of their own
         self.rounds: list[Round] = []
         self.round_number = 0
@@ -97,6 +105,7 @@ class Request:
         self.sampled_tokens = 0
         self.scored_tokens = 0
         self.error: W2SFastError | None = None
+        self.ended = False  # its pages are free, and its result can be read
 
     @property
     def candidates(self) -> list[Beam]:

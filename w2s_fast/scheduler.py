@@ -1,61 +1,65 @@
-"""Which requests run: those whose pages surely fit, in the order in which they came."""
+"""Which requests share the next step: those whose round surely fits, the most urgent first.
+
+A request is promised the pages of a whole round before the round starts, and keeps the promise
+until the round ends, so a round never runs out of pages half way. Between two rounds a request that
+no longer fits is set aside: it gives up all its pages, waits in its old place, and is recomputed.
+
+Order: a request is as urgent as the step in which it came, plus ``ROUNDS_PER_PRIORITY`` steps for
+each level of priority. That number never changes, so nobody is overtaken for ever; and every step
+serves the most urgent first, running or not, so the most urgent one waits at most for the rounds
+that are under way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import insort
+from collections.abc import Iterable
 from dataclasses import dataclass
+from heapq import merge
+from typing import NamedTuple
 
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.model import PagedModel
 from w2s_fast.request import Request
 
+# How many steps a request of one priority waits for those of the next higher one.
+ROUNDS_PER_PRIORITY = 1000
+# Share of the pages that a request leaves free when it enters, so that those that run have room to
+# grow and are not set aside at once.
+_HEADROOM = 32
+# Waiting requests that did not fit, before the others are not looked at: a step should not walk
+# over a long queue.
+_MOST_MISSES = 16
 
-def rows_at_most(request: Request) -> int:
-    """Rows that a request can have in a decoding step, each with a slot of its own."""
-    params = request.params
-    if params.method == "cbs":
-        return max(params.first_candidates, params.kept)
-    return params.first_candidates
 
+class Choice(NamedTuple):
+    """Which requests take part in the next step, and which running ones give up their pages."""
 
-def pages_at_most(request: Request, prompt_tokens: int, page_size: int) -> int:
-    """Pages that a request can hold in one model at one time.
-
-    The prompt once, each hypothesis's history once, and each candidate's chunk; the latter two
-    begin inside a page, which is why each of them may touch one page more.
-    """
-    params = request.params
-    chunk = _pages(params.tokens_per_round, page_size) + 1
-    pages = _pages(prompt_tokens, page_size) + rows_at_most(request) * chunk
-    if params.tokens_per_round < params.max_new_tokens:
-        pages += params.kept * (_pages(params.max_new_tokens, page_size) + 1)
-    return pages
+    run: list[Request]
+    set_aside: list[Request]
 
 
 @dataclass
 class _Share:
     model: PagedModel
     guide: int | None  # whose prompt it runs; None: the base's
-    free: int
 
 
 class Scheduler:
-    """Keeps count of the pages and rows promised to running requests.
-
-    A request is admitted when the most it can ever need is free, so a round never runs out of
-    pages half way.
-    """
+    """All requests that have come and not ended: those that wait, and those that run."""
 
     def __init__(
-        self, base: PagedModel, guides: Sequence[tuple[PagedModel, PagedModel]], max_rows: int
+        self, base: PagedModel, guides: Iterable[tuple[PagedModel, PagedModel]], max_rows: int
     ) -> None:
         """``max_rows``: rows of a decoding step; one request alone may have more."""
         self.max_rows = max_rows
-        self._shares = [_Share(base, None, base.pool.num_pages)]
+        self.waiting: list[Request] = []  # the most urgent first
+        self.running: list[Request] = []
+        self._shares = [_Share(base, None)]
         for g, models in enumerate(guides):
-            self._shares += [_Share(model, g, model.pool.num_pages) for model in models]
-        self._rows = 0
-        self._running = 0
+            self._shares += [_Share(model, g) for model in models]
+        self._steps = 0
+        self._submitted = 0
 
     def check(self, request: Request) -> None:
         """Whether the request could run alone.
@@ -63,8 +67,9 @@ class Scheduler:
         Raises:
             InvalidRequest: names the model, what is needed and what there is.
         """
-        for share, needed in self._needs(request):
+        for share in self._shares_of(request):
             pool = share.model.pool
+            needed = pages_at_most(request, share.guide, pool.page_size)
             if needed > pool.num_pages:
                 raise InvalidRequest(
                     f"the request can need {needed * pool.page_size} tokens of KV cache in "
@@ -77,39 +82,120 @@ class Scheduler:
                     f"{pool.manager.max_slots}"
                 )
 
-    def admit(self, request: Request) -> bool:
-        """Promise the request its pages and rows, if they are free."""
-        needs = self._needs(request)
-        rows = rows_at_most(request)
-        if any(needed > share.free for share, needed in needs):
-            return False
-        if self._running and self._rows + rows > self.max_rows:
-            return False
-        for share, needed in needs:
-            share.free -= needed
-        self._rows += rows
-        self._running += 1
-        return True
+    def submit(self, request: Request) -> None:
+        """Let a checked request wait for its turn."""
+        request.urgency = (
+            self._steps + ROUNDS_PER_PRIORITY * request.priority,
+            self._submitted,
+        )
+        self._submitted += 1
+        self._wait(request)
 
-    def leave(self, request: Request) -> None:
-        """Take the promise of :meth:`admit` back; the request has given up its slots."""
-        for share, needed in self._needs(request):
-            share.free += needed
-        self._rows -= rows_at_most(request)
-        self._running -= 1
+    def remove(self, request: Request) -> None:
+        """Forget a request that has ended, or is given up."""
+        (self.running if request in self.running else self.waiting).remove(request)
 
-    def _needs(self, request: Request) -> list[tuple[_Share, int]]:
-        needs = []
-        for share in self._shares:
-            if share.guide is None:
-                tokens = len(request.prompt)
-            elif request.params.uses_guides:
-                tokens = len(request.guide_prompts[share.guide])
-            else:
+    def choose(self) -> Choice:
+        """Decide who takes part in the next step; ``running`` and ``waiting`` follow."""
+        self._steps += 1
+        free = [share.model.pool.num_pages for share in self._shares]
+        rows = 0
+        chosen: list[Request] = []
+        for request in self.running:
+            if request.families:  # in the middle of a round
+                chosen.append(request)
+                rows += rows_at_most(request)
+                free = [f - p for f, p in zip(free, request.promised)]
+        between = sorted((r for r in self.running if not r.families), key=_urgency)
+        set_aside: list[Request] = []
+        entered: list[Request] = []
+        misses = 0
+        for request in merge(between, self.waiting, key=_urgency):
+            waits = request not in self.running
+            if waits and misses == _MOST_MISSES:
                 continue
-            needs.append((share, pages_at_most(request, tokens, share.model.pool.page_size)))
-        return needs
+            needed = self._round_pages(request)
+            spare = self._headroom() if waits and chosen else [0] * len(free)
+            fits = all(n == 0 or n + s <= f for n, s, f in zip(needed, spare, free))
+            if fits and (not chosen or rows + rows_at_most(request) <= self.max_rows):
+                request.promised = needed
+                free = [f - n for f, n in zip(free, needed)]
+                rows += rows_at_most(request)
+                chosen.append(request)
+                if waits:
+                    entered.append(request)
+            elif waits:
+                misses += 1
+            else:
+                set_aside.append(request)
+        for request in entered:
+            self.waiting.remove(request)
+        for request in set_aside:
+            self._wait(request)
+        self.running = chosen
+        return Choice(list(chosen), set_aside)
+
+    def _wait(self, request: Request) -> None:
+        insort(self.waiting, request, key=_urgency)
+
+    def _headroom(self) -> list[int]:
+        return [share.model.pool.num_pages // _HEADROOM for share in self._shares]
+
+    def _round_pages(self, request: Request) -> list[int]:
+        """Pages that the request holds at most in its next round, in every model; 0: runs not."""
+        served = self._shares_of(request)
+        return [
+            round_pages(request, share.guide, share.model.pool.page_size) if share in served else 0
+            for share in self._shares
+        ]
+
+    def _shares_of(self, request: Request) -> list[_Share]:
+        guides = request.params.uses_guides
+        return [share for share in self._shares if share.guide is None or guides]
 
 
-def _pages(tokens: int, page_size: int) -> int:
-    return -(-tokens // page_size)
+def rows_at_most(request: Request) -> int:
+    """Rows that a request can have in a decoding step, each with a slot of its own."""
+    params = request.params
+    if params.method == "cbs":
+        return max(params.first_candidates, params.kept)
+    return params.first_candidates
+
+
+def pages_at_most(request: Request, guide: int | None, page_size: int) -> int:
+    """Pages that a request can hold in one model at one time, in any round."""
+    params = request.params
+    if params.tokens_per_round == params.max_new_tokens:
+        return round_pages(request, guide, page_size)
+    prompt = len(request.prompt if guide is None else request.guide_prompts[guide])
+    longest = prompt + params.max_new_tokens
+    histories = params.kept * (longest // page_size - prompt // page_size)
+    chunk = -(-(page_size - 1 + params.tokens_per_round) // page_size)
+    return prompt // page_size + histories + rows_at_most(request) * chunk
+
+
+def round_pages(request: Request, guide: int | None, page_size: int) -> int:
+    """Pages that a request can hold in one model during its next round.
+
+    P + W h + W K L tokens' worth: the full pages that all rows share, the other full pages of each
+    hypothesis, and those of each candidate behind them.
+    """
+    params = request.params
+    prompt = len(request.prompt if guide is None else request.guide_prompts[guide])
+    if request.beams:
+        alive = [beam for beam in request.beams if not beam.finished]
+        tokens, shared, hypotheses = len(alive[0].tokens), request.shared_tokens, len(alive)
+        rows = hypotheses * params.successors
+    else:
+        tokens, shared, hypotheses, rows = 0, 0, 1, params.first_candidates
+    # The base forks when the last token of the text has been run, the guides before that; both run
+    # the chunk's tokens but the last.
+    history = prompt + tokens - (guide is not None)
+    new = min(params.tokens_per_round, params.max_new_tokens - tokens) - (guide is None)
+    common = min(prompt + shared - (guide is not None), history) // page_size
+    histories = hypotheses * (history // page_size - common)
+    return common + histories + rows * -(-(history % page_size + new) // page_size)
+
+
+def _urgency(request: Request) -> tuple[int, int]:
+    return request.urgency

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from w2s_fast.errors import NumericalError
 from w2s_fast.guide import PagedGuide
-from w2s_fast.model import PagedModel
+from w2s_fast.model import PagedModel, SharedTexts
+from w2s_fast.pages import Int32Array
 from w2s_fast.request import NO_GUIDE_SLOTS, NO_SLOT, Beam, Family, Request
 from w2s_fast.row_tree import Level, RowTree
 from w2s_fast.sampling import SamplingBatch
@@ -26,6 +27,9 @@ from w2s_fast.selection import choose, new_tokens
 # A step samples no more tokens than this before the host looks at them; rows that met EOS are
 # carried along until then.
 MAX_STEP_TOKENS = 16
+# A step samples at least this many tokens, as long as some chunk asks for them: with chunks of many
+# lengths the guides would otherwise run after nearly every token.
+LEAST_STEP_TOKENS = 4
 
 
 class _Source(NamedTuple):
@@ -58,15 +62,27 @@ class Search:
         A request in which a model produced NaN or infinity gets its ``error`` and gives its
         pages back; the others are not touched by it.
         """
+        self._restore([request for request in requests if request.aside])
         for request in requests:
             if not request.families:
                 request.open_round()
-        self._expand([r for r in requests if r.growing])
+        tokens = _step_tokens([request.tokens_left_in_round() for request in requests])
+        while growing := [r for r in requests if r.tokens_left_in_round() > 0]:
+            if tokens == 0:
+                break
+            count = min(tokens, *(request.tokens_left_in_round() for request in growing))
+            self._expand(growing, count)
+            tokens -= count
         complete = [r for r in requests if r.error is None and r.tokens_left_in_round() == 0]
         self._score([r for r in complete if r.params.uses_guides])
         for request in complete:
             if not request.params.uses_guides:
                 self._close_round(request, range(len(request.candidates)))
+
+    def set_aside(self, request: Request) -> None:
+        """Give back all slots of a request between two rounds; its next step recomputes them."""
+        self._release(request.beams)
+        request.aside = True
 
     def abort(self, request: Request) -> None:
         """Give back all slots of a request."""
@@ -74,14 +90,12 @@ class Search:
         parents = [family.parent for family in request.families] or request.beams
         self._release([*parents, *request.candidates])
         request.families = []
+        request.aside = False
 
     # Expand
 
-    def _expand(self, requests: Sequence[Request]) -> None:
-        """Sample the next tokens of every growing candidate."""
-        if not requests:
-            return
-        steps = min(MAX_STEP_TOKENS, *(r.tokens_left_in_round() for r in requests))
+    def _expand(self, requests: Sequence[Request], steps: int) -> None:
+        """Sample the next ``steps`` tokens of every growing candidate."""
         rows = [(request, beam) for request in requests for beam in request.growing]
         sources = [(request, source) for request in requests for source in self._sources(request)]
         sampling = SamplingBatch.of(rows, self.base.device)
@@ -232,23 +246,30 @@ class Search:
         """Run the prompts of requests in their first round."""
         if not requests:
             return
-        slots = [
-            guide.prefill([request.guide_prompts[g] for request in requests])
-            for g, guide in enumerate(self.guides)
-        ]
-        for i, request in enumerate(requests):
-            request.families[0].parent.guide_slots = np.stack([own[:, i] for own in slots])
+        roots = [request.families[0].parent for request in requests]
+        for root in roots:
+            root.guide_slots = self._no_guide_slots()
+        for g, guide in enumerate(self.guides):
+            slots = guide.prefill([request.guide_prompts[g] for request in requests])
+            for root, own in zip(roots, slots.T):
+                root.guide_slots[g] = own
 
     def _fork_guides(self, families: Sequence[Family]) -> None:
         """Give every child slots in all guides; the first one takes its parent's."""
         counts = [len(family.children) - 1 for family in families]
-        parents = np.stack([family.parent.guide_slots for family in families], axis=-1)
-        forked = np.stack([guide.fork(own, counts) for guide, own in zip(self.guides, parents)])
-        for family, others in zip(families, np.split(forked, np.cumsum(counts)[:-1], axis=-1)):
+        others = [child for family in families for child in family.children[1:]]
+        for child in others:
+            child.guide_slots = self._no_guide_slots()
+        for g, guide in enumerate(self.guides):
+            parents = np.stack([family.parent.guide_slots[g] for family in families], axis=1)
+            for child, own in zip(others, guide.fork(parents, counts).T):
+                child.guide_slots[g] = own
+        for family in families:
             family.children[0].guide_slots = family.parent.guide_slots
             family.parent.guide_slots = NO_GUIDE_SLOTS
-            for i, child in enumerate(family.children[1:]):
-                child.guide_slots = others[..., i]
+
+    def _no_guide_slots(self) -> Int32Array:
+        return np.full((len(self.guides), 2), NO_SLOT, np.int32)
 
     # Select
 
@@ -260,6 +281,30 @@ class Search:
         self._release([beam for beam in candidates if id(beam) not in winners])
 
     # Slots
+
+    def _restore(self, requests: Sequence[Request]) -> None:
+        """Recompute what requests that were set aside held."""
+        if not requests:
+            return
+        alive = [[beam for beam in r.beams if not beam.finished] for r in requests]
+        shared = [r.shared_tokens for r in requests]
+        prompts = [r.prompt for r in requests]
+        slots = self.base.recompute(_groups(prompts, alive, shared))
+        for beams, own in zip(alive, slots):
+            for beam, slot in zip(beams, own.tolist()):
+                beam.slot = slot
+        for request in requests:
+            request.aside = False
+        guided = [i for i, r in enumerate(requests) if r.params.uses_guides]
+        for g, guide in enumerate(self.guides):
+            prompts = [requests[i].guide_prompts[g] for i in guided]
+            groups = _groups(prompts, [alive[i] for i in guided], [shared[i] for i in guided])
+            for m, model in enumerate(guide.models):
+                for i, own in zip(guided, model.recompute(groups)):
+                    for beam, slot in zip(alive[i], own.tolist()):
+                        if not len(beam.guide_slots):
+                            beam.guide_slots = self._no_guide_slots()
+                        beam.guide_slots[g, m] = slot
 
     def _abort_failed(self, requests: Iterable[Request]) -> None:
         for request in requests:
@@ -281,9 +326,24 @@ class Search:
         if not held:
             return
         for g, guide in enumerate(self.guides):
-            guide.release(np.stack([beam.guide_slots[g] for beam in held], axis=1))
+            for m, model in enumerate(guide.models):
+                own = np.array([beam.guide_slots[g, m] for beam in held], np.int32)
+                model.pool.release(own[own != NO_SLOT])  # a failed recomputation leaves gaps
         for beam in held:
             beam.guide_slots = NO_GUIDE_SLOTS
+
+
+def _groups(
+    prompts: Sequence[Sequence[int]], beams: Sequence[Sequence[Beam]], shared: Sequence[int]
+) -> list[SharedTexts]:
+    """What the beams of each request hold in a model: all but the last token of each text."""
+    return [
+        SharedTexts(
+            [[*prompt, *beam.tokens][:-1] for beam in own],
+            len(prompt) + min(tokens, len(own[0].tokens) - 1),
+        )
+        for prompt, own, tokens in zip(prompts, beams, shared)
+    ]
 
 
 def _family_tree(rows: Sequence[tuple[Request, Beam]], prompts: Sequence[int]) -> RowTree:
@@ -308,6 +368,17 @@ def _family_tree(rows: Sequence[tuple[Request, Beam]], prompts: Sequence[int]) -
         together.append(prompt + min(request.shared_tokens, beam.inherited))
         inherited.append(prompt + beam.inherited)
     return RowTree.of([Level(requests, together), Level(families, inherited)], len(rows))
+
+
+def _step_tokens(left: Sequence[int]) -> int:
+    """How many tokens a step samples, given how many the rounds of its requests still need.
+
+    Up to the end of the last chunk that ends soon after the first one: their guides then run
+    together, and the candidates that are done wait for the others.
+    """
+    nearest = min((tokens for tokens in left if tokens > 0), default=0)
+    soon = max(nearest + nearest // 2, LEAST_STEP_TOKENS)
+    return min(max((tokens for tokens in left if tokens <= soon), default=nearest), MAX_STEP_TOKENS)
 
 
 def _not_finite(model: PagedModel, position: int) -> NumericalError:
