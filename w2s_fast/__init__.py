@@ -26,8 +26,10 @@ from w2s_fast.params import SearchParams
 from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
 
 if TYPE_CHECKING:
+    from w2s_fast.async_engine import AsyncEngine
     from w2s_fast.engine import Engine
     from w2s_fast.guide import Guide
+    from w2s_fast.stream import StreamPiece
 
 try:
     __version__ = version("w2s-fast")
@@ -35,11 +37,13 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AsyncEngine",
     "Engine",
     "Guide",
     "Hypothesis",
     "SearchParams",
     "SearchResult",
+    "StreamPiece",
     "Trace",
     "Usage",
     "errors",
@@ -56,4 +60,12 @@ def __getattr__(name: str) -> Any:
         from w2s_fast.guide import Guide
 
         return Guide
+    if name == "AsyncEngine":
+        from w2s_fast.async_engine import AsyncEngine
+
+        return AsyncEngine
+    if name == "StreamPiece":
+        from w2s_fast.stream import StreamPiece
+
+        return StreamPiece
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,8 @@ from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
 from w2s_fast.runner import Runner
 from w2s_fast.scheduler import Scheduler
 from w2s_fast.search import Search
+from w2s_fast.stats import EngineStats
+from w2s_fast.stream import Agreement, StreamPiece
 from w2s_fast.vocabulary import check_same_vocabulary, eos_token_ids, tokenizer_size
 
 _MAX_SLOTS = 4096
@@ -122,7 +124,7 @@ class Engine:
         ]
         self._search = Search(self.base, self.guides, vocab_size, self.eos_token_ids)
         self._scheduler = Scheduler(self.base, paged, max_rows)
-        self._runner = Runner(self._search, self._scheduler)
+        self.runner = Runner(self._search, self._scheduler)
         # Requests that one iteration has under way: more than can run, so that none ever waits for
         # the caller's iterable to be read.
         self._read_ahead = max_rows + _READ_AHEAD
@@ -173,30 +175,64 @@ class Engine:
         request's result carries its ``error``.
         """
         source = enumerate(_pair(prompts, params))
-        own: list[Request] = []
+        own: dict[Request, int] = {}
         try:
             while True:
                 for index, (prompt, params_of) in source:
                     try:
-                        request = self._request(index, prompt, params_of, priority)
+                        request = self.make_request(prompt, params_of, priority)
                     except W2SFastError as error:
                         yield index, _failed(error)
                         continue
-                    self._runner.submit(request)
-                    own.append(request)
+                    self.runner.submit(request)
+                    own[request] = index
                     if len(own) >= self._read_ahead:
                         break
                 if not own:
                     return
-                self._runner.advance(own)
-                ended = [request for request in own if request.ended]
-                own = [request for request in own if not request.ended]
-                for request in ended:
-                    yield request.index, self._result(request)
+                self.runner.advance(own)
+                for request in [request for request in own if request.ended]:
+                    yield own.pop(request), self.result(request)
         finally:
             for request in own:
-                self._runner.give_up(request)
-            self._runner.settle()
+                self.runner.give_up(request)
+            self.runner.settle()
+
+    def stream(
+        self, prompt: Prompt, params: SearchParams | None = None, *, priority: int = 0
+    ) -> Iterator[StreamPiece]:
+        """Search a response for one prompt, and give it out as it becomes certain.
+
+        A piece comes as soon as all hypotheses that can still win agree on it, and is never taken
+        back. The last piece carries the result. Leaving the loop gives the request up. Other
+        requests of the engine go on meanwhile, whoever takes the steps.
+
+        Raises:
+            InvalidRequest: the prompt or its parameters are not allowed.
+            NumericalError: a model produced NaN or infinity.
+        """
+        return self._stream(self.make_request(prompt, params or SearchParams(), priority))
+
+    def _stream(self, request: Request) -> Iterator[StreamPiece]:
+        agreement = self.agreement(request)
+        self.runner.submit(request)
+        try:
+            while not request.ended:
+                self.runner.advance([request])
+                with self.runner.lock:
+                    piece = None if request.ended else agreement.grow()
+                if piece is not None:
+                    yield piece
+            if request.error is not None:
+                raise request.error
+            yield agreement.finish(self.result(request))
+        finally:
+            self.runner.give_up(request)
+            self.runner.settle()
+
+    def stats(self) -> EngineStats:
+        """What the engine has done since it was made, and what it is doing."""
+        return self.runner.stats()
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str | Sequence[int]]
@@ -229,10 +265,8 @@ class Engine:
             total += guide.weight * float((tuned.double() - untuned.double()).sum())
         return total
 
-    def _request(
-        self, index: int, prompt: Prompt, params: SearchParams, priority: int = 0
-    ) -> Request:
-        """Check and encode one prompt. InvalidRequest, and nothing is held."""
+    def make_request(self, prompt: Prompt, params: SearchParams, priority: int = 0) -> Request:
+        """Check and encode one prompt, for :attr:`runner`. InvalidRequest, and nothing is held."""
         if not isinstance(params, SearchParams):
             raise InvalidRequest(f"params is {type(params).__name__}; allowed: SearchParams")
         if params.uses_guides and not self.guides:
@@ -249,17 +283,25 @@ class Engine:
                 raise InvalidRequest(
                     f"stop_token_ids holds {token}; allowed: below {self._search.vocab_size}"
                 )
-        request = Request(index, ids, guide_ids, params, priority)
+        request = Request(ids, guide_ids, params, priority)
         self._scheduler.check(request)
         return request
 
-    def _result(self, request: Request) -> SearchResult:
+    def agreement(self, request: Request) -> Agreement:
+        """What its candidates agree on, to be asked between steps."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return Agreement(request, None)
+        return Agreement(request, lambda ids: decode_response(tokenizer, request.prompt, ids))
+
+    def result(self, request: Request) -> SearchResult:
+        """The result of a request that has ended."""
         if request.error is not None:
             return _failed(request.error, request)
         beams = request.beams[: request.params.n]
         hypotheses = [self._hypothesis(request, beam) for beam in beams]
         trace = Trace(request.rounds) if request.params.trace else None
-        return SearchResult(hypotheses, _usage(request, beams), trace)
+        return SearchResult(hypotheses, _usage(request, beams), trace, stats=request.stats)
 
     def _hypothesis(self, request: Request, beam: Beam) -> Hypothesis:
         assert beam.finish_reason is not None
@@ -345,8 +387,9 @@ def _usage(request: Request, beams: Sequence[Beam]) -> Usage:
 
 
 def _failed(error: W2SFastError, request: Request | None = None) -> SearchResult:
-    usage = Usage(0, 0, 0, 0) if request is None else _usage(request, [])
-    return SearchResult([], usage, None, error)
+    if request is None:
+        return SearchResult([], Usage(0, 0, 0, 0), error=error)
+    return SearchResult([], _usage(request, []), error=error, stats=request.stats)
 
 
 def _useful_tokens(base: PreTrainedModel, max_rows: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,7 @@ from w2s_fast.errors import W2SFastError
 from w2s_fast.pages import Int32Array
 from w2s_fast.params import SearchParams
 from w2s_fast.result import Candidate, FinishReason, Round
+from w2s_fast.stats import RequestStats
 
 NO_SLOT = -1
 NO_GUIDE_SLOTS: Int32Array = np.empty((0, 2), np.int32)
@@ -78,7 +79,6 @@ class Request:
 
     def __init__(
         self,
-        index: int,
         prompt: Sequence[int],
         guide_prompts: Sequence[Sequence[int]],
         params: SearchParams,
@@ -88,7 +88,6 @@ class Request:
 
         ``priority``: the lower, the sooner.
         """
-        self.index = index
         self.prompt = list(prompt)
         self.guide_prompts = [list(p) for p in guide_prompts]
         self.params = params
@@ -104,6 +103,8 @@ class Request:
         self._common: Int32Array = np.zeros((0, 0), np.int32)
         self.sampled_tokens = 0
         self.scored_tokens = 0
+        self.stats = RequestStats()
+        self.listener: Callable[[], None] | None = None  # called after each step it took part in
         self.error: W2SFastError | None = None
         self.ended = False  # its pages are free, and its result can be read
 
@@ -160,6 +161,7 @@ class Request:
     def close_round(self, kept: Sequence[int]) -> None:
         """Keep the candidates with indices ``kept``, best first, and record the round."""
         candidates = self.candidates
+        self.stats.rounds += 1
         if self.params.trace:
             recorded = [
                 Candidate(c.parent, list(c.tokens), self.score_of(c), c.finish_reason)

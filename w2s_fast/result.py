@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from w2s_fast.errors import W2SFastError
+from w2s_fast.stats import RequestStats
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -86,13 +87,15 @@ class SearchResult:
     """The answer to one request; ``hypotheses`` are best first and never empty unless it failed.
 
     ``text``, ``token_ids``, ``score`` and ``finish_reason`` are those of the best hypothesis.
-    A failed request has ``error`` set, no hypotheses, and finish reason ``"error"``.
+    A failed request has ``error`` set, no hypotheses, and finish reason ``"error"``. ``stats`` says
+    where its time went; None for a request that was refused.
     """
 
     hypotheses: list[Hypothesis]
     usage: Usage
     trace: Trace | None = None
     error: W2SFastError | None = None
+    stats: RequestStats | None = field(default=None, compare=False)
 
     @property
     def text(self) -> str | None:

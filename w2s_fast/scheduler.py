@@ -130,8 +130,10 @@ class Scheduler:
                 set_aside.append(request)
         for request in entered:
             self.waiting.remove(request)
+            request.stats.enter()
         for request in set_aside:
             self._wait(request)
+            request.stats.wait()
         self.running = chosen
         return Choice(list(chosen), set_aside)
 

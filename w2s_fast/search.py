@@ -23,6 +23,7 @@ from w2s_fast.request import NO_GUIDE_SLOTS, NO_SLOT, Beam, Family, Request
 from w2s_fast.row_tree import Level, RowTree
 from w2s_fast.sampling import SamplingBatch
 from w2s_fast.selection import choose, new_tokens
+from w2s_fast.stats import timed
 
 # A step samples no more tokens than this before the host looks at them; rows that met EOS are
 # carried along until then.
@@ -55,6 +56,13 @@ class Search:
         self.guides = list(guides)
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(eos_ids)
+        self.rows = 0  # of all decoding passes together
+        self.passes = 0
+
+    @property
+    def models(self) -> list[PagedModel]:
+        """The base and the guides' models, each with its own pages."""
+        return [self.base, *(model for guide in self.guides for model in guide.models)]
 
     def step(self, requests: Sequence[Request]) -> None:
         """Bring every request some tokens further; select in those whose round is complete.
@@ -74,7 +82,12 @@ class Search:
             self._expand(growing, count)
             tokens -= count
         complete = [r for r in requests if r.error is None and r.tokens_left_in_round() == 0]
-        self._score([r for r in complete if r.params.uses_guides])
+        scored = [r for r in complete if r.params.uses_guides]
+        new = [r for r in scored if r.round_number == 1]
+        with timed("prefill_s", [r.stats for r in new]):
+            self._prefill_guides(new)
+        with timed("scoring_s", [r.stats for r in scored]):
+            self._score(scored)
         for request in complete:
             if not request.params.uses_guides:
                 self._close_round(request, range(len(request.candidates)))
@@ -97,15 +110,31 @@ class Search:
     def _expand(self, requests: Sequence[Request], steps: int) -> None:
         """Sample the next ``steps`` tokens of every growing candidate."""
         rows = [(request, beam) for request in requests for beam in request.growing]
+        new = [r.stats for r in requests if r.round_number == 1 and not r.forked]
+        old = [r.stats for r in requests if r.round_number > 1 or r.forked]
         sources = [(request, source) for request in requests for source in self._sources(request)]
-        sampling = SamplingBatch.of(rows, self.base.device)
-
         # The first token of all children of a beam comes from one row of logits, and only then
         # are they forked: what they share is forwarded once.
-        logits = self._first_logits(sources)
+        with timed("prefill_s", new), timed("decode_s", old):
+            logits = self._first_logits(sources)
+        with timed("decode_s", new + old):
+            self._decode(requests, rows, sources, logits, steps)
+        self._release_base([beam for _, beam in rows if beam.finished])
+        self._abort_failed(requests)
+
+    def _decode(
+        self,
+        requests: Sequence[Request],
+        rows: Sequence[tuple[Request, Beam]],
+        sources: Sequence[tuple[Request, _Source]],
+        logits: Tensor,
+        steps: int,
+    ) -> None:
+        """Fork the sources, and sample all their children's tokens from ``logits`` on."""
         self._fork_base([source for _, source in sources])
         for request in requests:
             request.forked = True
+        sampling = SamplingBatch.of(rows, self.base.device)
         drawn = [sampling.draw(logits, 0)]
         slots = np.array([beam.slot for _, beam in rows], np.int32)
         tree = _family_tree(rows, [len(request.prompt) for request, _ in rows])
@@ -113,12 +142,13 @@ class Search:
         for step in range(1, steps):
             hidden = decoding.step(drawn[-1][0])
             drawn.append(sampling.draw(self.base.logits(hidden)[:, : self.vocab_size], step))
+        self.rows += len(sources) + len(rows) * (steps - 1)
+        self.passes += steps
 
+        # The one place where the host waits for the device.
         tokens, logprobs = (torch.stack(columns, 1).tolist() for columns in zip(*drawn))
         for (request, beam), new, new_logprobs in zip(rows, tokens, logprobs):
             self._take(request, beam, new, new_logprobs)
-        self._release_base([beam for _, beam in rows if beam.finished])
-        self._abort_failed(requests)
 
     def _sources(self, request: Request) -> list[_Source]:
         if request.forked:  # in the middle of a round: each candidate goes on by itself
@@ -191,7 +221,6 @@ class Search:
             for family in request.families
             if not family.parent.finished
         ]
-        self._prefill_guides([request for request, _ in owned if request.round_number == 1])
         self._fork_guides([family for _, family in owned])
         tuned, untuned = self._guide_logprobs(
             [(request, beam) for request, family in owned for beam in family.children]
@@ -286,6 +315,12 @@ class Search:
         """Recompute what requests that were set aside held."""
         if not requests:
             return
+        with timed("prefill_s", [request.stats for request in requests]):
+            self._recompute(requests)
+        for request in requests:
+            request.aside = False
+
+    def _recompute(self, requests: Sequence[Request]) -> None:
         alive = [[beam for beam in r.beams if not beam.finished] for r in requests]
         shared = [r.shared_tokens for r in requests]
         prompts = [r.prompt for r in requests]
@@ -293,8 +328,6 @@ class Search:
         for beams, own in zip(alive, slots):
             for beam, slot in zip(beams, own.tolist()):
                 beam.slot = slot
-        for request in requests:
-            request.aside = False
         guided = [i for i, r in enumerate(requests) if r.params.uses_guides]
         for g, guide in enumerate(self.guides):
             prompts = [requests[i].guide_prompts[g] for i in guided]

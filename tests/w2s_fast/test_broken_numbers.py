@@ -146,9 +146,10 @@ def test_an_exception_out_of_a_model_leaves_no_page_behind(which: int, call: int
 
     handle = triple[which].get_input_embeddings().register_forward_hook(fail)
     try:
-        with pytest.raises(MemoryError):
+        with pytest.raises(EngineFailure, match="MemoryError: for the test") as raised:
             e.generate(PROMPTS, replace(SEARCH, chunk_length=1))
     finally:
         handle.remove()
+    assert isinstance(raised.value.__cause__, MemoryError)
     assert_all_pages_free(e)
     assert found(e.generate(PROMPTS, MIXED)) == found(engine().generate(PROMPTS, MIXED))

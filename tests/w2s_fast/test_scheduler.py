@@ -101,7 +101,7 @@ def request(
     prompt: int, params: SearchParams, *, tokens: int = 0, shared: int = 0, priority: int = 0
 ) -> Request:
     """A request; after a round if it has tokens, with as many hypotheses as it keeps."""
-    made = Request(0, [1] * prompt, [[1] * prompt], params, priority)
+    made = Request([1] * prompt, [[1] * prompt], params, priority)
     if tokens:
         made.open_round()
         made.beams = [Beam(0, shared, i, [2] * tokens, [], [], None) for i in range(params.kept)]

@@ -1,0 +1,112 @@
+"""What a request cost, and how an engine is doing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class RequestStats:
+    """Where one request spent its time; seconds of wall clock.
+
+    A pass runs many requests at once and counts fully for each of them. On a GPU the host runs
+    ahead of the device, so that time is found where the host waits: in decode and scoring.
+
+    Attributes:
+        queue_s: from its arrival to its first step, and while it was set aside.
+        prefill_s: passes in which the base or a guide ran its prompt, or recomputed it.
+        decode_s: all other passes of the base, with sampling and forks.
+        scoring_s: passes of the guides over new tokens, and selections.
+        rounds: selections. set_aside: how often it gave up its pages and was recomputed.
+        cached_tokens: prompt tokens of the base that were found in the prefix cache.
+    """
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    scoring_s: float = 0.0
+    rounds: int = 0
+    set_aside: int = 0
+    cached_tokens: int = 0
+    waiting_since: float = field(default_factory=time.perf_counter, repr=False)
+
+    def enter(self) -> None:
+        """It waits no longer."""
+        self.queue_s += time.perf_counter() - self.waiting_since
+
+    def wait(self) -> None:
+        """It waits again."""
+        self.waiting_since = time.perf_counter()
+        self.set_aside += 1
+
+
+Phase = Literal["prefill_s", "decode_s", "scoring_s"]
+
+
+@contextmanager
+def timed(phase: Phase, stats: Sequence[RequestStats]) -> Iterator[None]:
+    """Add the time within to one phase of each of these."""
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        elapsed = time.perf_counter() - begin
+        for one in stats:
+            setattr(one, phase, getattr(one, phase) + elapsed)
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Pages of one model: those in use, and all there are."""
+
+    used_pages: int
+    num_pages: int
+    page_size: int
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """An engine since it was made.
+
+    Attributes:
+        waiting, running: requests that have not ended. set_aside: how often one was set aside.
+        finished, failed: requests that ended with a result, or with an error.
+        steps: times that all running requests went a step further; a step is a round or, with
+            long chunks, a part of one.
+        busy_s: seconds within steps.
+        sampled_tokens: by the base. scored_tokens: by each guide.
+        rows: rows of all the base's decoding passes together. passes: those passes.
+        pools: by the models' names.
+    """
+
+    waiting: int
+    running: int
+    finished: int
+    failed: int
+    set_aside: int
+    steps: int
+    busy_s: float
+    sampled_tokens: int
+    scored_tokens: int
+    rows: int
+    passes: int
+    pools: dict[str, PoolStats]
+
+    @property
+    def steps_per_s(self) -> float:
+        """Steps in a second of work."""
+        return self.steps / self.busy_s if self.busy_s else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Sampled tokens in a second of work."""
+        return self.sampled_tokens / self.busy_s if self.busy_s else 0.0
+
+    @property
+    def rows_per_pass(self) -> float:
+        """Rows that a decoding pass had on average."""
+        return self.rows / self.passes if self.passes else 0.0
