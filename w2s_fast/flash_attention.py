@@ -93,7 +93,7 @@ class FlashAttention:
                 missing.append(f"flash-attn {version} {error}")
         raise InvalidRequest(
             f"attention 'flash' cannot run: {'; '.join(missing)}. To install it: pip install "
-            "flash-attn; or pass attention='auto'"
+            "flash-attn --no-build-isolation; or pass attention='auto'"
         )
 
     def check(

@@ -148,7 +148,8 @@ def test_an_old_gpu_is_named(arch: SimpleNamespace, monkeypatch: pytest.MonkeyPa
 def test_where_nothing_is_installed_it_says_how_to() -> None:
     assert refusal() == (
         "attention 'flash' cannot run: flash-attn 3 is not installed; flash-attn 2 is not "
-        "installed. To install it: pip install flash-attn; or pass attention='auto'"
+        "installed. To install it: pip install flash-attn --no-build-isolation; or pass "
+        "attention='auto'"
     )
 
 
