@@ -40,7 +40,8 @@ else
         --junitxml "$out/$name-kernel-tests.xml"
     part "search on the device" 50 "$python" -m pytest -q -m gpu tests/gpu/test_search.py \
         --junitxml "$out/$name-search-tests.xml"
-    part "page copies" 20 "$python" -m pytest -q tests/csrc/test_copy_pages.py
+    part "page copies" 30 "$python" -m pytest -q \
+        tests/csrc/test_copy_pages.py tests/gpu/test_copy_pages.py
     part "timings" 130 "$python" -m bench.kernels --seconds 100 --out "$out/$name-kernels.json"
     part "kernels, drawn shapes" 80 "$python" -m pytest -q tests/interpret \
         --junitxml "$out/$name-drawn-tests.xml"

@@ -32,6 +32,7 @@ from bench.timing import (
     median_seconds,
 )
 from w2s_fast.kernels.choose_beta import choose_beta
+from w2s_fast.kernels.copy_pages import copy_pages
 from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.library import BACKEND, HAS_TRITON, triton
 from w2s_fast.kernels.linear_logprob import linear_logprob
@@ -123,6 +124,8 @@ def cases(machine: Machine) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
             yield "linear_logprob", _bound(_linear, machine, rows, vocab, width, "bf16")
     yield "fuse_logits", lambda: [_fuse(machine, 4 if machine.dry else 64, big)]
     yield "choose_beta", lambda: [_choose_beta(machine, 4 if machine.dry else 64, big)]
+    for pairs in (1, 16):
+        yield "copy_pages", _bound(_copy_pages, machine, pairs)
     for dtype in ("fp16", "fp32"):
         yield "token_logprob", _bound(_token_logprob, machine, many, big, dtype, "")
 
@@ -228,6 +231,20 @@ def _choose_beta(machine: Machine, rows: int, vocab: int) -> Row:
     return _bytes_row(
         machine, "choose_beta", f"[{rows}, {vocab}] bf16", seconds, rows * vocab * 3 * 2, ""
     )
+
+
+def _copy_pages(machine: Machine, count: int) -> Row:
+    """What a round's forks copy: pages of gpt2-xl, 16 tokens each, in all its layers."""
+    layers, heads = (2, 2) if machine.dry else (48, 25)
+    pages = 4 * count
+    # Copies of zeros take as long as any, and pages never written might be one and the same.
+    kv = torch.zeros(layers, 2, pages, 16, heads, 64, dtype=torch.bfloat16, device=machine.device)
+    moved = 2 * count * kv[:, :, 0].numel() * kv.element_size()  # read, and written
+    order = torch.arange(2 * count, dtype=torch.int32, device=machine.device).view(2, count).T
+    inputs = [(order + start).contiguous() for start in (0, 2 * count)]
+    seconds = median_seconds(lambda pairs: copy_pages(kv, pairs), inputs)
+    shape = f"{count} pages of 16 x {heads} x 64, {layers} layers, bf16"
+    return _bytes_row(machine, "copy_pages", shape, seconds, moved, "")
 
 
 def _three(machine: Machine, rows: int, vocab: int) -> tuple[torch.Tensor, ...]:

@@ -1,8 +1,8 @@
 """The operator library ``torch.ops.w2s_fast``: how an operator is registered, and what serves it.
 
-Every operator has three implementations: Triton on CUDA, plain torch on the CPU, and a fake one
-that only knows shapes, for torch.compile. Which one runs is decided by the tensors' device alone,
-unless the environment says otherwise:
+Every operator has three implementations: Triton on CUDA (CUDA C++ for copies of pages), plain
+torch on the CPU, and a fake one that only knows shapes, for torch.compile. Which one runs is
+decided by the tensors' device alone, unless the environment says otherwise:
 
     W2S_FAST_BACKEND=auto        Triton on CUDA where it is installed, torch elsewhere (the default)
     W2S_FAST_BACKEND=torch       torch everywhere: the reference on any device
@@ -103,7 +103,8 @@ def register(
     schema: str,
     *,
     torch_path: Callable[..., Any],
-    triton_path: Callable[..., Any],
+    triton_path: Callable[..., Any] | None = None,
+    cuda_path: Callable[..., Any] | None = None,
     fake: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Define ``torch.ops.w2s_fast.<name>`` and return it.
@@ -113,20 +114,25 @@ def register(
         torch_path: plain torch, for any device.
         triton_path: launches Triton kernels; same arguments, same results. The first argument's
             device is the current one while it runs.
+        cuda_path: instead of it where the kernel is CUDA C++, which Triton is not needed for.
         fake: same arguments; returns empty tensors of the right shapes and dtypes.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
-    on_cuda = _on_its_device(triton_path) if HAS_TRITON and BACKEND != "torch" else torch_path
-    _LIBRARY.impl(name, on_cuda, "CUDA")
-    _LIBRARY.impl(name, triton_path if BACKEND == "interpret" else torch_path, "CPU")
+    on_cuda = cuda_path or (triton_path if HAS_TRITON else None)
+    if on_cuda is None or BACKEND == "torch":
+        _LIBRARY.impl(name, torch_path, "CUDA")
+    else:
+        _LIBRARY.impl(name, _on_its_device(on_cuda), "CUDA")
+    interpreted = triton_path if BACKEND == "interpret" else None
+    _LIBRARY.impl(name, interpreted or torch_path, "CPU")
     torch.library.register_fake(f"w2s_fast::{name}", fake, lib=_LIBRARY)
     overload: Callable[..., Any] = getattr(torch.ops.w2s_fast, name).default
     return overload
 
 
 def _on_its_device(path: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, wherever the tensors are."""
+    """Kernels are launched on the current device, wherever the tensors are."""
 
     @wraps(path)
     def on_its_device(first: Tensor, *rest: Any) -> Any:

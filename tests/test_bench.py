@@ -35,6 +35,7 @@ def test_a_dry_run_times_every_kernel_and_ends_with_a_summary(tmp_path: Path) ->
     assert {"gpu", "date", "commit", "command", "torch", "copy_gb_per_s"} <= set(report)
     names = {row["name"] for row in report["rows"]}
     assert names == {
+        "copy_pages",
         "token_logprob",
         "linear_logprob",
         "sample_tokens",

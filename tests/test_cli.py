@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 import w2s_fast.demo
 from tests.tiny_models import save_tiny
+from w2s_fast import Engine
 from w2s_fast.cli import app
 from w2s_fast.demo import DemoModels
 
@@ -98,6 +99,27 @@ def test_every_option_reaches_the_search(models: DemoModels) -> None:
     assert first.exit_code == 0
     assert len(json.loads(first.stdout)["hypotheses"]) == 2
     assert first.stdout == again.stdout
+
+
+def test_the_machine_options_reach_the_engine(
+    models: DemoModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def engine(**options: Any) -> Any:
+        seen.update(options)
+        return Engine(**options)
+
+    monkeypatch.setattr(w2s_fast, "Engine", engine)
+    options = ["--attention", "torch", "--page-size", "8", "--kv-cache-tokens", "2048"]
+    assert run("generate", "x", *options, *named(models), *SMALL).exit_code == 0
+    assert (seen["attention"], seen["page_size"], seen["kv_cache_tokens"]) == ("torch", 8, 2048)
+
+
+def test_attention_that_cannot_run_here_is_refused_with_the_reason(models: DemoModels) -> None:
+    result = run("generate", "x", "--attention", "flash", "--device", "cpu", *named(models))
+    assert result.exit_code == 2
+    assert "runs on CUDA devices, and this is cpu" in result.stderr
 
 
 def test_trace_shows_the_search_tree(models: DemoModels) -> None:
@@ -249,6 +271,8 @@ def test_doctor_finds_nothing_wrong(bundled: None) -> None:
     assert all(re.match(r"(ok|none) ", line) for line in lines[:-1])
     for name in ("cpu", "memory", "gpu", "torch", "page manager", "attention", "self-check"):
         assert any(line[5:].startswith(name) for line in lines), name
+    for backend in ("triton", "flash", "torch"):  # each with where it runs, or why it cannot
+        assert any(re.match(rf"(ok|none) +attention {backend} +\w.* ", line) for line in lines)
 
 
 def test_doctor_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Attention over pages: the plan of forward passes, and the function Hugging Face models call.
+"""Attention over pages: what plans forward passes, and the function Hugging Face models call.
 
 A forward pass runs all its sequences as one row of T tokens. Before it, a plan is made on the
 host: where each token's keys and values are written, and which keys each token may see. During it,
@@ -6,22 +6,32 @@ every attention layer calls :func:`paged_attention_forward` through transformers
 AttentionInterface, which hands the layer's tensors to the plan. The plan travels as a keyword
 argument of the model call, so several models never share state. One plan serves a whole chunk of
 decoding: between the steps it moves on by a token a row, in place and on the device.
+
+Plans are made by a backend, chosen once for each model:
+
+    triton    our own kernels; the default wherever they run, that is, on CUDA
+    flash     flash-attn 2 or 3, if installed; it knows nothing of rows that share keys
+    torch     plain torch on any device; the default on a CPU
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from w2s_fast.errors import InvalidRequest
+from w2s_fast.flash_attention import FlashAttention
 from w2s_fast.gathered_attention import GatheredPlan, LayerOptions
 from w2s_fast.kernel_attention import KernelPlan
-from w2s_fast.kernels.library import runs_triton
+from w2s_fast.kernels.library import BACKEND, HAS_TRITON, runs_triton
 from w2s_fast.pages import Ints, PagePool
 from w2s_fast.row_tree import RowTree
 
 ATTENTION_NAME = "w2s_paged"
+BACKENDS = ("auto", "triton", "flash", "torch")
 
 
 class Attends(Protocol):
@@ -53,6 +63,27 @@ class AttentionPlan(Attends, Protocol):
 
         Only where every row has one token and the plan was made for passes ahead. No data on the
         device is read by the host, and ``positions`` keeps its address.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """One way to compute attention over pages."""
+
+    def make(
+        self,
+        pool: PagePool,
+        slots: Ints,
+        counts: Ints,
+        tree: RowTree | None = None,
+        ahead: int = 0,
+    ) -> AttentionPlan:
+        """Plan ``counts[i]`` new tokens for ``slots[i]``: after ``reserve``, before ``extend``.
+
+        Args:
+            tree: which rows share which keys; None: none do.
+            ahead: how many passes of one token a row follow on this one, each after
+                :meth:`AttentionPlan.advance`. Their room has been reserved, too.
         """
         ...
 
@@ -96,15 +127,55 @@ def paged_attention_forward(
 AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)
 
 
-def make_plan(
-    pool: PagePool, slots: Ints, counts: Ints, tree: RowTree | None = None, ahead: int = 0
-) -> AttentionPlan:
-    """Plan ``counts[i]`` new tokens for ``slots[i]``: after ``reserve``, before ``extend``.
+def find_backend(name: str, device: torch.device) -> Backend:
+    """The backend of that name on ``device``; ``"auto"``: triton where it runs, else torch.
+
+    Raises:
+        InvalidRequest: there is none of that name, or it cannot run here; says why.
+    """
+    if name not in BACKENDS:
+        raise InvalidRequest(f"attention is {name!r}; allowed: {', '.join(BACKENDS)}")
+    if name == "flash":
+        return FlashAttention.find(device)
+    if name == "torch" or (name == "auto" and not runs_triton(device)):
+        return GatheredPlan
+    if not runs_triton(device):
+        raise InvalidRequest(_why_not_triton(device))
+    return KernelPlan
+
+
+def choose_backend(
+    name: str,
+    device: torch.device,
+    *,
+    model: str,
+    dtype: torch.dtype,
+    page_size: int,
+    head_dim: int,
+    sinks: bool,
+) -> Backend:
+    """The backend of one model: :func:`find_backend`, and whether it serves this model.
 
     Args:
-        tree: which rows share which keys; None: none do.
-        ahead: how many passes of one token a row follow on this one, each after
-            :meth:`AttentionPlan.advance`. Their room has been reserved, too.
+        model: what errors call it.
+        dtype: of keys and values. page_size: tokens in a page. head_dim: size of a head.
+        sinks: whether attention layers have sinks.
+
+    Raises:
+        InvalidRequest: it cannot run here, or not this model; says why, and what to pass instead.
     """
-    plan = KernelPlan if runs_triton(pool.device) else GatheredPlan
-    return plan.make(pool, slots, counts, tree, ahead)
+    backend = find_backend(name, device)
+    if isinstance(backend, FlashAttention):
+        backend.check(model, dtype, page_size, head_dim, sinks)
+    return backend
+
+
+def _why_not_triton(device: torch.device) -> str:
+    if BACKEND == "torch":
+        return "attention 'triton' is switched off by W2S_FAST_BACKEND=torch: unset it"
+    if not HAS_TRITON:
+        return "attention 'triton' needs Triton, which is not installed: pip install triton"
+    return (
+        f"attention 'triton' runs on CUDA devices, and this is {device}: pass attention='torch', "
+        "or 'auto'"
+    )

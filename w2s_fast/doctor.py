@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -43,6 +45,7 @@ def examine() -> Iterator[Finding]:
         ("page manager", _page_manager),
         ("page copies", _page_copies),
         ("attention", _attention),
+        *((f"attention {name}", partial(_backend, name)) for name in ("triton", "flash", "torch")),
         ("kernels", _kernels),
         ("self-check", _self_check_on_one_thread),
     ]
@@ -151,10 +154,13 @@ def _page_manager() -> Finding:
 
 
 def _page_copies() -> Finding:
-    libraries = list(Path(__file__).parent.glob("_cuda*.so"))
-    if libraries:
-        return Finding("ok", "page copies", f"CUDA library {libraries[0].name}")
-    return Finding("none", "page copies", "no CUDA library was built: torch copies pages")
+    from w2s_fast.kernels.copy_pages import library_path
+
+    path = library_path()
+    if path is None:
+        return Finding("none", "page copies", "no CUDA library was built: torch copies pages")
+    ctypes.CDLL(path)
+    return Finding("ok", "page copies", f"CUDA library {Path(path).name}")
 
 
 def _attention() -> Finding:
@@ -163,8 +169,25 @@ def _attention() -> Finding:
     from w2s_fast.load import pick_device
 
     device = pick_device("auto")
-    path = "Triton" if runs_triton(device) else "torch"
-    return Finding("ok", "attention", f"path: {path}, on {device} ({ATTENTION_NAME})")
+    path = "triton" if runs_triton(device) else "torch"
+    return Finding("ok", "attention", f"auto: {path}, on {device} ({ATTENTION_NAME})")
+
+
+def _backend(name: str) -> Finding:
+    """Whether the engine's ``attention=name`` can run here, and if not, why."""
+    from w2s_fast.attention import find_backend
+    from w2s_fast.errors import InvalidRequest
+    from w2s_fast.flash_attention import FlashAttention
+    from w2s_fast.load import pick_device
+
+    device = pick_device("auto")
+    try:
+        backend = find_backend(name, device)
+    except InvalidRequest as error:
+        why = str(error).removeprefix(f"attention {name!r} ")
+        return Finding("none", f"attention {name}", why)
+    library = f"flash-attn {backend.version}, " if isinstance(backend, FlashAttention) else ""
+    return Finding("ok", f"attention {name}", f"{library}on {device}")
 
 
 def _kernels() -> Finding:

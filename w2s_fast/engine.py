@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from w2s_fast.attention import find_backend
 from w2s_fast.errors import InvalidRequest, MismatchedVocabulary, W2SFastError
 from w2s_fast.guide import Guide, PagedGuide
 from w2s_fast.load import ModelSource, load_model, load_tokenizer, pick_device
@@ -48,6 +49,9 @@ class Engine:
         dtype: of weights and KV; ``"auto"`` is float32 on a CPU, the checkpoint's own elsewhere.
         kv_cache_tokens: room for tokens in each model; None measures the free memory.
         page_size: tokens in a page.
+        attention: what computes attention: ``"triton"`` (on CUDA), ``"flash"`` (on CUDA, where
+            flash-attn 2 or 3 is installed) or ``"torch"`` (anywhere); ``"auto"`` is triton where it
+            runs, else torch.
         max_rows: candidates decoded in one step over all requests; one request may have more.
         prompt_template: text around every plain prompt of the base, ``{prompt}`` in it; guides
             have their own.
@@ -68,6 +72,7 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         kv_cache_tokens: int | None = None,
         page_size: int = 16,
+        attention: str = "auto",
         max_rows: int = 256,
         prompt_template: str | None = None,
     ) -> None:
@@ -80,6 +85,7 @@ class Engine:
             if not isinstance(guide.weight, (int, float)) or not math.isfinite(guide.weight):
                 raise InvalidRequest(f"weight of a guide is {guide.weight!r}; allowed: a number")
         where = pick_device(device)
+        find_backend(attention, where)  # refused before models are loaded
         loaded: dict[Any, PreTrainedModel] = {}
 
         def load(source: ModelSource) -> PreTrainedModel:
@@ -100,6 +106,7 @@ class Engine:
                 kv_cache_tokens=tokens,
                 page_size=page_size,
                 max_slots=_MAX_SLOTS,
+                attention=attention,
             )
 
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(base)

@@ -92,7 +92,7 @@ class GatheredPlan:
         tree: RowTree | None = None,
         ahead: int = 0,
     ) -> GatheredPlan:
-        """See :func:`w2s_fast.attention.make_plan`."""
+        """See :class:`w2s_fast.attention.Backend`."""
         new = np.asarray(counts, np.int64)
         old = pool.lengths(slots).astype(np.int64)
         start = np.concatenate(([0], new.cumsum()))

@@ -47,7 +47,7 @@ class KernelPlan:
         tree: RowTree | None = None,
         ahead: int = 0,
     ) -> KernelPlan:
-        """See :func:`w2s_fast.attention.make_plan`."""
+        """See :class:`w2s_fast.attention.Backend`."""
         new = np.asarray(counts, np.int32)
         old = pool.lengths(slots)
         start = np.concatenate(([0], new.cumsum())).astype(np.int32)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from w2s_fast.attention import ATTENTION_NAME, Attends, AttentionPlan, make_plan
+from w2s_fast.attention import ATTENTION_NAME, Attends, AttentionPlan, choose_backend
 from w2s_fast.errors import InvalidRequest, PageMisuse, UnsupportedModel
 from w2s_fast.gathered_attention import LayerOptions, dense_attention
 from w2s_fast.kernels.linear_logprob import linear_logprob
@@ -35,12 +35,14 @@ class KVShape(NamedTuple):
     """Keys and values of one token: 2 * layers * heads * dim numbers.
 
     ``max_positions``: up to how many tokens pages give what the model would; None: no limit.
+    ``sinks``: whether its attention layers have sinks, logits of no key.
     """
 
     layers: int
     heads: int
     dim: int
     max_positions: int | None
+    sinks: bool
 
 
 class SharedTexts(NamedTuple):
@@ -56,6 +58,7 @@ class PagedModel:
     Attributes:
         name: what errors call it, for example ``"base"`` or ``"tuned guide"``.
         pool: its pages; slots are allocated, forked and released there.
+        backend: what computes its attention; see :mod:`w2s_fast.attention`.
         vocab_size: width of its logits, padding included.
         max_positions: tokens a sequence can have; None if the model sets no limit. Less than
             the model's own where pages could not give the same beyond.
@@ -69,6 +72,7 @@ class PagedModel:
         kv_cache_tokens: int = 65536,
         page_size: int = 16,
         max_slots: int = 1024,
+        attention: str = "auto",
     ) -> None:
         """Take the model on, with room for ``kv_cache_tokens`` tokens in ``max_slots`` sequences.
 
@@ -77,7 +81,8 @@ class PagedModel:
 
         Raises:
             UnsupportedModel: the model cannot be served from pages; says which, and why.
-            InvalidRequest: ``kv_cache_tokens`` is too small for anything.
+            InvalidRequest: ``kv_cache_tokens`` is too small for anything, or ``attention``
+                cannot serve this model here.
         """
         nn.Module.eval(model)
         self.model = model
@@ -90,6 +95,15 @@ class PagedModel:
                 f"kv_cache_tokens is {kv_cache_tokens}; allowed: at least {least} "
                 f"with pages of {page_size} tokens"
             )
+        self.backend = choose_backend(
+            attention,
+            model.device,
+            model=name,
+            dtype=model.dtype,
+            page_size=page_size,
+            head_dim=shape.dim,
+            sinks=shape.sinks,
+        )
         self.head = _Head(model, name)
         longest = min(self.max_positions or kv_cache_tokens, kv_cache_tokens)
         self.pool = PagePool(
@@ -128,7 +142,7 @@ class PagedModel:
             OutOfPages: nothing was appended.
         """
         self.pool.reserve(slots, counts)
-        plan = make_plan(self.pool, slots, counts, tree)
+        plan = self.backend.make(self.pool, slots, counts, tree)
         hidden = _run(self.model, tokens, plan.positions, plan)
         self.pool.extend(slots, counts)
         return hidden
@@ -248,7 +262,9 @@ class Decoding:
         self._plan: AttentionPlan | None = None
         if steps > 0:
             model.pool.reserve(self._slots, self._one * steps)
-            self._plan = make_plan(model.pool, self._slots, self._one, tree, ahead=steps - 1)
+            self._plan = model.backend.make(
+                model.pool, self._slots, self._one, tree, ahead=steps - 1
+            )
         self._left = steps
         self._begun = False
 
@@ -344,7 +360,7 @@ def kv_shape(model: PreTrainedModel, name: str = "base") -> KVShape:
         _rope_limit(model),
     )
     known = [int(limit) for limit in limits if limit is not None]
-    return KVShape(layers, heads, dim, min(known, default=None))
+    return KVShape(layers, heads, dim, min(known, default=None), probe.sinks)
 
 
 def _window_limit(model: PreTrainedModel, probe: _Probe) -> int | None:
@@ -384,6 +400,7 @@ class _Probe:
     def __init__(self) -> None:
         self.shapes: dict[int, tuple[int, int]] = {}
         self.windows: dict[int, int | None] = {}
+        self.sinks = False
         self.calls = 0
 
     def attend(
@@ -399,6 +416,7 @@ class _Probe:
         self.calls += 1
         self.shapes[layer] = (key.shape[1], key.shape[2])
         self.windows[layer] = options.window
+        self.sinks |= options.sinks is not None
         causal = torch.ones(len(query), len(query), dtype=torch.bool, device=query.device).tril()
         return dense_attention(query[None], key[None], value[None], causal[None], options)[0]
 

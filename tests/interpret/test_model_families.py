@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
-from w2s_fast.attention import make_plan
 from w2s_fast.kernel_attention import KernelPlan
 from w2s_fast.model import PagedModel
 
@@ -53,4 +52,4 @@ def test_it_is_the_kernels_that_run() -> None:
     paged = PagedModel(tiny_model("gpt2", layers=1), kv_cache_tokens=64)
     slots = paged.pool.allocate(1)
     paged.pool.reserve(slots, [1])
-    assert isinstance(make_plan(paged.pool, slots, [1]), KernelPlan)
+    assert isinstance(paged.backend.make(paged.pool, slots, [1]), KernelPlan)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from w2s_fast.kernels.choose_beta import choose_beta
+from w2s_fast.kernels.copy_pages import copy_pages
 from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.paged_attention import paged_attention
@@ -46,7 +47,9 @@ def operators() -> dict[str, Operator]:
         "scale": 0.3, "window": 3, "softcap": 9.0, "sinks": sinks, "max_q": 2, "max_k": 7,
     }  # fmt: skip
     k, v, slots = torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.tensor([12, -1, 6])
+    kv, pairs = torch.randn(3, 2, 5, 4, 2, 8), torch.tensor([[4, 1], [0, -1], [4, 2]]).int()
     return {
+        "copy_pages": (copy_pages, (kv, pairs), {}, (kv, pairs)),
         "write_kv": (write_kv, (k, v, pages, slots), {}, (k, v, pages, slots)),
         "paged_attention": (
             paged_attention,

@@ -25,6 +25,7 @@ from tests.w2s_fast.engines import (
 )
 from w2s_fast import Engine, Guide, SearchParams, SearchResult
 from w2s_fast.errors import (
+    EngineFailure,
     InvalidRequest,
     NumericalError,
 )

@@ -114,6 +114,12 @@ def generate(
     dtype: Annotated[
         str, _option("--dtype", help="auto, float32, bfloat16, float16", panel=MACHINE)
     ] = "auto",
+    attention: Annotated[
+        str, _option("--attention", help="auto, triton, flash, torch", panel=MACHINE)
+    ] = "auto",
+    page_size: Annotated[
+        int, _option("--page-size", help="Tokens in a page of the KV cache", panel=MACHINE)
+    ] = 16,
     kv_cache_tokens: Annotated[
         int | None,
         _option("--kv-cache-tokens", help="Size of the KV cache; default: measured", panel=MACHINE),
@@ -152,7 +158,9 @@ def generate(
     if input is not None:
         input.stat()
 
-    engine = load_engine(models, device, dtype, kv_cache_tokens)
+    engine = load_engine(
+        models, device, dtype, kv_cache_tokens, attention=attention, page_size=page_size
+    )
     if prompt is None:
         assert input is not None
         failed = run_batch(engine, models.identity(), params, input, output, resume, retry_errors)

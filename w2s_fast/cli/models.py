@@ -78,6 +78,8 @@ def load_engine(
     dtype: str = "auto",
     kv_cache_tokens: int | None = None,
     quiet: bool = False,
+    attention: str = "auto",
+    page_size: int = 16,
 ) -> Engine:
     """Loads the models, saying on standard error when they are the bundled ones."""
     if models.bundled and not quiet:
@@ -98,6 +100,8 @@ def load_engine(
             device=device,
             dtype=dtype,
             kv_cache_tokens=kv_cache_tokens,
+            attention=attention,
+            page_size=page_size,
         )
 
 
