@@ -386,25 +386,23 @@ std::int64_t PageManager::remember(Ints slots, Ints tokens, Ints counts) {
         const std::int32_t* pages = row(slots[i]);
         std::int32_t parent = kNoPage;
         for (std::int64_t k = 0; k < counts[i] / page_size_; ++k) {
+            const std::int32_t page = pages[k];
             const PrefixCache::Key key = cache_.key(parent, next + k * page_size_);
+            parent = page;
             const std::int32_t known = cache_.find(key);
-            if (known == kNoPage) {
-                if (cache_.holds(pages[k])) {
-                    // Children were added after their parents.
-                    for (auto page = added.rbegin(); page != added.rend(); ++page) {
-                        cache_.erase(*page);
-                        --references_[*page];
-                    }
-                    throw PageMisuse("page " + std::to_string(k) + " of " + slot_name(slots[i]) +
-                                     " is cached with other tokens than these");
+            if (known == page) continue;
+            if (cache_.holds(page)) {
+                for (const std::int32_t taken_back : added) {
+                    cache_.erase(taken_back);
+                    --references_[taken_back];
                 }
-                cache_.insert(key, pages[k]);
-                ++references_[pages[k]];
-                added.push_back(pages[k]);
-            } else if (known != pages[k]) {
-                break;
+                throw PageMisuse("page " + std::to_string(k) + " of " + slot_name(slots[i]) +
+                                 " is cached with other tokens than these");
             }
-            parent = pages[k];
+            if (known != kNoPage) break;
+            cache_.insert(key, page);
+            ++references_[page];
+            added.push_back(page);
         }
         next += counts[i];
     }

@@ -55,7 +55,7 @@ public:
     // Caches a page that a slot holds. Neither the page nor the key may be cached yet.
     void insert(const Key& key, std::int32_t page);
 
-    // Takes back an insert. The page must be in use by a slot and have no children.
+    // Takes back an insert. The page must be in use by a slot, and its children must go with it.
     void erase(std::int32_t page);
 
     // The last slot let go of a cached page; a slot holds an idle page again.
