@@ -7,6 +7,7 @@ import pytest
 
 from w2s_fast._pages import PageManager
 from w2s_fast.errors import OutOfPages, PageMisuse
+from w2s_fast.pages import ragged_int32
 
 PAGE_SIZE = 4
 FIRST, SECOND, THIRD = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]  # a page of tokens each
@@ -134,7 +135,7 @@ def test_several_prompts_are_found_in_one_call(manager):
     run(manager, FIRST + SECOND, THIRD)
     slots = manager.allocate(4)
     prompts = [THIRD + FIRST, [], FIRST + SECOND, SECOND]
-    flat, counts = i32(*sum(prompts, [])), i32(*map(len, prompts))
+    flat, counts = ragged_int32(prompts)
     assert manager.match(flat, counts).tolist() == [4, 0, 8, 0]
     adopted = manager.adopt(slots, flat, counts)
     assert adopted.dtype == np.int32 and adopted.tolist() == [4, 0, 8, 0]
