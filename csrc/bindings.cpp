@@ -71,10 +71,18 @@ PYBIND11_MODULE(_pages, module) {
         }
     });
 
+    using w2s::CacheStatistics;
+    py::class_<CacheStatistics>(module, "CacheStatistics")
+        .def_readonly("lookups", &CacheStatistics::lookups)
+        .def_readonly("lookup_tokens", &CacheStatistics::lookup_tokens)
+        .def_readonly("hit_tokens", &CacheStatistics::hit_tokens)
+        .def_readonly("evictions", &CacheStatistics::evictions);
+
     py::class_<PageManager>(module, "PageManager")
-        .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t>(),
+        .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool, int>(),
              py::arg("num_pages"), py::arg("page_size"), py::arg("max_slots"),
-             py::arg("max_pages_per_slot"))
+             py::arg("max_pages_per_slot"), py::arg("prefix_cache") = false,
+             py::arg("hash_bits") = 64)
         .def("allocate", [](PageManager& self, std::int64_t n) {
                 return to_numpy(self.allocate(n));
             }, py::arg("n"))
@@ -104,7 +112,24 @@ PYBIND11_MODULE(_pages, module) {
         .def("release", [](PageManager& self, const IntArray& slots) {
                 self.release(ints(slots));
             }, py::arg("slots").noconvert())
+        .def("match", [](const PageManager& self, const IntArray& tokens, const IntArray& counts) {
+                return to_numpy(self.match(ints(tokens), ints(counts)));
+            }, py::arg("tokens").noconvert(), py::arg("counts").noconvert())
+        .def("adopt", [](PageManager& self, const IntArray& slots, const IntArray& tokens,
+                         const IntArray& counts) {
+                return to_numpy(self.adopt(ints(slots), ints(tokens), ints(counts)));
+            }, py::arg("slots").noconvert(), py::arg("tokens").noconvert(),
+            py::arg("counts").noconvert())
+        .def("remember", [](PageManager& self, const IntArray& slots, const IntArray& tokens,
+                            const IntArray& counts) {
+                return self.remember(ints(slots), ints(tokens), ints(counts));
+            }, py::arg("slots").noconvert(), py::arg("tokens").noconvert(),
+            py::arg("counts").noconvert())
+        .def("drop_cache", &PageManager::drop_cache)
         .def("check", &PageManager::check)
+        .def_property_readonly("prefix_cache", &PageManager::prefix_cache)
+        .def_property_readonly("cached_pages", &PageManager::cached_pages)
+        .def_property_readonly("cache_statistics", &PageManager::cache_statistics)
         .def_property_readonly("num_pages", &PageManager::num_pages)
         .def_property_readonly("page_size", &PageManager::page_size)
         .def_property_readonly("max_slots", &PageManager::max_slots)

@@ -17,6 +17,13 @@ std::int64_t positive(std::int64_t value, const char* name) {
     return value;
 }
 
+int checked_hash_bits(int bits) {
+    if (bits < 0 || bits > 64) {
+        throw PageMisuse("hash_bits must be between 0 and 64, not " + std::to_string(bits));
+    }
+    return bits;
+}
+
 // A stack of 0..n-1 whose top is 0.
 std::vector<std::int32_t> descending(std::int64_t n) {
     std::vector<std::int32_t> stack(static_cast<std::size_t>(n));
@@ -27,10 +34,11 @@ std::vector<std::int32_t> descending(std::int64_t n) {
 }  // namespace
 
 PageManager::PageManager(std::int64_t num_pages, std::int64_t page_size, std::int64_t max_slots,
-                         std::int64_t max_pages_per_slot)
+                         std::int64_t max_pages_per_slot, bool prefix_cache, int hash_bits)
     : page_size_(positive(page_size, "page_size")),
-      max_pages_per_slot_(positive(max_pages_per_slot, "max_pages_per_slot")) {
-    positive(num_pages, "num_pages");
+      max_pages_per_slot_(positive(max_pages_per_slot, "max_pages_per_slot")),
+      cache_(positive(num_pages, "num_pages"), page_size, prefix_cache,
+             checked_hash_bits(hash_bits)) {
     positive(max_slots, "max_slots");
     // Lengths are int32.
     positive(page_size * max_pages_per_slot, "page_size * max_pages_per_slot");
@@ -103,6 +111,18 @@ void PageManager::check_reserved(Ints slots, Ints tokens) const {
     }
 }
 
+void PageManager::check_sequences(Ints tokens, Ints counts) const {
+    std::int64_t sum = 0;
+    for (const std::int32_t count : counts) {
+        if (count < 0) throw PageMisuse("negative token count " + std::to_string(count));
+        sum += count;
+    }
+    if (sum != static_cast<std::int64_t>(tokens.size())) {
+        throw PageMisuse(std::to_string(tokens.size()) + " tokens given, but the counts sum to " +
+                         std::to_string(sum));
+    }
+}
+
 void PageManager::check_free_pages(std::int64_t wanted) const {
     if (wanted > free_pages()) {
         throw OutOfPages(std::to_string(wanted) + " pages wanted, " +
@@ -122,6 +142,10 @@ void PageManager::check_free_slots(std::int64_t wanted) const {
 // ---- pages in and out ----
 
 std::int32_t PageManager::take_page() {
+    if (free_pages_.empty()) {
+        ++statistics_.evictions;
+        return cache_.evict();  // The cache's reference becomes the new owner's.
+    }
     const std::int32_t page = free_pages_.back();
     free_pages_.pop_back();
     references_[page] = 1;
@@ -130,7 +154,12 @@ std::int32_t PageManager::take_page() {
 
 // Cannot throw: the stack keeps the capacity for all pages that it started with.
 void PageManager::drop_page(std::int32_t page) {
-    if (--references_[page] == 0) free_pages_.push_back(page);
+    const std::int32_t left = --references_[page];
+    if (left == 0) {
+        free_pages_.push_back(page);
+    } else if (left == 1 && cache_.holds(page)) {
+        cache_.mark_idle(page);
+    }
 }
 
 // Last page first, so that the next slot to grow gets them back in ascending order.
@@ -284,6 +313,107 @@ void PageManager::release(Ints slots) {
         held_[slot] = kFree;
         free_slots_.push_back(slot);
     }
+}
+
+// ---- the prefix cache ----
+
+std::vector<std::int32_t> PageManager::match(Ints tokens, Ints counts) const {
+    check_sequences(tokens, counts);
+    std::vector<std::int32_t> matched;
+    matched.reserve(counts.size());
+    const std::int32_t* next = tokens.data();
+    for (const std::int32_t count : counts) {
+        std::int32_t page = kNoPage;
+        std::int64_t found = 0;
+        for (; found < count / page_size_; ++found) {
+            page = cache_.find(cache_.key(page, next + found * page_size_));
+            if (page == kNoPage) break;
+        }
+        matched.push_back(static_cast<std::int32_t>(found * page_size_));
+        next += count;
+    }
+    return matched;
+}
+
+std::vector<std::int32_t> PageManager::adopt(Ints slots, Ints tokens, Ints counts) {
+    check_amounts(slots, counts, "token counts");
+    check_sequences(tokens, counts);
+    for (const std::int32_t slot : slots) {
+        if (held_[slot] != 0) {
+            throw PageMisuse(slot_name(slot) + " holds pages already: only an empty slot adopts");
+        }
+    }
+    std::vector<std::int32_t> adopted(slots.size(), 0);
+    if (!cache_.enabled()) return adopted;
+    const std::int32_t* next = tokens.data();
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        const std::int32_t slot = slots[i];
+        std::int32_t& held = held_[slot];
+        std::int32_t page = kNoPage;
+        // It fits into the row: the pages stood in the same places of another one.
+        while (held < counts[i] / page_size_) {
+            page = cache_.find(cache_.key(page, next + held * page_size_));
+            if (page == kNoPage) break;
+            if (references_[page]++ == 1) cache_.mark_in_use(page);
+            row(slot)[held++] = page;
+        }
+        lengths_[slot] = adopted[i] = static_cast<std::int32_t>(held * page_size_);
+        ++statistics_.lookups;
+        statistics_.lookup_tokens += counts[i];
+        statistics_.hit_tokens += adopted[i];
+        next += counts[i];
+    }
+    return adopted;
+}
+
+std::int64_t PageManager::remember(Ints slots, Ints tokens, Ints counts) {
+    check_amounts(slots, counts, "token counts");
+    check_sequences(tokens, counts);
+    std::int64_t most = 0;
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        if (counts[i] > lengths_[slots[i]]) {
+            throw PageMisuse("cannot remember " + std::to_string(counts[i]) + " tokens of " +
+                             slot_name(slots[i]) + ", which has " +
+                             std::to_string(lengths_[slots[i]]));
+        }
+        most += counts[i] / page_size_;
+    }
+    if (!cache_.enabled()) return 0;
+    std::vector<std::int32_t> added;
+    added.reserve(static_cast<std::size_t>(most));
+    const std::int32_t* next = tokens.data();
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        const std::int32_t* pages = row(slots[i]);
+        std::int32_t parent = kNoPage;
+        for (std::int64_t k = 0; k < counts[i] / page_size_; ++k) {
+            const std::int32_t page = pages[k];
+            const PrefixCache::Key key = cache_.key(parent, next + k * page_size_);
+            parent = page;
+            const std::int32_t known = cache_.find(key);
+            if (known == page) continue;
+            if (cache_.holds(page)) {
+                for (const std::int32_t taken_back : added) {
+                    cache_.erase(taken_back);
+                    --references_[taken_back];
+                }
+                throw PageMisuse("page " + std::to_string(k) + " of " + slot_name(slots[i]) +
+                                 " is cached with other tokens than these");
+            }
+            if (known != kNoPage) break;
+            cache_.insert(key, page);
+            ++references_[page];
+            added.push_back(page);
+        }
+        next += counts[i];
+    }
+    return static_cast<std::int64_t>(added.size());
+}
+
+void PageManager::drop_cache() {
+    for (auto page = static_cast<std::int32_t>(num_pages()); page-- > 0;) {
+        if (cache_.holds(page) && --references_[page] == 0) free_pages_.push_back(page);
+    }
+    cache_.clear();
 }
 
 }  // namespace w2s

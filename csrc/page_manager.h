@@ -8,18 +8,26 @@
 //   page    room for the keys and values of `page_size` consecutive tokens
 //   slot    one sequence: a row of the page table and a length
 //   length  the number of tokens whose keys and values stand in a slot
+//   cached  said of a page that the prefix cache (prefix_cache.h) holds a reference to, so that
+//           another sequence with the same beginning finds it, even when no slot has it any more
 //
 // Sharing rules; check() verifies them
-//   1. A page's reference count is the number of table entries that name it.
+//   1. A page's reference count is the number of table entries that name it, and one more if it
+//      is cached.
 //   2. A slot holds at least ceil(length / page_size) pages. Those beyond are reserved ahead and
 //      belong to that slot alone.
 //   3. A page is written only by a slot that owns it alone. A shared page that a slot wants to
 //      write at (the partial last page of a slot cut back by truncate) is replaced by reserve
-//      (copy-on-write); extend and slot_mapping refuse to run before that.
+//      (copy-on-write); extend and slot_mapping refuse to run before that. The cache's reference
+//      counts, so a cached page is never written.
+//   4. A slot that holds a cached page holds the cached pages before it, too, in the same places.
+//   5. A cached page that no slot holds counts as free. It is taken when no other is left: the one
+//      that has been without a slot longest first, and a page before those it follows.
 //
 // Every operation takes many slots at once and is all-or-nothing: it checks everything first,
 // and when it throws, the state is exactly what it was. Free pages and slots are stacks, so the
-// same calls give the same pages, and a page just freed is the next one used.
+// same calls give the same pages, and a page just freed is the next one used. An operation that
+// throws has evicted nothing.
 #pragma once
 
 #include <cstddef>
@@ -28,6 +36,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "prefix_cache.h"
 
 namespace w2s {
 
@@ -54,12 +64,21 @@ struct ForkResult {
     std::vector<PageCopy> copies;
 };
 
+// What became of the prefix cache so far.
+struct CacheStatistics {
+    std::int64_t lookups = 0;        // prompts that adopt was asked for
+    std::int64_t lookup_tokens = 0;  // tokens of these prompts
+    std::int64_t hit_tokens = 0;     // those of them that adopt attached
+    std::int64_t evictions = 0;      // cached pages taken for something else
+};
+
 class PageManager {
 public:
     using Ints = std::span<const std::int32_t>;
 
+    // `hash_bits`: how much of its hashes the prefix cache uses; fewer than 64 are for tests.
     PageManager(std::int64_t num_pages, std::int64_t page_size, std::int64_t max_slots,
-                std::int64_t max_pages_per_slot);
+                std::int64_t max_pages_per_slot, bool prefix_cache = false, int hash_bits = 64);
     // Views of the tables are handed out; a copy or a move would leave them dangling.
     PageManager(const PageManager&) = delete;
     PageManager& operator=(const PageManager&) = delete;
@@ -93,6 +112,31 @@ public:
     // Gives up the slots and their references to pages.
     void release(Ints slots);
 
+    // ---- the prefix cache; with the cache off these find nothing and keep nothing ----
+    // `tokens` are token ids of one sequence after the other, counts[i] of the i-th.
+
+    // How many tokens of each sequence stand in cached pages, from its first on. Changes nothing.
+    std::vector<std::int32_t> match(Ints tokens, Ints counts) const;
+
+    // Attaches these pages to slots[i], which must be empty: its length is then that number of
+    // tokens, a multiple of page_size, which is returned. Takes no page, so it needs no room, but
+    // pages that counted as free may no longer do so.
+    std::vector<std::int32_t> adopt(Ints slots, Ints tokens, Ints counts);
+
+    // Caches the full pages of the first counts[i] tokens of slots[i], which must be `tokens`.
+    // Where the same tokens are cached in another page already, that one stays and the slot keeps
+    // its own; its further pages are then not cached, since the page before them in the cache
+    // would be one that the slot does not hold. Returns the number of pages that are new in the
+    // cache. Throws PageMisuse if a page is cached with other tokens than these.
+    std::int64_t remember(Ints slots, Ints tokens, Ints counts);
+
+    // Empties the cache. Slots keep their pages.
+    void drop_cache();
+
+    bool prefix_cache() const { return cache_.enabled(); }
+    std::int64_t cached_pages() const { return cache_.size(); }
+    CacheStatistics cache_statistics() const { return statistics_; }
+
     // Throws std::logic_error, naming the rule, if the state is inconsistent. Walks everything.
     void check() const;
 
@@ -100,7 +144,10 @@ public:
     std::int64_t page_size() const { return page_size_; }
     std::int64_t max_slots() const { return static_cast<std::int64_t>(lengths_.size()); }
     std::int64_t max_pages_per_slot() const { return max_pages_per_slot_; }
-    std::int64_t free_pages() const { return static_cast<std::int64_t>(free_pages_.size()); }
+    // Cached pages that no slot holds are free, too.
+    std::int64_t free_pages() const {
+        return static_cast<std::int64_t>(free_pages_.size()) + cache_.idle();
+    }
     std::int64_t used_pages() const { return num_pages() - free_pages(); }
     std::int64_t free_slots() const { return static_cast<std::int64_t>(free_slots_.size()); }
 
@@ -113,14 +160,15 @@ public:
     const std::int32_t* references() const { return references_.data(); }
 
 private:
-    static constexpr std::int32_t kNoPage = -1;  // in page_table_
-    static constexpr std::int32_t kFree = -1;    // in held_
+    static constexpr std::int32_t kNoPage = PrefixCache::kNoPage;  // in page_table_
+    static constexpr std::int32_t kFree = -1;                      // in held_
     static std::string slot_name(std::int32_t slot) { return "slot " + std::to_string(slot); }
 
     void check_slots(Ints slots) const;
     void check_amounts(Ints slots, Ints amounts, const char* what) const;
     void check_growth(Ints slots, Ints tokens) const;
     void check_reserved(Ints slots, Ints tokens) const;
+    void check_sequences(Ints tokens, Ints counts) const;
     void check_free_pages(std::int64_t wanted) const;
     void check_free_slots(std::int64_t wanted) const;
 
@@ -147,8 +195,10 @@ private:
     std::vector<std::int32_t> lengths_;
     std::vector<std::int32_t> held_;  // pages held by a slot; kFree for a free slot
     std::vector<std::int32_t> references_;
-    std::vector<std::int32_t> free_pages_;
+    std::vector<std::int32_t> free_pages_;  // without those of the cache
     std::vector<std::int32_t> free_slots_;
+    PrefixCache cache_;
+    CacheStatistics statistics_;
 
     // Scratch, so that checks allocate nothing. `seen_` marks the slots of the current call with
     // its number; `leaving_` is all zero between calls.

@@ -30,9 +30,16 @@ void PageManager::check() const {
             ++occurrences[page];
             expect(i < pages_of(lengths_[slot]) || references_[page] == 1,
                    name + " shares a page reserved ahead");
+            expect(!cache_.holds(page) ||
+                       cache_.parent(page) == (i == 0 ? kNoPage : row(slot)[i - 1]),
+                   name + " holds a cached page, but another one before it than the cache");
         }
     }
+    for (std::int32_t page = 0; page < num_pages(); ++page) {
+        occurrences[page] += cache_.holds(page);
+    }
     expect(occurrences == references_, "a reference count differs from the table entries");
+    cache_.check(references_);
 
     for (const std::int32_t page : free_pages_) {
         expect(page >= 0 && page < num_pages() && occurrences[page] == 0,

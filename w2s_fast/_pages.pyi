@@ -9,9 +9,29 @@ from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
 
+class CacheStatistics:
+    @property
+    def lookups(self) -> int:
+        """Prompts that adopt was asked for."""
+    @property
+    def lookup_tokens(self) -> int:
+        """Tokens of these prompts."""
+    @property
+    def hit_tokens(self) -> int:
+        """Those of them that adopt attached."""
+    @property
+    def evictions(self) -> int:
+        """Cached pages taken for something else."""
+
 class PageManager:
     def __init__(
-        self, num_pages: int, page_size: int, max_slots: int, max_pages_per_slot: int
+        self,
+        num_pages: int,
+        page_size: int,
+        max_slots: int,
+        max_pages_per_slot: int,
+        prefix_cache: bool = False,
+        hash_bits: int = 64,
     ) -> None: ...
     def allocate(self, n: int) -> Int32: ...
     def reserve(self, slots: Int32, tokens: Int32) -> Int32:
@@ -24,6 +44,13 @@ class PageManager:
     def truncate(self, slots: Int32, lengths: Int32) -> None: ...
     def trim(self, slots: Int32) -> None: ...
     def release(self, slots: Int32) -> None: ...
+    def match(self, tokens: Int32, counts: Int32) -> Int32:
+        """Returns how many tokens of each sequence are cached."""
+    def adopt(self, slots: Int32, tokens: Int32, counts: Int32) -> Int32:
+        """Returns how many tokens each slot was given."""
+    def remember(self, slots: Int32, tokens: Int32, counts: Int32) -> int:
+        """Returns how many pages are new in the cache."""
+    def drop_cache(self) -> None: ...
     def check(self) -> None:
         """Walks everything; RuntimeError names the broken rule."""
     @property
@@ -35,7 +62,15 @@ class PageManager:
     @property
     def max_pages_per_slot(self) -> int: ...
     @property
-    def free_pages(self) -> int: ...
+    def prefix_cache(self) -> bool: ...
+    @property
+    def cached_pages(self) -> int: ...
+    @property
+    def cache_statistics(self) -> CacheStatistics:
+        """As of now; it does not change later."""
+    @property
+    def free_pages(self) -> int:
+        """Cached pages that no slot holds included."""
     @property
     def used_pages(self) -> int: ...
     @property
@@ -51,4 +86,4 @@ class PageManager:
         """Read-only live view [max_slots]: pages held, reserved ones too; -1 = free slot."""
     @property
     def reference_counts(self) -> Int32:
-        """Read-only live view [num_pages]."""
+        """Read-only live view [num_pages]: the slots with the page, plus one if it is cached."""

@@ -1,7 +1,8 @@
 """The pages of one model: who holds which (csrc's PageManager) and what stands in them (kv).
 
 The idea of paged KV with reference counts and copy-on-write is vLLM's PagedAttention
-(arXiv 2309.06180); the one-tensor layout lets a page be copied in all layers at once.
+(arXiv 2309.06180); the one-tensor layout lets a page be copied in all layers at once. Pages that
+outlive their request and are found again by their tokens are vLLM's automatic prefix caching.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from w2s_fast._pages import PageManager
+from w2s_fast._pages import CacheStatistics, PageManager
 from w2s_fast.errors import PageMisuse
 from w2s_fast.kernels.copy_pages import copy_pages
 
@@ -37,6 +38,13 @@ def as_int32(values: Ints) -> Int32Array:
     return np.ascontiguousarray(array, np.int32)
 
 
+def ragged_int32(sequences: Sequence[Ints]) -> tuple[Int32Array, Int32Array]:
+    """Sequences one after the other, int32 [sum of lengths], and their lengths, int32 [n]."""
+    arrays = [as_int32(sequence) for sequence in sequences]
+    flat = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
+    return flat, np.array([len(array) for array in arrays], np.int32)
+
+
 class PagePool:
     """The paged KV cache of one model.
 
@@ -52,6 +60,16 @@ class PagePool:
     `slots`, `tokens`, `counts` are one-dimensional lists or integer arrays of one length, without
     repeated slots. Every operation is all-or-nothing: it raises `OutOfPages` (too few free pages
     or slots) or `PageMisuse` (a call that makes no sense) and then nothing has changed.
+
+    With `prefix_cache`, a prompt that begins like an earlier one need not be computed again::
+
+        found = pool.adopt(slots, prompts)      # tokens of each prompt that slots have already
+        ...                                     # reserve, write and extend the rest
+        pool.remember(slots, prompts)           # for prompts to come
+
+    Cached pages that no slot holds count as free, and are taken, least recently used first, when
+    no other page is left. They are never written: a slot that was rolled back into one gets a
+    copy. Without `prefix_cache` the same calls find nothing and keep nothing.
 
     Attributes:
         kv: [layers, 2, num_pages, page_size, num_kv_heads, head_dim]; index 0 of the second
@@ -72,6 +90,7 @@ class PagePool:
         max_tokens_per_slot: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        prefix_cache: bool = False,
     ) -> None:
         """A pool of `num_pages` pages of `page_size` tokens for at most `max_slots` sequences.
 
@@ -79,7 +98,9 @@ class PagePool:
         PageMisuse if a size is not positive.
         """
         max_pages_per_slot = -(-max_tokens_per_slot // page_size) if page_size > 0 else 0
-        self.manager = PageManager(num_pages, page_size, max_slots, max_pages_per_slot)
+        self.manager = PageManager(
+            num_pages, page_size, max_slots, max_pages_per_slot, prefix_cache
+        )
         self.kv = torch.empty(
             (layers, 2, num_pages, page_size, num_kv_heads, head_dim), dtype=dtype, device=device
         )
@@ -98,6 +119,7 @@ class PagePool:
 
     @property
     def free_pages(self) -> int:
+        """Pages that can be had, cached ones that no slot holds included."""
         return self.manager.free_pages
 
     @property
@@ -154,6 +176,51 @@ class PagePool:
     def release(self, slots: Ints) -> None:
         """Gives up the slots, and with them their references to pages."""
         self.manager.release(as_int32(slots))
+
+    def match(self, prompts: Sequence[Ints]) -> Int32Array:
+        """How many tokens of each prompt `adopt` would find, int32 [len(prompts)].
+
+        Changes nothing; it does not count as a use of the pages either.
+        """
+        return self.manager.match(*ragged_int32(prompts))
+
+    def adopt(self, slots: Ints, prompts: Sequence[Ints]) -> Int32Array:
+        """Gives empty slots the cached pages that `prompts[i]` begins with.
+
+        Returns int32 [len(slots)]: how many tokens `slots[i]` has now, a multiple of the page
+        size. It may be the whole prompt: who needs the last token's hidden state passes
+        `prompt[:-1]`. No page is taken, so there is no OutOfPages; PageMisuse if a slot holds
+        pages. Pages that counted as free may no longer do so.
+        """
+        return self.manager.adopt(as_int32(slots), *ragged_int32(prompts))
+
+    def remember(self, slots: Ints, prompts: Sequence[Ints]) -> int:
+        """Caches the full pages of `prompts[i]`, the tokens that `slots[i]` begins with.
+
+        To be called when the tokens are written (after `extend`). Whether they are the tokens
+        that stand in the slot is the caller's to know; PageMisuse if the slot is shorter.
+
+        Where another slot's page with the same beginning is cached already, that one stays, the
+        slot keeps its own, and its further pages are not cached. So of prompts with a common
+        beginning that are computed side by side, the whole of the first and only the beginning of
+        the others is found later; computed one after the other, all are cached whole.
+
+        Returns the number of pages that are new in the cache.
+        """
+        return self.manager.remember(as_int32(slots), *ragged_int32(prompts))
+
+    def drop_cache(self) -> None:
+        """Empties the prefix cache; slots keep what they hold. For when the model changes."""
+        self.manager.drop_cache()
+
+    @property
+    def cached_pages(self) -> int:
+        return self.manager.cached_pages
+
+    @property
+    def cache_statistics(self) -> CacheStatistics:
+        """Lookups, their tokens, tokens found and pages evicted since the pool was made."""
+        return self.manager.cache_statistics
 
     def lengths(self, slots: Ints) -> Int32Array:
         """Tokens in each slot, int32 [len(slots)], on the host: a copy, not a view."""
