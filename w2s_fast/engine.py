@@ -52,6 +52,8 @@ class Engine:
         attention: what computes attention: ``"triton"`` (on CUDA), ``"flash"`` (on CUDA, where
             flash-attn 2 or 3 is installed) or ``"torch"`` (anywhere); ``"auto"`` is triton where it
             runs, else torch.
+        prefix_cache: keep prompts' pages as long as nothing else needs them, for prompts to come
+            that begin with the same tokens.
         max_rows: candidates decoded in one step over all requests; one request may have more.
         prompt_template: text around every plain prompt of the base, ``{prompt}`` in it; guides
             have their own.
@@ -74,6 +76,7 @@ class Engine:
         page_size: int = 16,
         attention: str = "auto",
         max_rows: int = 256,
+        prefix_cache: bool = True,
         prompt_template: str | None = None,
     ) -> None:
         for name, value in (("page_size", page_size), ("max_rows", max_rows)):
@@ -106,6 +109,7 @@ class Engine:
                 kv_cache_tokens=tokens,
                 page_size=page_size,
                 max_slots=_MAX_SLOTS,
+                prefix_cache=prefix_cache,
                 attention=attention,
             )
 

@@ -61,18 +61,23 @@ class PagedGuide:
         self.vocab_size = vocab_size
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Int32Array:
-        """New slots int32 [2, S] that hold all but the last token of each prompt (>= 1 token)."""
+        """New slots int32 [2, S] that hold all but the last token of each prompt (>= 1 token).
+
+        What the prefix cache has of a prompt is not run again.
+        """
+        texts = [prompt[:-1] for prompt in prompts]
         slots = np.stack([model.pool.allocate(len(prompts)) for model in self.models])
-        rows = [i for i, prompt in enumerate(prompts) if len(prompt) > 1]
-        if rows:
-            counts = [len(prompts[i]) - 1 for i in rows]
-            tokens = self._tensor([token for i in rows for token in prompts[i][:-1]])
-            try:
-                for model, own in zip(self.models, slots):
-                    model.forward(own[rows], tokens, counts)
-            except BaseException:
-                self.release(slots)  # nobody else knows of them yet
-                raise
+        try:
+            for model, own in zip(self.models, slots):
+                cached = model.pool.adopt(own, texts)
+                rest = [text[found:] for text, found in zip(texts, cached)]
+                rows = [i for i, tokens in enumerate(rest) if tokens]
+                if rows:
+                    tokens = self._tensor([token for i in rows for token in rest[i]])
+                    model.forward(own[rows], tokens, [len(rest[i]) for i in rows])
+        except BaseException:
+            self.release(slots)  # nobody else knows of them yet
+            raise
         return slots
 
     def append(

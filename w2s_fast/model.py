@@ -72,6 +72,7 @@ class PagedModel:
         kv_cache_tokens: int = 65536,
         page_size: int = 16,
         max_slots: int = 1024,
+        prefix_cache: bool = False,
         attention: str = "auto",
     ) -> None:
         """Take the model on, with room for ``kv_cache_tokens`` tokens in ``max_slots`` sequences.
@@ -116,6 +117,7 @@ class PagedModel:
             max_tokens_per_slot=longest,
             dtype=model.dtype,
             device=model.device,
+            prefix_cache=prefix_cache,
         )
         self.vocab_size = self._compare_with_eager()
 
@@ -172,7 +174,9 @@ class PagedModel:
         try:
             roots = self.pool.allocate(len(groups)).tolist()
             held += roots
-            run(roots, [group.texts[0][: group.shared] for group in groups])
+            texts = [group.texts[0][: group.shared] for group in groups]
+            cached = self.pool.adopt(roots, texts)
+            run(roots, [text[found:] for text, found in zip(texts, cached)])
             others = self.pool.fork(roots, [len(group.texts) - 1 for group in groups]).tolist()
             held += others
             rest = iter(others)

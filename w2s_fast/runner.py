@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 
 from w2s_fast.errors import Aborted, EngineFailure, W2SFastError
+from w2s_fast.pages import PagePool
 from w2s_fast.request import Request
 from w2s_fast.scheduler import Scheduler
 from w2s_fast.search import Search
@@ -132,14 +133,7 @@ class Runner:
                 scored_tokens=self._scored_tokens,
                 rows=self._search.rows,
                 passes=self._search.passes,
-                pools={
-                    model.name: PoolStats(
-                        model.pool.num_pages - model.pool.free_pages,
-                        model.pool.num_pages,
-                        model.pool.page_size,
-                    )
-                    for model in self._search.models
-                },
+                pools={model.name: _pool_stats(model.pool) for model in self._search.models},
             )
 
     def _fail(self, requests: Sequence[Request], error: BaseException) -> None:
@@ -158,6 +152,18 @@ class Runner:
             request.ended = True
             self._failed += request.error is not None
             self._finished += request.error is None
+
+
+def _pool_stats(pool: PagePool) -> PoolStats:
+    found = pool.cache_statistics
+    return PoolStats(
+        used_pages=pool.num_pages - pool.free_pages,
+        cached_pages=pool.cached_pages,
+        num_pages=pool.num_pages,
+        page_size=pool.page_size,
+        cache_lookup_tokens=found.lookup_tokens,
+        cache_hit_tokens=found.hit_tokens,
+    )
 
 
 def _tokens(requests: Sequence[Request]) -> tuple[int, int]:

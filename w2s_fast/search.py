@@ -110,7 +110,8 @@ class Search:
     def _expand(self, requests: Sequence[Request], steps: int) -> None:
         """Sample the next ``steps`` tokens of every growing candidate."""
         rows = [(request, beam) for request in requests for beam in request.growing]
-        new = [r.stats for r in requests if r.round_number == 1 and not r.forked]
+        begun = [r for r in requests if r.round_number == 1 and not r.forked]
+        new = [r.stats for r in begun]
         old = [r.stats for r in requests if r.round_number > 1 or r.forked]
         sources = [(request, source) for request in requests for source in self._sources(request)]
         # The first token of all children of a beam comes from one row of logits, and only then
@@ -119,6 +120,7 @@ class Search:
             logits = self._first_logits(sources)
         with timed("decode_s", new + old):
             self._decode(requests, rows, sources, logits, steps)
+        self._remember([r for r in begun if r.error is None])
         self._release_base([beam for _, beam in rows if beam.finished])
         self._abort_failed(requests)
 
@@ -158,7 +160,16 @@ class Search:
             return [_Source(f.parent, f.parent.tokens[-1:], f.children) for f in families]
         root = families[0].parent
         root.slot = int(self.base.pool.allocate(1)[0])
-        return [_Source(root, request.prompt, families[0].children)]
+        # The last token is always run: its logits are wanted.
+        cached = int(self.base.pool.adopt([root.slot], [request.prompt[:-1]])[0])
+        request.stats.cached_tokens += cached
+        return [_Source(root, request.prompt[cached:], families[0].children)]
+
+    def _remember(self, requests: Sequence[Request]) -> None:
+        """Let later requests find these prompts; not those that made a model fail."""
+        # The first child has its parent's pages.
+        slots = [request.families[0].children[0].slot for request in requests]
+        self.base.pool.remember(slots, [request.prompt for request in requests])
 
     def _first_logits(self, sources: Sequence[tuple[Request, _Source]]) -> Tensor:
         """Append each source's tokens; the logits after the last, once for each child."""
@@ -240,6 +251,8 @@ class Search:
             request.scored_tokens += len(new)
         for request, kept in zip(requests, choice.kept):
             if request.error is None:
+                if request.round_number == 1:
+                    self._remember_guides(request)
                 self._close_round(request, kept)
         self._abort_failed(requests)
 
@@ -282,6 +295,13 @@ class Search:
             slots = guide.prefill([request.guide_prompts[g] for request in requests])
             for root, own in zip(roots, slots.T):
                 root.guide_slots[g] = own
+
+    def _remember_guides(self, request: Request) -> None:
+        """Let later requests find this prompt in the guides, too."""
+        slots = request.families[0].children[0].guide_slots
+        for g, guide in enumerate(self.guides):
+            for model, slot in zip(guide.models, slots[g]):
+                model.pool.remember([slot], [request.guide_prompts[g][:-1]])
 
     def _fork_guides(self, families: Sequence[Family]) -> None:
         """Give every child slots in all guides; the first one takes its parent's."""

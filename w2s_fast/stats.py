@@ -61,11 +61,21 @@ def timed(phase: Phase, stats: Sequence[RequestStats]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PoolStats:
-    """Pages of one model: those in use, and all there are."""
+    """Pages of one model.
+
+    Attributes:
+        used_pages: held by requests. cached_pages: of the prefix cache; those that no request
+            holds are free for others. num_pages: all there are, of ``page_size`` tokens each.
+        cache_lookup_tokens: of prompts that were looked for in the prefix cache.
+        cache_hit_tokens: those that were found.
+    """
 
     used_pages: int
+    cached_pages: int
     num_pages: int
     page_size: int
+    cache_lookup_tokens: int
+    cache_hit_tokens: int
 
 
 @dataclass(frozen=True)
