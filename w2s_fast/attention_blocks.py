@@ -94,7 +94,7 @@ class Block:
         """query [T, H, D], kv [2, P, Hkv, D]: out [N, H, D] and lse [N, H] of ``tokens``."""
         key, value = (self._gather(pages, self.beyond(options.window)) for pages in kv)
         q = take_rows(query, self.tokens if self.padded is None else self.padded)
-        q = q.unflatten(0, (self.sequences, self.queries))
+        q = q.view(self.sequences, self.queries, *q.shape[1:])
         mask, blind, causal = None, None, False
         narrow = options.window is not None and options.window <= self.reach
         if narrow or not self.even or (self.newest is not None and self.queries > 1):
@@ -118,7 +118,8 @@ class Block:
         if self.newest is not None and not self.even:
             written = self.key_positions[:, first : self.length] <= self.newest[:, None]
             places = torch.where(written, places, self.places[:, :1])
-        return pages.index_select(0, places.flatten()).unflatten(0, places.shape)
+        keys = pages.index_select(0, places.flatten())
+        return keys.view(*places.shape, *keys.shape[1:])
 
     def _mask(
         self, window: int | None, positions: Tensor, groups: int, dtype: torch.dtype

@@ -138,8 +138,8 @@ def _plain(
     """q [S, H, Q, D], k and v [S, H, L, D], mask [S, 1, Q, L]: out, lse; a few queries a time."""
     outs, lses = [], []
     at_once = max(1, _LOGITS_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
-    blocks = q.split(at_once, 2)
-    masks = [None] * len(blocks) if mask is None else mask.split(at_once, 2)
+    blocks = torch.split(q, at_once, 2)
+    masks = [None] * len(blocks) if mask is None else torch.split(mask, at_once, 2)
     for block, hidden in zip(blocks, masks):
         logits = block @ k.transpose(-1, -2)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * options.scale
