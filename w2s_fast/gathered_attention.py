@@ -1,87 +1,58 @@
-"""Attention over pages in plain torch: gather the keys of like rows, then one dense product.
+"""Attention over pages in plain torch: dense products over runs of keys that rows have in common.
 
-The CPU's path, and that of any device without the kernels.
+The CPU's path, and that of any device without the kernels. The keys of a row are cut as the tree
+of rows says. Every shared segment is one product of all its rows' queries with one copy of its
+keys, in place where its pages follow one another; what is left of a row is its own. Log-sum-exps
+put the parts of a row together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from w2s_fast.pages import Int32Array, Ints, PagePool, as_int32
+from w2s_fast.attention_blocks import Block, Int64Array, Runs, consecutive, make_block, take_rows
+from w2s_fast.dense_attention import LayerOptions, Part, dense_attention, merge, with_sinks
+from w2s_fast.pages import Ints, PagePool
 from w2s_fast.row_tree import RowTree
 
-# Keys and values gathered for one group of sequences, in bytes: they should stay in the last-level
-# cache between the copy and the product.
+__all__ = ["GatheredPlan", "LayerOptions", "dense_attention"]
+
+# Keys and values gathered for one block, in bytes: they should stay in the last-level cache
+# between the copy and the product.
 _GROUP_BYTES = 32 * 2**20
 
+# Segments of fewer keys are read by each row for itself.
+_SHORTEST_SEGMENT = 16
 
-class LayerOptions(NamedTuple):
-    """What an attention layer asks for beside its tensors.
-
-    Attributes:
-        scale: factor on query . key.
-        window: how many keys a query sees, its own included; None: all before it.
-        softcap: of the scaled logits; None is off.
-        sinks: [H], one more logit for each head; None: none.
-    """
-
-    scale: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-
-
-@dataclass
-class _Group:
-    """Sequences of one plan that are computed together, padded to Q queries and L keys.
-
-    Attributes:
-        queries: int64 [S, Q] indices into the T tokens; padding repeats a sequence's first.
-        real: bool [S, Q] or None if nothing is padded.
-        keys: int64 [S, L] positions in the pages; those past a sequence's end repeat its first,
-            since unwritten pages may hold NaN, which no mask would stop.
-        distance: int32 [S, Q, L]: how far a key lies behind a query; negative: in its future.
-    """
-
-    queries: Tensor
-    real: Tensor | None
-    keys: Tensor
-    distance: Tensor
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
-
-    def mask(self, window: int | None) -> Tensor:
-        """bool [S, Q, L]: True where a query may see a key. Made once for all layers."""
-        if window not in self._masks:
-            seen = self.distance >= 0
-            self._masks[window] = seen if window is None else seen & (self.distance < window)
-        return self._masks[window]
+# Keys from which on a shared segment in consecutive pages is a product by itself, without a copy,
+# and not copied to be computed with others.
+_SHORTEST_VIEW = 64
 
 
 @dataclass
 class GatheredPlan:
-    """One forward pass over a pool: T new tokens of S sequences, in groups of like length.
+    """Passes over a pool: T new tokens of S rows, in blocks of like runs.
 
     Attributes:
         pool: the pages of the model that runs.
+        table: int64 [S, M], the rows' pages.
         write: int64 [T] positions in the pages for the new keys and values.
         positions: int64 [T], each token's position in its sequence.
-        groups: the sequences, grouped by like lengths.
-        in_order: the only group holds every token in order, so nothing need be scattered back.
+        own: what each row reads for itself; every token is in one block.
+        shared: what rows read together; a token is in one block for each of its segments.
     """
 
     pool: PagePool
+    table: Tensor
     write: Tensor
     positions: Tensor
-    groups: list[_Group]
-    in_order: bool
-    slots: Int32Array
+    own: list[Block]
+    shared: list[Block]
 
     @classmethod
     def make(
@@ -97,21 +68,30 @@ class GatheredPlan:
         old = pool.lengths(slots).astype(np.int64)
         start = np.concatenate(([0], new.cumsum()))
         offset = np.arange(start[-1]) - np.repeat(start[:-1], new)
-        positions = torch.from_numpy(np.repeat(old, new) + offset).to(pool.device)
-        table = pool.page_table(slots).long()
-        members = list(_group_by_length(new, old + new, pool))
-        groups = [_make_group(pool, table, m, new, old, start) for m in members]
-        in_order = len(groups) == 1 and groups[0].real is None and _ascending(members[0])
-        write = pool.slot_mapping(slots, counts)
-        return cls(pool, write, positions, groups, in_order, as_int32(slots))
+        pages = pool.page_table(slots).long()
+        on_host = pages.cpu().numpy()
+        levels, begin = _segments(tree, new, old)
+        last = old + new - 1
+        rows = Runs(
+            start[:-1], new, np.arange(len(new)), begin, last + 1, last + 1 + ahead, old, last
+        )
+        return cls(
+            pool=pool,
+            table=pages,
+            write=pool.slot_mapping(slots, counts),
+            positions=torch.from_numpy(np.repeat(old, new) + offset).to(pool.device),
+            own=list(_own_blocks(rows, on_host, pool)),
+            shared=[block for runs in levels for block in _shared_blocks(runs, on_host, pool)],
+        )
 
     def advance(self) -> None:
-        """Move on by one token a row."""
-        # The pool has counted the tokens of the last pass.
-        following = GatheredPlan.make(self.pool, self.slots, np.ones(len(self.slots), np.int32))
-        self.positions.copy_(following.positions)
-        self.write, self.groups = following.write, following.groups
-        self.in_order = following.in_order
+        """Move on by one token a row, in place."""
+        self.positions += 1
+        size = self.pool.page_size
+        page = self.table.gather(1, (self.positions // size)[:, None])[:, 0]
+        self.write.copy_(page * size + self.positions % size)
+        for block in (*self.own, *self.shared):
+            block.advance()
 
     def attend(
         self,
@@ -121,115 +101,93 @@ class GatheredPlan:
         value: Tensor,
         options: LayerOptions,
     ) -> Tensor:
-        """Write the new keys and values, then attend over all of each sequence's pages."""
+        """Write the new keys and values, then attend over all of each row's keys."""
         kv = self.pool.kv[layer].flatten(1, 2)  # [2, pages * page_size, Hkv, D]
         kv[0].index_copy_(0, self.write, key.to(kv.dtype))
         kv[1].index_copy_(0, self.write, value.to(kv.dtype))
-        out = None if self.in_order else torch.empty_like(query)
-        for group in self.groups:
-            part = dense_attention(
-                query[group.queries],
-                kv[0][group.keys],
-                kv[1][group.keys],
-                group.mask(options.window),
-                options,
+        parts = [block.attend(query, kv, self.positions, options) for block in self.own]
+        whole = parts[0]
+        if len(parts) > 1 or not isinstance(self.own[0].tokens, slice):
+            whole = Part(torch.empty_like(query), whole.lse.new_empty(query.shape[:2]))
+            for block, part in zip(self.own, parts):
+                _put(whole, block.tokens, part)
+        if self.shared:
+            whole = Part(whole.out.to(whole.lse.dtype), whole.lse)
+        for block in self.shared:
+            if block.beyond(options.window) >= block.length:
+                continue
+            part = block.attend(query, kv, self.positions, options)
+            of_tokens = Part(take_rows(whole.out, block.tokens), take_rows(whole.lse, block.tokens))
+            merge(of_tokens, part)
+            if not isinstance(block.tokens, slice):  # else they are views
+                _put(whole, block.tokens, of_tokens)
+        return with_sinks(whole, options).to(query.dtype)
+
+
+def _put(whole: Part, rows: Tensor | slice, part: Part) -> None:
+    for target, source in zip(whole, part):
+        if isinstance(rows, slice):
+            target[rows] = source
+        else:
+            target.index_copy_(0, rows, source)
+
+
+def _segments(
+    tree: RowTree | None, new: Int64Array, old: Int64Array
+) -> tuple[list[Runs], Int64Array]:
+    """The runs of every level of segments, from the root on, and where a row's own keys begin."""
+    own, level = np.zeros(len(new), np.int64), np.zeros(len(new), np.int64)
+    start = new.cumsum() - new
+    found: list[list[list[int]]] = []
+    if tree is not None:
+        columns = (tree.first, tree.count, tree.end)
+        for first, count, end in zip(*(column.tolist() for column in columns)):
+            rows = slice(first, first + count)
+            begin = int(own[first])
+            if end - begin < _SHORTEST_SEGMENT:
+                continue  # the keys stay with the segments below, and in the end with the rows
+            tokens = int(new[rows].sum())
+            low, high = int(old[rows].min()), int((old + new)[rows].max()) - 1
+            if level[first] == len(found):
+                found.append([])
+            found[level[first]].append(
+                [int(start[first]), tokens, first, begin, end, end, low, high]
             )
-            if out is None:
-                return part.flatten(0, 1)
-            if group.real is None:
-                out[group.queries.flatten()] = part.flatten(0, 1)
-            else:
-                out[group.queries[group.real]] = part[group.real]
-        assert out is not None
-        return out
+            own[rows] = end
+            level[rows] += 1
+    return [Runs(*np.array(runs, np.int64).T) for runs in found], own
 
 
-def dense_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    options: LayerOptions,
-) -> Tensor:
-    """query [S, Q, H, D], key and value [S, L, Hkv, D], mask bool [S, Q, L] -> [S, Q, H, D].
-
-    The H / Hkv query heads of a key head are laid beside the queries, so keys and values are read
-    once and never repeated.
-    """
-    sequences, queries, heads, dim = query.shape
-    kv_heads = key.shape[2]
-    scale, _, softcap, sinks = options  # the mask knows of the window
-    shape = (sequences, queries, kv_heads, heads // kv_heads, dim)
-    q = query.reshape(shape).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, Hkv, G * Q, D]
-    k, v = key.transpose(1, 2), value.transpose(1, 2)
-    allowed = mask[:, None].repeat(1, 1, heads // kv_heads, 1)  # [S, 1, G * Q, L]
-    if softcap is None and sinks is None:
-        out = nn.functional.scaled_dot_product_attention(q, k, v, allowed, scale=scale)
-    else:
-        logits = (q @ k.transpose(-1, -2)).float() * scale
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        logits = logits.masked_fill(~allowed, -torch.inf)
-        if sinks is not None:
-            sink = sinks.float().view(1, kv_heads, -1, 1).repeat_interleave(queries, 2)
-            logits = torch.cat([logits, sink.expand(sequences, -1, -1, -1)], dim=-1)
-        out = logits.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
-    out = out.reshape(sequences, kv_heads, heads // kv_heads, queries, dim)
-    return out.permute(0, 3, 1, 2, 4).reshape(sequences, queries, heads, dim)
+def _own_blocks(runs: Runs, table: Int64Array, pool: PagePool) -> Iterator[Block]:
+    for group in _alike(runs, pool):
+        yield make_block(runs[group], table, pool, own=True)
 
 
-def _group_by_length(
-    new: NDArray[np.int64], total: NDArray[np.int64], pool: PagePool
-) -> Iterator[NDArray[np.int64]]:
-    """Cut the sequences into groups of like shape, so that padding stays small."""
-    limit = max(1, _GROUP_BYTES * pool.kv.shape[0] // pool.bytes_per_token)  # keys of one layer
-    order = np.arange(len(new))
-    if not _alike(new.min(), new.max(), 0) or not _alike(total.min(), total.max(), 64):
-        order = np.lexsort((total, new))
-    start = 0
-    longest = 0
-    for end, i in enumerate(order):
-        longest = max(longest, int(total[i]))
-        first = order[start]
-        if end > start and not (
-            _alike(new[first], new[i], 0)
-            and _alike(total[order[start:end]].min(), longest, 64)
-            and longest * (end - start + 1) <= limit
-        ):
-            yield order[start:end]
-            start, longest = end, int(total[i])
-    yield order[start:]
+def _shared_blocks(runs: Runs, table: Int64Array, pool: PagePool) -> Iterator[Block]:
+    alone = np.array(
+        [
+            end - begin >= _SHORTEST_VIEW and consecutive(table[row], begin, end, pool.page_size)
+            for row, begin, end in zip(runs.row, runs.begin, runs.end)
+        ]
+    )
+    for i in alone.nonzero()[0]:
+        yield make_block(runs[i : i + 1], table, pool, own=False)
+    others = runs[~alone]
+    for group in _alike(others, pool):
+        yield make_block(others[group], table, pool, own=False)
 
 
-def _alike(small: int, large: int, slack: int) -> bool:
-    return large <= 2 * small + slack and (slack > 0 or small > 1 or large == 1)
-
-
-def _make_group(
-    pool: PagePool,
-    table: Tensor,
-    members: NDArray[np.int64],
-    new: NDArray[np.int64],
-    old: NDArray[np.int64],
-    start: NDArray[np.int64],
-) -> _Group:
-    queries_max, keys_max = int(new[members].max()), int((old + new)[members].max())
-    device = pool.device
-    rows = torch.from_numpy(members).to(device)
-    count, before, first = (torch.from_numpy(a[members]).to(device) for a in (new, old, start))
-    q = torch.arange(queries_max, device=device)
-    k = torch.arange(keys_max, device=device)
-    real = None if bool((new[members] == queries_max).all()) else q < count[:, None]
-    queries = first[:, None] + (q if real is None else torch.where(real, q, 0))
-    written = k < (before + count)[:, None]
-    place = torch.where(written, k, 0)
-    pages = table[rows].gather(1, place // pool.page_size)
-    keys = pages * pool.page_size + place % pool.page_size
-    distance = (before[:, None] + q)[:, :, None] - torch.where(written, k, keys_max)[:, None, :]
-    if real is not None:  # a padded query sees the first key, so that its softmax is not 0 / 0
-        distance = torch.where(real[:, :, None], distance, (k > 0).int().neg())
-    return _Group(queries, real, keys, distance.int())
-
-
-def _ascending(members: NDArray[np.int64]) -> bool:
-    return bool((np.diff(members) == 1).all())
+def _alike(runs: Runs, pool: PagePool) -> Iterator[Int64Array]:
+    """Cut runs into groups of like shapes, so that padding stays small: their indices."""
+    room = _GROUP_BYTES * pool.kv.shape[0] // pool.bytes_per_token  # keys of one layer
+    count, length = runs.count, runs.end - runs.begin
+    order = np.lexsort((length, count))
+    while len(order):
+        c, n = count[order], length[order]
+        least, most = np.minimum.accumulate(n), np.maximum.accumulate(n)
+        fits = (c <= 2 * c[0]) & ((c[0] > 1) | (c == 1))
+        fits &= (most <= 2 * least + 64) & (most * np.arange(1, len(n) + 1) <= room)
+        fits[0] = True
+        size = len(fits) if fits.all() else int(fits.argmin())
+        yield np.sort(order[:size])
+        order = order[size:]
