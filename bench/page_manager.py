@@ -5,6 +5,9 @@
 1,024 sequences of 64 full pages each; every one is forked into one child, and the children are
 pruned again: the host work of one round of search with a thousand live hypotheses. The pages of a
 sequence lie scattered over the pool, as they do when sequences grow side by side.
+
+Then, with the prefix cache, as many prompts that have nothing in common: remembered when they are
+new and when they are known, found, and attached to empty slots.
 """
 
 import argparse
@@ -40,7 +43,8 @@ def main() -> None:
     args = parser.parse_args()
 
     n, page_size = args.slots, args.page_size
-    manager = PageManager(n * (args.pages + 2), page_size, 2 * n, args.pages + 1)
+    pages = n * (args.pages + 2)
+    manager = PageManager(pages, page_size, 2 * n, args.pages + 1, prefix_cache=True)
     parents = manager.allocate(n)
     tokens = args.pages * page_size - (page_size // 2 if args.partial else 0)
     shuffle = np.random.default_rng(0).permutation
@@ -68,10 +72,38 @@ def main() -> None:
         lambda: manager.slot_mapping(children, ones), lambda: None, args.repetitions
     )
 
+    manager.release(children)
+    prompts = np.random.default_rng(1).integers(0, 50_000, n * tokens, np.int32)
+    counts = np.full(n, tokens, np.int32)
+
+    def remember() -> None:
+        manager.remember(parents, prompts, counts)
+
+    few = min(args.repetitions, 200)
+    results["remember, new"] = measure(remember, manager.drop_cache, few)
+    remember()
+    results["remember, known"] = measure(remember, lambda: None, few)
+    results["match"] = measure(lambda: manager.match(prompts, counts), lambda: None, few)
+    manager.release(parents)  # the prompts are now in the cache only
+    slots = manager.allocate(n)
+
+    def empty() -> None:
+        manager.release(slots)
+        manager.allocate(n)
+
+    def adopt() -> None:
+        manager.adopt(slots, prompts, counts)
+
+    results["adopt"] = measure(adopt, empty, few)
+    adopt()
+    results["release, cached"] = measure(
+        lambda: manager.release(slots), lambda: (manager.allocate(n), adopt()), few
+    )
+
     print(f"{n} slots of {tokens} tokens ({args.pages} pages of {page_size}); ms a call")
-    print(f"{'operation':<14}{'median':>9}{'min':>9}")
+    print(f"{'operation':<17}{'median':>9}{'min':>9}")
     for name, (median, least) in results.items():
-        print(f"{name:<14}{median:>9.3f}{least:>9.3f}")
+        print(f"{name:<17}{median:>9.3f}{least:>9.3f}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@
 //   3. A page is written only by a slot that owns it alone. A shared page that a slot wants to
 //      write at (the partial last page of a slot cut back by truncate) is replaced by reserve
 //      (copy-on-write); extend and slot_mapping refuse to run before that. The cache's reference
-//      counts, so a cached page is never written.
+//      counts: a cached page is never written, and the last slot to rewrite it needs a copy, too.
 //   4. A slot that holds a cached page holds the cached pages before it, too, in the same places.
 //   5. A cached page that no slot holds counts as free. It is taken when no other is left: the one
 //      that has been without a slot longest first, and a page before those it follows.

@@ -13,7 +13,9 @@ from w2s_fast.pages import PagePool
 LAYERS, HEADS, DIM, PAGE_SIZE = 3, 2, 4, 4
 
 
-def make(num_pages: int = 16, dtype: torch.dtype = torch.float32) -> PagePool:
+def make(
+    num_pages: int = 16, dtype: torch.dtype = torch.float32, prefix_cache: bool = False
+) -> PagePool:
     return PagePool(
         layers=LAYERS,
         num_kv_heads=HEADS,
@@ -24,6 +26,7 @@ def make(num_pages: int = 16, dtype: torch.dtype = torch.float32) -> PagePool:
         max_tokens_per_slot=14,
         dtype=dtype,
         device="cpu",
+        prefix_cache=prefix_cache,
     )
 
 
@@ -170,6 +173,58 @@ def test_a_slot_holds_its_maximum_rounded_up_to_whole_pages(pool):
 def test_bytes_per_token_is_what_the_tensor_takes(dtype):
     pool = make(dtype=dtype)
     assert pool.bytes_per_token * pool.num_pages * pool.page_size == pool.kv.nbytes
+
+
+def test_a_prompt_adopted_from_the_cache_reads_back_what_was_written():
+    pool = make(prefix_cache=True)
+    pool.kv.fill_(float("nan"))
+    slots = pool.allocate(2)
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [10, 11, 12]]
+    values = [tokens(len(prompt), seed) for seed, prompt in enumerate(prompts)]
+    write(pool, slots, values)
+    assert pool.remember(slots, prompts) == pool.cached_pages == 2
+    pool.release(slots)
+    assert pool.free_pages == pool.num_pages
+
+    asked = [[10, 11, 12], [1, 2, 3, 4, 5, 6, 7, 8, 0], [1, 2, 3, 4]]
+    assert pool.match(asked).tolist() == [0, 8, 4]
+    slots = pool.allocate(3)
+    assert pool.adopt(slots, asked).tolist() == [0, 8, 4]
+    assert torch.equal(read(pool, slots[1]), values[0][:8])
+    assert torch.equal(read(pool, slots[2]), values[0][:4])
+    statistics = pool.cache_statistics
+    assert (statistics.lookups, statistics.lookup_tokens, statistics.hit_tokens) == (3, 16, 12)
+
+    other = tokens(5, 7)  # written into a copy of a cached page
+    pool.truncate(slots[1:2], [6])
+    write(pool, slots[1:2], [other])
+    assert torch.equal(read(pool, slots[1]), torch.cat([values[0][:6], other]))
+    again = pool.allocate(1)
+    assert pool.adopt(again, prompts[:1]).tolist() == [8]
+    assert torch.equal(read(pool, again[0]), values[0][:8])
+    pool.drop_cache()
+    assert pool.cached_pages == 0
+    pool.manager.check()
+
+
+def test_prompts_may_be_lists_or_integer_arrays_of_any_width_and_there_may_be_none(pool):
+    prompt = [1, 2, 3, 4, 5]
+    for same in (prompt, np.array(prompt), np.array(prompt, np.uint8), range(1, 6), ()):
+        assert pool.match([same]).tolist() == [0]
+    slots = pool.allocate(1)
+    assert pool.adopt(slots, [[]]).tolist() == [0]
+    assert pool.match([]).tolist() == pool.adopt([], []).tolist() == []
+    assert pool.remember([], []) == 0
+    for wrong in ([[0.5]], [[2**40]], [[[1]]], [1]):
+        with pytest.raises(PageMisuse):
+            pool.match(wrong)
+
+
+def test_a_pool_without_a_prefix_cache_remembers_nothing(pool):
+    slots = pool.allocate(1)
+    write(pool, slots, [tokens(8, 0)])
+    assert pool.remember(slots, [list(range(8))]) == 0
+    assert pool.cached_pages == 0 and pool.match([range(8)]).tolist() == [0]
 
 
 LARGE_POOL = """
