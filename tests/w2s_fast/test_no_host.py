@@ -1,0 +1,132 @@
+"""Within a chunk nothing waits for the device, and what a captured graph would read stays in place.
+
+Seen on the CPU: every operator of a decoding step passes a dispatch mode that knows which ones read
+a tensor's values on the host, or have a shape that depends on them. An operator of this package is
+one such operator: what its CUDA implementation launches is fixed by shapes alone, see
+tests/interpret/test_no_host.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.tiny_models import FAMILIES, tiny_triple
+from tests.w2s_fast.engines import MIXED, PROMPTS, SEARCH, found, make_engine
+from w2s_fast.model import Decoding, PagedModel
+from w2s_fast.sampling import SamplingBatch
+
+aten = torch.ops.aten
+# Values go to the host, or decide on a shape.
+WAITING = {
+    aten._local_scalar_dense,
+    aten.item,
+    aten.is_nonzero,
+    aten.equal,
+    aten.nonzero,
+    aten.nonzero_numpy,
+    aten.masked_select,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.bincount,
+    aten.repeat_interleave,
+    aten._assert_async,
+}
+SEEN: set[str] = set()
+
+
+class NoHost(TorchDispatchMode):
+    """Fails on any operator that would make the host wait for a GPU."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        SEEN.add(str(func.overloadpacket))
+        if func.overloadpacket in WAITING and not (kwargs or {}).get("output_size"):
+            raise AssertionError(f"{func} waits for the device")
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            if masks:
+                raise AssertionError(f"{func} with a mask waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+        lambda x: x.repeat_interleave(x.long()),
+        lambda x: torch.where(x > 0),
+    ],
+)
+def test_the_mode_knows_what_waits(waits: Any) -> None:
+    with NoHost(), pytest.raises(AssertionError, match="waits for the device"):
+        waits(torch.ones(3))
+
+
+# Mixtral's own code asks on the host which experts were chosen.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
+def test_decoding_never_waits_for_the_device(family: str) -> None:
+    """Forward, logits and draws, as a search calls them; with a tree of rows and without."""
+    engine = make_engine(*tiny_triple((family, "llama", "gpt2"), eos=(0, 6, 13)))
+    expected = found(engine.generate(PROMPTS, MIXED))
+    step, draw, logits = Decoding.step, SamplingBatch.draw, PagedModel.logits
+    steps = 0
+
+    def quiet_step(self: Decoding, tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        with NoHost():
+            return step(self, tokens)
+
+    def quiet_draw(self: SamplingBatch, *args: Any) -> Any:
+        with NoHost():
+            return draw(self, *args)
+
+    def quiet_logits(self: PagedModel, hidden: torch.Tensor) -> torch.Tensor:
+        with NoHost():
+            return logits(self, hidden)
+
+    with (
+        mock.patch.object(Decoding, "step", quiet_step),
+        mock.patch.object(SamplingBatch, "draw", quiet_draw),
+        mock.patch.object(PagedModel, "logits", quiet_logits),
+    ):
+        long = [p % 18 + 1 for p in range(30)]
+        engine.generate([long], replace(SEARCH, max_new_tokens=30))
+        assert found(engine.generate(PROMPTS, MIXED)) == expected
+    assert steps > 5
+    assert "w2s_fast.sample_tokens" in SEEN
+
+
+def test_what_a_step_reads_stays_where_it_is() -> None:
+    """Positions and places to write change in value and not in address, step after step."""
+    engine = make_engine(*tiny_triple(eos=()))
+    model = engine.base
+    slots = model.pool.allocate(4)
+    model.forward(slots, torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]), [3, 1, 2, 2])
+    decoding = model.decoding(slots, 5)
+    plan: Any = decoding._plan
+
+    def tensors() -> dict[str, int]:
+        return {n: v.data_ptr() for n, v in vars(plan).items() if isinstance(v, torch.Tensor)}
+
+    decoding.step(torch.tensor([1, 2, 3, 4]))
+    before, positions = tensors(), plan.positions.clone()
+    assert {"positions", "write"} <= before.keys()
+    for _ in range(4):
+        decoding.step(torch.tensor([1, 2, 3, 4]))
+        positions += 1
+        assert torch.equal(plan.positions, positions)
+        assert tensors() == before
