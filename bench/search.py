@@ -111,6 +111,7 @@ def time_case(case: Case, repeats: int) -> dict[str, Timing]:
     timings = {variant: Timing([], 0) for variant in case.variants}
     for turn in range(repeats):
         first = turn % len(case.variants)
+        print(f"{case.name}, turn {turn + 1} of {repeats}:", end="", file=sys.stderr, flush=True)
         for variant in (*case.variants[first:], *case.variants[:first]):
             if variant == RELEASED and turn >= REPEATS_OF_RELEASED:
                 continue
@@ -119,6 +120,9 @@ def time_case(case: Case, repeats: int) -> dict[str, Timing]:
             tokens = bench.run(variant, seed=turn)
             timings[variant].seconds.append(time.perf_counter() - begin)
             timings[variant].tokens = tokens
+            said = f" {variant} {timings[variant].seconds[-1]:.2f} s;"
+            print(said, end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
     return timings
 
 
