@@ -45,9 +45,17 @@ REPEATS_OF_RELEASED = 3
 
 @dataclass
 class Timing:
-    """One variant: seconds of each run, and tokens sampled in one."""
+    """One variant, run by run.
+
+    Attributes:
+        seconds: of the clock.
+        cpu_seconds: of all cores that this process had: more than ``cores * seconds`` cannot be,
+            and much less says that others had the machine.
+        tokens: sampled in one run.
+    """
 
     seconds: list[float]
+    cpu_seconds: list[float]
     tokens: int
 
 
@@ -108,7 +116,7 @@ def time_case(case: Case, repeats: int) -> dict[str, Timing]:
     bench = Bench(case)
     for variant in case.variants:  # warm up; two chunks show B everything it will see
         bench.run(variant, new_tokens=case.params.tokens_per_round * 2)
-    timings = {variant: Timing([], 0) for variant in case.variants}
+    timings = {variant: Timing([], [], 0) for variant in case.variants}
     for turn in range(repeats):
         first = turn % len(case.variants)
         print(f"{case.name}, turn {turn + 1} of {repeats}:", end="", file=sys.stderr, flush=True)
@@ -116,11 +124,13 @@ def time_case(case: Case, repeats: int) -> dict[str, Timing]:
             if variant == RELEASED and turn >= REPEATS_OF_RELEASED:
                 continue
             gc.collect()
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             tokens = bench.run(variant, seed=turn)
-            timings[variant].seconds.append(time.perf_counter() - begin)
+            seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
+            timings[variant].seconds.append(seconds)
+            timings[variant].cpu_seconds.append(cpu_seconds)
             timings[variant].tokens = tokens
-            said = f" {variant} {timings[variant].seconds[-1]:.2f} s;"
+            said = f" {variant} {seconds:.2f} s ({cpu_seconds:.2f} s CPU);"
             print(said, end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
     return timings
@@ -130,13 +140,14 @@ def show(outcome: Outcome, console: Console) -> None:
     """The case's tables."""
     console.print(f"\n[bold]{outcome.case.name}[/bold]: {outcome.case.shape}")
     times = Table("variant", box=box.ROUNDED)
-    for heading in ("runs", "median s", "quartiles", "tokens/s"):
+    for heading in ("runs", "median s", "quartiles", "CPU s", "tokens/s"):
         times.add_column(heading, justify="right")
     for variant, timing in outcome.timings.items():
         low, median, high = quartiles(timing.seconds)
         rate = f"{timing.tokens / median:,.0f}"
         spread = f"{low:.2f} - {high:.2f}"
-        times.add_row(variant, str(len(timing.seconds)), f"{median:.2f}", spread, rate)
+        cpu = f"{quartiles(timing.cpu_seconds)[1]:.2f}"
+        times.add_row(variant, str(len(timing.seconds)), f"{median:.2f}", spread, cpu, rate)
     console.print(times)
     ratios = Table("ratio", box=box.ROUNDED)
     for heading in ("median", "quartiles", "target", "met"):

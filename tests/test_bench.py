@@ -102,7 +102,10 @@ def test_a_quick_run_measures_every_ratio_of_the_search(
 
 def test_a_ratio_compares_seconds_a_token_within_a_turn() -> None:
     case = next(case for case in cases(quick=True) if case.name == "batch")
-    timings = {ENGINE: Timing([2.0, 3.0], tokens=100), BATCH: Timing([4.0, 12.0], tokens=800)}
+    timings = {
+        ENGINE: Timing([2.0, 3.0], [4.0, 6.0], tokens=100),
+        BATCH: Timing([4.0, 12.0], [8.0, 24.0], tokens=800),
+    }
     (ratio,) = case.ratios
     assert Outcome(case, timings, memory=None).ratio(ratio) == [4.0, 2.0]
     assert ratio.met(1.8) and not ratio.met(1.79)
