@@ -6,7 +6,7 @@ BIN := .venv/bin
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 TYPED := $(wildcard w2s_fast/*) kernels
 
-.PHONY: help demo test lint demo-models clean
+.PHONY: help demo test lint bench demo-models clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,6 +25,12 @@ lint: .venv/linters ## ruff, and mypy in strict mode
 	rm -rf build/typing && mkdir -p build/typing/w2s_fast
 	ln -s $(addprefix $(CURDIR)/,$(TYPED)) build/typing/w2s_fast/
 	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p w2s_fast
+
+bench: .venv/installed ## time the search against its baselines (about 15 minutes on 2 cores)
+	mkdir -p bench/results
+	$(BIN)/python bench/page_manager.py > bench/results/page_manager.txt
+	cat bench/results/page_manager.txt
+	$(BIN)/python -m bench.search --out bench/results/search.json
 
 demo-models: .venv/installed ## train the bundled models anew (about 20 minutes on 2 cores)
 	$(BIN)/python -m w2s_fast.demo.train --out w2s_fast/demo
