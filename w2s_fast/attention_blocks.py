@@ -90,9 +90,19 @@ class Block:
         """How many of the first keys lie outside of every query's window."""
         return 0 if window is None else max(0, self.lead - window + 1)
 
-    def attend(self, query: Tensor, kv: Tensor, positions: Tensor, options: LayerOptions) -> Part:
-        """query [T, H, D], kv [2, P, Hkv, D]: out [N, H, D] and lse [N, H] of ``tokens``."""
-        key, value = (self._gather(pages, self.beyond(options.window)) for pages in kv)
+    def attend(
+        self,
+        query: Tensor,
+        kv: Tensor,
+        positions: Tensor,
+        options: LayerOptions,
+        workspace: Tensor,
+    ) -> Part:
+        """query [T, H, D], kv [2, P, Hkv, D]: out [N, H, D] and lse [N, H] of ``tokens``.
+
+        The workspace [2, at least ``gathered``, Hkv, D] is overwritten.
+        """
+        key, value = self._gather(kv, self.beyond(options.window), workspace)
         q = take_rows(query, self.tokens if self.padded is None else self.padded)
         q = q.view(self.sequences, self.queries, *q.shape[1:])
         mask, blind, causal = None, None, False
@@ -110,16 +120,23 @@ class Block:
             out, lse = out.index_select(0, self.real), lse.index_select(0, self.real)
         return Part(out, lse)
 
-    def _gather(self, pages: Tensor, first: int) -> Tensor:
-        """pages [P, Hkv, D] -> [S, L - first, Hkv, D]."""
+    @property
+    def gathered(self) -> int:
+        """The most keys that a pass copies."""
+        return 0 if isinstance(self.places, slice) else self.places.numel()
+
+    def _gather(self, kv: Tensor, first: int, workspace: Tensor) -> Tensor:
+        """kv [2, P, Hkv, D] -> [2, S, L - first, Hkv, D]."""
         if isinstance(self.places, slice):
-            return pages[self.places][None, first : self.length]
+            return kv[:, self.places][:, None, first : self.length]
         places = self.places[:, first : self.length]
         if self.newest is not None and not self.even:
             written = self.key_positions[:, first : self.length] <= self.newest[:, None]
             places = torch.where(written, places, self.places[:, :1])
-        keys = pages.index_select(0, places.flatten())
-        return keys.view(*places.shape, *keys.shape[1:])
+        flat, copies = places.flatten(), workspace[:, : places.numel()]
+        for pages, copy in zip(kv, copies):
+            torch.index_select(pages, 0, flat, out=copy)
+        return copies.view(2, *places.shape, *kv.shape[2:])
 
     def _mask(
         self, window: int | None, positions: Tensor, groups: int, dtype: torch.dtype

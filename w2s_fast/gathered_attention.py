@@ -45,6 +45,9 @@ class GatheredPlan:
         positions: int64 [T], each token's position in its sequence.
         own: what each row reads for itself; every token is in one block.
         shared: what rows read together; a token is in one block for each of its segments.
+        workspace: [2, n, Hkv, D], keys and values gathered for one block. All blocks and layers
+            copy to the same place: memory fresh from the system took three times as long (1,024
+            keys of 12 x 64 in float32: 3.4 ms against 1.1 ms on one core).
     """
 
     pool: PagePool
@@ -53,6 +56,7 @@ class GatheredPlan:
     positions: Tensor
     own: list[Block]
     shared: list[Block]
+    workspace: Tensor
 
     @classmethod
     def make(
@@ -75,13 +79,17 @@ class GatheredPlan:
         rows = Runs(
             start[:-1], new, np.arange(len(new)), begin, last + 1, last + 1 + ahead, old, last
         )
+        own = list(_own_blocks(rows, on_host, pool))
+        shared = [block for runs in levels for block in _shared_blocks(runs, on_host, pool)]
+        most = max(block.gathered for block in (*own, *shared))
         return cls(
             pool=pool,
             table=pages,
             write=pool.slot_mapping(slots, counts),
             positions=torch.from_numpy(np.repeat(old, new) + offset).to(pool.device),
-            own=list(_own_blocks(rows, on_host, pool)),
-            shared=[block for runs in levels for block in _shared_blocks(runs, on_host, pool)],
+            own=own,
+            shared=shared,
+            workspace=pool.kv.new_empty(2, most, *pool.kv.shape[-2:]),
         )
 
     def advance(self) -> None:
@@ -105,7 +113,9 @@ class GatheredPlan:
         kv = self.pool.kv[layer].flatten(1, 2)  # [2, pages * page_size, Hkv, D]
         kv[0].index_copy_(0, self.write, key.to(kv.dtype))
         kv[1].index_copy_(0, self.write, value.to(kv.dtype))
-        parts = [block.attend(query, kv, self.positions, options) for block in self.own]
+        parts = [
+            block.attend(query, kv, self.positions, options, self.workspace) for block in self.own
+        ]
         whole = parts[0]
         if len(parts) > 1 or not isinstance(self.own[0].tokens, slice):
             whole = Part(torch.empty_like(query), whole.lse.new_empty(query.shape[:2]))
@@ -116,7 +126,7 @@ class GatheredPlan:
         for block in self.shared:
             if block.beyond(options.window) >= block.length:
                 continue
-            part = block.attend(query, kv, self.positions, options)
+            part = block.attend(query, kv, self.positions, options, self.workspace)
             of_tokens = Part(take_rows(whole.out, block.tokens), take_rows(whole.lse, block.tokens))
             merge(of_tokens, part)
             if not isinstance(block.tokens, slice):  # else they are views
