@@ -167,12 +167,6 @@ def launch(
 
 
 @jit
-def _first_block(base, position, window, KEYS: tl.constexpr):
-    """Of blocks that begin at ``base``: where the first one begins that a position sees."""
-    return base + tl.maximum(position - window + 1 - base, 0) // KEYS * KEYS
-
-
-@jit
 def _own_splits(
     row, own, length, new, window,
     WINDOW: tl.constexpr, SPLIT_QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -187,7 +181,7 @@ def _own_splits(
         base = tl.load(own + row)
     origin = base
     if WINDOW:
-        origin = _first_block(base, length - new, window, KEYS)
+        origin += tl.maximum(length - new - window + 1 - base, 0) // KEYS * KEYS
     count = tl.maximum(tl.cdiv(length - origin, SPLIT_KEYS), 1)
     return base, origin, tl.where(new > SPLIT_QUERIES, 1, count)
 
@@ -349,13 +343,13 @@ def _shared_tile(
         first = (position - window + 1)[:, None]
         # Blocks that no query of the tile sees would change no bit, and are left out.
         earliest = tl.min(tl.where(real, position, 2147483647), 0)
-        begin = _first_block(begin, earliest, window, KEYS)
+        begin += tl.maximum(earliest - window + 1 - begin, 0) // KEYS * KEYS
     m, s, acc = _walk(
         asked, pages + kv_head * DIM, values, table, begin, end, first, end - 1, scale, softcap,
         TILE, HEADS, DIM, LANES, PAGE_SIZE, WINDOW, SOFTCAP, KEYS,
     )  # fmt: skip
-    # Read only now: during the walk, registers are few.
-    row = tl.load(token_rows + token, mask=real, other=0)
+    # Read again, and so volatile: through the walk there are no registers to keep it in.
+    row = tl.load(token_rows + token, mask=real, other=0, volatile=True)
     query = token - tl.load(cu_seqlens_q + row)
     place = ((row * queries).to(tl.int64) + query) * (HEADS * GROUP) + head
     _store_part(sums, peaks, place * most + part, m, s, acc, real, begin, end, DIM, LANES)
@@ -398,7 +392,8 @@ def _own_tail(
     # Blocks that no query of the tile sees would change no bit, and are left out.
     begin = origin
     if WINDOW:
-        begin = _first_block(base, length - new + first_item // GROUP, window, KEYS)
+        earliest = length - new + first_item // GROUP
+        begin = base + tl.maximum(earliest - window + 1 - base, 0) // KEYS * KEYS
     end = length - new + tl.minimum(new, (first_item + TILE - 1) // GROUP + 1)
     if CUT:
         begin = tl.maximum(begin, origin + split * SPLIT_KEYS)
