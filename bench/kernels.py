@@ -20,8 +20,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from bench.timing import (
@@ -31,14 +32,18 @@ from bench.timing import (
     matmul_rate,
     median_seconds,
 )
+from w2s_fast.kernel_attention import KernelPlan
 from w2s_fast.kernels.choose_beta import choose_beta
 from w2s_fast.kernels.copy_pages import copy_pages
 from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.library import BACKEND, HAS_TRITON, triton
 from w2s_fast.kernels.linear_logprob import linear_logprob
+from w2s_fast.kernels.paged_attention import paged_attention
 from w2s_fast.kernels.sample_tokens import sample_tokens
 from w2s_fast.kernels.select_beams import select_beams
 from w2s_fast.kernels.token_logprob import token_logprob
+from w2s_fast.pages import Int32Array, PagePool
+from w2s_fast.row_tree import Level, RowTree
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -126,6 +131,18 @@ def cases(machine: Machine) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
     yield "choose_beta", lambda: [_choose_beta(machine, 4 if machine.dry else 64, big)]
     for pairs in (1, 16):
         yield "copy_pages", _bound(_copy_pages, machine, pairs)
+    # Rows of W = K = 4: (requests, prompt, history, new tokens).
+    for requests, prompt, history, new in (
+        [(2, 40, 20, 1), (1, 40, 20, 3)]
+        if machine.dry
+        else [(1, 4096, 64, 1), (64, 512, 64, 1), (1, 4096, 64, 5), (64, 512, 64, 5)]
+    ):
+        for shares in (True, False):
+            yield (
+                "paged_attention",
+                _bound(_attention, machine, requests, prompt, history, new, shares),
+            )
+    yield "paged_attention", _bound(_append, machine, *((40, 20) if machine.dry else (512, 64)))
     for dtype in ("fp16", "fp32"):
         yield "token_logprob", _bound(_token_logprob, machine, many, big, dtype, "")
 
@@ -257,6 +274,116 @@ def _three(machine: Machine, rows: int, vocab: int) -> tuple[torch.Tensor, ...]:
 
 def _logits(machine: Machine, rows: int, vocab: int, dtype: str) -> torch.Tensor:
     return (torch.randn(rows, vocab, device=machine.device) * 3).to(DTYPES[dtype])
+
+
+class _Search(NamedTuple):
+    """Rows of W = K = 4 in a pool of the 8B's shape, and what they share."""
+
+    pool: PagePool
+    slots: Int32Array
+    tree: RowTree
+    moved: int  # bytes of distinct keys and values in a layer
+
+    def plan(self, new: int, shares: bool) -> KernelPlan:
+        counts = np.full(len(self.slots), new, np.int32)
+        return KernelPlan.make(self.pool, self.slots, counts, self.tree if shares else None)
+
+
+_HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128
+
+
+def _search(machine: Machine, requests: int, prompt: int, history: int, new: int) -> _Search:
+    """A chunk begins: no row has tokens of its own but the new ones. Layers leave the L2 behind."""
+    size, rows = 16, 16 * requests
+    kv_heads, dim = (2, 16) if machine.dry else (_KV_HEADS, _HEAD_DIM)
+    tokens = requests * (prompt + 4 * history + 16 * new)
+    moved = tokens * 2 * kv_heads * dim * 2
+    pages = requests * (prompt // size + 4 * (history // size) + 16 * (new // size) + 64)
+    longest = prompt + history + new
+    pool = PagePool(
+        input_sets(moved, 16), kv_heads, dim, pages, size, 2 * rows, longest, torch.bfloat16,
+        machine.device,
+    )  # fmt: skip
+    pool.kv.normal_()
+    slots = pool.allocate(requests)
+    for length in (prompt, history):
+        pool.reserve(slots, [length] * len(slots))
+        pool.extend(slots, [length] * len(slots))
+        children = pool.fork(slots, [4] * len(slots))
+        pool.release(slots)
+        slots = children
+    pool.reserve(slots, [new] * rows)
+    row = np.arange(rows)
+    levels = [
+        Level(row // 16, np.full(rows, prompt)),
+        Level(row // 4, np.full(rows, prompt + history)),
+    ]
+    return _Search(pool, slots, RowTree.of(levels, rows), moved)
+
+
+def _queries(machine: Machine, tokens: int) -> torch.Tensor:
+    heads, dim = (4, 16) if machine.dry else (_HEADS, _HEAD_DIM)
+    return torch.randn(tokens, heads, dim, device=machine.device).bfloat16()
+
+
+def _attend(plan: KernelPlan, layer: int, q: torch.Tensor) -> torch.Tensor:
+    return paged_attention(
+        q, plan.pool.kv[layer], plan.page_table, plan.lengths, plan.cu_seqlens_q,
+        scale=q.shape[2] ** -0.5, max_q=plan.max_q, max_k=plan.max_k, shared=plan.shared,
+    )  # fmt: skip
+
+
+def _attention(
+    machine: Machine, requests: int, prompt: int, history: int, new: int, shares: bool
+) -> Row:
+    search = _search(machine, requests, prompt, history, new)
+    plan = search.plan(new, shares)
+    q, layers = _queries(machine, len(search.slots) * new), len(search.pool.kv)
+
+    def all_layers(_: None) -> None:
+        for layer in range(layers):
+            _attend(plan, layer, q)
+
+    seconds = graph_seconds(all_layers, None) / layers
+    shape = f"{requests} x 16 rows of {new}, prompt {prompt}, {'shared' if shares else 'plain'}"
+    return _bytes_row(machine, "paged_attention", shape, seconds, search.moved, "")
+
+
+def _append(machine: Machine, prompt: int, history: int) -> Row:
+    """480 tokens of 16 rows against SDPA, whose keys and values have been gathered before."""
+    new = 3 if machine.dry else 30
+    search = _search(machine, 1, prompt, history, new)
+    plan, pool = search.plan(new, True), search.pool
+    q = _queries(machine, 16 * new)
+    page = plan.page_table.long()
+    dense = [kv[:, page].flatten(2, 3)[:, :, : plan.max_k].transpose(2, 3) for kv in pool.kv]
+    rows = q.unflatten(0, (16, new)).transpose(1, 2)
+    position = torch.arange(plan.max_k, device=machine.device)
+    seen = position <= position[-new:, None]
+
+    def sdpa(kv: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            rows, kv[0], kv[1], attn_mask=seen, enable_gqa=True
+        )
+
+    expected = sdpa(dense[0]).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(_attend(plan, 0, q), expected, atol=2e-2, rtol=2e-2)
+
+    def ours(_: None) -> None:
+        for layer in range(len(pool.kv)):
+            _attend(plan, layer, q)
+
+    def theirs(_: None) -> None:
+        for kv in dense:
+            sdpa(kv)
+
+    seconds = graph_seconds(ours, None) / len(dense)
+    row = _bytes_row(
+        machine, "paged_attention", f"append {16 * new} tokens, prompt {prompt}", seconds,
+        search.moved, "",
+    )  # fmt: skip
+    row.ratios["to SDPA on gathered keys"] = seconds * len(dense) / graph_seconds(theirs, None)
+    return row
 
 
 def _bytes_row(

@@ -1,15 +1,9 @@
 """Attention of new tokens over paged keys and values: decoding and appending in one operator.
 
 Keys and values stand in pages that rows may share, found through a table of pages (PagedAttention:
-Kwon et al., arXiv 2309.06180). A program takes a tile of one row's queries for one head of keys
-and walks over the keys block by block with an online softmax (FlashAttention-2: Dao, arXiv
-2307.08691). The query heads of a key head lie beside the queries in the tile, so that keys are
-read once for all of them and even one query fills a product.
-
-A row of few queries and many keys is cut into segments that programs share; a second launch
-merges their partials in order (split KV, as in flash-decoding: Dao, Haziza, Massa and Sizov). The
-length of a segment is fixed and where it begins follows from the row alone, so that a row's
-arithmetic does not depend on which other rows are in the launch.
+Kwon et al., arXiv 2309.06180). The rows of a search are a tree, and what a subtree shares is read
+once for all of its rows where ``shared`` says so; the idea is DeFT's (arXiv 2404.00242) and
+FastTree's. The kernels are in paged_attention_triton.
 """
 
 from __future__ import annotations
@@ -19,15 +13,45 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from w2s_fast.kernels.library import Gpu, constexpr, gpu, jit, register, tl, triton
-from w2s_fast.kernels.logsumexp import LOWEST, soften
+from w2s_fast.kernels.library import register
+from w2s_fast.kernels.paged_attention_triton import launch
 
 _SERVED = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST_DIM = 256
-# Rows of more new tokens than this are never cut: their queries alone are work for many programs.
-_SPLIT_QUERIES = 16
-# The kernels' logits are in units of log 2: exp2 is the instruction, exp is a product more.
-_LOG2E = constexpr(1.4426950408889634)
+
+
+class SharedSegments(NamedTuple):
+    """Which keys neighbouring rows have in common: runs of positions, cut into splits.
+
+    The segments of a row cover its keys 0 : own without gaps, and all of them were written before
+    this call. A segment begins and ends at the same positions for each of its rows, and so does
+    every segment before it. In the place of each split, the pages of ``table_row`` hold the keys
+    and values of all the rows; their own pages hold the same, but need not be the same pages.
+
+    Nothing changes while rows grow by decoding: only ``max_own`` has to cover what comes.
+
+    Attributes:
+        own: int32 [S], where each row's own keys begin; 0 for a row that shares nothing.
+        parts: int32 [S], how many splits the row's segments have: as many partial results.
+        token_rows: int32 [T], the row of each token. Tokens of no row may have any number.
+        splits: int32 [N, 6], longest work first; each is (first_token, tokens, begin, end,
+            table_row, part): the tokens of the segment's rows, the positions begin : end of at
+            most SPLIT_KEYS keys, the row of the page table to find them by, and how many splits
+            come before it in its rows. One of 0 tokens does nothing: room for launches in graphs.
+        max_tokens, max_parts, max_own: bounds of the tokens of a split, the parts of a row, and
+            the keys of a row that no segment holds. Known to the host, see ``max_q``.
+    """
+
+    own: Tensor
+    parts: Tensor
+    token_rows: Tensor
+    splits: Tensor
+    max_tokens: int
+    max_parts: int
+    max_own: int
+
+
+_NOTHING_SHARED = (None, None, None, None, 0, 0, 0)
 
 
 def paged_attention(
@@ -43,6 +67,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     max_q: int,
     max_k: int,
+    shared: SharedSegments | None = None,
 ) -> Tensor:
     """Causal attention of S rows, each with n new tokens, over all their keys.
 
@@ -70,6 +95,9 @@ def paged_attention(
         max_q, max_k: bounds of the new tokens and the keys of a row. They are known to the host
             and choose the launch; data on the device is never read for it, so that a launch can
             be captured in a graph and replayed for other lengths within the bounds.
+        shared: which keys rows have in common; None: none, or it is not known. Rows of more than
+            SPLIT_QUERIES new tokens share nothing. It changes how often keys are read, and the
+            order of a row's sums, never their terms.
 
     Returns:
         [T, H, D] of q's dtype, contiguous. A query that sees no key gives 0. Tokens from
@@ -99,9 +127,22 @@ def paged_attention(
         raise ValueError(f"sinks {tuple(sinks.shape)} must be [H] = [{q.shape[1]}]")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}: a query sees at least its own key")
+    if shared is not None and (
+        shared.own.shape != lengths.shape
+        or shared.parts.shape != lengths.shape
+        or shared.token_rows.shape != q.shape[:1]
+        or shared.splits.ndim != 2
+        or shared.splits.shape[1] != 6
+    ):
+        raise ValueError(
+            f"own {tuple(shared.own.shape)}, parts {tuple(shared.parts.shape)}, token_rows"
+            f" {tuple(shared.token_rows.shape)} and splits {tuple(shared.splits.shape)} of shared"
+            " must be [S], [S], [T] and [N, 6]"
+        )
     out: Tensor = _operator(
-        q, pages, page_table, lengths, cu_seqlens_q, scale, window, softcap, sinks, max_q, max_k
-    )
+        q, pages, page_table, lengths, cu_seqlens_q, scale, window, softcap, sinks, max_q, max_k,
+        *(shared or _NOTHING_SHARED),
+    )  # fmt: skip
     return out
 
 
@@ -117,8 +158,18 @@ def _torch(
     sinks: Tensor | None,
     max_q: int,
     max_k: int,
+    own: Tensor | None,
+    parts: Tensor | None,
+    token_rows: Tensor | None,
+    splits: Tensor | None,
+    max_tokens: int,
+    max_parts: int,
+    max_own: int,
 ) -> Tensor:
-    """All rows at once, padded to ``max_q`` queries and ``max_k`` keys."""
+    """All rows at once, padded to ``max_q`` queries and ``max_k`` keys.
+
+    What is shared is not looked at: a row finds the same keys in its own pages.
+    """
     tokens, heads, dim = q.shape
     rows = len(page_table)
     _, count, page_size, kv_heads, _ = pages.shape
@@ -178,42 +229,15 @@ def _fake(
     sinks: Tensor | None,
     max_q: int,
     max_k: int,
+    own: Tensor | None,
+    parts: Tensor | None,
+    token_rows: Tensor | None,
+    splits: Tensor | None,
+    max_tokens: int,
+    max_parts: int,
+    max_own: int,
 ) -> Tensor:
     return q.new_empty(q.shape)
-
-
-class _Launch(NamedTuple):
-    """A program multiplies [tile, D] queries with [keys, D] keys at a time."""
-
-    tile: int  # queries times heads of a group
-    keys: int
-    segment: int  # keys that one program takes of a row that is cut; a multiple of ``keys``
-    num_warps: int
-    num_stages: int
-
-
-def _launch(on: Gpu, queries: int, dim: int, element_size: int) -> _Launch:
-    """Launch parameters: fixed by architecture, dtype and head size. Not measured on a GPU.
-
-    ``queries`` are max_q times the heads of a group; ``dim`` is a power of two. ``keys`` and
-    ``segment`` decide the order of a row's sums, so they must not depend on ``queries``, which
-    other rows have a say in. A tile of 16 is the least that a product takes, one of 64 the least
-    that fills a WGMMA. With two stages, keys are loaded between products; with three, during them.
-    """
-    if element_size == 4:  # no exact tensor-core product: small tiles, few registers
-        return _Launch(tile=16, keys=32, segment=512, num_warps=8, num_stages=2)
-    warp_groups = 90 <= on.arch < 120  # products of 64 rows by four warps at once
-    largest = 64 if dim > 128 or (dim > 64 and not warp_groups) else 128
-    tile = next((t for t in (16, 32, 64) if queries <= t), largest)
-    widest = 128 if warp_groups else 64  # of 64 rows without a spill in four warps
-    small = on.arch in (86, 89, 120)  # 99 KiB of shared memory
-    return _Launch(
-        tile,
-        keys=32 if dim > 128 else 64,
-        segment=512,
-        num_warps=4 if tile <= 32 or (tile == 64 and dim <= widest) else 8,
-        num_stages=2 if small and tile * dim > 4096 else 3,
-    )
 
 
 def _triton(
@@ -228,228 +252,27 @@ def _triton(
     sinks: Tensor | None,
     max_q: int,
     max_k: int,
+    own: Tensor | None,
+    parts: Tensor | None,
+    token_rows: Tensor | None,
+    splits: Tensor | None,
+    max_tokens: int,
+    max_parts: int,
+    max_own: int,
 ) -> Tensor:
-    _, heads, dim = q.shape
-    rows = len(page_table)
-    if q.dtype not in _SERVED or dim > _LARGEST_DIM or q.numel() == 0 or rows * max_q == 0:
-        return _torch(
-            q, pages, page_table, lengths, cu_seqlens_q, scale, window, softcap, sinks,
-            max_q, max_k,
-        )  # fmt: skip
-    if q.stride(2) != 1:
-        q = q.contiguous()
-    if page_table.stride(1) != 1:
-        page_table = page_table.contiguous()
-    lengths, cu_seqlens_q = lengths.contiguous(), cu_seqlens_q.contiguous()
-    sinks = None if sinks is None else sinks.contiguous()
-    page_size, kv_heads = pages.shape[2:4]
-    group = heads // kv_heads
-    padded = max(16, triton.next_power_of_2(dim))
-    launch = _launch(gpu(q.device), max_q * group, padded, q.element_size())
-    blocks = -(-max_q * group // launch.tile)
-    # As many segments as the longest row that is cut may have.
-    queries = min(max_q, _SPLIT_QUERIES)
-    longest = max_k if window is None else min(max_k, window + queries + launch.keys - 2)
-    splits = max(1, -(-longest // launch.segment))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    sums = peaks = out  # not used unless a row may be cut
-    if splits > 1:
-        cuts = (rows * queries, heads, splits)
-        sums = torch.empty(*cuts, dim, dtype=torch.float32, device=q.device)
-        peaks = torch.empty(*cuts, 2, dtype=torch.float32, device=q.device)
-    both = {
-        "DIM": dim, "LANES": padded, "WINDOW": window is not None,
-        "SPLIT_QUERIES": _SPLIT_QUERIES, "KEYS": launch.keys, "SEGMENT": launch.segment,
-    }  # fmt: skip
-    _attend[(rows * blocks, kv_heads, splits)](
-        q, pages, page_table, lengths, cu_seqlens_q, sinks, out, sums, peaks,
-        q.stride(0), q.stride(1), pages.stride(0), page_table.stride(0), rows, blocks, splits,
-        queries, window or 0, scale, softcap or 0.0, HEADS=kv_heads, GROUP=group,
-        PAGE_SIZE=page_size, SOFTCAP=softcap is not None, SPLIT=splits > 1, TILE=launch.tile,
-        **both, num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+    serves = q.dtype in _SERVED and q.shape[2] <= _LARGEST_DIM
+    path = launch if serves and q.numel() > 0 and len(page_table) * max_q > 0 else _torch
+    return path(
+        q, pages, page_table, lengths, cu_seqlens_q, scale, window, softcap, sinks, max_q, max_k,
+        own, parts, token_rows, splits, max_tokens, max_parts, max_own,
     )  # fmt: skip
-    if splits > 1:
-        _merge_segments[(rows * queries, heads)](
-            lengths, cu_seqlens_q, sinks, out, sums, peaks, splits, queries, window or 0,
-            HEADS=heads, **both, num_warps=1, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out
-
-
-@jit
-def _segments(
-    length, new, window,
-    WINDOW: tl.constexpr, SPLIT_QUERIES: tl.constexpr, KEYS: tl.constexpr, SEGMENT: tl.constexpr,
-):  # fmt: skip
-    """Where a row's first segment begins, and how many it has: from the row alone."""
-    origin = length * 0
-    if WINDOW:
-        origin = tl.maximum(length - new - window + 1, 0) // KEYS * KEYS
-    count = tl.maximum(tl.cdiv(length - origin, SEGMENT), 1)
-    return origin, tl.where(new > SPLIT_QUERIES, 1, count)
-
-
-@jit
-def _normalised(acc, m, s, sinks, head):
-    """acc [N, LANES] over the sum s [N] of its weights, with the weight of the sink if any."""
-    if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * _LOG2E
-        top = tl.maximum(m, sink)
-        s = s * tl.exp2(m - top) + tl.exp2(sink - top)
-        acc = acc * tl.exp2(m - top)[:, None]
-    return acc * (1.0 / tl.where(s == 0, 1.0, s))[:, None]  # nothing seen: 0
-
-
-# Strides of q, and the size of the pages, are the model's; the rest varies from call to call.
-@jit(
-    do_not_specialize=[
-        "page_table", "lengths", "cu_seqlens_q", "sinks", "sums", "peaks", "table_stride", "rows",
-        "blocks", "splits", "queries", "window",
-    ]
-)  # fmt: skip
-def _attend(
-    q, pages, page_table, lengths, cu_seqlens_q, sinks, out, sums, peaks,
-    q_token, q_head, values, table_stride, rows, blocks, splits, queries, window, scale, softcap,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
-    SPLIT_QUERIES: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, SEGMENT: tl.constexpr,
-):  # fmt: skip
-    """Program (row and block of its queries, key head, segment).
-
-    Rows vary fastest: siblings run side by side and find the pages they share in the cache. The
-    last block of queries, which sees the most keys, begins first. Values lie ``values`` elements
-    behind the keys.
-    """
-    row = tl.program_id(0) % rows
-    first_item = (blocks - 1 - tl.program_id(0) // rows) * TILE
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    first_token = tl.load(cu_seqlens_q + row)
-    new = tl.load(cu_seqlens_q + row + 1) - first_token
-    if first_item >= new * GROUP:
-        return
-    length = tl.load(lengths + row)
-    origin, segments = _segments(length, new, window, WINDOW, SPLIT_QUERIES, KEYS, SEGMENT)
-    if split >= segments:
-        return
-
-    # Items of a tile: the heads of the first query, those of the next one, and so on.
-    item = first_item + tl.arange(0, TILE)
-    query = item // GROUP
-    head = kv_head * GROUP + item % GROUP
-    position = length - new + query
-    real = query < new
-    lane = tl.arange(0, LANES)
-    token = (first_token + query).to(tl.int64)
-    at = token[:, None] * q_token + head[:, None] * q_head + lane[None, :]
-    asked = tl.load(q + at, mask=real[:, None] & (lane < DIM)[None, :], other=0.0)
-
-    # Blocks begin at multiples of KEYS in every row and tile. Those that no query of the tile sees
-    # would change no bit, and are left out.
-    begin = origin
-    if WINDOW:
-        begin = tl.maximum(length - new + first_item // GROUP - window + 1, 0) // KEYS * KEYS
-    end = length - new + tl.minimum(new, (first_item + TILE - 1) // GROUP + 1)
-    if SPLIT:
-        begin = tl.maximum(begin, origin + split * SEGMENT)
-        end = tl.where(segments > 1, tl.minimum(end, origin + (split + 1) * SEGMENT), end)
-
-    table = page_table + row.to(tl.int64) * table_stride
-    keys = pages + kv_head * DIM
-    m = tl.full([TILE], LOWEST, tl.float32)
-    s = tl.zeros([TILE], tl.float32)
-    acc = tl.zeros([TILE, LANES], tl.float32)
-    # The table is read a block ahead: a load that waits for another one of the same block would
-    # take up every other stage of the pipeline.
-    key = begin + tl.arange(0, KEYS)
-    next_page = tl.load(table + key // PAGE_SIZE, mask=key < end, other=0)
-    for start in range(begin, end, KEYS):
-        key = start + tl.arange(0, KEYS)
-        written = key < end  # what lies beyond may be NaN, which no weight of 0 would stop
-        page = next_page.to(tl.int64)
-        ahead = key + KEYS
-        next_page = tl.load(table + ahead // PAGE_SIZE, mask=ahead < end, other=0)
-        # Constants, so that the compiler sees how keys are aligned.
-        slot = page * (PAGE_SIZE * HEADS * DIM) + (key % PAGE_SIZE) * (HEADS * DIM)
-        known = written[:, None] & (lane < DIM)[None, :]
-        k = tl.load(keys + slot[:, None] + lane[None, :], mask=known, other=0.0)
-        x = tl.dot(asked, tl.trans(k), input_precision="ieee")
-        x = soften(x, scale, softcap, SOFTCAP) * _LOG2E
-        seen = key[None, :] <= position[:, None]
-        if WINDOW:
-            seen = seen & (position[:, None] - key[None, :] < window)
-        x = tl.where(seen, x, -float("inf"))
-
-        top = tl.maximum(m, tl.max(x, 1))
-        weight = tl.exp2(x - top[:, None])
-        fade = tl.exp2(m - top)
-        s = s * fade + tl.sum(weight, 1)
-        acc = acc * fade[:, None]
-        v = tl.load(keys + values + slot[:, None] + lane[None, :], mask=known, other=0.0)
-        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
-        m = top
-
-    inside = real[:, None] & (lane < DIM)[None, :]
-    if SPLIT and segments > 1:
-        part = (row * queries + query).to(tl.int64) * (HEADS * GROUP) + head
-        part = part * splits + split
-        tl.store(sums + part[:, None] * DIM + lane[None, :], acc, mask=inside)
-        tl.store(peaks + part * 2, m, mask=real)
-        tl.store(peaks + part * 2 + 1, s, mask=real)
-    else:
-        acc = _normalised(acc, m, s, sinks, head)
-        place = out + token[:, None] * (HEADS * GROUP * DIM) + head[:, None] * DIM + lane[None, :]
-        tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
-
-
-@jit(
-    do_not_specialize=[
-        "lengths", "cu_seqlens_q", "sinks", "sums", "peaks", "splits", "queries", "window",
-    ]
-)  # fmt: skip
-def _merge_segments(
-    lengths, cu_seqlens_q, sinks, out, sums, peaks, splits, queries, window,
-    HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, WINDOW: tl.constexpr,
-    SPLIT_QUERIES: tl.constexpr, KEYS: tl.constexpr, SEGMENT: tl.constexpr,
-):  # fmt: skip
-    """Program (row and query, head): the partials of a row that was cut, in the keys' order."""
-    row = tl.program_id(0) // queries
-    query = tl.program_id(0) % queries
-    head = tl.program_id(1)
-    first_token = tl.load(cu_seqlens_q + row)
-    new = tl.load(cu_seqlens_q + row + 1) - first_token
-    length = tl.load(lengths + row)
-    _, segments = _segments(length, new, window, WINDOW, SPLIT_QUERIES, KEYS, SEGMENT)
-    if (query >= new) | (segments == 1):
-        return
-    lane = tl.arange(0, LANES)
-    part = (tl.program_id(0).to(tl.int64) * HEADS + head) * splits
-    one = tl.arange(0, 1)
-    m = tl.full([1], LOWEST, tl.float32)
-    s = tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, LANES], tl.float32)
-    for index in range(segments):
-        at = part + index + one
-        new_m = tl.load(peaks + at * 2)
-        new_s = tl.load(peaks + at * 2 + 1)
-        new_acc = tl.load(
-            sums + at[:, None] * DIM + lane[None, :], mask=(lane < DIM)[None, :], other=0.0
-        )
-        top = tl.maximum(m, new_m)
-        fade = tl.exp2(m - top)
-        new_fade = tl.exp2(new_m - top)
-        s = s * fade + new_s * new_fade
-        acc = acc * fade[:, None] + new_acc * new_fade[:, None]
-        m = top
-    acc = _normalised(acc, m, s, sinks, head + one)
-    place = out + ((first_token + query).to(tl.int64) * HEADS + head) * DIM + lane
-    tl.store(place[None, :], acc.to(out.dtype.element_ty), mask=(lane < DIM)[None, :])
 
 
 _operator = register(
     "paged_attention(Tensor q, Tensor pages, Tensor page_table, Tensor lengths,"
     " Tensor cu_seqlens_q, float scale, int? window, float? softcap, Tensor? sinks, int max_q,"
-    " int max_k) -> Tensor",
+    " int max_k, Tensor? own, Tensor? parts, Tensor? token_rows, Tensor? splits, int max_tokens,"
+    " int max_parts, int max_own) -> Tensor",
     torch_path=_torch,
     triton_path=_triton,
     fake=_fake,

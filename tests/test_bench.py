@@ -60,6 +60,7 @@ def test_a_dry_run_times_every_kernel_and_ends_with_a_summary(tmp_path: Path) ->
         "select_beams",
         "fuse_logits",
         "choose_beta",
+        "paged_attention",
     }
     assert all(row["us"] > 0 and not row["error"] for row in report["rows"])
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
 from tests.w2s_fast.test_no_host import NoHost
+from w2s_fast.gathered_attention import LayerOptions
+from w2s_fast.kernel_attention import KernelPlan
 from w2s_fast.kernels import paged_attention, write_kv
 from w2s_fast.kernels.sample_tokens_triton import launch
+from w2s_fast.pages import PagePool
+from w2s_fast.row_tree import Level, RowTree
 
 
 @pytest.mark.parametrize("top_k", [0, 3])
@@ -26,16 +32,28 @@ def test_sampling(top_k: int, top_p: float) -> None:
     assert tokens.shape == (rows,)
 
 
-@pytest.mark.parametrize("longest", [7, 600])  # one launch, and two
-def test_attention_over_pages(longest: int) -> None:
-    pages = torch.randn(2, 40, 16, 2, 16)
-    table = torch.arange(2 * 38, dtype=torch.int32).view(2, 38) % 40
-    lengths = torch.tensor([longest, 3], dtype=torch.int32)
-    cu_seqlens_q = torch.tensor([0, 1, 2], dtype=torch.int32)
-    with NoHost():
-        write_kv._triton(torch.ones(2, 2, 16), torch.ones(2, 2, 16), pages, torch.tensor([5, -1]))
-        out = paged_attention._triton(
-            torch.randn(2, 4, 16), pages, table, lengths, cu_seqlens_q, 0.25, None, None, None,
-            1, longest,
-        )  # fmt: skip
+@pytest.mark.parametrize("prompt", [7, 600])
+@pytest.mark.parametrize("shares", [True, False])
+def test_attention_over_pages(prompt: int, shares: bool) -> None:
+    pool = PagePool(1, 2, 16, 64, 16, 8, 1024, torch.float32, "cpu")
+    pool.kv.normal_()
+    parent = pool.allocate(1)
+    pool.reserve(parent, [prompt])
+    pool.extend(parent, [prompt])
+    slots = [*parent, *pool.fork(parent, [2])]
+    pool.reserve(slots, [3, 3, 3])
+    tree = RowTree.of([Level([0, 0, 0], [prompt] * 3)], 3) if shares else None
+    plan = KernelPlan.make(pool, slots, [1, 1, 1], tree, ahead=2)
+    assert (plan.shared is not None) == (shares and prompt == 600)
+    new = torch.randn(3, 2, 16)
+    with (
+        mock.patch.object(paged_attention, "_operator", paged_attention._triton),
+        mock.patch.object(write_kv, "_operator", write_kv._triton),
+        NoHost(),
+    ):
+        for _ in range(2):
+            out = plan.attend(
+                0, torch.randn(3, 4, 16), new, new, LayerOptions(0.25, None, None, None)
+            )
+            plan.advance()
     assert out.isfinite().all()

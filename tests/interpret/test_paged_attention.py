@@ -16,16 +16,18 @@ from torch import Tensor
 from tests.interpret.rule import DEVICE, DTYPES, assert_as_exact_as_torch
 from tests.kernels.test_paged_attention import MIXED, NAN, Case, exact, make_case
 from w2s_fast.kernels import paged_attention as module
-from w2s_fast.kernels.paged_attention import paged_attention
+from w2s_fast.kernels import paged_attention_triton as kernels
+from w2s_fast.kernels.paged_attention import SharedSegments, paged_attention
 
 
 @contextmanager
-def launched(tile: int, segment: int, split_queries: int = 16) -> Iterator[None]:
-    """Blocks of 16 keys, so that few keys are many blocks and segments."""
-    launch = module._Launch(tile, keys=16, segment=segment, num_warps=4, num_stages=2)
+def launched(tile: int, split_keys: int, split_queries: int = 16) -> Iterator[None]:
+    """Blocks of 16 keys, so that few keys are many blocks and splits."""
+    launch = kernels._Launch(tile, tile, keys=16, num_warps=4, num_stages=2)
     with (
-        mock.patch.object(module, "_launch", return_value=launch),
-        mock.patch.object(module, "_SPLIT_QUERIES", split_queries),
+        mock.patch.object(kernels, "_launch", return_value=launch),
+        mock.patch.object(kernels, "SPLIT_KEYS", split_keys),
+        mock.patch.object(kernels, "SPLIT_QUERIES", split_queries),
     ):
         yield
 
@@ -39,14 +41,15 @@ def attend(case: Case, **rule: Any) -> Tensor:
 def check(case: Case, **rule: Any) -> Tensor:
     got = attend(case, **rule)
     assert got.dtype == case.q.dtype
-    given = {"window": None, "softcap": None, "sinks": None, **rule}
+    alone = dict(zip(SharedSegments._fields, module._NOTHING_SHARED))
+    given = {"window": None, "softcap": None, "sinks": None, **alone, **rule}
     plain = module._torch(*case.tensors(), **given, **case.bounds())
     assert_as_exact_as_torch(got, plain, exact(case, **rule), case.q.dtype)
     return got
 
 
 def rows(most: int = 3) -> st.SearchStrategy[list[tuple[int, int]]]:
-    """(new tokens, keys) with keys on both sides of the borders of pages, blocks and segments."""
+    """(new tokens, keys) with keys on both sides of the borders of pages, blocks and splits."""
     before = st.one_of(st.integers(0, 70), st.sampled_from([0, 15, 16, 17, 31, 32, 33, 47, 48, 63]))
     row = st.tuples(st.one_of(st.integers(0, 3), st.just(1), st.integers(0, 18)), before)
     return st.lists(row.map(lambda r: (r[0], r[0] + r[1])), min_size=1, max_size=most)
@@ -60,7 +63,7 @@ def rows(most: int = 3) -> st.SearchStrategy[list[tuple[int, int]]]:
     page_size=st.sampled_from([1, 3, 16, 32, 48]),
     shared=st.integers(0, 3),
     tile=st.sampled_from([16, 32]),
-    segment=st.sampled_from([16, 32, 1024]),
+    split_keys=st.sampled_from([16, 32, 1024]),
     split_queries=st.sampled_from([1, 4, 16]),
     window=st.sampled_from([None, None, 1, 5, 16, 17, 40]),
     softcap=st.sampled_from([None, None, 3.0]),
@@ -76,7 +79,7 @@ def test_every_layout_gives_the_definition(
     page_size: int,
     shared: int,
     tile: int,
-    segment: int,
+    split_keys: int,
     split_queries: int,
     window: int | None,
     softcap: float | None,
@@ -88,7 +91,7 @@ def test_every_layout_gives_the_definition(
     case = make_case(rows, *heads, dim, page_size, shared, dtype, seed, slack)
     draw = torch.Generator().manual_seed(seed)
     sinks = torch.randn(heads[0], generator=draw).to(dtype) if with_sinks else None
-    with launched(tile, segment, split_queries):
+    with launched(tile, split_keys, split_queries):
         check(case, scale=dim**-0.5, window=window, softcap=softcap, sinks=sinks)
 
 
@@ -106,7 +109,7 @@ def test_long_rows_are_cut_and_merged(dtype: torch.dtype) -> None:
     check(case, scale=0.25, window=600, softcap=5.0, sinks=torch.randn(2))
 
 
-def test_a_window_that_begins_inside_a_block_may_take_one_segment_more() -> None:
+def test_a_window_that_begins_inside_a_block_may_take_one_split_more() -> None:
     with launched(16, 32):
         check(make_case([(1, 80)]), scale=0.25, window=65)  # 65 keys from 15 on, blocks from 0 on
         check(make_case([(3, 82), (1, 90)]), scale=0.25, window=65)
@@ -114,19 +117,19 @@ def test_a_window_that_begins_inside_a_block_may_take_one_segment_more() -> None
 
 def test_a_second_launch_merges_only_rows_that_were_cut() -> None:
     merge = mock.MagicMock()
-    with launched(16, 32), mock.patch.object(module, "_merge_segments", merge):
+    with launched(16, 32), mock.patch.object(kernels, "_merge_parts", merge):
         attend(make_case([(1, 32)]), scale=0.25)
         merge.__getitem__.assert_not_called()
         attend(make_case([(1, 33)]), scale=0.25)
         merge.__getitem__.assert_called_once_with((1, 4))
-        attend(make_case([(1, 500)]), scale=0.25, window=17)  # fits into one segment: no cut
+        attend(make_case([(1, 500)]), scale=0.25, window=17)  # fits into one split: no cut
         merge.__getitem__.assert_called_once()
 
 
 @settings(max_examples=12)
 @given(
     rows=rows(),
-    segment=st.sampled_from([16, 32]),
+    split_keys=st.sampled_from([16, 32]),
     split_queries=st.sampled_from([1, 4, 16]),
     window=st.sampled_from([None, 5, 33]),
     with_sinks=st.booleans(),
@@ -134,7 +137,7 @@ def test_a_second_launch_merges_only_rows_that_were_cut() -> None:
 )
 def test_a_row_gives_the_same_bits_alone_and_among_others(
     rows: list[tuple[int, int]],
-    segment: int,
+    split_keys: int,
     split_queries: int,
     window: int | None,
     with_sinks: bool,
@@ -143,7 +146,7 @@ def test_a_row_gives_the_same_bits_alone_and_among_others(
     """Under the bounds of all rows, and under its own: another tile, and maybe no second launch."""
     case = make_case(rows, shared=1, seed=seed)
     sinks = torch.randn(4) if with_sinks else None
-    with launched(16, segment, split_queries):
+    with launched(16, split_keys, split_queries):
         together = attend(case, scale=0.25, window=window, sinks=sinks)
         for index, (new, length) in enumerate(rows):
             alone = case.row(index)
@@ -151,15 +154,15 @@ def test_a_row_gives_the_same_bits_alone_and_among_others(
             got = attend(alone, scale=0.25, window=window, sinks=sinks)
             assert torch.equal(got, own)
             alone = alone._replace(max_q=new, max_k=length)
-            with launched(32, segment, split_queries):
+            with launched(32, split_keys, split_queries):
                 got = attend(alone, scale=0.25, window=window, sinks=sinks)
             assert torch.equal(got, own)
 
 
-@pytest.mark.parametrize("segment", [32, 1024])
-def test_nan_in_a_row_stays_in_it(segment: int) -> None:
+@pytest.mark.parametrize("split_keys", [32, 1024])
+def test_nan_in_a_row_stays_in_it(split_keys: int) -> None:
     case = make_case(MIXED)
-    with launched(16, segment):
+    with launched(16, split_keys):
         clean = attend(case, scale=0.25)
         poisoned = case._replace(pages=case.pages.clone())
         poisoned.pages[1, case.page_table[5, 0], 3] = NAN  # a value of the row of tokens 10 and 11
@@ -172,30 +175,30 @@ def test_nan_in_a_row_stays_in_it(segment: int) -> None:
         assert torch.equal(got[0, [0, 2, 3]], clean[0, [0, 2, 3]])
 
 
-@pytest.mark.parametrize("segment", [16, 1024])
-def test_logits_far_apart_do_not_overflow(segment: int) -> None:
+@pytest.mark.parametrize("split_keys", [16, 1024])
+def test_logits_far_apart_do_not_overflow(split_keys: int) -> None:
     case = make_case([(1, 40), (3, 35)])
-    with launched(16, segment):
+    with launched(16, split_keys):
         for level in (1e-20, 30.0, 1e4):
             check(case._replace(q=case.q * level), scale=1.0, sinks=torch.zeros(4))
 
 
-@pytest.mark.parametrize("segment", [16, 1024])
-def test_a_query_that_sees_no_key_gives_zero(segment: int) -> None:
+@pytest.mark.parametrize("split_keys", [16, 1024])
+def test_a_query_that_sees_no_key_gives_zero(split_keys: int) -> None:
     case = make_case([(1, 5), (1, 39), (3, 9)])
     case.lengths[0] = 0
     case.lengths[2] = 2
     case.page_table[0] = -1
-    with launched(16, segment):
+    with launched(16, split_keys):
         got = check(case, scale=0.25)
         assert (got[[0, 2]] == 0).all()
         check(case, scale=0.25, sinks=torch.zeros(4), window=3)
 
 
-@pytest.mark.parametrize("segment", [32, 1024])
-def test_tensors_may_lie_at_any_stride(segment: int) -> None:
+@pytest.mark.parametrize("split_keys", [32, 1024])
+def test_tensors_may_lie_at_any_stride(split_keys: int) -> None:
     case = make_case(MIXED)
-    with launched(16, segment):
+    with launched(16, split_keys):
         expected = check(case, scale=0.25)
         heads_first = case.q.transpose(0, 1).contiguous().transpose(0, 1)
         assert torch.equal(check(case._replace(q=heads_first), scale=0.25), expected)

@@ -40,6 +40,8 @@ MODELS = {"gpt2": (50257, 768), "8b": (128256, 4096), "70b": (128256, 8192)}
 REGISTERS = 65536
 # (H, Hkv, D) of gpt2, an 8B, and a gemma with a head size of 256.
 HEADS = {"gpt2": (12, 12, 64), "8b": (32, 8, 128), "gemma": (8, 4, 256)}
+# Head sizes that are no power of two: of an MHA and a GQA model.
+ODD_HEADS = {"d80": (32, 32, 80), "d96": (32, 8, 96)}
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,11 @@ def paged_attention_case(
     window: int | None = None,
     softcap: float | None = None,
     sinks: bool = False,
+    siblings: int = 0,
 ) -> Case:
-    heads, kv_heads, dim = HEADS[model]
+    """``siblings``: the rows of a segment; 0: nothing is shared."""
+    heads, kv_heads, dim = {**HEADS, **ODD_HEADS}[model]
+    tokens = siblings * max_q
 
     def launch(dtype: torch.dtype) -> None:
         i32 = torch.int32
@@ -164,22 +169,24 @@ def paged_attention_case(
             meta(2, 4096, 16, kv_heads, dim, dtype=dtype), meta(rows, -(-max_k // 16), dtype=i32),
             meta(rows, dtype=i32), meta(rows + 1, dtype=i32), 0.125, window, softcap,
             meta(heads, dtype=dtype) if sinks else None, max_q, max_k,
+            *(meta(n, dtype=i32) if siblings else None for n in (rows, rows, rows * max_q)),
+            meta(24, 6, dtype=i32) if siblings else None, tokens, 9, 40,
         )  # fmt: skip
 
     # From 64 queries times heads on, a product is one of a whole warp group.
-    wide = max_q * heads // kv_heads > 32
+    wide = max(max_q, tokens if dim <= 128 else 0) * heads // kv_heads > 32
     products = {
         80: "mma.sync",
         90: "wgmma.mma_async" if wide else "mma.sync",
         100: "tcgen05.mma" if wide else "mma.sync",
     }
-    options = f"{window}-{softcap}-{sinks}"
+    options = f"{window}-{softcap}-{sinks}-{siblings}"
     name = f"paged_attention-{model}-{rows}x{max_q}-{max_k}-{options}"
     return Case(name, launch, kernels, products)
 
 
 SAMPLING = {"summarise": 64, "block_weights": 88, "draw": 128, "search": 192}
-CUT = {"_attend": 255, "_merge_segments": 64}
+CUT = {"_attend": 255, "_merge_parts": 64}
 FUSION = {"fuse": 96, "grid_sums": 120, "choose": 96}
 
 CASES = [
@@ -205,18 +212,18 @@ CASES = [
     write_kv_case("8b", 64),
     write_kv_case("gemma", 64),
     # Decoding, whole and cut; chunks of 5, 16 and 30; a prompt; all options.
-    paged_attention_case("gpt2", 16, 1, 1024, {"_attend": 96, "_merge_segments": 64}),
+    paged_attention_case("gpt2", 16, 1, 1024, {"_attend": 96, "_merge_parts": 64}),
     paged_attention_case("gpt2", 16, 30, 512, {"_attend": 128}),
     paged_attention_case("gpt2", 4, 512, 512, {"_attend": 168}),
     paged_attention_case("8b", 16, 1, 512, {"_attend": 128}),
-    paged_attention_case("8b", 16, 1, 4096, {"_attend": 168, "_merge_segments": 64}),
-    paged_attention_case("8b", 16, 5, 4096, {"_attend": 192, "_merge_segments": 64}),
-    paged_attention_case("8b", 16, 16, 4096, {"_attend": 255, "_merge_segments": 64}),
+    paged_attention_case("8b", 16, 1, 4096, {"_attend": 168, "_merge_parts": 64}),
+    paged_attention_case("8b", 16, 5, 4096, {"_attend": 192, "_merge_parts": 64}),
+    paged_attention_case("8b", 16, 16, 4096, {"_attend": 255, "_merge_parts": 64}),
     paged_attention_case("8b", 4, 512, 512, {"_attend": 192}),
     paged_attention_case("8b", 16, 1, 4096, CUT, window=1024, softcap=30.0, sinks=True),
     paged_attention_case("8b", 4, 512, 4096, CUT, window=1024, softcap=30.0, sinks=True),
-    paged_attention_case("gemma", 16, 1, 4096, {"_attend": 168, "_merge_segments": 64}),
-    paged_attention_case("gemma", 16, 16, 4096, {"_attend": 255, "_merge_segments": 64}),
+    paged_attention_case("gemma", 16, 1, 4096, {"_attend": 168, "_merge_parts": 64}),
+    paged_attention_case("gemma", 16, 16, 4096, {"_attend": 255, "_merge_parts": 64}),
     paged_attention_case("gemma", 4, 512, 4096, CUT, window=1024, softcap=50.0),
 ]
 

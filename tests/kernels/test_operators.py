@@ -15,7 +15,7 @@ from w2s_fast.kernels.choose_beta import choose_beta
 from w2s_fast.kernels.copy_pages import copy_pages
 from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.linear_logprob import linear_logprob
-from w2s_fast.kernels.paged_attention import paged_attention
+from w2s_fast.kernels.paged_attention import SharedSegments, paged_attention
 from w2s_fast.kernels.sample_tokens import sample_tokens
 from w2s_fast.kernels.select_beams import select_beams
 from w2s_fast.kernels.token_logprob import token_logprob
@@ -46,6 +46,13 @@ def operators() -> dict[str, Operator]:
     attention = {
         "scale": 0.3, "window": 3, "softcap": 9.0, "sinks": sinks, "max_q": 2, "max_k": 7,
     }  # fmt: skip
+    # The first two rows share their first four keys.
+    shared = SharedSegments(
+        own=torch.tensor([4, 4, 0]).int(), parts=torch.tensor([1, 1, 0]).int(),
+        token_rows=torch.tensor([0, 1, 1]).int(),
+        splits=torch.tensor([[0, 3, 0, 4, 0, 0]]).int(), max_tokens=3, max_parts=1, max_own=4,
+    )  # fmt: skip
+    pages[:, 1] = pages[:, 3]
     k, v, slots = torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.tensor([12, -1, 6])
     kv, pairs = torch.randn(3, 2, 5, 4, 2, 8), torch.tensor([[4, 1], [0, -1], [4, 2]]).int()
     return {
@@ -55,7 +62,13 @@ def operators() -> dict[str, Operator]:
             paged_attention,
             paged,
             attention,
-            (*paged, *attention.values()),
+            (*paged, *attention.values(), *[None] * 4, 0, 0, 0),
+        ),
+        "paged_attention of shared segments": (
+            paged_attention,
+            paged,
+            {**attention, "shared": shared},
+            (*paged, *attention.values(), *shared),
         ),
         "token_logprob": (
             token_logprob,
@@ -87,7 +100,7 @@ OPERATORS = list(operators())
 @pytest.mark.parametrize("name", OPERATORS)
 def test_schema_and_fake_agree_with_the_operator(name: str) -> None:
     *_, arguments = operators()[name]
-    torch.library.opcheck(getattr(torch.ops.w2s_fast, name).default, arguments)
+    torch.library.opcheck(getattr(torch.ops.w2s_fast, name.split()[0]).default, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

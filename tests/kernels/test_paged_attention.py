@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from w2s_fast.kernels import paged_attention as module
-from w2s_fast.kernels.paged_attention import paged_attention
+from w2s_fast.kernels import paged_attention_triton as table
+from w2s_fast.kernels.library import Gpu
+from w2s_fast.kernels.paged_attention import SharedSegments, paged_attention
 
 NAN = math.nan
 
@@ -219,6 +220,14 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     refused(case._replace(cu_seqlens_q=case.cu_seqlens_q[1:]), r"\[S, M\], \[S\] and \[S \+ 1\]")
     refused(case, r"must be \[H\]", sinks=torch.zeros(3))
     refused(case, "window is 0", window=0)
+    ints = torch.zeros(2, dtype=torch.int32)
+    shared = SharedSegments(ints, ints, torch.zeros(3).int(), torch.zeros(1, 6).int(), 0, 0, 9)
+    paged_attention(*case.tensors(), scale=1.0, shared=shared, **case.bounds())
+    for field, wrong in (
+        ("own", ints[:1]), ("parts", ints[:1]), ("token_rows", ints),
+        ("splits", torch.zeros(1, 5).int()), ("splits", ints),
+    ):  # fmt: skip
+        refused(case, r"must be \[S\], \[S\], \[T\]", shared=shared._replace(**{field: wrong}))
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
@@ -227,10 +236,13 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 def test_the_order_of_a_rows_sums_does_not_depend_on_the_other_rows(
     dim: int, element_size: int, arch: int
 ) -> None:
-    """Nothing but ``queries`` depends on them, and it only decides over the tile of queries."""
+    """Nothing but the tiles depends on them, and a tile only decides who is computed together."""
     launches = [
-        module._launch(module.Gpu(arch, 100), queries, dim, element_size)
-        for queries in (1, 4, 16, 17, 33, 65, 1000)
+        table._launch(Gpu(arch, 100), items, shared_items, dim, element_size)
+        for items in (1, 4, 16, 17, 33, 65, 1000)
+        for shared_items in (0, 16, 64, 1000)
     ]
-    assert len({(launch.keys, launch.segment) for launch in launches}) == 1
-    assert all(launch.segment % launch.keys == 0 for launch in launches)
+    assert len({launch.keys for launch in launches}) == 1
+    assert table.SPLIT_KEYS % launches[0].keys == 0
+    if element_size == 4:  # no exact product takes other tiles: float32 gives the same bits
+        assert len(set(launches)) == 1
