@@ -22,7 +22,7 @@
 //      counts: a cached page is never written, and the last slot to rewrite it needs a copy, too.
 //   4. A slot that holds a cached page holds the cached pages before it, too, in the same places.
 //   5. A cached page that no slot holds counts as free. It is taken when no other is left: the one
-//      that has been without a slot longest first, and a page before those it follows.
+//      that has been without a slot longest first, and always before the pages that it follows.
 //
 // Every operation takes many slots at once and is all-or-nothing: it checks everything first,
 // and when it throws, the state is exactly what it was. Free pages and slots are stacks, so the
