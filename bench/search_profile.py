@@ -100,7 +100,7 @@ def _named_parts(engine: Engine) -> Iterator[None]:
         (Decoding, "step", named("base, decode step")),
         (GatheredPlan, "attend", named("attention")),
         (GatheredPlan, "advance", named("attention plan")),
-        (w2s_fast.model, "make_plan", named("attention plan")),
+        (GatheredPlan, "make", named("attention plan")),
         (SamplingBatch, "draw", named("sampling")),
         (w2s_fast.search, "choose", named("selection")),
         *((PagePool, name, of_pool) for name in ("reserve", "extend", "fork", "release")),
