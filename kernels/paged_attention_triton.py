@@ -56,14 +56,16 @@ class _Launch(NamedTuple):
     num_stages: int
 
 
-def _launch(on: Gpu, items: int, shared_items: int, dim: int, element_size: int) -> _Launch:
+def _launch(
+    on: Gpu, items: int, shared_items: int, group: int, dim: int, element_size: int
+) -> _Launch:
     """Launch parameters: fixed by architecture, dtype and head size. Not measured on a GPU.
 
     Args:
         items: the most new tokens of a row, times the heads of a group.
         shared_items: the most new tokens of a segment's rows, times the heads of a group; 0 where
             nothing is shared.
-        dim: a power of two.
+        group: query heads of a group. dim: a power of two.
 
     ``keys`` decides the order of a row's sums, so it must not depend on ``items``, in which other
     rows have a say. A tile of 16 is the least that a product takes, one of 64 the least that fills
@@ -78,7 +80,9 @@ def _launch(on: Gpu, items: int, shared_items: int, dim: int, element_size: int)
     tile = next((t for t in (16, 32, 64) if items <= t), largest)
     widest = 128 if warp_groups else 64  # of 64 rows without a spill in four warps
     num_warps = 4 if tile <= 32 or (tile == 64 and dim <= widest) else 8
-    largest_shared = 64 if num_warps == 8 or dim <= widest else 32
+    # With groups of one head, shared tiles of 64 spill in four warps from D = 128 on, too.
+    widest_shared = widest if group > 1 else 64
+    largest_shared = 64 if num_warps == 8 or dim <= widest_shared else 32
     shared_tile = next((t for t in (16, 32) if shared_items <= t), largest_shared)
     small = on.arch in (86, 89, 120)  # 99 KiB of shared memory
     return _Launch(
@@ -130,7 +134,9 @@ def launch(
         own, parts, token_rows = own.contiguous(), parts.contiguous(), token_rows.contiguous()
         splits = splits.contiguous()
         entries = len(splits)
-    table = _launch(gpu(q.device), max_q * group, max_tokens * group, padded, q.element_size())
+    table = _launch(
+        gpu(q.device), max_q * group, max_tokens * group, group, padded, q.element_size()
+    )
     blocks = -(-max_q * group // table.tile)
     shared_blocks = -(-max_tokens * group // table.shared_tile)
     # As many splits as the longest own tail that is cut may have.
@@ -256,9 +262,9 @@ def _store_part(
     lane = tl.arange(0, LANES)
     tl.store(peaks + place * 2, m, mask=real)
     tl.store(peaks + place * 2 + 1, s, mask=real)
-    width = tl.where(begin < end, DIM, 0)
-    inside = real[:, None] & (lane < width)[None, :]
-    tl.store(sums + place[:, None] * DIM + lane[None, :], acc, mask=inside)
+    if begin < end:
+        inside = real[:, None] & (lane < DIM)[None, :]
+        tl.store(sums + place[:, None] * DIM + lane[None, :], acc, mask=inside)
 
 
 # Strides of q, and the size of the pages, are the model's; the rest varies from call to call.
@@ -348,10 +354,11 @@ def _shared_tile(
         asked, pages + kv_head * DIM, values, table, begin, end, first, end - 1, scale, softcap,
         TILE, HEADS, DIM, LANES, PAGE_SIZE, WINDOW, SOFTCAP, KEYS,
     )  # fmt: skip
-    # Read again, and so volatile: through the walk there are no registers to keep it in.
-    row = tl.load(token_rows + token, mask=real, other=0, volatile=True)
+    # Read again, and so volatile: the walk leaves no registers to keep anything in.
+    token = tl.load(entry, volatile=True) + item // GROUP
+    row = tl.load(token_rows + token, mask=real, other=0)
     query = token - tl.load(cu_seqlens_q + row)
-    place = ((row * queries).to(tl.int64) + query) * (HEADS * GROUP) + head
+    place = (row * queries + query).to(tl.int64) * (HEADS * GROUP) + head
     _store_part(sums, peaks, place * most + part, m, s, acc, real, begin, end, DIM, LANES)
 
 

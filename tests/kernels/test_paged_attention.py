@@ -238,9 +238,10 @@ def test_the_order_of_a_rows_sums_does_not_depend_on_the_other_rows(
 ) -> None:
     """Nothing but the tiles depends on them, and a tile only decides who is computed together."""
     launches = [
-        table._launch(Gpu(arch, 100), items, shared_items, dim, element_size)
+        table._launch(Gpu(arch, 100), items, shared_items, group, dim, element_size)
         for items in (1, 4, 16, 17, 33, 65, 1000)
         for shared_items in (0, 16, 64, 1000)
+        for group in (1, 4)
     ]
     assert len({launch.keys for launch in launches}) == 1
     assert table.SPLIT_KEYS % launches[0].keys == 0
