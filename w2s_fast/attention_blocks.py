@@ -159,7 +159,7 @@ class Block:
         return self._masks[kind]
 
 
-def consecutive(pages: Int64Array, begin: int, end: int, page_size: int) -> bool:
+def _consecutive(pages: Int64Array, begin: int, end: int, page_size: int) -> bool:
     return bool((np.diff(pages[begin // page_size : -(-end // page_size)]) == 1).all())
 
 
@@ -177,7 +177,7 @@ def make_block(runs: Runs, table: Int64Array, pool: PagePool, own: bool) -> Bloc
     position = runs.begin[:, None] + np.where(exists, k, 0)
     places = table[runs.row[:, None], position // size] * size + position % size
     begin, last = int(runs.begin[0]), int(runs.last[0])
-    view = len(length) == 1 and consecutive(table[runs.row[0]], begin, last, size)
+    view = len(length) == 1 and _consecutive(table[runs.row[0]], begin, last, size)
     in_order = bool((np.diff(tokens) == 1).all())
     return Block(
         tokens=slice(int(tokens[0]), int(tokens[-1]) + 1) if in_order else on_device(tokens),

@@ -15,23 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from w2s_fast.attention_blocks import Block, Int64Array, Runs, consecutive, make_block, take_rows
+from w2s_fast.attention_blocks import Block, Int64Array, Runs, make_block, take_rows
 from w2s_fast.dense_attention import LayerOptions, Part, dense_attention, merge, with_sinks
 from w2s_fast.pages import Ints, PagePool
 from w2s_fast.row_tree import RowTree
 
 __all__ = ["GatheredPlan", "LayerOptions", "dense_attention"]
 
-# Keys and values gathered for one block, in bytes: they should stay in the last-level cache
-# between the copy and the product.
-_GROUP_BYTES = 32 * 2**20
-
-# Segments of fewer keys are read by each row for itself.
-_SHORTEST_SEGMENT = 16
-
-# Keys from which on a shared segment in consecutive pages is a product by itself, without a copy,
-# and not copied to be computed with others.
-_SHORTEST_VIEW = 64
+# Keys and values of one block, in bytes: they should stay in a cache between their copy and the
+# product. With the copies of 16 or 64 rows of 320 keys, blocks of 8 MiB took 0.6 of the time of
+# blocks of 32 MiB, 4 and 16 MiB 0.65 to 0.7 ("flat" of bench.cpu_attention on one core with a L2 of
+# 2 MiB).
+_GROUP_BYTES = 8 * 2**20
 
 
 @dataclass
@@ -74,13 +69,14 @@ class GatheredPlan:
         offset = np.arange(start[-1]) - np.repeat(start[:-1], new)
         pages = pool.page_table(slots).long()
         on_host = pages.cpu().numpy()
-        levels, begin = _segments(tree, new, old)
         last = old + new - 1
+        begin = np.zeros_like(old) if tree is None else tree.own.astype(np.int64)
         rows = Runs(
             start[:-1], new, np.arange(len(new)), begin, last + 1, last + 1 + ahead, old, last
         )
-        own = list(_own_blocks(rows, on_host, pool))
-        shared = [block for runs in levels for block in _shared_blocks(runs, on_host, pool)]
+        levels = [] if tree is None else _segments(tree, new, old)
+        own = _blocks(rows, on_host, pool, own=True)
+        shared = [block for runs in levels for block in _blocks(runs, on_host, pool, own=False)]
         most = max(block.gathered for block in (*own, *shared))
         return cls(
             pool=pool,
@@ -142,49 +138,28 @@ def _put(whole: Part, rows: Tensor | slice, part: Part) -> None:
             target.index_copy_(0, rows, source)
 
 
-def _segments(
-    tree: RowTree | None, new: Int64Array, old: Int64Array
-) -> tuple[list[Runs], Int64Array]:
-    """The runs of every level of segments, from the root on, and where a row's own keys begin."""
-    own, level = np.zeros(len(new), np.int64), np.zeros(len(new), np.int64)
-    start = new.cumsum() - new
-    found: list[list[list[int]]] = []
-    if tree is not None:
-        columns = (tree.first, tree.count, tree.end)
-        for first, count, end in zip(*(column.tolist() for column in columns)):
-            rows = slice(first, first + count)
-            begin = int(own[first])
-            if end - begin < _SHORTEST_SEGMENT:
-                continue  # the keys stay with the segments below, and in the end with the rows
-            tokens = int(new[rows].sum())
-            low, high = int(old[rows].min()), int((old + new)[rows].max()) - 1
-            if level[first] == len(found):
-                found.append([])
-            found[level[first]].append(
-                [int(start[first]), tokens, first, begin, end, end, low, high]
-            )
-            own[rows] = end
-            level[rows] += 1
-    return [Runs(*np.array(runs, np.int64).T) for runs in found], own
+def _segments(tree: RowTree, new: Int64Array, old: Int64Array) -> list[Runs]:
+    """The segments of every level, from the root on: a token is in at most one of each level.
+
+    Segments as short as row_tree's ``SHORTEST_SEGMENT`` pay here, too: without those of 16 / 32 /
+    64 keys a step of decoding 16 rows took 1.36 / 1.97 / 2.6 times as long, an append of 5 tokens
+    0.98 / 1.28 / 1.8 times ("flat" to "tree" of bench.cpu_attention, no history, one core).
+    """
+    start, level = new.cumsum() - new, np.zeros(len(new), np.int64)
+    levels: list[list[tuple[int, ...]]] = []
+    columns = (tree.first, tree.count, tree.begin, tree.end)
+    for first, count, begin, end in zip(*(column.tolist() for column in columns)):
+        rows = slice(first, first + count)
+        if level[first] == len(levels):
+            levels.append([])
+        tokens, low, high = new[rows].sum(), old[rows].min(), (old + new)[rows].max() - 1
+        levels[level[first]].append((start[first], tokens, first, begin, end, end, low, high))
+        level[rows] += 1
+    return [Runs(*np.array(runs, np.int64).T) for runs in levels]
 
 
-def _own_blocks(runs: Runs, table: Int64Array, pool: PagePool) -> Iterator[Block]:
-    for group in _alike(runs, pool):
-        yield make_block(runs[group], table, pool, own=True)
-
-
-def _shared_blocks(runs: Runs, table: Int64Array, pool: PagePool) -> Iterator[Block]:
-    alone = np.array(
-        [
-            end - begin >= _SHORTEST_VIEW and consecutive(table[row], begin, end, pool.page_size)
-            for row, begin, end in zip(runs.row, runs.begin, runs.end)
-        ]
-    )
-    for i in alone.nonzero()[0]:
-        yield make_block(runs[i : i + 1], table, pool, own=False)
-    others = runs[~alone]
-    for group in _alike(others, pool):
-        yield make_block(others[group], table, pool, own=False)
+def _blocks(runs: Runs, table: Int64Array, pool: PagePool, own: bool) -> list[Block]:
+    return [make_block(runs[group], table, pool, own) for group in _alike(runs, pool)]
 
 
 def _alike(runs: Runs, pool: PagePool) -> Iterator[Int64Array]:

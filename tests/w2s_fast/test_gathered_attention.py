@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny_models import VOCABULARY, tiny_model
-from w2s_fast import gathered_attention
 from w2s_fast.attention_blocks import Block
 from w2s_fast.dense_attention import LayerOptions
 from w2s_fast.gathered_attention import GatheredPlan
@@ -321,16 +320,13 @@ def test_keys_outside_of_every_window_are_not_read() -> None:
         assert_close(out, expected)
 
 
-def test_short_segments_are_read_by_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_like_segments_of_several_requests_are_one_product(calls: Counter[str]) -> None:
     world = World(4, torch.float32, 0)
-    rows = requests(world, [30], 2, 2, history=20, own=1)
-    world.pool.reserve(rows.slots, [1] * 4)
-    for shortest, segments in ((20, [30, 20]), (21, [30]), (31, [50]), (51, [])):
-        # A short segment goes with the next one: rows of a history share the prompt, too.
-        monkeypatch.setattr(gathered_attention, "_SHORTEST_SEGMENT", shortest)
-        plan = GatheredPlan.make(world.pool, rows.slots, [1] * 4, rows.tree)
-        assert [block.length for block in plan.shared] == segments
-        assert [block.length for block in plan.own] == [52 - sum(segments)]
+    rows = requests(world, [70, 60], 2, 2, history=20, own=1)
+    world.pool.reserve(rows.slots, [1] * 8)
+    plan = GatheredPlan.make(world.pool, rows.slots, [1] * 8, rows.tree)
+    assert_close(*world.run(plan, rows.slots, [1] * 8, PLAIN, KV_HEADS))
+    assert calls == {"own": 1, "shared": 2, "gather": 3, "padded": 0}
 
 
 @pytest.mark.parametrize("heads", [KV_HEADS, 3 * KV_HEADS])
