@@ -403,6 +403,25 @@ def test_a_listener_that_fails_ends_its_own_request() -> None:
     assert_all_pages_free(e)
 
 
+def test_an_interrupt_of_one_caller_leaves_nobody_waiting() -> None:
+    e = tiny_engine(eos=(), max_rows=12)
+    others = [e.make_request(prompt, LONG) for prompt in PROMPTS[:2]]
+    for request in others:
+        request.listener = mock.Mock()
+        e.runner.submit(request)
+    with mock.patch.object(Search, "step", side_effect=KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            e.generate(PROMPTS, SEARCH)
+    for request in others:
+        assert request.ended
+        assert isinstance(request.error, EngineFailure)
+        assert request.listener is not None
+        request.listener.assert_called_once_with()  # type: ignore[attr-defined]
+    assert quiet(e)
+    assert_all_pages_free(e)
+    assert found(e.generate(PROMPTS, SEARCH)) == found(engine(eos=()).generate(PROMPTS, SEARCH))
+
+
 def test_a_request_may_be_given_up_before_it_was_seen() -> None:
     e = tiny_engine(eos=())
     request = e.make_request([1], LONG)
