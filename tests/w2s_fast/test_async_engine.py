@@ -34,7 +34,7 @@ from w2s_fast.scheduler import Scheduler
 from w2s_fast.search import Search
 
 T = TypeVar("T")
-PATIENCE = 120  # seconds; only a broken engine needs them
+PATIENCE = 60  # seconds; only a broken engine needs them
 LONG = replace(SEARCH, max_new_tokens=60)
 
 
@@ -288,6 +288,32 @@ def test_a_model_that_fails_ends_the_step_and_not_the_engine(kind: type[Exceptio
     assert_all_pages_free(e)
 
 
+def test_a_request_that_comes_when_the_thread_goes_to_sleep_wakes_it() -> None:
+    e = tiny_engine()
+
+    async def main() -> list[SearchResult]:
+        loop = asyncio.get_running_loop()
+        second: list[Any] = []
+        async with AsyncEngine(e) as a:
+            look = a._under_way
+
+            def looking() -> bool:
+                some = look()
+                if not some and not second:  # it has seen that there is nothing left to do
+                    ask = a.generate(PROMPTS[1], SEARCH)
+                    second.append(asyncio.run_coroutine_threadsafe(ask, loop))
+                    while not a._work.is_set():
+                        pass
+                return some
+
+            with mock.patch.object(a, "_under_way", looking):
+                first = await a.generate(PROMPTS[0], SEARCH)
+                await until(lambda: bool(second))
+                return [first, await asyncio.wrap_future(second[0])]
+
+    assert found(run(main())) == found(engine().generate(PROMPTS[:2], SEARCH))
+
+
 @pytest.mark.parametrize("where", ["a model", "the scheduler"])
 def test_when_the_thread_dies_everybody_gets_an_error(where: str) -> None:
     e = tiny_engine(eos=())
@@ -409,9 +435,9 @@ def test_an_interrupt_of_one_caller_leaves_nobody_waiting() -> None:
     for request in others:
         request.listener = mock.Mock()
         e.runner.submit(request)
-    with mock.patch.object(Search, "step", side_effect=KeyboardInterrupt):
-        with pytest.raises(KeyboardInterrupt):
-            e.generate(PROMPTS, SEARCH)
+    interrupted = mock.patch.object(Search, "step", side_effect=KeyboardInterrupt)
+    with interrupted, pytest.raises(KeyboardInterrupt):
+        e.generate(PROMPTS, SEARCH)
     for request in others:
         assert request.ended
         assert isinstance(request.error, EngineFailure)
