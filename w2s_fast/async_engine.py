@@ -147,7 +147,7 @@ class AsyncEngine:
         """Nobody waits for this request any longer."""
         with self._lock:
             self._callers.discard(caller)
-        if not caller.request.ended:
+        if not caller.over:
             self._runner.give_up(caller.request)
             self._runner.settle()
 

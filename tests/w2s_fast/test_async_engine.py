@@ -340,6 +340,28 @@ def test_when_the_thread_dies_everybody_gets_an_error(where: str) -> None:
     assert found(e.generate(PROMPTS, SEARCH)) == found(engine(eos=()).generate(PROMPTS, SEARCH))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_everybody_gets_an_error_even_if_nothing_can_be_cleaned_up() -> None:
+    e = tiny_engine(eos=(), max_rows=6)
+
+    async def main() -> None:
+        a = AsyncEngine(e)
+        with e.runner.turn():
+            tasks = [asyncio.create_task(a.generate(p, LONG)) for p in PROMPTS]
+            await until(lambda: e.stats().waiting == 5)
+            step = mock.patch.object(Search, "step", side_effect=RuntimeError("a bad page"))
+            abort = mock.patch.object(Search, "abort", side_effect=SystemExit)
+            step.start()
+            abort.start()
+        outcome = await asyncio.gather(*tasks, return_exceptions=True)
+        await a.close()
+        step.stop()
+        abort.stop()
+        assert all(isinstance(r, EngineFailure) for r in outcome)
+
+    run(main())
+
+
 def test_who_has_priority_comes_first() -> None:
     e = tiny_engine(eos=(), max_rows=1)
     ended: list[int] = []
