@@ -55,9 +55,14 @@ def test_the_public_face_is_there_and_torch_is_imported_only_for_the_engine() ->
     assert json.loads(python(script)) == [False, True, "Engine", "Guide"]
 
 
-def test_the_example_of_the_readme_runs() -> None:
-    example = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert len(python(example).splitlines()) == 2
+def test_the_examples_of_the_readme_run() -> None:
+    first, second = (
+        block.split("```")[0] for block in (ROOT / "README.md").read_text().split("```python\n")[1:]
+    )
+    assert len(python(first).splitlines()) == 2
+    last = python(second).splitlines()[-2:]
+    assert last[0].startswith("5 requests, ")
+    assert last[1].endswith(" 0 pages in use")
 
 
 def test_the_makefile_and_the_constraints_name_the_same_torch() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 from w2s_fast.engine import Engine
-from w2s_fast.errors import Aborted, W2SFastError
+from w2s_fast.errors import Aborted, EngineFailure, W2SFastError
 from w2s_fast.guide import Guide
 from w2s_fast.load import ModelSource
 from w2s_fast.params import SearchParams
@@ -31,8 +32,9 @@ class AsyncEngine:
                 print(piece.text, end="")
 
     A request enters at the next step of the running ones, and its result does not depend on them.
-    A task that is cancelled, or a stream that is left, gives its request up: its pages are free
-    within a round.
+    A task that is cancelled, or a stream that is closed, gives its request up: its pages are free
+    within a round. Tasks may belong to several event loops, and the :class:`Engine` may be used
+    directly at the same time. The engine's thread runs until :meth:`close`.
 
     Args:
         base: an :class:`Engine`, or what one is made of, together with ``guides`` and ``options``.
@@ -45,8 +47,11 @@ class AsyncEngine:
         **options: Any,
     ) -> None:
         self.engine = base if isinstance(base, Engine) else Engine(base, guides, **options)
+        self._runner = self.engine.runner
+        self._lock = threading.Lock()  # guards what follows
+        self._callers: set[_Caller] = set()  # of requests that have not ended
+        self._end: W2SFastError | None = None  # why nothing more is taken on
         self._work = threading.Event()
-        self._closed = False
         self._thread = threading.Thread(target=self._run, name="w2s-fast engine", daemon=True)
         self._thread.start()
 
@@ -60,49 +65,44 @@ class AsyncEngine:
             NumericalError: a model produced NaN or infinity.
             Aborted: the engine was closed.
         """
-        async for piece in self.stream(prompt, params, priority=priority):
-            if piece.result is not None:
-                return piece.result
-        raise AssertionError("a stream ends with a result")
+        caller = await self._submit(prompt, params, priority, streams=False)
+        try:
+            while not caller.over:
+                await caller.news()
+            return self._result(caller)
+        finally:
+            self._leave(caller)
 
     async def stream(
         self, prompt: Prompt, params: SearchParams | None = None, *, priority: int = 0
     ) -> AsyncIterator[StreamPiece]:
-        """The response as it becomes certain; see :meth:`Engine.stream`."""
-        # Long prompts take a while to tokenise: not in the loop's own thread.
-        request = await asyncio.to_thread(
-            self.engine.make_request, prompt, params or SearchParams(), priority
-        )
-        pieces: asyncio.Queue[StreamPiece | W2SFastError] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        """The response as it becomes certain; see :meth:`Engine.stream`.
 
-        def put(item: StreamPiece | W2SFastError) -> None:
-            # A loop that has been closed has nobody left who could read.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(pieces.put_nowait, item)
-
-        request.listener = self._listener(request, put)
-        self._submit(request)
+        A task that falls behind gets fewer and longer pieces.
+        """
+        caller = await self._submit(prompt, params, priority, streams=True)
         try:
-            while True:
-                item = await pieces.get()
-                if isinstance(item, W2SFastError):
-                    raise item
-                yield item
-                if item.result is not None:
-                    return
+            pieces = self.engine.pieces(caller.request)
+            while not caller.over:
+                await caller.news()
+                piece = pieces.next(caller.request.agreed)
+                if piece is not None:
+                    yield piece
+            yield pieces.last(self._result(caller))
         finally:
-            if not request.ended:
-                self.engine.runner.give_up(request)
-                self._work.set()
+            self._leave(caller)
 
     def stats(self) -> EngineStats:
         """See :meth:`Engine.stats`."""
         return self.engine.stats()
 
     async def close(self) -> None:
-        """Give up what is under way, and end the thread."""
-        self._closed = True
+        """Give up what is under way here, with :class:`Aborted`, and end the thread.
+
+        Requests that others have submitted to the same :class:`Engine` go on.
+        """
+        with self._lock:
+            self._end = self._end or Aborted("the engine was closed")
         self._work.set()
         await asyncio.to_thread(self._thread.join)
 
@@ -117,34 +117,105 @@ class AsyncEngine:
     ) -> None:
         await self.close()
 
-    def _submit(self, request: Request) -> None:
-        if self._closed:
-            raise Aborted("the engine is closed")
-        self.engine.runner.submit(request)
+    async def _submit(
+        self, prompt: Prompt, params: SearchParams | None, priority: int, *, streams: bool
+    ) -> _Caller:
+        # Long prompts take a while to tokenise: not in the loop's own thread.
+        request = await asyncio.to_thread(
+            self.engine.make_request, prompt, params or SearchParams(), priority
+        )
+        request.streams = streams
+        caller = _Caller(request)
+        request.listener = caller.listen
+        with self._lock:  # so that nobody comes in after the thread's last look
+            if self._end is not None:
+                raise _again(self._end)
+            self._callers.add(caller)
+            self._runner.submit(request)
         self._work.set()
+        return caller
 
-    def _listener(
-        self, request: Request, put: Callable[[StreamPiece | W2SFastError], None]
-    ) -> Callable[[], None]:
-        agreement = self.engine.agreement(request)
+    def _result(self, caller: _Caller) -> SearchResult:
+        if caller.failure is not None and not caller.request.ended:
+            raise caller.failure
+        result = self.engine.result(caller.request)
+        if result.error is not None:
+            raise result.error
+        return result
 
-        def listen() -> None:
-            if not request.ended:
-                piece = agreement.grow()
-                if piece is not None:
-                    put(piece)
-            elif request.error is not None:
-                put(request.error)
-            else:
-                put(agreement.finish(self.engine.result(request)))
-
-        return listen
+    def _leave(self, caller: _Caller) -> None:
+        """Nobody waits for this request any longer."""
+        with self._lock:
+            self._callers.discard(caller)
+        if not caller.over:
+            self._runner.give_up(caller.request)
+            self._runner.settle()
 
     def _run(self) -> None:
-        runner = self.engine.runner
-        while not self._closed:
-            self._work.wait()
-            self._work.clear()
-            while not self._closed and not runner.idle:
-                runner.step()
-        runner.give_up_all()
+        end: W2SFastError | None = None
+        try:
+            while self._end is None:
+                self._work.wait()
+                self._work.clear()
+                while self._end is None and self._under_way():
+                    self._runner.advance(())
+        except BaseException as error:  # nobody may wait for a thread that is no more
+            end = EngineFailure(f"the engine's thread ended: {type(error).__name__}: {error}")
+            end.__cause__ = error
+        finally:
+            with self._lock:
+                self._end = end = end or self._end
+                callers = list(self._callers)
+            assert end is not None
+            for caller in callers:
+                failure = _again(end)
+                self._runner.give_up(caller.request, failure)
+                caller.fail(failure)
+            self._runner.settle()
+
+    def _under_way(self) -> bool:
+        with self._lock:
+            return any(not caller.request.ended for caller in self._callers)
+
+
+class _Caller:
+    """A task that waits for its request."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.failure: W2SFastError | None = None  # the engine's end, before that of the request
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._told = 0  # tokens
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self.request.ended or self.failure is not None
+
+    async def news(self) -> None:
+        """Wait until there is more, or it is over."""
+        await self._news.wait()
+        self._news.clear()  # first, so that what comes while the task looks is not missed
+
+    def listen(self) -> None:
+        """The request's listener: in whatever thread took the step.
+
+        RuntimeError if the task's loop was closed: nobody is left who waits.
+        """
+        if self.request.ended or len(self.request.agreed) > self._told:
+            self._told = len(self.request.agreed)
+            self._loop.call_soon_threadsafe(self._news.set)
+
+    def fail(self, failure: W2SFastError) -> None:
+        """There will be no more news of the request."""
+        self.failure = failure
+        with suppress(RuntimeError):  # its loop was closed
+            self._loop.call_soon_threadsafe(self._news.set)
+
+
+def _again(error: W2SFastError) -> W2SFastError:
+    """A copy to raise: a raised error belongs to whoever catches it."""
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy

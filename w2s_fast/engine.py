@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import repeat
 from typing import Any, Literal
@@ -12,12 +13,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from w2s_fast.attention import find_backend
-from w2s_fast.errors import InvalidRequest, MismatchedVocabulary, W2SFastError
+from w2s_fast.errors import EngineFailure, InvalidRequest, MismatchedVocabulary, W2SFastError
 from w2s_fast.guide import Guide, PagedGuide
 from w2s_fast.load import ModelSource, load_model, load_tokenizer, pick_device
 from w2s_fast.memory import kv_tokens_that_fit
 from w2s_fast.model import PagedModel
 from w2s_fast.params import SearchParams
+from w2s_fast.progress import progress_bar
 from w2s_fast.prompt import Prompt, PromptEncoder, decode_response
 from w2s_fast.request import Beam, Request
 from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
@@ -25,7 +27,7 @@ from w2s_fast.runner import Runner
 from w2s_fast.scheduler import Scheduler
 from w2s_fast.search import Search
 from w2s_fast.stats import EngineStats
-from w2s_fast.stream import Agreement, StreamPiece
+from w2s_fast.stream import Pieces, StreamPiece
 from w2s_fast.vocabulary import check_same_vocabulary, eos_token_ids, tokenizer_size
 
 _MAX_SLOTS = 4096
@@ -133,6 +135,8 @@ class Engine:
             self._prompt_encoder(tuned, guide.prompt_template, vocab_size)
             for guide, (tuned, _) in zip(guides, paged)
         ]
+        # Fast tokenizers keep the options of a call as their own state: one call at a time.
+        self._encoding = threading.Lock()
         self._search = Search(self.base, self.guides, vocab_size, self.eos_token_ids)
         self._scheduler = Scheduler(self.base, paged, max_rows)
         self.runner = Runner(self._search, self._scheduler)
@@ -147,6 +151,7 @@ class Engine:
         *,
         priority: int = 0,
         on_error: Literal["raise", "return"] = "raise",
+        progress: bool = True,
     ) -> list[SearchResult]:
         """Search a response for every prompt.
 
@@ -157,6 +162,8 @@ class Engine:
             on_error: a failed request never stops the others. ``"raise"``: the first error is
                 raised once all are done, with all results in its ``results``; ``"return"``: a
                 failed request's result carries its ``error``.
+            progress: show a progress bar while there is more than one prompt to wait for, and
+                standard error is a terminal.
 
         Returns:
             One result for each prompt, in their order.
@@ -165,7 +172,13 @@ class Engine:
             InvalidRequest: a prompt or its parameters are not allowed.
             NumericalError: a model produced NaN or infinity.
         """
-        found = dict(self.as_completed(prompts, params, priority=priority))
+        many = not isinstance(prompts, str)
+        total = len(prompts) if many and isinstance(prompts, Sized) else None
+        found = {}
+        with progress_bar(total, show=progress and many) as advance:
+            for index, result in self.as_completed(prompts, params, priority=priority):
+                found[index] = result
+                advance(result.usage.completion_tokens)
         results = [found[i] for i in range(len(found))]
         error = next((r.error for r in results if r.error is not None), None)
         if error is not None and on_error == "raise":
@@ -225,24 +238,26 @@ class Engine:
         return self._stream(self.make_request(prompt, params or SearchParams(), priority))
 
     def _stream(self, request: Request) -> Iterator[StreamPiece]:
-        agreement = self.agreement(request)
+        pieces = self.pieces(request)
+        request.streams = True
         self.runner.submit(request)
         try:
             while not request.ended:
                 self.runner.advance([request])
-                with self.runner.lock:
-                    piece = None if request.ended else agreement.grow()
+                piece = pieces.next(request.agreed)
                 if piece is not None:
                     yield piece
-            if request.error is not None:
-                raise request.error
-            yield agreement.finish(self.result(request))
+            result = self.result(request)
+            if result.error is not None:
+                raise result.error
+            yield pieces.last(result)
         finally:
             self.runner.give_up(request)
             self.runner.settle()
 
     def stats(self) -> EngineStats:
-        """What the engine has done since it was made, and what it is doing."""
+        """What the engine has done since it was made, and what it is doing. Costs next to nothing:
+        it does not wait for the step under way."""
         return self.runner.stats()
 
     def score(
@@ -266,13 +281,15 @@ class Engine:
     def _score(self, prompt: Prompt, response: str | Sequence[int]) -> float:
         total = 0.0
         for guide, encoder in zip(self.guides, self._guide_encoders):
-            before, after = encoder.encode_with_response(prompt, response)
+            with self._encoding:
+                before, after = encoder.encode_with_response(prompt, response)
             _check_length(guide.models, len(before), len(after))
-            slots = guide.prefill([before])
-            try:
-                tuned, untuned = guide.append(slots, before[-1:], [after])
-            finally:
-                guide.release(slots)
+            with self.runner.turn():
+                slots = guide.prefill([before])
+                try:
+                    tuned, untuned = guide.append(slots, before[-1:], [after])
+                finally:
+                    guide.release(slots)
             total += guide.weight * float((tuned.double() - untuned.double()).sum())
         return total
 
@@ -282,35 +299,38 @@ class Engine:
             raise InvalidRequest(f"params is {type(params).__name__}; allowed: SearchParams")
         if params.uses_guides and not self.guides:
             raise InvalidRequest(f"method {params.method!r} needs guides; the engine has none")
-        ids = self._encoder.encode(prompt)
+        if isinstance(priority, bool) or not isinstance(priority, (int, np.integer)):
+            raise InvalidRequest(f"priority is {priority!r}; allowed: an integer")
+        with self._encoding:
+            ids = self._encoder.encode(prompt)
+            guide_ids = [e.encode(prompt) for e in self._guide_encoders if params.uses_guides]
         _check_length([self.base], len(ids), params.max_new_tokens)
-        guide_ids = []
-        if params.uses_guides:
-            for encoder, guide in zip(self._guide_encoders, self.guides):
-                guide_ids.append(encoder.encode(prompt))
-                _check_length(guide.models, len(guide_ids[-1]), params.max_new_tokens)
+        for guide, own in zip(self.guides, guide_ids):
+            _check_length(guide.models, len(own), params.max_new_tokens)
         for token in params.stop_token_ids:
             if token >= self._search.vocab_size:
                 raise InvalidRequest(
                     f"stop_token_ids holds {token}; allowed: below {self._search.vocab_size}"
                 )
-        request = Request(ids, guide_ids, params, priority)
+        request = Request(ids, guide_ids, params, int(priority))
         self._scheduler.check(request)
         return request
 
-    def agreement(self, request: Request) -> Agreement:
-        """What its candidates agree on, to be asked between steps."""
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            return Agreement(request, None)
-        return Agreement(request, lambda ids: decode_response(tokenizer, request.prompt, ids))
+    def pieces(self, request: Request) -> Pieces:
+        """What cuts its response into pieces."""
+        return Pieces(self.tokenizer, request.prompt)
 
     def result(self, request: Request) -> SearchResult:
-        """The result of a request that has ended."""
+        """The result of a request that has ended; carries its error if it failed."""
         if request.error is not None:
             return _failed(request.error, request)
         beams = request.beams[: request.params.n]
-        hypotheses = [self._hypothesis(request, beam) for beam in beams]
+        try:
+            hypotheses = [self._hypothesis(request, beam) for beam in beams]
+        except Exception as error:  # a tokenizer may raise anything
+            failure = EngineFailure(f"the response cannot be decoded: {error}")
+            failure.__cause__ = error
+            return _failed(failure, request)
         trace = Trace(request.rounds) if request.params.trace else None
         return SearchResult(hypotheses, _usage(request, beams), trace, stats=request.stats)
 

@@ -104,7 +104,11 @@ class Request:
         self.sampled_tokens = 0
         self.scored_tokens = 0
         self.stats = RequestStats()
-        self.listener: Callable[[], None] | None = None  # called after each step it took part in
+        self.streams = False  # whether somebody wants to know what its hypotheses agree on
+        self.agreed: list[int] = []  # that, after the last step it took part in
+        # Called between two steps, after each it took part in and when it has ended; by the thread
+        # that took the step, so it must not wait for anything.
+        self.listener: Callable[[], None] | None = None
         self.error: W2SFastError | None = None
         self.ended = False  # its pages are free, and its result can be read
 
@@ -152,6 +156,19 @@ class Request:
         length = len(growing[0].tokens)
         end = self.round_start + self.params.tokens_per_round
         return min(end, self.params.max_new_tokens) - length
+
+    def agreed_tokens(self) -> list[int]:
+        """The longest common prefix of all hypotheses, without EOS or stop token."""
+        beams = self.candidates or self.beams
+        texts = [
+            beam.tokens[:-1] if beam.finish_reason in ("eos", "stop") else beam.tokens
+            for beam in beams
+        ]
+        if not texts:
+            return []
+        first, last = min(texts), max(texts)  # what these two share is shared by all between
+        pairs = enumerate(zip(first, last))
+        return first[: next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))]
 
     @property
     def round_start(self) -> int:

@@ -21,7 +21,8 @@ class RequestStats:
         prefill_s: passes in which the base or a guide ran its prompt, or recomputed it.
         decode_s: all other passes of the base, with sampling and forks.
         scoring_s: passes of the guides over new tokens, and selections.
-        rounds: selections. set_aside: how often it gave up its pages and was recomputed.
+        rounds: selections; without a guide there is one, at the end.
+        set_aside: how often it gave up its pages and was recomputed.
         cached_tokens: prompt tokens of the base that were found in the prefix cache.
     """
 
@@ -34,13 +35,17 @@ class RequestStats:
     cached_tokens: int = 0
     waiting_since: float = field(default_factory=time.perf_counter, repr=False)
 
+    def arrive(self) -> None:
+        """It begins to wait."""
+        self.waiting_since = time.perf_counter()
+
     def enter(self) -> None:
         """It waits no longer."""
         self.queue_s += time.perf_counter() - self.waiting_since
 
     def wait(self) -> None:
         """It waits again."""
-        self.waiting_since = time.perf_counter()
+        self.arrive()
         self.set_aside += 1
 
 
@@ -83,13 +88,19 @@ class EngineStats:
     """An engine since it was made.
 
     Attributes:
-        waiting, running: requests that have not ended. set_aside: how often one was set aside.
-        finished, failed: requests that ended with a result, or with an error.
+        waiting, running: requests that have not ended.
+        finished: requests that ended with a result.
+        failed: requests that ended with an error.
+        aborted: requests that their callers gave up.
+        set_aside: how often a request gave up its pages for others and was recomputed.
         steps: times that all running requests went a step further; a step is a round or, with
             long chunks, a part of one.
+        rounds: selections, of all requests together.
         busy_s: seconds within steps.
-        sampled_tokens: by the base. scored_tokens: by each guide.
-        rows: rows of all the base's decoding passes together. passes: those passes.
+        sampled_tokens: by the base.
+        scored_tokens: by each guide.
+        passes: passes of the base.
+        rows: rows of all those passes together; a prompt is one.
         pools: by the models' names.
     """
 
@@ -97,8 +108,10 @@ class EngineStats:
     running: int
     finished: int
     failed: int
+    aborted: int
     set_aside: int
     steps: int
+    rounds: int
     busy_s: float
     sampled_tokens: int
     scored_tokens: int
@@ -112,11 +125,16 @@ class EngineStats:
         return self.steps / self.busy_s if self.busy_s else 0.0
 
     @property
+    def rounds_per_s(self) -> float:
+        """Rounds of single requests in a second of work."""
+        return self.rounds / self.busy_s if self.busy_s else 0.0
+
+    @property
     def tokens_per_s(self) -> float:
         """Sampled tokens in a second of work."""
         return self.sampled_tokens / self.busy_s if self.busy_s else 0.0
 
     @property
     def rows_per_pass(self) -> float:
-        """Rows that a decoding pass had on average."""
+        """Rows that a pass of the base had on average."""
         return self.rows / self.passes if self.passes else 0.0

@@ -1,19 +1,24 @@
 """The text of a request under way: what all its hypotheses agree on, and nothing else.
 
 Every hypothesis that can still win descends from one of the present candidates, so what all of
-those begin with will be part of the answer whatever is selected later. It only ever grows: a piece
-that was given out is never taken back.
+those begin with will be part of the answer whatever is selected later
+(:meth:`w2s_fast.request.Request.agreed_tokens`). It only ever grows: a piece that was given out is
+never taken back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from w2s_fast.request import Beam, Request
+from transformers import PreTrainedTokenizerBase
+
+from w2s_fast.prompt import decode_response
 from w2s_fast.result import SearchResult
 
 _INCOMPLETE = "\ufffd"  # what decoders write for a character of which bytes are missing
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte as a token, in vocabularies of characters
 
 
 @dataclass(frozen=True)
@@ -32,51 +37,49 @@ class StreamPiece:
     result: SearchResult | None = None
 
 
-class Agreement:
-    """What the candidates of one request agree on so far."""
+class Pieces:
+    """Cuts one growing response into pieces."""
 
-    def __init__(self, request: Request, decode: Callable[[list[int]], str] | None) -> None:
-        """``decode``: from response tokens to text; None: there is no tokenizer."""
-        self._request = request
-        self._decode = decode
-        self._tokens: list[int] = []
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, prompt: Sequence[int]) -> None:
+        """``prompt``: the base's tokens, behind which the response is decoded."""
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._given = 0  # tokens
         self._text = ""
 
-    def grow(self) -> StreamPiece | None:
-        """What is new since the last call; None if there is nothing. Under the runner's lock."""
-        request = self._request
-        tokens = _common([_lasting(b) for b in request.candidates or request.beams])
-        if len(tokens) <= len(self._tokens):
+    def next(self, tokens: list[int]) -> StreamPiece | None:
+        """What is new in ``tokens``, the response so far; None if there is nothing."""
+        if len(tokens) <= self._given:
             return None
-        new = tokens[len(self._tokens) :]
-        self._tokens = tokens
-        if self._decode is None:
+        new = tokens[self._given :]
+        self._given = len(tokens)
+        if self._tokenizer is None:
             return StreamPiece(None, new)
-        text = self._decode(tokens).rstrip(_INCOMPLETE)
-        return StreamPiece(self._new_text(text), new)
+        whole = tokens[: len(tokens) - _open_bytes(self._tokenizer, tokens)]
+        text = decode_response(self._tokenizer, self._prompt, whole)
+        return StreamPiece(self._new_text(text.rstrip(_INCOMPLETE)), new)
 
-    def finish(self, result: SearchResult) -> StreamPiece:
+    def last(self, result: SearchResult) -> StreamPiece:
         """The rest of the answer."""
         text = None if result.text is None else self._new_text(result.text)
-        return StreamPiece(text, result.token_ids[len(self._tokens) :], result)
+        return StreamPiece(text, result.token_ids[self._given :], result)
 
     def _new_text(self, text: str) -> str:
         if not text.startswith(self._text):
-            return ""  # the decoder changed its mind about the end: wait until it agrees
+            return ""  # a decoder that rewrites what it has written: nothing is taken back
         new = text[len(self._text) :]
         self._text = text
         return new
 
 
-def _lasting(beam: Beam) -> list[int]:
-    """Without the EOS or stop token, which is no part of the text."""
-    return beam.tokens[:-1] if beam.finish_reason in ("eos", "stop") else beam.tokens
+def _open_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> int:
+    """How many tokens at the end are single bytes.
 
-
-def _common(texts: Sequence[list[int]]) -> list[int]:
-    """The longest common prefix."""
-    if not texts:
-        return []
-    low, high = min(texts), max(texts)
-    agree = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
-    return low[:agree]
+    Decoders with a fallback to bytes decode a run of them as one, to replacement characters
+    throughout if any is wrong: its text is known when the run is over.
+    """
+    for behind, token in enumerate(reversed(tokens)):
+        name = tokenizer.convert_ids_to_tokens(token)
+        if not (isinstance(name, str) and _BYTE.fullmatch(name)):
+            return behind
+    return len(tokens)
