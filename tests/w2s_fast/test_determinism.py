@@ -57,7 +57,7 @@ def tokens(results: Sequence[SearchResult]) -> list[list[list[int]]]:
 
 @functools.cache
 def alone() -> list[list[list[int]]]:
-    e = fp32_engine()
+    e = fp32_engine(prefix_cache=False)
     return [tokens(e.generate([p], q))[0] for p, q in zip(*requests())]
 
 
@@ -71,7 +71,9 @@ def test_among_64_others_and_again_on_the_same_engine() -> None:
     # the first turn and warm in the second.
     e = fp32_engine()
     assert tokens(e.generate(*requests())) == alone()
+    cold = e.stats().pools["base"].cache_hit_tokens
     assert tokens(e.generate(*requests())) == alone()
+    assert e.stats().pools["base"].cache_hit_tokens > 2 * cold
     assert_all_pages_free(e)
 
 
