@@ -26,7 +26,7 @@ lint: .venv/linters ## ruff, and mypy in strict mode
 	ln -s $(addprefix $(CURDIR)/,$(TYPED)) build/typing/w2s_fast/
 	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p w2s_fast
 
-bench: .venv/installed ## time the search against its baselines (about 15 minutes on 2 cores)
+bench: .venv/installed ## time the search against its baselines, and the page manager
 	mkdir -p bench/results
 	$(BIN)/python bench/page_manager.py > bench/results/page_manager.txt
 	cat bench/results/page_manager.txt

@@ -1,14 +1,16 @@
 """Time and memory of the search, against transformers' sampling and the search as released.
 
-    python -m bench.search --out bench/results/search.json      about 15 minutes on 2 cores
+    python -m bench.search --out bench/results/search.json      every case
     python -m bench.search --only small-guides --repeats 9      one case, more closely
     python -m bench.search --only small-guides --profile        where its milliseconds go
     python -m bench.search --quick                              tiny shapes: does it run?
 
 The variants of a case run one after the other in one process, in turns, so that whatever slows the
 machine down for a while slows all of them. A ratio is taken within a turn; its median is compared
-with the target. Every run's number of sampled tokens is checked. The baselines are described in
-``baselines.py``, the cases in ``search_cases.py``, what memory means in ``search_memory.py``.
+with the target. Every run's number of sampled tokens is checked. Where other programs take much of
+the machine, the ratios of processor time under ``OMP_WAIT_POLICY=passive`` say more: waiting
+threads then sleep. The baselines are described in ``baselines.py``, the cases in
+``search_cases.py``, what memory means in ``search_memory.py``.
 """
 
 from __future__ import annotations
@@ -193,6 +195,11 @@ def report(outcomes: Sequence[Outcome], others: float | None) -> dict[str, Any]:
         "commit": _commit(),
         "threads": torch.get_num_threads(),
         "share_of_machine_taken_by_others": others,
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_"))
+        },
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
