@@ -8,9 +8,9 @@
 The variants of a case run one after the other in one process, in turns, so that whatever slows the
 machine down for a while slows all of them. A ratio is taken within a turn; its median is compared
 with the target. Every run's number of sampled tokens is checked. Where other programs take much of
-the machine, the ratios of processor time under ``OMP_WAIT_POLICY=passive`` say more: threads that
-wait then sleep. The baselines are described in ``baselines.py``, the cases in ``search_cases.py``,
-what memory means in ``search_memory.py``.
+the machine, the ratios of processor time under ``OMP_WAIT_POLICY=passive`` say more: waiting
+threads then sleep. The baselines are described in ``baselines.py``, the cases in
+``search_cases.py``, what memory means in ``search_memory.py``.
 """
 
 from __future__ import annotations
