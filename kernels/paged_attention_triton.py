@@ -80,7 +80,7 @@ def _launch(
     tile = next((t for t in (16, 32, 64) if items <= t), largest)
     widest = 128 if warp_groups else 64  # of 64 rows without a spill in four warps
     num_warps = 4 if tile <= 32 or (tile == 64 and dim <= widest) else 8
-    # With groups of one head, shared tiles of 64 spill in four warps from D = 128 on, too.
+    # Of groups of one head, shared tiles of 64 x 128 spill in four warps on every architecture.
     widest_shared = widest if group > 1 else 64
     largest_shared = 64 if num_warps == 8 or dim <= widest_shared else 32
     shared_tile = next((t for t in (16, 32) if shared_items <= t), largest_shared)
@@ -262,9 +262,11 @@ def _store_part(
     lane = tl.arange(0, LANES)
     tl.store(peaks + place * 2, m, mask=real)
     tl.store(peaks + place * 2 + 1, s, mask=real)
-    if begin < end:
-        inside = real[:, None] & (lane < DIM)[None, :]
-        tl.store(sums + place[:, None] * DIM + lane[None, :], acc, mask=inside)
+    # Not a constant bound: the stores are narrow for it, but leave in the products' own layout. To
+    # change it for wide stores spilled registers of tiles of 64 x 128 in four warps.
+    width = tl.where(begin < end, DIM, 0)
+    inside = real[:, None] & (lane < width)[None, :]
+    tl.store(sums + place[:, None] * DIM + lane[None, :], acc, mask=inside)
 
 
 # Strides of q, and the size of the pages, are the model's; the rest varies from call to call.

@@ -6,11 +6,14 @@ float32, float16 and bfloat16.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.kernels.beams import RoundOfOne, check
+from tests.kernels.forests import Forest, Request, attend, make_forest
+from w2s_fast.kernel_attention import KernelPlan
 from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.sample_tokens import sample_tokens
@@ -103,3 +106,68 @@ def test_fuse_logits_is_as_exact_as_torch(dtype: torch.dtype) -> None:
     plain = base.float() + beta[0, :, None] * (tuned.float() - untuned.float())
     found = fuse_logits(base, tuned[None], untuned[None], beta)
     assert worst(found, exact) <= worst(plain, exact) + DTYPES[dtype]
+
+
+def dense(forest: Forest, plan: KernelPlan, dtype: torch.dtype, window: int | None) -> Tensor:
+    """Every row against its own keys, gathered, with products in ``dtype``."""
+    out = []
+    size, group = forest.pool.page_size, forest.queries.shape[1] // forest.pool.kv.shape[4]
+    queries = forest.queries.split(forest.counts.tolist())
+    for row, (q, length) in enumerate(zip(queries, plan.lengths.tolist())):
+        t = torch.arange(length, device="cuda")
+        kv = forest.pool.kv[0][:, plan.page_table[row, t // size].long(), t % size].to(dtype)
+        k, v = kv.repeat_interleave(group, dim=2).transpose(1, 2)  # [H, L, D]
+        x = (q.to(dtype).transpose(0, 1) @ k.mT).to(torch.promote_types(dtype, torch.float32))
+        distance = t[length - len(q) :, None] - t
+        seen = (distance >= 0) & (distance < (window or length))
+        weights = (x * q.shape[2] ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+        out.append((weights.to(dtype) @ v).transpose(0, 1))
+    return torch.cat(out)
+
+
+# (H, Hkv, D): gpt2, a 7B of one head a group, an 8B, a gemma, and sizes that are no power of two.
+SHAPES = [(12, 12, 64), (32, 32, 128), (32, 8, 128), (8, 4, 256), (32, 32, 80), (32, 8, 96)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("new", [1, 5, 16])
+@pytest.mark.parametrize("window", [None, 700])
+def test_attention_over_shared_segments_is_as_exact_as_torch(
+    window: int | None, new: int, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    requests = [
+        Request(1500, ((4, 30, 60), (4, 0, 20)), (new, new)),
+        Request(90, ((2, 3, 40), (3, 1, 1)), (new, new)),
+        Request(777, (), (1, new), shares=False),
+    ]
+    forest = make_forest(requests, *shape, dtype=dtype, device="cuda")
+    plan = forest.plan()
+    assert plan.shared is not None
+    scale = shape[2] ** -0.5
+    exact = dense(forest, plan, torch.float64, window)
+    plain = dense(forest, plan, dtype, window)
+    found = attend(forest, plan, scale=scale, window=window).cuda()
+    assert worst(found, exact) <= worst(plain, exact) + DTYPES[dtype]
+    again = attend(forest, plan, scale=scale, window=window).cuda()
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_a_row_has_the_same_bits_in_float32_whichever_rows_run(window: int | None) -> None:
+    requests = [
+        Request(1500, ((4, 30, 60), (4, 0, 20))),
+        Request(600, ((2, 20, 40), (3, 1, 1)), (1, 9)),
+        Request(1100, shares=False),
+    ]
+    forest = make_forest(requests, 32, 8, 128, device="cuda")
+    rule = {"scale": 128**-0.5, "window": window}
+    everyone = attend(forest, forest.plan(), **rule).split(forest.counts.tolist())
+    for rows in (
+        np.flatnonzero(forest.request == 1),
+        np.argsort(-forest.request, kind="stable"),
+        np.arange(0, len(forest.slots), 3),
+        np.array([5]),
+    ):
+        got = attend(forest, forest.plan(rows), forest.queries_of(rows), **rule)
+        assert torch.equal(got, torch.cat([everyone[row] for row in rows]))

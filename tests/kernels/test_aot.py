@@ -174,7 +174,10 @@ def paged_attention_case(
         )  # fmt: skip
 
     # From 64 queries times heads on, a product is one of a whole warp group.
-    wide = max(max_q, tokens if dim <= 128 else 0) * heads // kv_heads > 32
+    # Shared tiles may have so many in four warps up to D = 64; with groups of heads, up to 128.
+    group = heads // kv_heads
+    shares_wide = tokens * group > 32 and dim <= (64 if group == 1 else 128)
+    wide = max_q * group > 32 or shares_wide
     products = {
         80: "mma.sync",
         90: "wgmma.mma_async" if wide else "mma.sync",
@@ -225,6 +228,29 @@ CASES = [
     paged_attention_case("gemma", 16, 1, 4096, {"_attend": 168, "_merge_parts": 64}),
     paged_attention_case("gemma", 16, 16, 4096, {"_attend": 255, "_merge_parts": 64}),
     paged_attention_case("gemma", 4, 512, 4096, CUT, window=1024, softcap=50.0),
+    # Four hypotheses of four candidates: decoding, a chunk of 5, and the largest that shares.
+    *(
+        paged_attention_case(
+            model, 16, max_q, 4200, {"_attend": most, "_merge_parts": 64}, siblings=16
+        )
+        for model, max_q, most in (
+            ("gpt2", 1, 96),
+            ("gpt2", 5, 168),
+            ("gpt2", 16, 224),
+            ("8b", 1, 240),
+            ("8b", 5, 240),
+            ("8b", 16, 255),
+            ("d80", 5, 192),
+            ("d96", 5, 255),
+            ("gemma", 5, 240),
+        )
+    ),
+    *(
+        paged_attention_case(
+            model, 16, 5, 4200, CUT, window=1024, softcap=30.0, sinks=True, siblings=16
+        )
+        for model in ("gpt2", "8b", "gemma")
+    ),
 ]
 
 
@@ -258,23 +284,26 @@ def test_tiles_fit_where_shared_memory_is_small(arch: int, rows: int) -> None:
 
 @pytest.mark.parametrize("arch", [86, 120])
 @pytest.mark.parametrize("model", HEADS)
-@pytest.mark.parametrize("max_q", [1, 8, 16, 512])
-def test_attention_fits_where_shared_memory_is_small(max_q: int, model: str, arch: int) -> None:
-    case = paged_attention_case(model, 4, max_q, 1024, {})
+@pytest.mark.parametrize(("max_q", "siblings"), [(1, 0), (8, 0), (16, 0), (512, 0), (5, 16)])
+def test_attention_fits_where_shared_memory_is_small(
+    max_q: int, siblings: int, model: str, arch: int
+) -> None:
+    case = paged_attention_case(model, 16, max_q, 1024, {}, siblings=siblings)
     for c in compilations(arch, lambda: case.launch(torch.float16)):
         assert c.shared <= SHARED_LIMIT[arch] and c.spilled == 0, str(c)
 
 
 @pytest.mark.parametrize("model", HEADS)
-@pytest.mark.parametrize("max_q", [1, 512])
-def test_attention_in_float32_spills_nothing(max_q: int, model: str) -> None:
-    case = paged_attention_case(model, 4, max_q, 1024, {})
+@pytest.mark.parametrize(("max_q", "siblings"), [(1, 0), (512, 0), (1, 16)])
+def test_attention_in_float32_spills_nothing(max_q: int, siblings: int, model: str) -> None:
+    case = paged_attention_case(model, 16, max_q, 1024, {}, siblings=siblings)
     for c in compilations(90, lambda: case.launch(torch.float32)):
         assert c.spilled == 0 and c.registers * c.num_warps * 32 <= REGISTERS, str(c)
         assert "tf32" not in c.ptx  # exact products only
 
 
-def test_rows_and_bounds_compile_no_attention_anew() -> None:
+@pytest.mark.parametrize("siblings", [0, 7])
+def test_rows_and_bounds_compile_no_attention_anew(siblings: int) -> None:
     """Rows, odd buffers and tables included, and bounds with one tile are one variant."""
     kernels = {
         (c.name, c.ptx)
@@ -282,7 +311,7 @@ def test_rows_and_bounds_compile_no_attention_anew() -> None:
         for c in compilations(
             90,
             lambda rows=rows, max_q=max_q, max_k=max_k: paged_attention_case(  # type: ignore[misc]
-                "8b", rows, max_q, max_k, {}
+                "8b", rows, max_q, max_k, {}, siblings=siblings
             ).launch(torch.bfloat16),
         )
     }
