@@ -51,3 +51,18 @@ def test_a_part_that_fails_hides_no_other(tmp_path: Path) -> None:
     build, timings = run.stdout.strip().splitlines()[-2:]
     assert build.startswith("build") and build.endswith("ok")
     assert timings.startswith("timings") and "FAILED: exit code 1" in timings
+
+
+def test_a_dry_run_times_the_cpus_attention_with_and_without_a_tree(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "bench.cpu_attention", "--dry-run", "--out", str(out)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["what"], row["requests"]) for row in rows] == [
+        ("decode", 1),
+        ("append", 1),
+        ("decode", 2),
+        ("append", 2),
+    ]
+    assert all(min(row["tree_ms"], row["flat_ms"], row["dense_ms"]) > 0 for row in rows)
