@@ -198,3 +198,18 @@ def test_transformers_samples_the_promised_tokens_even_where_eos_is_likely() -> 
     rows = generate_rows(model, torch.tensor([[3, 1, 4]]).expand(16, -1), 11, MANY)
     assert rows.shape == (16, 11)
     assert len({tuple(row) for row in rows.tolist()}) > 1
+
+
+def test_a_dry_run_times_the_cpus_attention_with_and_without_a_tree(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "bench.cpu_attention", "--dry-run", "--out", str(out)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["what"], row["requests"]) for row in rows] == [
+        ("decode", 1),
+        ("append", 1),
+        ("decode", 2),
+        ("append", 2),
+    ]
+    assert all(min(row["tree_ms"], row["flat_ms"], row["dense_ms"]) > 0 for row in rows)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2s_fast.dense_attention import LayerOptions, Part, additive_mask, partial_attention
+from w2s_fast.dense_attention import LayerOptions, Part, additive_mask, fused, partial_attention
 from w2s_fast.pages import PagePool
 
 _NEVER = 2**40  # the position of a key that does not exist: in every query's future
@@ -108,7 +108,7 @@ class Block:
         mask, blind, causal = None, None, False
         narrow = options.window is not None and options.window <= self.reach
         if narrow or not self.even or (self.newest is not None and self.queries > 1):
-            causal = self.causal and not narrow
+            causal = self.causal and not narrow and fused(query, options)
             if not causal:
                 groups = query.shape[1] // key.shape[2]
                 mask, blind = self._mask(options.window, positions, groups, q.dtype)

@@ -85,34 +85,40 @@ def partial_attention(
 
     Args:
         mask: from :func:`additive_mask`; None: every key is seen. Every query sees something.
-        causal: in place of a mask: query i sees the keys 0 to i, and Q is L.
+        causal: in place of a mask, only where :func:`fused`: query i sees the keys 0 to i.
     """
     sequences, queries, heads, dim = query.shape
     kv_heads = key.shape[2]
     groups = heads // kv_heads
     k, v = key.transpose(1, 2), value.transpose(1, 2)
-    fused = query.device.type == "cpu" and options.softcap is None
-    if causal and not (fused and groups == 1):
-        seen = torch.ones(1, queries, queries, dtype=torch.bool, device=query.device).tril()
-        mask, causal = additive_mask(seen, groups, query.dtype).expand(sequences, -1, -1, -1), False
-    if groups == 1:
-        q = query.transpose(1, 2)
-    else:
+    q = query.transpose(1, 2)
+    if groups > 1:
         q = query.reshape(sequences, queries, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
-        q = q.flatten(2, 3)  # [S, Hkv, G * Q, D]
-    if fused:
+        if causal:
+            # Query heads by themselves, since the operator counts queries from 0: over views.
+            q = q.flatten(0, 1)  # [S * Hkv, G, Q, D]
+            k, v = (x.flatten(0, 1)[:, None].expand(-1, groups, -1, -1) for x in (k, v))
+        else:
+            q = q.flatten(2, 3)  # [S, Hkv, G * Q, D]
+    if fused(query, options):
         # The operator behind scaled_dot_product_attention on a CPU, called by its own name since
         # the public function keeps the log-sum-exp to itself.
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=mask, is_causal=causal, scale=options.scale
         )
     else:
+        assert not causal
         out, lse = _plain(q, k, v, mask, options)
     if groups == 1:
         return Part(out.transpose(1, 2), lse.transpose(1, 2))
     out = out.reshape(sequences, kv_heads, groups, queries, dim).permute(0, 3, 1, 2, 4)
     lse = lse.reshape(sequences, kv_heads, groups, queries).permute(0, 3, 1, 2)
     return Part(out.flatten(2, 3), lse.flatten(2, 3))
+
+
+def fused(query: Tensor, options: LayerOptions) -> bool:
+    """Whether there is an operator that never holds all the logits, and gives their lse."""
+    return query.device.type == "cpu" and options.softcap is None
 
 
 def merge(whole: Part, part: Part) -> None:

@@ -113,7 +113,7 @@ class GatheredPlan:
             block.attend(query, kv, self.positions, options, self.workspace) for block in self.own
         ]
         whole = parts[0]
-        if len(parts) > 1 or not isinstance(self.own[0].tokens, slice):
+        if len(parts) > 1:  # the only one has all tokens, in order
             whole = Part(torch.empty_like(query), whole.lse.new_empty(query.shape[:2]))
             for block, part in zip(self.own, parts):
                 _put(whole, block.tokens, part)
