@@ -158,12 +158,8 @@ class Request:
         return min(end, self.params.max_new_tokens) - length
 
     def agreed_tokens(self) -> list[int]:
-        """The longest common prefix of all hypotheses, without EOS or stop token."""
-        beams = self.candidates or self.beams
-        texts = [
-            beam.tokens[:-1] if beam.finish_reason in ("eos", "stop") else beam.tokens
-            for beam in beams
-        ]
+        """The longest common prefix of all hypotheses; no EOS among it as long as one goes on."""
+        texts = [beam.tokens for beam in self.candidates or self.beams]
         if not texts:
             return []
         first, last = min(texts), max(texts)  # what these two share is shared by all between

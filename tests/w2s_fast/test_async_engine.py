@@ -525,6 +525,19 @@ def test_turns_go_to_those_who_wait() -> None:
     assert order == ["first", "other", "again"]
 
 
+def test_scoring_takes_its_turn() -> None:
+    e = tiny_engine()
+    scores: list[float] = []
+    thread = threading.Thread(target=lambda: scores.extend(e.score([[1, 2]], [[3, 4]])))
+    with e.runner.turn():
+        thread.start()
+        while thread.is_alive() and not e.runner._next_turn.locked():
+            pass
+        assert not scores
+    thread.join()
+    assert scores == e.score([[1, 2]], [[3, 4]])
+
+
 def test_texts_encoded_at_the_same_time_do_not_disturb_each_other() -> None:
     """A tokenizer's options are its state: a user's text must stay a text."""
     tokenizer = byte_tokenizer()

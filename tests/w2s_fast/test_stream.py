@@ -200,6 +200,14 @@ def test_bytes_that_a_decoder_may_replace_are_held_back(tokens: list[int]) -> No
     assert seen + (pieces.last(result).text or "") == final
 
 
+def test_what_was_given_out_stays_whatever_a_decoder_rewrites() -> None:
+    texts = ["ab", "ax!", "abc", "", "abcd"]
+    pieces = Pieces(byte_tokenizer(), [70])
+    with mock.patch("w2s_fast.stream.decode_response", side_effect=texts):
+        found_pieces = [pieces.next([65] * n) for n in range(1, 6)]
+    assert [piece and piece.text for piece in found_pieces] == ["ab", "", "c", "", "d"]
+
+
 def test_a_request_enters_when_the_stream_is_first_read() -> None:
     e = make_engine(*tiny_triple(eos=()))
     stream = e.stream(PROMPTS[0], replace(SEARCH, beam_width=1, n=1))
@@ -252,6 +260,16 @@ def test_a_stream_closed_in_the_middle_of_a_step_ends_after_it() -> None:
     assert met == [6]
     assert found(results) == found(engine(eos=()).generate(PROMPTS, MIXED))
     assert e.stats().aborted == 1
+    assert_all_pages_free(e)
+
+
+def test_a_stream_closed_in_anybodys_turn_ends_with_that_turn() -> None:
+    e = make_engine(*tiny_triple(eos=()))
+    stream = long_stream(e)
+    with e.runner.turn():
+        stream.close()
+        assert e.stats().running == 1
+    assert e.stats().running == 0
     assert_all_pages_free(e)
 
 
