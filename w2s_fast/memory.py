@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from w2s_fast.model import kv_shape
+from w2s_fast.probe import kv_shape
 
 # Shares of the free memory to spend on pages. A GPU's is this program's own; a CPU's is not.
 _GPU_SHARE = 0.85

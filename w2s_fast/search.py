@@ -17,10 +17,10 @@ from torch import Tensor
 
 from w2s_fast.errors import NumericalError
 from w2s_fast.guide import PagedGuide
-from w2s_fast.model import PagedModel, SharedTexts
+from w2s_fast.kinship import family_tree, shared_texts
+from w2s_fast.model import PagedModel
 from w2s_fast.pages import Int32Array
 from w2s_fast.request import NO_GUIDE_SLOTS, NO_SLOT, Beam, Family, Request
-from w2s_fast.row_tree import Level, RowTree
 from w2s_fast.sampling import SamplingBatch
 from w2s_fast.selection import choose, new_tokens
 from w2s_fast.stats import timed
@@ -139,7 +139,7 @@ class Search:
         sampling = SamplingBatch.of(rows, self.base.device)
         drawn = [sampling.draw(logits, 0)]
         slots = np.array([beam.slot for _, beam in rows], np.int32)
-        tree = _family_tree(rows, [len(request.prompt) for request, _ in rows])
+        tree = family_tree(rows, [len(request.prompt) for request, _ in rows])
         decoding = self.base.decoding(slots, steps - 1, tree)
         for step in range(1, steps):
             hidden = decoding.step(drawn[-1][0])
@@ -179,7 +179,7 @@ class Search:
             [source.beam.slot for _, source in sources],
             torch.tensor(tokens, dtype=torch.int64, device=self.base.device),
             counts,
-            _family_tree(
+            family_tree(
                 [(request, source.beam) for request, source in sources],
                 # A new request's prompt is yet to be run.
                 [len(request.prompt) * bool(source.beam.tokens) for request, source in sources],
@@ -270,7 +270,7 @@ class Search:
             slots = np.stack([beam.guide_slots[g] for _, beam in rows], axis=1)
             # The guides' last token of the prompt is run with the first chunk.
             prompts = [len(request.guide_prompts[g]) - 1 for request, _ in rows]
-            found.append(guide.append(slots, before, chunks, _family_tree(rows, prompts)))
+            found.append(guide.append(slots, before, chunks, family_tree(rows, prompts)))
         tuned, untuned = (torch.stack(logprobs) for logprobs in zip(*found))
         return tuned, untuned
 
@@ -344,14 +344,14 @@ class Search:
         alive = [[beam for beam in r.beams if not beam.finished] for r in requests]
         shared = [r.shared_tokens for r in requests]
         prompts = [r.prompt for r in requests]
-        slots = self.base.recompute(_groups(prompts, alive, shared))
+        slots = self.base.recompute(shared_texts(prompts, alive, shared))
         for beams, own in zip(alive, slots):
             for beam, slot in zip(beams, own.tolist()):
                 beam.slot = slot
         guided = [i for i, r in enumerate(requests) if r.params.uses_guides]
         for g, guide in enumerate(self.guides):
             prompts = [requests[i].guide_prompts[g] for i in guided]
-            groups = _groups(prompts, [alive[i] for i in guided], [shared[i] for i in guided])
+            groups = shared_texts(prompts, [alive[i] for i in guided], [shared[i] for i in guided])
             for m, model in enumerate(guide.models):
                 for i, own in zip(guided, model.recompute(groups)):
                     for beam, slot in zip(alive[i], own.tolist()):
@@ -384,43 +384,6 @@ class Search:
                 model.pool.release(own[own != NO_SLOT])  # a failed recomputation leaves gaps
         for beam in held:
             beam.guide_slots = NO_GUIDE_SLOTS
-
-
-def _groups(
-    prompts: Sequence[Sequence[int]], beams: Sequence[Sequence[Beam]], shared: Sequence[int]
-) -> list[SharedTexts]:
-    """What the beams of each request hold in a model: all but the last token of each text."""
-    return [
-        SharedTexts(
-            [[*prompt, *beam.tokens][:-1] for beam in own],
-            len(prompt) + min(tokens, len(own[0].tokens) - 1),
-        )
-        for prompt, own, tokens in zip(prompts, beams, shared)
-    ]
-
-
-def _family_tree(rows: Sequence[tuple[Request, Beam]], prompts: Sequence[int]) -> RowTree:
-    """What rows share: those of a request its prompt and more, siblings what they inherited.
-
-    Args:
-        rows: candidates, or the beams that they come from; request by request, and siblings
-            together.
-        prompts: for each row, how many tokens of the prompt stand in the KV.
-    """
-    requests: list[int] = []
-    families: list[int] = []
-    together, inherited = [], []
-    before: tuple[Request, int | None] | None = None
-    for (request, beam), prompt in zip(rows, prompts):
-        fresh = before is None or before[0] is not request
-        requests.append(requests[-1] + fresh if requests else 0)
-        fresh = fresh or before is None or before[1] != beam.parent
-        families.append(families[-1] + fresh if families else 0)
-        before = (request, beam.parent)
-        # A parent stands in the KV without its last token.
-        together.append(prompt + min(request.shared_tokens, beam.inherited))
-        inherited.append(prompt + beam.inherited)
-    return RowTree.of([Level(requests, together), Level(families, inherited)], len(rows))
 
 
 def _step_tokens(left: Sequence[int]) -> int:

@@ -21,7 +21,8 @@ from tests.w2s_fast import flash_stand_ins
 from w2s_fast import flash_attention
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.flash_attention import FlashAttention, FlashPlan
-from w2s_fast.model import PagedModel, kv_shape
+from w2s_fast.model import PagedModel
+from w2s_fast.probe import kv_shape
 
 CUDA = torch.device("cuda")
 VERSIONS: dict[int, FlashAttention] = {
