@@ -7,7 +7,7 @@ state of the token before it, so a chunk of L tokens costs exactly L forwarded t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,7 +66,7 @@ class PagedGuide:
         What the prefix cache has of a prompt is not run again.
         """
         texts = [prompt[:-1] for prompt in prompts]
-        slots = np.stack([model.pool.allocate(len(prompts)) for model in self.models])
+        slots = self._in_both(lambda model, _: model.pool.allocate(len(prompts)))
         try:
             for model, own in zip(self.models, slots):
                 cached = model.pool.adopt(own, texts)
@@ -111,12 +111,22 @@ class PagedGuide:
 
     def fork(self, slots: Int32Array, counts: Sequence[int]) -> Int32Array:
         """``counts[i]`` new slots with the tokens of ``slots[:, i]``: int32 [2, sum(counts)]."""
-        return np.stack([m.pool.fork(own, counts) for m, own in zip(self.models, slots)])
+        return self._in_both(lambda model, m: model.pool.fork(slots[m], counts))
 
     def release(self, slots: Int32Array) -> None:
         """Give slots int32 [2, S] back."""
         for model, own in zip(self.models, slots):
             model.pool.release(own)
+
+    def _in_both(self, take: Callable[[PagedModel, int], Int32Array]) -> Int32Array:
+        """New slots of the tuned and of the untuned model; in both, or in none."""
+        tuned, untuned = self.models
+        first = take(tuned, 0)
+        try:
+            return np.stack([first, take(untuned, 1)])
+        except BaseException:
+            tuned.pool.release(first)
+            raise
 
     def _tensor(self, tokens: list[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self.models[0].device)

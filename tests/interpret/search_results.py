@@ -20,7 +20,15 @@ REQUESTS: list[tuple[list[int], dict[str, Any]]] = [
     ([7, 8, 9], {"method": "bon", "successors": 4, "n": 2, "top_k": 0, "top_p": 0.9}),
     ([2], {"method": "sample", "n": 3, "min_p": 0.1, "top_k": 0}),
     ([3, 3], {"temperature": 0.0, "beam_width": 2, "successors": 2, "finished": "replicate"}),
-]
+    # A prompt, and then histories, that are long enough to be segments of their own.
+    (
+        [*range(1, 20), 3],
+        {
+            "beam_width": 2, "successors": 2, "chunk_length": 9, "max_new_tokens": 12,
+            "ignore_eos": True,
+        },
+    ),
+]  # fmt: skip
 
 
 def results() -> list[Any]:

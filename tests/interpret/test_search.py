@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from tests.interpret.search_results import results
+from w2s_fast.kernel_attention import KernelPlan
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,4 +27,13 @@ def test_a_search_on_the_kernels_gives_the_cpu_paths_tokens() -> None:
         capture_output=True,
         text=True,
     )
-    assert json.loads(json.dumps(results())) == json.loads(on_torch.stdout)
+    attend, depths = KernelPlan.attend, []
+
+    def seen(self: KernelPlan, *args: Any) -> Any:
+        depths.append(0 if self.shared is None else 1 + int((self.shared.parts > 1).any()))
+        return attend(self, *args)
+
+    with mock.patch.object(KernelPlan, "attend", seen):
+        found = results()
+    assert json.loads(json.dumps(found)) == json.loads(on_torch.stdout)
+    assert {0, 1, 2} == set(depths)  # nothing shared, a prompt, a prompt and histories

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tests.reference import ReferenceGuide, forward, log_softmax
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 from w2s_fast import Engine, Guide, SearchParams
+from w2s_fast.errors import OutOfPages
 from w2s_fast.guide import PagedGuide
 from w2s_fast.model import PagedModel
 
@@ -170,3 +171,20 @@ def test_a_guide_that_is_compared_with_itself_scores_nothing() -> None:
     assert result.score == 0
     assert result.trace is not None
     assert all(r.kept == [0, 1] for r in result.trace.rounds)  # ties go to the lower index
+
+
+def test_where_one_model_has_no_room_the_other_gives_its_slots_back() -> None:
+    tuned, untuned = (
+        PagedModel(tiny_model("llama", seed=seed), kv_cache_tokens=tokens, page_size=4, max_slots=4)
+        for seed, tokens in ((0, 400), (1, 16))
+    )
+    guide = PagedGuide(tuned, untuned, 1.0, VOCABULARY)
+    slots = guide.prefill([[1, 2, 3, 4, 5, 6]])  # a full page and a partial one
+    with pytest.raises(OutOfPages):
+        guide.fork(slots, [3])
+    assert tuned.pool.free_slots == untuned.pool.free_slots == 3
+    with pytest.raises(OutOfPages):
+        guide.prefill([[1] * 6, [2] * 6, [3] * 6])
+    assert tuned.pool.free_slots == untuned.pool.free_slots == 3
+    guide.release(slots)
+    assert tuned.pool.free_pages == tuned.pool.num_pages
