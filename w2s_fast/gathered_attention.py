@@ -23,9 +23,9 @@ from w2s_fast.row_tree import RowTree
 __all__ = ["GatheredPlan", "LayerOptions", "dense_attention"]
 
 # Keys and values of one block, in bytes: they should stay in a cache between their copy and the
-# product. With the copies of 16 or 64 rows of 320 keys, blocks of 8 MiB took 0.6 of the time of
-# blocks of 32 MiB, 4 and 16 MiB 0.65 to 0.7 ("flat" of bench.cpu_attention on one core with a L2 of
-# 2 MiB).
+# product. "flat" of bench.cpu_attention on one core with an L2 cache of 2 MiB, prompt 256, 1 and 4
+# requests: blocks of 8 MiB took 0.58 to 0.68 of the time of blocks of 32 MiB, of 4 MiB 0.63 to
+# 0.69, of 16 MiB 0.64 to 0.88.
 _GROUP_BYTES = 8 * 2**20
 
 
@@ -143,7 +143,8 @@ def _segments(tree: RowTree, new: Int64Array, old: Int64Array) -> list[Runs]:
 
     Segments as short as row_tree's ``SHORTEST_SEGMENT`` pay here, too: without those of 16 / 32 /
     64 keys a step of decoding 16 rows took 1.36 / 1.97 / 2.6 times as long, an append of 5 tokens
-    0.98 / 1.28 / 1.8 times ("flat" to "tree" of bench.cpu_attention, no history, one core).
+    0.98 / 1.28 / 1.8 times (python -m bench.cpu_attention --history 0 --prompts 16 32 64, "flat"
+    to "tree", one core).
     """
     start, level = new.cumsum() - new, np.zeros(len(new), np.int64)
     levels: list[list[tuple[int, ...]]] = []
