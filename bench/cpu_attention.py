@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.kernels import _commit
+from bench.timing import commit
 from w2s_fast.dense_attention import LayerOptions
 from w2s_fast.gathered_attention import GatheredPlan
 from w2s_fast.pages import PagePool
@@ -249,7 +249,7 @@ def report(args: argparse.Namespace, shape: Shape, rows: list[Row]) -> dict[str,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(),
         "command": " ".join(["python -m bench.cpu_attention", *sys.argv[1:]]),
         "dry_run": args.dry_run,
         "torch": torch.__version__,

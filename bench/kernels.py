@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 import time
 import traceback
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 from bench.timing import (
+    commit,
     copy_bandwidth,
     graph_seconds,
     input_sets,
@@ -45,7 +45,6 @@ from w2s_fast.kernels.token_logprob import token_logprob
 from w2s_fast.pages import Int32Array, PagePool
 from w2s_fast.row_tree import Level, RowTree
 
-ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -418,7 +417,7 @@ def report(machine: Machine, rows: list[Row]) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "machine": platform.machine(),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(),
         "command": " ".join(["python -m bench.kernels", *sys.argv[1:]]),
         "dry_run": machine.dry,
         "backend": BACKEND,
@@ -428,15 +427,6 @@ def report(machine: Machine, rows: list[Row]) -> dict[str, Any]:
         "matmul_tflop_per_s": {name: rate / 1e12 for name, rate in machine.matmul.items()},
         "rows": [asdict(row) for row in rows],
     }
-
-
-def _commit() -> str | None:
-    try:
-        return subprocess.check_output(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True
-        ).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import gc
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -38,8 +37,8 @@ from rich.table import Table
 from bench.search_cases import RELEASED, Bench, Case, Ratio, cases
 from bench.search_memory import Memory, measure
 from bench.search_profile import profile
+from bench.timing import commit
 
-ROOT = Path(__file__).resolve().parents[1]
 MEMORY_TARGET = 1.2  # x (weights + pages)
 # Baseline B takes most of the time, and its ratios are the furthest from their targets.
 REPEATS_OF_RELEASED = 3
@@ -192,7 +191,7 @@ def report(outcomes: Sequence[Outcome], others: float | None) -> dict[str, Any]:
         "cores": _cores(),
         "machine": platform.machine(),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(),
         "threads": torch.get_num_threads(),
         "share_of_machine_taken_by_others": others,
         "environment": {
@@ -280,15 +279,6 @@ def _share_of_others(
         return None
     total, busy, ours = (after - before for before, after in zip(start, end))
     return max(0.0, busy - ours) / total
-
-
-def _commit() -> str | None:
-    try:
-        return subprocess.check_output(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True
-        ).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

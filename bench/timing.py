@@ -8,8 +8,10 @@ serves dry runs, and says nothing about kernels.
 from __future__ import annotations
 
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,3 +91,13 @@ def _one(call: Callable[[Any], object], item: Any, cuda: bool) -> float:
     if cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def commit() -> str | None:
+    """The commit that is measured, for reports; ``-dirty`` if files differ from it."""
+    try:
+        return subprocess.check_output(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
