@@ -137,7 +137,7 @@ def new_tensors_of_nan() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("page_size", [3, 16])
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("window", [None, 40, 60])
 def test_a_segment_is_read_from_its_first_rows_pages_alone(
     window: int | None, page_size: int
 ) -> None:
