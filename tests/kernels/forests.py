@@ -87,11 +87,12 @@ def make_forest(
     leaves = sum(int(np.prod([n for n, *_ in r.levels])) for r in requests)
     longest = max(r.prompt + sum(most for *_, most in r.levels) + r.new[1] for r in requests)
     per_slot = -(-longest // page_size) + 1
-    slots = 4 * leaves + 4 * len(requests)
+    slots = 4 * leaves + 4 * len(requests) + 1
     pool = PagePool(
         1, kv_heads, dim, slots * per_slot, page_size, slots, per_slot * page_size, dtype, device
     )
     pool.kv.fill_(torch.nan)
+    pool.reserve(pool.allocate(1), [1])  # what a masked entry of a table reads as: garbage, too
 
     def write(slot: int, tokens: int) -> None:
         """New keys and values, which do not count yet."""
