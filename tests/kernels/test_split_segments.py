@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.kernels.forests import Forest, Request, make_forest
 from w2s_fast.kernel_attention import KernelPlan, SplitSegments
 from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
-from w2s_fast.row_tree import RowTree
+from w2s_fast.row_tree import SHORTEST_SEGMENT, RowTree
 
 requests = st.builds(
     Request,
@@ -67,9 +67,13 @@ def test_a_plan_shares_exactly_where_it_pays() -> None:
     few, many = (SPLIT_QUERIES, SPLIT_QUERIES), (SPLIT_QUERIES + 1, SPLIT_QUERIES + 1)
     assert shared_rows(make_forest([Request(40, siblings, few)])) == [True] * 4
     assert shared_rows(make_forest([Request(40, siblings, many)])) == [False] * 4
-    both = [Request(40, siblings, few), Request(40, siblings, many), Request(9, siblings, few)]
+    both = [
+        Request(40, siblings, few),
+        Request(40, siblings, many),
+        Request(SHORTEST_SEGMENT - 1, siblings, few),
+    ]
     assert shared_rows(make_forest(both)) == [True] * 4 + [False] * 8
-    assert make_forest([Request(9, siblings, few)]).plan().shared is None
+    assert make_forest([Request(SHORTEST_SEGMENT - 1, siblings, few)]).plan().shared is None
     assert make_forest([Request(40, siblings, few)]).plan(shared=False).shared is None
 
 
