@@ -144,8 +144,12 @@ class Bench:
 
     @functools.cached_property
     def engine(self) -> Engine:
-        """The engine over the same model objects that the baselines run."""
-        return Engine(self.base, [Guide(g.tuned, g.untuned, g.weight) for g in self.guides])
+        """The engine over the same model objects that the baselines run.
+
+        Without the prefix cache: every turn has the same prompts, and the baselines run them anew.
+        """
+        guides = [Guide(g.tuned, g.untuned, g.weight) for g in self.guides]
+        return Engine(self.base, guides, prefix_cache=False)
 
     def run(self, variant: str, seed: int = 0, new_tokens: int | None = None) -> int:
         """Run a variant once: the tokens sampled, whose number is checked.
