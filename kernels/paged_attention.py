@@ -270,9 +270,9 @@ def _triton(
 
 _operator = register(
     "paged_attention(Tensor q, Tensor pages, Tensor page_table, Tensor lengths,"
-    " Tensor cu_seqlens_q, float scale, int? window, float? softcap, Tensor? sinks, int max_q,"
-    " int max_k, Tensor? own, Tensor? parts, Tensor? token_rows, Tensor? splits, int max_tokens,"
-    " int max_parts, int max_own) -> Tensor",
+    " Tensor cu_seqlens_q, float scale, int? window, float? softcap, Tensor? sinks, SymInt max_q,"
+    " SymInt max_k, Tensor? own, Tensor? parts, Tensor? token_rows, Tensor? splits,"
+    " SymInt max_tokens, SymInt max_parts, SymInt max_own) -> Tensor",
     torch_path=_torch,
     triton_path=_triton,
     fake=_fake,

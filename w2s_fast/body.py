@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from w2s_fast.attention import ATTENTION_NAME, Attends
@@ -16,10 +16,19 @@ from w2s_fast.errors import UnsupportedModel
 PROBE_TOKENS = 6
 
 
-def run_body(model: PreTrainedModel, tokens: Tensor, positions: Tensor, plan: Attends) -> Tensor:
-    """The model's body over one row of tokens: last hidden states [T, D]."""
+def run_body(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    positions: Tensor,
+    plan: Attends,
+    body: nn.Module | None = None,
+) -> Tensor:
+    """The model's body over one row of tokens: last hidden states [T, D].
+
+    ``body``: what to run in the place of ``model.base_model``: the same, compiled.
+    """
     with attention_switched(model, ATTENTION_NAME), torch.inference_mode():
-        out = model.base_model(
+        out = (model.base_model if body is None else body)(
             input_ids=tokens[None],
             position_ids=positions[None],
             use_cache=False,

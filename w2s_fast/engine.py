@@ -21,6 +21,7 @@ from w2s_fast.model import PagedModel
 from w2s_fast.params import SearchParams
 from w2s_fast.progress import progress_bar
 from w2s_fast.prompt import Prompt, PromptEncoder, decode_response
+from w2s_fast.record import can_record, record_passes, refuse_compile
 from w2s_fast.request import Beam, Request
 from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
 from w2s_fast.runner import Runner
@@ -54,6 +55,10 @@ class Engine:
         attention: what computes attention: ``"triton"`` (on CUDA), ``"flash"`` (on CUDA, where
             flash-attn 2 or 3 is installed) or ``"torch"`` (anywhere); ``"auto"`` is triton where it
             runs, else torch.
+        cuda_graphs: on CUDA, with attention ``"triton"``: replay small passes as CUDA graphs. The
+            usual ones are recorded at the start, others when their shape comes again.
+        compile: run what is recorded through ``torch.compile``, which takes minutes for large
+            models. Off as long as no measurement says that it pays.
         prefix_cache: keep prompts' pages as long as nothing else needs them, for prompts to come
             that begin with the same tokens.
         max_rows: candidates decoded in one step over all requests; one request may have more.
@@ -77,6 +82,8 @@ class Engine:
         kv_cache_tokens: int | None = None,
         page_size: int = 16,
         attention: str = "auto",
+        cuda_graphs: bool = True,
+        compile: bool = False,
         max_rows: int = 256,
         prefix_cache: bool = True,
         prompt_template: str | None = None,
@@ -90,7 +97,10 @@ class Engine:
             if not isinstance(guide.weight, (int, float)) or not math.isfinite(guide.weight):
                 raise InvalidRequest(f"weight of a guide is {guide.weight!r}; allowed: a number")
         where = pick_device(device)
-        find_backend(attention, where)  # refused before models are loaded
+        # Refused before models are loaded.
+        backend = find_backend(attention, where)
+        if compile and not (cuda_graphs and can_record(where, backend)):
+            raise refuse_compile()
         loaded: dict[Any, PreTrainedModel] = {}
 
         def load(source: ModelSource) -> PreTrainedModel:
@@ -137,7 +147,16 @@ class Engine:
         ]
         # Fast tokenizers keep the options of a call as their own state: one call at a time.
         self._encoding = threading.Lock()
-        self._search = Search(self.base, self.guides, vocab_size, self.eos_token_ids)
+        graphs = None
+        if cuda_graphs and can_record(where, backend):
+            graphs = record_passes(
+                self.base,
+                [model for guide in self.guides for model in guide.models],
+                vocab_size=vocab_size,
+                max_rows=max_rows,
+                compile=compile,
+            )
+        self._search = Search(self.base, self.guides, vocab_size, self.eos_token_ids, graphs)
         self._scheduler = Scheduler(self.base, paged, max_rows)
         self.runner = Runner(self._search, self._scheduler)
         # Requests that one iteration has under way: more than can run, so that none ever waits for

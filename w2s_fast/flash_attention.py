@@ -26,6 +26,7 @@ from w2s_fast.gathered_attention import LayerOptions
 from w2s_fast.kernels.library import gpu
 from w2s_fast.kernels.write_kv import write_kv
 from w2s_fast.pages import Ints, PagePool
+from w2s_fast.placement import Placement, Spans
 from w2s_fast.row_tree import RowTree
 
 
@@ -136,27 +137,23 @@ class FlashAttention:
         ahead: int = 0,
     ) -> FlashPlan:
         """See :class:`w2s_fast.attention.Backend`. The tree is left aside."""
-        new = np.asarray(counts, np.int32)
-        old = pool.lengths(slots)
-        start = np.concatenate(([0], new.cumsum())).astype(np.int32)
-        keys = np.concatenate(([0], (old + new).cumsum())).astype(np.int32)
-        offset = np.arange(start[-1]) - np.repeat(start[:-1], new)
+        spans = Spans.of(pool, slots, counts)
+        keys = spans.old + spans.new
+        placed = Placement.at(pool, slots, spans)
+        # Rows with fewer pages end in -1, which a library might follow before it masks.
+        placed.page_table.clamp_(min=0)
 
         def on_device(array: NDArray[np.integer]) -> Tensor:
             return torch.from_numpy(array).to(pool.device, non_blocking=True)
 
         return FlashPlan(
+            **vars(placed),
             flash=self,
-            pool=pool,
-            write=pool.slot_mapping(slots, counts),
-            positions=on_device(np.repeat(old, new).astype(np.int64) + offset),
-            # Rows with fewer pages end in -1, which a library might follow before it masks.
-            page_table=pool.page_table(slots).clamp(min=0),
-            lengths=on_device(old + new),
-            cu_seqlens_q=on_device(start),
-            cu_seqlens_k=on_device(keys),
-            max_q=int(new.max()),
-            max_k=int((old + new).max()) + ahead,
+            lengths=on_device(keys),
+            cu_seqlens_q=on_device(spans.start),
+            cu_seqlens_k=on_device(np.concatenate(([0], keys.cumsum())).astype(np.int32)),
+            max_q=int(spans.new.max()),
+            max_k=int(keys.max()) + ahead,
         )
 
 
@@ -178,25 +175,18 @@ def _import(version: Literal[2, 3]) -> Callable[..., Tensor]:
     return function
 
 
-@dataclass
-class FlashPlan:
-    """One forward pass over a pool through flash-attn.
+@dataclass(kw_only=True)
+class FlashPlan(Placement):
+    """Passes over a pool through flash-attn.
 
     Attributes:
         flash: the function that serves it.
-        pool: the pages of the model that runs.
-        write: int64 [T] positions in the pages for the new keys and values.
-        positions: int64 [T], each token's position in its sequence.
-        page_table: int32 [S, M]. lengths: int32 [S], new tokens included. cu_seqlens_q,
+        lengths: int32 [S], the tokens of each row, new ones included. cu_seqlens_q,
             cu_seqlens_k: int32 [S + 1], sums of new tokens and of lengths.
-        max_q, max_k: the most new tokens and the most keys of a sequence.
+        max_q, max_k: the most new tokens and the most keys of a row.
     """
 
     flash: FlashAttention
-    pool: PagePool
-    write: Tensor
-    positions: Tensor
-    page_table: Tensor
     lengths: Tensor
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
@@ -204,13 +194,10 @@ class FlashPlan:
     max_k: int
 
     def advance(self) -> None:
-        """Move on by one token a row, in place."""
-        self.positions += 1
-        self.lengths += 1
+        """Move on by a token a row, in place."""
+        super().advance()
+        self.lengths += self.stride
         self.cu_seqlens_k += self.cu_seqlens_q  # with one token a row it counts the rows before
-        size = self.pool.page_size
-        page = self.page_table.gather(1, (self.positions // size)[:, None])[:, 0]
-        self.write.copy_(page * size + self.positions % size)
 
     def attend(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor
 from w2s_fast.attention_blocks import Block, Int64Array, Runs, make_block, take_rows
 from w2s_fast.dense_attention import LayerOptions, Part, dense_attention, merge, with_sinks
 from w2s_fast.pages import Ints, PagePool
+from w2s_fast.placement import Placement, Spans
 from w2s_fast.row_tree import RowTree
 
 __all__ = ["GatheredPlan", "LayerOptions", "dense_attention"]
@@ -29,15 +30,11 @@ __all__ = ["GatheredPlan", "LayerOptions", "dense_attention"]
 _GROUP_BYTES = 8 * 2**20
 
 
-@dataclass
-class GatheredPlan:
-    """Passes over a pool: T new tokens of S rows, in blocks of like runs.
+@dataclass(kw_only=True)
+class GatheredPlan(Placement):
+    """Passes over a pool, in blocks of like runs.
 
     Attributes:
-        pool: the pages of the model that runs.
-        table: int64 [S, M], the rows' pages.
-        write: int64 [T] positions in the pages for the new keys and values.
-        positions: int64 [T], each token's position in its sequence.
         own: what each row reads for itself; every token is in one block.
         shared: what rows read together; a token is in one block for each of its segments.
         workspace: [2, n, Hkv, D], keys and values gathered for one block. All blocks and layers
@@ -45,10 +42,6 @@ class GatheredPlan:
             keys of 12 x 64 in float32: 3.4 ms against 1.1 ms on one core).
     """
 
-    pool: PagePool
-    table: Tensor
-    write: Tensor
-    positions: Tensor
     own: list[Block]
     shared: list[Block]
     workspace: Tensor
@@ -63,37 +56,29 @@ class GatheredPlan:
         ahead: int = 0,
     ) -> GatheredPlan:
         """See :class:`w2s_fast.attention.Backend`."""
-        new = np.asarray(counts, np.int64)
-        old = pool.lengths(slots).astype(np.int64)
-        start = np.concatenate(([0], new.cumsum()))
-        offset = np.arange(start[-1]) - np.repeat(start[:-1], new)
-        pages = pool.page_table(slots).long()
-        on_host = pages.cpu().numpy()
+        spans = Spans.of(pool, slots, counts)
+        placed = Placement.at(pool, slots, spans)
+        old, new, start = (numbers.astype(np.int64) for numbers in spans)
+        pages = placed.page_table.cpu().numpy().astype(np.int64)
         last = old + new - 1
         begin = np.zeros_like(old) if tree is None else tree.own.astype(np.int64)
         rows = Runs(
             start[:-1], new, np.arange(len(new)), begin, last + 1, last + 1 + ahead, old, last
         )
         levels = [] if tree is None else _segments(tree, new, old)
-        own = _blocks(rows, on_host, pool, own=True)
-        shared = [block for runs in levels for block in _blocks(runs, on_host, pool, own=False)]
+        own = _blocks(rows, pages, pool, own=True)
+        shared = [block for runs in levels for block in _blocks(runs, pages, pool, own=False)]
         most = max(block.gathered for block in (*own, *shared))
         return cls(
-            pool=pool,
-            table=pages,
-            write=pool.slot_mapping(slots, counts),
-            positions=torch.from_numpy(np.repeat(old, new) + offset).to(pool.device),
+            **vars(placed),
             own=own,
             shared=shared,
             workspace=pool.kv.new_empty(2, most, *pool.kv.shape[-2:]),
         )
 
     def advance(self) -> None:
-        """Move on by one token a row, in place."""
-        self.positions += 1
-        size = self.pool.page_size
-        page = self.table.gather(1, (self.positions // size)[:, None])[:, 0]
-        self.write.copy_(page * size + self.positions % size)
+        """Move on by a token a row, in place."""
+        super().advance()
         for block in (*self.own, *self.shared):
             block.advance()
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from w2s_fast.lane import Lane
 from w2s_fast.load import ModelSource
 from w2s_fast.model import PagedModel
 from w2s_fast.pages import Int32Array
@@ -59,6 +60,8 @@ class PagedGuide:
         self.models = (tuned, untuned)
         self.weight = weight
         self.vocab_size = vocab_size
+        # A chunk is too little work to fill a GPU, so both models run at once.
+        self._lane = Lane(tuned.device)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Int32Array:
         """New slots int32 [2, S] that hold all but the last token of each prompt (>= 1 token).
@@ -103,11 +106,18 @@ class PagedGuide:
             [t for last, chunk in zip(before, chunks) for t in (last, *chunk[:-1])]
         )
         counts = [len(chunk) for chunk in chunks]
-        logprobs = [
-            model.token_logprobs(model.forward(own, inputs, counts, tree), targets, self.vocab_size)
-            for model, own in zip(self.models, slots)
-        ]
-        return TokenLogprobs(*logprobs)
+
+        def run(model: PagedModel, own: Int32Array) -> Tensor:
+            hidden = model.forward(own, inputs, counts, tree)
+            return model.token_logprobs(hidden, targets, self.vocab_size)
+
+        try:
+            with self._lane.beside():
+                tuned = run(self.models[0], slots[0])
+            untuned = run(self.models[1], slots[1])
+        finally:
+            self._lane.join()
+        return TokenLogprobs(tuned, untuned)
 
     def fork(self, slots: Int32Array, counts: Sequence[int]) -> Int32Array:
         """``counts[i]`` new slots with the tokens of ``slots[:, i]``: int32 [2, sum(counts)]."""

@@ -14,7 +14,8 @@ from w2s_fast.gathered_attention import LayerOptions
 from w2s_fast.kernels.paged_attention import SharedSegments, paged_attention
 from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
 from w2s_fast.kernels.write_kv import write_kv
-from w2s_fast.pages import Int32Array, Ints, PagePool, as_int32
+from w2s_fast.pages import Int32Array, Ints, PagePool
+from w2s_fast.placement import Placement, Spans
 from w2s_fast.row_tree import RowTree
 
 
@@ -58,24 +59,17 @@ class SplitSegments(NamedTuple):
         return cls(tree.own, parts, token_rows, splits[longest_first])
 
 
-@dataclass
-class KernelPlan:
-    """One forward pass over a pool through the operators write_kv and paged_attention.
+@dataclass(kw_only=True)
+class KernelPlan(Placement):
+    """Passes over a pool through the operators write_kv and paged_attention.
 
     Attributes:
-        pool: the pages of the model that runs.
-        write: int64 [T] positions in the pages for the new keys and values.
-        positions: int64 [T], each token's position in its sequence.
-        page_table: int32 [S, M]. lengths: int32 [S], new tokens included. cu_seqlens_q:
-            int32 [S + 1], where each sequence's new tokens begin.
-        max_q, max_k: the most new tokens and the most keys of a sequence.
+        lengths: int32 [S], the tokens of each row, new ones included.
+        cu_seqlens_q: int32 [S + 1], where each row's new tokens begin.
+        max_q, max_k: the most new tokens and the most keys of a row.
         shared: which keys rows have in common; None: none, or it would not pay.
     """
 
-    pool: PagePool
-    write: Tensor
-    positions: Tensor
-    page_table: Tensor
     lengths: Tensor
     cu_seqlens_q: Tensor
     max_q: int
@@ -92,13 +86,11 @@ class KernelPlan:
         ahead: int = 0,
     ) -> KernelPlan:
         """See :class:`w2s_fast.attention.Backend`."""
-        new = as_int32(counts)
-        old = pool.lengths(slots)
-        start = np.concatenate(([0], new.cumsum())).astype(np.int32)
-        offset = np.arange(start[-1]) - np.repeat(start[:-1], new)
+        spans = Spans.of(pool, slots, counts)
+        new, longest = spans.new, spans.old + spans.new
         tree = RowTree.of([], len(new)) if tree is None else tree.only(new <= SPLIT_QUERIES)
         segments = SplitSegments.of(tree, new, SPLIT_KEYS) if tree.shares else ()
-        lengths, cu_seqlens_q, *tables = _to_device([old + new, start, *segments], pool.device)
+        lengths, cu_seqlens_q, *tables = _to_device([longest, spans.start, *segments], pool.device)
         shared = None
         if segments:
             own, parts, token_rows, splits = tables
@@ -109,28 +101,21 @@ class KernelPlan:
                 splits,
                 max_tokens=int(segments.splits[:, 1].max()),
                 max_parts=int(segments.parts.max()),
-                max_own=int((old + new - tree.own).max()) + ahead,
+                max_own=int((longest - tree.own).max()) + ahead,
             )
-        positions = torch.from_numpy(np.repeat(old, new) + offset)
         return cls(
-            pool=pool,
-            write=pool.slot_mapping(slots, counts),
-            positions=positions.to(pool.device, non_blocking=True),
-            page_table=pool.page_table(slots),
+            **vars(Placement.at(pool, slots, spans)),
             lengths=lengths,
             cu_seqlens_q=cu_seqlens_q,
             max_q=int(new.max()),
-            max_k=int((old + new).max()) + ahead,
+            max_k=int(longest.max()) + ahead,
             shared=shared,
         )
 
     def advance(self) -> None:
-        """Move on by one token a row, in place. What is shared stays as it is."""
-        self.positions += 1
-        self.lengths += 1
-        size = self.pool.page_size
-        page = self.page_table.gather(1, (self.positions // size)[:, None])[:, 0]
-        self.write.copy_(page * size + self.positions % size)
+        """Move on by a token a row, in place. What is shared stays as it is."""
+        super().advance()
+        self.lengths += self.stride
 
     def attend(
         self,

@@ -8,7 +8,7 @@ of its keys and values, once to see that it computes from pages what it computes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,14 @@ class SharedTexts(NamedTuple):
     shared: int
 
 
+class Replays(Protocol):
+    """Passes that are recorded: see :class:`w2s_fast.pass_graphs.PassGraphs`."""
+
+    def run(self, plan: object, tokens: Tensor) -> Tensor | None:
+        """Last hidden states [T, D] of a planned pass over tokens [T]; None: not recorded."""
+        ...
+
+
 class PagedModel:
     """One model over one pool of pages.
 
@@ -44,6 +52,8 @@ class PagedModel:
         pool: its pages; slots are allocated, forked and released there.
         backend: what computes its attention; see :mod:`w2s_fast.attention`.
         vocab_size: width of its logits, padding included.
+        hidden_size: width of its last hidden states.
+        replays: recorded passes, which take the place of running the model's code; or None.
         max_positions: tokens a sequence can have; None if the model sets no limit. Less than
             the model's own where pages could not give the same beyond.
     """
@@ -103,7 +113,8 @@ class PagedModel:
             device=model.device,
             prefix_cache=prefix_cache,
         )
-        self.vocab_size = self._compare_with_eager()
+        self.replays: Replays | None = None
+        self.vocab_size, self.hidden_size = self.compare_with_eager()
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +140,9 @@ class PagedModel:
         """
         self.pool.reserve(slots, counts)
         plan = self.backend.make(self.pool, slots, counts, tree)
-        hidden = run_body(self.model, tokens, plan.positions, plan)
+        hidden = self.replays.run(plan, tokens) if self.replays is not None else None
+        if hidden is None:
+            hidden = run_body(self.model, tokens, plan.positions, plan)
         self.pool.extend(slots, counts)
         return hidden
 
@@ -196,8 +209,15 @@ class PagedModel:
         """log p(tokens[i] | hidden[i]), float32 [N]; ids from ``vocab_size`` on are padding."""
         return self.head.token_logprobs(hidden, tokens, vocab_size)
 
-    def _compare_with_eager(self) -> int:
-        """Two sequences side by side, in two passes, against the model's own eager forward."""
+    def compare_with_eager(self) -> tuple[int, int]:
+        """Two sequences side by side, in two passes, against the model's own eager forward.
+
+        Returns:
+            Widths of the logits and of the last hidden states.
+
+        Raises:
+            UnsupportedModel: they differ by more than rounding.
+        """
         ids = probe_ids(self.model, 2 * PROBE_TOKENS)
         halves = (ids[:PROBE_TOKENS], ids[PROBE_TOKENS:].flip(0)[:-1])
         eager = [eager_logits(self.model, half, self.name) for half in halves]
@@ -229,7 +249,7 @@ class PagedModel:
                     self.name,
                     "its logits from pages differ from its own eager forward",
                 )
-        return int(eager[0].shape[-1])
+        return int(eager[0].shape[-1]), int(passes[0].shape[-1])
 
 
 class Decoding:
@@ -256,15 +276,31 @@ class Decoding:
         self._left = steps
         self._begun = False
 
+    @property
+    def plan(self) -> AttentionPlan:
+        """The plan of the pass that the last step made, or of the first one before any step."""
+        if self._plan is None:
+            raise PageMisuse("this decoding has no steps")
+        return self._plan
+
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Append tokens int64 [S], one to each slot: last hidden states [S, D]."""
-        if self._plan is None or self._left == 0:
-            raise PageMisuse("there is no room for another step of this decoding")
+        self._need(1)
+        plan = self.plan
         if self._begun:
-            self._plan.advance()
-        self._begun = True
-        self._left -= 1
-        hidden = run_body(self._model.model, tokens, self._plan.positions, self._plan)
-        self._model.pool.extend(self._slots, self._one)
+            plan.advance()
+        hidden = run_body(self._model.model, tokens, plan.positions, plan)
+        self.count(1)
         return hidden
+
+    def count(self, steps: int) -> None:
+        """Count ``steps`` tokens a slot as written, by whoever ran the plan in our place."""
+        self._need(steps)
+        self._begun = True
+        self._left -= steps
+        self._model.pool.extend(self._slots, self._one * steps)
+
+    def _need(self, steps: int) -> None:
+        if steps > self._left:
+            raise PageMisuse("there is no room for another step of this decoding")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,25 @@ from w2s_fast.kernels.noise import seed_bits
 from w2s_fast.kernels.sample_tokens import sample_tokens
 from w2s_fast.request import Beam, Request
 
+# Of the settings, in their order.
+_DTYPES = (
+    *(torch.float32, torch.int64, torch.float64, torch.float64),
+    *(torch.int64, torch.int64, torch.int64),
+)
+
+
+class Draw(NamedTuple):
+    """Tokens int64 [S], and their unwarped log-probs float32 [S], NaN for broken logits."""
+
+    tokens: Tensor
+    logprobs: Tensor
+
 
 @dataclass(frozen=True)
 class SamplingBatch:
     """Settings and noise keys of S rows, each a tensor of shape [S].
 
-    ``position`` is that of the first token to be drawn; the others are as in
+    ``position`` is that of the next token to be drawn; the others are as in
     :func:`w2s_fast.kernels.sample_tokens.sample_tokens`.
     """
 
@@ -33,32 +47,41 @@ class SamplingBatch:
     def of(cls, rows: Sequence[tuple[Request, Beam]], device: torch.device) -> SamplingBatch:
         """The settings of candidates and the requests they belong to."""
 
-        def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
         params = [request.params for request, _ in rows]
+        values: list[list[float]] | list[list[int]] = [
+            [p.temperature for p in params],
+            [p.top_k for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            [seed_bits(p.seed) for p in params],
+            [beam.index for _, beam in rows],
+            [len(beam.tokens) for _, beam in rows],
+        ]
         return cls(
-            temperature=column([p.temperature for p in params], torch.float32),
-            top_k=column([p.top_k for p in params], torch.int64),
-            top_p=column([p.top_p for p in params], torch.float64),
-            min_p=column([p.min_p for p in params], torch.float64),
-            seed=column([seed_bits(p.seed) for p in params], torch.int64),
-            candidate=column([beam.index for _, beam in rows], torch.int64),
-            position=column([len(beam.tokens) for _, beam in rows], torch.int64),
+            *(
+                torch.tensor(column, dtype=dtype, device=device)
+                for column, dtype in zip(values, _DTYPES, strict=True)
+            )
         )
 
-    def draw(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Sample from logits [S, V] for position ``self.position + step``.
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> SamplingBatch:
+        """Room for the settings of ``rows`` rows."""
+        return cls(*(torch.zeros(rows, dtype=dtype, device=device) for dtype in _DTYPES))
 
-        Returns tokens int64 [S] and their unwarped log-probs float32 [S], NaN for broken logits.
-        """
-        return sample_tokens(
-            logits,
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.min_p,
-            self.seed,
-            self.candidate,
-            self.position + step,
-        )
+    @property
+    def columns(self) -> list[Tensor]:
+        """All tensors, in the order of the attributes."""
+        return [getattr(self, column.name) for column in fields(self)]
+
+    def first(self, rows: int) -> SamplingBatch:
+        """The first rows: views."""
+        return SamplingBatch(*(column[:rows] for column in self.columns))
+
+    def draw(self, logits: Tensor) -> Draw:
+        """Sample from logits [S, V], for the positions that :meth:`advance` has come to."""
+        return Draw(*sample_tokens(logits, *self.columns))
+
+    def advance(self) -> None:
+        """Move on by one token, in place."""
+        self.position.add_(1)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from w2s_fast.decode_graphs import DecodeGraphs
+from w2s_fast.decoder import Decoder
 from w2s_fast.errors import NumericalError
 from w2s_fast.guide import PagedGuide
 from w2s_fast.kinship import family_tree, shared_texts
@@ -50,11 +52,13 @@ class Search:
         guides: Sequence[PagedGuide],
         vocab_size: int,
         eos_ids: Collection[int],
+        graphs: DecodeGraphs | None = None,
     ) -> None:
-        """``vocab_size``: ids from here on are padding and never sampled."""
+        """``vocab_size``: ids from here on are padding. ``graphs``: decoding steps of the base."""
         self.base = base
         self.guides = list(guides)
         self.vocab_size = vocab_size
+        self.decoder = Decoder(base, vocab_size, graphs)
         self.eos_ids = frozenset(eos_ids)
         self.rows = 0  # of all decoding passes together
         self.passes = 0
@@ -137,13 +141,9 @@ class Search:
         for request in requests:
             request.forked = True
         sampling = SamplingBatch.of(rows, self.base.device)
-        drawn = [sampling.draw(logits, 0)]
         slots = np.array([beam.slot for _, beam in rows], np.int32)
         tree = family_tree(rows, [len(request.prompt) for request, _ in rows])
-        decoding = self.base.decoding(slots, steps - 1, tree)
-        for step in range(1, steps):
-            hidden = decoding.step(drawn[-1][0])
-            drawn.append(sampling.draw(self.base.logits(hidden)[:, : self.vocab_size], step))
+        drawn = self.decoder.run(slots, tree, sampling, logits, steps)
         self.rows += len(sources) + len(rows) * (steps - 1)
         self.passes += steps
 
@@ -185,7 +185,7 @@ class Search:
                 [len(request.prompt) * bool(source.beam.tokens) for request, source in sources],
             ),
         )
-        logits = self.base.logits(hidden[np.cumsum(counts) - 1])[:, : self.vocab_size]
+        logits = self.decoder.logits(hidden[np.cumsum(counts) - 1])
         children = torch.tensor([len(s.children) for _, s in sources], device=logits.device)
         return logits.repeat_interleave(children, dim=0, output_size=int(children.sum()))
 

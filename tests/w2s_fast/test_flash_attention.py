@@ -83,7 +83,7 @@ def test_a_chunk_decoded_under_one_plan_equals_the_eager_forward(family: str, ve
         logits.append(model.logits(decoding.step(tokens)))
     for row, text in enumerate(all_texts):
         assert_eager(model, text, torch.stack([step[row] for step in logits]))
-    assert isinstance(decoding._plan, FlashPlan)
+    assert isinstance(decoding.plan, FlashPlan)
 
 
 # --- which library is found

@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny_models import FAMILIES, tiny_triple
 from tests.w2s_fast.engines import MIXED, PROMPTS, SEARCH, found, make_engine
-from w2s_fast.model import Decoding, PagedModel
-from w2s_fast.sampling import SamplingBatch
+from w2s_fast.decoder import Decoder
 
 aten = torch.ops.aten
 # Values go to the host, or decide on a shape.
@@ -78,31 +77,19 @@ def test_the_mode_knows_what_waits(waits: Any) -> None:
 # Mixtral's own code asks on the host which experts were chosen.
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
 def test_decoding_never_waits_for_the_device(family: str) -> None:
-    """Forward, logits and draws, as a search calls them; with a tree of rows and without."""
+    """A chunk from its plan to its draws, as a search asks for it; rows with a tree and without."""
     engine = make_engine(*tiny_triple((family, "llama", "gpt2"), eos=(0, 6, 13)))
     expected = found(engine.generate(PROMPTS, MIXED))
-    step, draw, logits = Decoding.step, SamplingBatch.draw, PagedModel.logits
-    steps = 0
+    run, steps = Decoder.run, 0
 
-    def quiet_step(self: Decoding, tokens: torch.Tensor) -> torch.Tensor:
+    def quiet(self: Decoder, *args: Any) -> Any:
         nonlocal steps
-        steps += 1
         with NoHost():
-            return step(self, tokens)
+            drawn = run(self, *args)
+        steps += len(drawn)
+        return drawn
 
-    def quiet_draw(self: SamplingBatch, *args: Any) -> Any:
-        with NoHost():
-            return draw(self, *args)
-
-    def quiet_logits(self: PagedModel, hidden: torch.Tensor) -> torch.Tensor:
-        with NoHost():
-            return logits(self, hidden)
-
-    with (
-        mock.patch.object(Decoding, "step", quiet_step),
-        mock.patch.object(SamplingBatch, "draw", quiet_draw),
-        mock.patch.object(PagedModel, "logits", quiet_logits),
-    ):
+    with mock.patch.object(Decoder, "run", quiet):
         long = [p % 18 + 1 for p in range(30)]
         engine.generate([long], replace(SEARCH, max_new_tokens=30))
         assert found(engine.generate(PROMPTS, MIXED)) == expected
@@ -117,7 +104,7 @@ def test_what_a_step_reads_stays_where_it_is() -> None:
     slots = model.pool.allocate(4)
     model.forward(slots, torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]), [3, 1, 2, 2])
     decoding = model.decoding(slots, 5)
-    plan: Any = decoding._plan
+    plan: Any = decoding.plan
 
     def tensors() -> dict[str, int]:
         return {n: v.data_ptr() for n, v in vars(plan).items() if isinstance(v, torch.Tensor)}
