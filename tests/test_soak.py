@@ -239,8 +239,7 @@ class Soak:
             except (NumericalError, EngineFailure) as error:
                 self.judge(some[0], error)
         else:
-            # Injected, or OutOfPages, where those under way hold them all.
-            with suppress(RuntimeError):
+            with suppress(RuntimeError):  # injected
                 (score,) = self.engine.score([[1, 2]], [[3, 4]])
                 assert score == pytest.approx(self.score)
                 self.seen["scored"] += 1

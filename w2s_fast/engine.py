@@ -26,6 +26,7 @@ from w2s_fast.request import Beam, Request
 from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
 from w2s_fast.runner import Runner
 from w2s_fast.scheduler import Scheduler
+from w2s_fast.scoring import Given, check_room, score_given
 from w2s_fast.search import Search
 from w2s_fast.stats import EngineStats
 from w2s_fast.stream import Pieces, StreamPiece
@@ -286,31 +287,35 @@ class Engine:
 
         A response of token ids is scored as it is. A text is tokenised behind its prompt: it
         begins after the longest common prefix of the tokens of prompt and prompt + text. No EOS
-        is added.
+        is added. Where running requests hold the pages that it takes, some are set aside for it
+        and recomputed.
 
         Raises:
-            InvalidRequest: no guides, lists of different lengths, or an empty response.
+            InvalidRequest: no guides, lists of different lengths, an empty response, or a text
+                that is longer than the KV cache of a guide. Nothing is scored then.
         """
         if not self.guides:
             raise InvalidRequest("the engine has no guides, so it cannot score")
         if len(prompts) != len(responses):
             raise InvalidRequest(f"{len(prompts)} prompts, but {len(responses)} responses")
-        return [self._score(prompt, text) for prompt, text in zip(prompts, responses)]
+        given = [
+            [self._given(g, prompt, response) for prompt, response in zip(prompts, responses)]
+            for g in range(len(self.guides))
+        ]
+        scores = [
+            score_given(self.runner, guide, texts) for guide, texts in zip(self.guides, given)
+        ]
+        return [sum(own) for own in zip(*scores)]
 
-    def _score(self, prompt: Prompt, response: str | Sequence[int]) -> float:
-        total = 0.0
-        for guide, encoder in zip(self.guides, self._guide_encoders):
-            with self._encoding:
-                before, after = encoder.encode_with_response(prompt, response)
-            _check_length(guide.models, len(before), len(after))
-            with self.runner.turn():
-                slots = guide.prefill([before])
-                try:
-                    tuned, untuned = guide.append(slots, before[-1:], [after])
-                finally:
-                    guide.release(slots)
-            total += guide.weight * float((tuned.double() - untuned.double()).sum())
-        return total
+    def _given(self, g: int, prompt: Prompt, response: str | Sequence[int]) -> Given:
+        """A text as the tokens of one guide. InvalidRequest if it could never be scored."""
+        with self._encoding:
+            text = Given(*self._guide_encoders[g].encode_with_response(prompt, response))
+        models = self.guides[g].models
+        _check_length(models, len(text.prompt), len(text.response))
+        for model in models:
+            check_room(model, text)
+        return text
 
     def make_request(self, prompt: Prompt, params: SearchParams, priority: int = 0) -> Request:
         """Check and encode one prompt, for :attr:`runner`. InvalidRequest, and nothing is held."""

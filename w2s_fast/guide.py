@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from w2s_fast.beginnings import prefill
 from w2s_fast.lane import Lane
 from w2s_fast.load import ModelSource
 from w2s_fast.model import PagedModel
@@ -66,22 +67,11 @@ class PagedGuide:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Int32Array:
         """New slots int32 [2, S] that hold all but the last token of each prompt (>= 1 token).
 
-        What the prefix cache has of a prompt is not run again.
+        What the prefix cache has of a prompt is not run again, and with a prefix cache, what
+        several of the prompts begin with is run once.
         """
         texts = [prompt[:-1] for prompt in prompts]
-        slots = self._in_both(lambda model, _: model.pool.allocate(len(prompts)))
-        try:
-            for model, own in zip(self.models, slots):
-                cached = model.pool.adopt(own, texts)
-                rest = [text[found:] for text, found in zip(texts, cached)]
-                rows = [i for i, tokens in enumerate(rest) if tokens]
-                if rows:
-                    tokens = self._tensor([token for i in rows for token in rest[i]])
-                    model.forward(own[rows], tokens, [len(rest[i]) for i in rows])
-        except BaseException:
-            self.release(slots)  # nobody else knows of them yet
-            raise
-        return slots
+        return self._in_both(lambda model, _: prefill(model, texts))
 
     def append(
         self,

@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from w2s_fast.errors import Aborted, EngineFailure, W2SFastError
+from w2s_fast.errors import Aborted, EngineFailure, OutOfPages, W2SFastError
 from w2s_fast.pages import PagePool
 from w2s_fast.request import Request
-from w2s_fast.scheduler import Scheduler
+from w2s_fast.scheduler import Room, Scheduler
 from w2s_fast.search import Search
 from w2s_fast.stats import EngineStats, PoolStats
 
@@ -56,6 +56,28 @@ class Runner:
         finally:
             self._turn.release()
             self.settle()
+
+    @contextmanager
+    def turn_with(self, rooms: Sequence[Room]) -> Iterator[None]:
+        """A turn in which so many pages and slots are free; they are to be free again at its end.
+
+        Running requests are set aside for it, the least urgent first, and go on afterwards. Those
+        in the middle of a round end it before that, in steps in which nobody begins another.
+
+        Raises:
+            OutOfPages: there would not be so much if nothing ran.
+        """
+        with self.turn():
+            self._settle()
+            while not all(room.there for room in rooms):
+                if (request := self._scheduler.set_aside_for(rooms)) is not None:
+                    self._put_aside([request])
+                elif in_round := self._scheduler.in_round:
+                    self._run(in_round)
+                else:
+                    raise OutOfPages("more pages or slots are wanted than the KV cache has")
+                self._settle()  # a request may have been given up meanwhile
+            yield
 
     def submit(self, request: Request) -> None:
         """Take a request on; it has been checked. It enters with the next step."""
@@ -119,16 +141,23 @@ class Runner:
                 self._tell(request)
 
     def _step(self) -> None:
+        """Bring those requests a step further whose turn it is."""
+        self._settle()
+        chosen, set_aside = self._scheduler.choose()
+        self._put_aside(set_aside)
+        self._run(chosen)
+
+    def _put_aside(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._search.set_aside(request)
+        self._set_aside += len(requests)
+
+    def _run(self, chosen: Sequence[Request]) -> None:
         """Bring the chosen requests a step further.
 
         A failure inside the models that concerns no single request ends all that took part, with
         :class:`EngineFailure`; those that wait go on.
         """
-        self._settle()
-        chosen, set_aside = self._scheduler.choose()
-        for request in set_aside:
-            self._search.set_aside(request)
-        self._set_aside += len(set_aside)
         before = _counts(chosen)
         begin = time.perf_counter()
         try:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.model import PagedModel
+from w2s_fast.pages import PagePool
 from w2s_fast.request import Request
 
 # How many steps a request of one priority waits for those of the next higher one.
@@ -37,6 +38,18 @@ class Choice(NamedTuple):
 
     run: list[Request]
     set_aside: list[Request]
+
+
+class Room(NamedTuple):
+    """Free pages and slots of one model that somebody wants between two steps, and gives back."""
+
+    pool: PagePool
+    pages: int
+    slots: int
+
+    @property
+    def there(self) -> bool:
+        return self.pool.free_pages >= self.pages and self.pool.free_slots >= self.slots
 
 
 @dataclass
@@ -101,11 +114,10 @@ class Scheduler:
         free = [share.model.pool.num_pages for share in self._shares]
         rows = 0
         chosen: list[Request] = []
-        for request in self.running:
-            if request.families:  # in the middle of a round
-                chosen.append(request)
-                rows += rows_at_most(request)
-                free = [f - p for f, p in zip(free, request.promised)]
+        for request in self.in_round:
+            chosen.append(request)
+            rows += rows_at_most(request)
+            free = [f - p for f, p in zip(free, request.promised)]
         between = sorted((r for r in self.running if not r.families), key=_urgency)
         set_aside: list[Request] = []
         entered: list[Request] = []
@@ -136,6 +148,35 @@ class Scheduler:
             request.stats.wait()
         self.running = chosen
         return Choice(list(chosen), set_aside)
+
+    @property
+    def in_round(self) -> list[Request]:
+        """Those in the middle of a round: they keep what they were promised until it ends."""
+        return [request for request in self.running if request.families]
+
+    def set_aside_for(self, rooms: Iterable[Room]) -> Request | None:
+        """Let one running request wait and give up its pages, so that others may have room.
+
+        The least urgent one between two rounds that holds pages where they are missing; None:
+        there is no such request.
+        """
+        missing = [room.pool for room in rooms if not room.there]
+        between = [
+            request
+            for request in self.running
+            if not request.families
+            and any(
+                pages and any(share.model.pool is pool for pool in missing)
+                for pages, share in zip(request.promised, self._shares)
+            )
+        ]
+        if not between:
+            return None
+        request = max(between, key=_urgency)
+        self.running.remove(request)
+        self._wait(request)
+        request.stats.wait()
+        return request
 
     def _wait(self, request: Request) -> None:
         insort(self.waiting, request, key=_urgency)

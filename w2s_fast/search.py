@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from w2s_fast.beginnings import begin
 from w2s_fast.decode_graphs import DecodeGraphs
 from w2s_fast.decoder import Decoder
 from w2s_fast.errors import NumericalError
@@ -117,6 +118,9 @@ class Search:
         begun = [r for r in requests if r.round_number == 1 and not r.forked]
         new = [r.stats for r in begun]
         old = [r.stats for r in requests if r.round_number > 1 or r.forked]
+        if begun:
+            with timed("prefill_s", new):
+                self._begin(begun)
         sources = [(request, source) for request in requests for source in self._sources(request)]
         # The first token of all children of a beam comes from one row of logits, and only then
         # are they forked: what they share is forwarded once.
@@ -159,11 +163,18 @@ class Search:
         if request.round_number > 1:
             return [_Source(f.parent, f.parent.tokens[-1:], f.children) for f in families]
         root = families[0].parent
-        root.slot = int(self.base.pool.allocate(1)[0])
-        # The last token is always run: its logits are wanted.
-        cached = int(self.base.pool.adopt([root.slot], [request.prompt[:-1]])[0])
-        request.stats.cached_tokens += cached
-        return [_Source(root, request.prompt[cached:], families[0].children)]
+        held = int(self.base.pool.lengths([root.slot])[0])
+        return [_Source(root, request.prompt[held:], families[0].children)]
+
+    def _begin(self, requests: Sequence[Request]) -> None:
+        """Give new requests slots, which hold what is cached or what several of them share."""
+        # The last token of a prompt is always run with the others' sources: its logits are wanted.
+        begun = begin(self.base, [request.prompt[:-1] for request in requests])
+        self.rows += sum(begun.rows)
+        self.passes += len(begun.rows)
+        for request, slot, adopted in zip(requests, begun.slots, begun.adopted):
+            request.families[0].parent.slot = int(slot)
+            request.stats.cached_tokens += int(adopted)
 
     def _remember(self, requests: Sequence[Request]) -> None:
         """Let later requests find these prompts; not those that made a model fail."""

@@ -23,7 +23,8 @@ class RequestStats:
         scoring_s: passes of the guides over new tokens, and selections.
         rounds: selections; without a guide there is one, at the end.
         set_aside: how often it gave up its pages and was recomputed.
-        cached_tokens: prompt tokens of the base that were found in the prefix cache.
+        cached_tokens: prompt tokens that the base did not run for it, but found in the prefix
+            cache: an earlier request ran them, or one that entered in the same step.
     """
 
     queue_s: float = 0.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ from tests.w2s_fast.engines import (
 )
 from tests.w2s_fast.test_broken_numbers import broken_copy
 from tests.w2s_fast.test_guide import forwarded
-from w2s_fast.errors import NumericalError
+from w2s_fast.errors import EngineFailure, NumericalError
+from w2s_fast.model import PagedModel
+from w2s_fast.search import Search
 
 SYSTEM = [p % 17 + 1 for p in range(40)]
 
@@ -95,3 +99,132 @@ def test_what_made_a_model_fail_is_not_remembered(which: str) -> None:
             e.generate([[*SYSTEM[:12], 7, *SYSTEM[:8]]], SEARCH)
     statistics = {m.name: m.pool.cache_statistics for m in models_of(e)}
     assert statistics[which].hit_tokens == 0
+
+
+def test_what_prompts_of_the_same_step_begin_with_is_run_once_in_each_model() -> None:
+    triple = tiny_triple(eos=(), dtype=torch.float32)
+    prompts = [[*SYSTEM, i, *SYSTEM[: i % 3]] for i in range(1, 13)]
+    cold = make_engine(*triple, prefix_cache=False)
+    with forwarded(*triple) as without:
+        expected = cold.generate(prompts, SEARCH)
+    e = make_engine(*triple)
+    with forwarded(*triple) as tokens:
+        results = e.generate(prompts, SEARCH)
+    saved = (len(prompts) - 1) * len(SYSTEM)
+    assert [a - b for a, b in zip(without, tokens, strict=True)] == [saved] * 3
+    assert found(results) == found(expected)
+    # The longest of them goes first, and is the only one that runs the beginning itself.
+    assert sorted(r.stats.cached_tokens for r in results if r.stats) == [0] + [len(SYSTEM)] * 11
+    assert e.stats().passes == cold.stats().passes + 1
+    assert e.stats().rows == cold.stats().rows + 1
+    assert found([e.generate([p], SEARCH)[0] for p in prompts]) == found(expected)
+    assert_all_pages_free(e)
+
+
+def test_requests_that_differ_in_their_seeds_alone_run_their_prompt_once() -> None:
+    triple = tiny_triple(eos=())
+    params = [replace(q, seed=i) for i, q in enumerate(MIXED * 3)]
+    prompts = [SYSTEM[:34]] * len(params)
+    e = make_engine(*triple)
+    results = e.generate(prompts, params)
+    # Two tokens are left to each: the last one is always run, the other fills no page.
+    assert sorted({r.stats.cached_tokens for r in results if r.stats}) == [0, 32]
+    off = make_engine(*triple, prefix_cache=False)
+    assert found(results) == found(off.generate(prompts, params))
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_pages_shared_by_newcomers_are_within_what_was_promised(page_size: int, room: int) -> None:
+    """In pools that have what ``room`` requests are promised, and not a page more."""
+    triple = tiny_triple(eos=())
+    params = replace(SEARCH, chunk_length=None)  # one round, so that the promises stay the same
+    prompts = [[*SYSTEM[:20], i, *SYSTEM[:2]] for i in range(1, 8)]
+    probe = make_engine(*triple, page_size=page_size)
+    request = probe.make_request(prompts[0], params)
+    probe.runner.submit(request)
+    probe.runner.advance([request])
+    e = make_engine(
+        *triple, page_size=page_size, kv_cache_tokens=room * max(request.promised) * page_size
+    )
+    forward, step = PagedModel.forward, Search.step
+    promised: list[list[int]] = []
+    together = []
+
+    def watched_step(self: Search, requests: Any) -> None:
+        promised[:] = [r.promised for r in requests]
+        together.append(len(requests))
+        step(self, requests)
+
+    def watched_forward(self: PagedModel, *args: Any) -> Any:
+        out = forward(self, *args)
+        for model, most in zip(models_of(e), map(sum, zip(*promised)), strict=True):
+            assert model.pool.num_pages - model.pool.free_pages <= most
+        return out
+
+    with (
+        mock.patch("w2s_fast.scheduler._HEADROOM", 10**6),
+        mock.patch.object(Search, "step", watched_step),
+        mock.patch.object(PagedModel, "forward", watched_forward),
+    ):
+        results = e.generate(prompts, params)
+    assert max(together) == room
+    assert found(results) == found(probe.generate(prompts, params))
+    assert_all_pages_free(e)
+
+
+@pytest.mark.parametrize("which", ["base", "tuned", "untuned"])
+@pytest.mark.parametrize("where", ["in the beginning", "behind it"])
+def test_a_newcomer_that_breaks_a_model_breaks_no_other(which: str, where: str) -> None:
+    triple = tiny_triple(("llama", "llama", "llama"), eos=(), dtype=torch.float32)
+    e = make_engine(*(
+        broken_copy(model, 7, math.nan) if name == which else model
+        for name, model in triple._asdict().items()
+    ))  # fmt: skip
+    good = make_engine(*triple, prefix_cache=False)
+    beginning = [t for t in SYSTEM if t != 7][:16]
+    # The longest goes first, and it is a broken one.
+    if where == "in the beginning":
+        broken = [[*beginning[:9], 7, *beginning, i, 1] for i in range(3)]
+    else:
+        broken = [[*beginning, 7, i, *beginning] for i in range(3)]
+    sound = [[*beginning, 3, i] for i in range(4)]
+    expected = good.generate(sound, SEARCH)
+    for _ in range(2):
+        results = e.generate([*broken, *sound], SEARCH, on_error="return")
+        assert all(isinstance(r.error, NumericalError) for r in results[:3])
+        assert all(which in str(r.error) for r in results[:3])
+        clean = 0
+        for result, good_result in zip(results[3:], expected, strict=True):
+            assert good_result.trace is not None
+            candidates = [c for r in good_result.trace.rounds for c in r.candidates]
+            if not any(7 in c.token_ids for c in candidates):
+                assert found([result]) == found([good_result])
+                clean += 1
+        assert clean
+    assert_all_pages_free(e)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["base", "tuned", "untuned"])
+def test_an_exception_while_one_goes_first_leaves_no_page_behind(which: int, call: int) -> None:
+    triple = tiny_triple(eos=())
+    e = make_engine(*triple)
+    prompts = [[*SYSTEM, i] for i in range(4)]
+    calls = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise MemoryError("for the test")
+
+    handle = triple[which].get_input_embeddings().register_forward_hook(fail)
+    try:
+        with pytest.raises(EngineFailure, match="for the test"):
+            e.generate(prompts, SEARCH)
+    finally:
+        handle.remove()
+    assert_all_pages_free(e)
+    off = make_engine(*triple, prefix_cache=False)
+    assert found(e.generate(prompts, SEARCH)) == found(off.generate(prompts, SEARCH))
