@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from itertools import repeat
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from w2s_fast.attention import find_backend
-from w2s_fast.errors import EngineFailure, InvalidRequest, MismatchedVocabulary, W2SFastError
+from w2s_fast.errors import InvalidRequest, W2SFastError
 from w2s_fast.guide import Guide, PagedGuide
-from w2s_fast.load import ModelSource, load_model, load_tokenizer, pick_device
-from w2s_fast.memory import kv_tokens_that_fit
+from w2s_fast.intake import Intake, pair
+from w2s_fast.load import ModelSource, pick_device
 from w2s_fast.model import PagedModel
+from w2s_fast.outcome import failed, result_of
 from w2s_fast.params import SearchParams
 from w2s_fast.progress import progress_bar
-from w2s_fast.prompt import Prompt, PromptEncoder, decode_response
+from w2s_fast.prompt import Prompt
 from w2s_fast.record import can_record, record_passes, refuse_compile
-from w2s_fast.request import Beam, Request
-from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
+from w2s_fast.request import Request
+from w2s_fast.result import SearchResult
 from w2s_fast.runner import Runner
 from w2s_fast.scheduler import Scheduler
-from w2s_fast.scoring import Given, check_room, score_given
+from w2s_fast.scoring import score_given
 from w2s_fast.search import Search
+from w2s_fast.served import serve_models
 from w2s_fast.stats import EngineStats
 from w2s_fast.stream import Pieces, StreamPiece
-from w2s_fast.vocabulary import check_same_vocabulary, eos_token_ids, tokenizer_size
 
-_MAX_SLOTS = 4096
 _READ_AHEAD = 64
 
 
@@ -102,67 +100,57 @@ class Engine:
         backend = find_backend(attention, where)
         if compile and not (cuda_graphs and can_record(where, backend)):
             raise refuse_compile()
-        loaded: dict[Any, PreTrainedModel] = {}
-
-        def load(source: ModelSource) -> PreTrainedModel:
-            key = id(source) if isinstance(source, PreTrainedModel) else str(source)
-            if key not in loaded:
-                loaded[key] = load_model(source, where, dtype)
-            return loaded[key]
-
-        base_model = load(base)
-        pairs = [(load(guide.tuned), load(guide.untuned)) for guide in guides]
-        models = [base_model, *(model for pair in pairs for model in pair)]
-        tokens = kv_cache_tokens or kv_tokens_that_fit(models, _useful_tokens(base_model, max_rows))
-
-        def page(model: PreTrainedModel, name: str) -> PagedModel:
-            return PagedModel(
-                model,
-                name,
-                kv_cache_tokens=tokens,
-                page_size=page_size,
-                max_slots=_MAX_SLOTS,
-                prefix_cache=prefix_cache,
-                attention=attention,
-            )
-
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(base)
-        self.base = page(base_model, _name("base", base))
-        paged = [
-            (
-                page(tuned, _name(f"tuned{_number(g, guides)}", guide.tuned)),
-                page(untuned, _name(f"untuned{_number(g, guides)}", guide.untuned)),
-            )
-            for g, (guide, (tuned, untuned)) in enumerate(zip(guides, pairs))
-        ]
-        vocab_size = self._shared_vocabulary(guides, paged)
-        self.eos_token_ids = eos_token_ids(base_model, self.tokenizer)
-        self.guides = [
-            PagedGuide(tuned, untuned, guide.weight, vocab_size)
-            for guide, (tuned, untuned) in zip(guides, paged)
-        ]
-        self._encoder = self._prompt_encoder(self.base, prompt_template, vocab_size)
-        self._guide_encoders = [
-            self._prompt_encoder(tuned, guide.prompt_template, vocab_size)
-            for guide, (tuned, _) in zip(guides, paged)
-        ]
-        # Fast tokenizers keep the options of a call as their own state: one call at a time.
-        self._encoding = threading.Lock()
+        self._models = serve_models(
+            base,
+            guides,
+            tokenizer=tokenizer,
+            device=where,
+            dtype=dtype,
+            kv_cache_tokens=kv_cache_tokens,
+            page_size=page_size,
+            attention=attention,
+            max_rows=max_rows,
+            prefix_cache=prefix_cache,
+            prompt_template=prompt_template,
+        )
         graphs = None
         if cuda_graphs and can_record(where, backend):
             graphs = record_passes(
                 self.base,
-                [model for guide in self.guides for model in guide.models],
-                vocab_size=vocab_size,
+                self._models.of_guides,
+                vocab_size=self._models.vocab_size,
                 max_rows=max_rows,
                 compile=compile,
             )
-        self._search = Search(self.base, self.guides, vocab_size, self.eos_token_ids, graphs)
-        self._scheduler = Scheduler(self.base, paged, max_rows)
-        self.runner = Runner(self._search, self._scheduler)
+        self._search = Search(
+            self.base, self.guides, self._models.vocab_size, self.eos_token_ids, graphs
+        )
+        scheduler = Scheduler(self.base, [guide.models for guide in self.guides], max_rows)
+        self._intake = Intake(self._models, scheduler)
+        self.runner = Runner(self._search, scheduler)
         # Requests that one iteration has under way: more than can run, so that none ever waits for
         # the caller's iterable to be read.
         self._read_ahead = max_rows + _READ_AHEAD
+
+    @property
+    def base(self) -> PagedModel:
+        """The base model over its pages."""
+        return self._models.base
+
+    @property
+    def guides(self) -> list[PagedGuide]:
+        """The guides over their pages."""
+        return self._models.guides
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The base's; None: prompts are token ids, and results have no text."""
+        return self._models.tokenizer
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """What ends a response."""
+        return self._models.eos_token_ids
 
     def generate(
         self,
@@ -218,7 +206,7 @@ class Engine:
         ``prompts`` is read as room becomes free, so it may be longer than memory. A failed
         request's result carries its ``error``.
         """
-        source = enumerate(_pair(prompts, params))
+        source = enumerate(pair(prompts, params))
         own: dict[Request, int] = {}
         try:
             while True:
@@ -226,7 +214,7 @@ class Engine:
                     try:
                         request = self.make_request(prompt, params_of, priority)
                     except W2SFastError as error:
-                        yield index, _failed(error)
+                        yield index, failed(error)
                         continue
                     self.runner.submit(request)
                     own[request] = index
@@ -293,52 +281,17 @@ class Engine:
         Raises:
             InvalidRequest: no guides, lists of different lengths, an empty response, or a text
                 that is longer than the KV cache of a guide. Nothing is scored then.
+            NumericalError: a model gave NaN or infinity for a text; says which one, and where.
         """
-        if not self.guides:
-            raise InvalidRequest("the engine has no guides, so it cannot score")
-        if len(prompts) != len(responses):
-            raise InvalidRequest(f"{len(prompts)} prompts, but {len(responses)} responses")
-        given = [
-            [self._given(g, prompt, response) for prompt, response in zip(prompts, responses)]
-            for g in range(len(self.guides))
-        ]
+        given = self._intake.given(prompts, responses)
         scores = [
             score_given(self.runner, guide, texts) for guide, texts in zip(self.guides, given)
         ]
         return [sum(own) for own in zip(*scores)]
 
-    def _given(self, g: int, prompt: Prompt, response: str | Sequence[int]) -> Given:
-        """A text as the tokens of one guide. InvalidRequest if it could never be scored."""
-        with self._encoding:
-            text = Given(*self._guide_encoders[g].encode_with_response(prompt, response))
-        models = self.guides[g].models
-        _check_length(models, len(text.prompt), len(text.response))
-        for model in models:
-            check_room(model, text)
-        return text
-
     def make_request(self, prompt: Prompt, params: SearchParams, priority: int = 0) -> Request:
         """Check and encode one prompt, for :attr:`runner`. InvalidRequest, and nothing is held."""
-        if not isinstance(params, SearchParams):
-            raise InvalidRequest(f"params is {type(params).__name__}; allowed: SearchParams")
-        if params.uses_guides and not self.guides:
-            raise InvalidRequest(f"method {params.method!r} needs guides; the engine has none")
-        if isinstance(priority, bool) or not isinstance(priority, (int, np.integer)):
-            raise InvalidRequest(f"priority is {priority!r}; allowed: an integer")
-        with self._encoding:
-            ids = self._encoder.encode(prompt)
-            guide_ids = [e.encode(prompt) for e in self._guide_encoders if params.uses_guides]
-        _check_length([self.base], len(ids), params.max_new_tokens)
-        for guide, own in zip(self.guides, guide_ids):
-            _check_length(guide.models, len(own), params.max_new_tokens)
-        for token in params.stop_token_ids:
-            if token >= self._search.vocab_size:
-                raise InvalidRequest(
-                    f"stop_token_ids holds {token}; allowed: below {self._search.vocab_size}"
-                )
-        request = Request(ids, guide_ids, params, int(priority))
-        self._scheduler.check(request)
-        return request
+        return self._intake.request(prompt, params, priority)
 
     def pieces(self, request: Request) -> Pieces:
         """What cuts its response into pieces."""
@@ -346,118 +299,7 @@ class Engine:
 
     def result(self, request: Request) -> SearchResult:
         """The result of a request that has ended; carries its error if it failed."""
-        if request.error is not None:
-            return _failed(request.error, request)
-        beams = request.beams[: request.params.n]
-        try:
-            hypotheses = [self._hypothesis(request, beam) for beam in beams]
-        except Exception as error:  # a tokenizer may raise anything
-            failure = EngineFailure(f"the response cannot be decoded: {error}")
-            failure.__cause__ = error
-            return _failed(failure, request)
-        trace = Trace(request.rounds) if request.params.trace else None
-        return SearchResult(hypotheses, _usage(request, beams), trace, stats=request.stats)
-
-    def _hypothesis(self, request: Request, beam: Beam) -> Hypothesis:
-        assert beam.finish_reason is not None
-        text = None
-        if self.tokenizer is not None:
-            shown = beam.tokens if beam.finish_reason == "length" else beam.tokens[:-1]
-            text = decode_response(self.tokenizer, request.prompt, shown)
-        return Hypothesis(
-            text,
-            beam.tokens,
-            request.score_of(beam),
-            beam.finish_reason,
-            beam.token_scores,
-            beam.logprobs,
-        )
-
-    def _shared_vocabulary(
-        self, guides: Sequence[Guide], paged: Sequence[tuple[PagedModel, PagedModel]]
-    ) -> int:
-        """The size of the vocabulary that all models share. MismatchedVocabulary if they do not."""
-        sources = [s for guide in guides for s in (guide.tuned, guide.untuned)]
-        models = [model for pair in paged for model in pair]
-        size = self.base.vocab_size
-        if self.tokenizer is not None:
-            size = min(size, tokenizer_size(self.tokenizer))
-            for source, model in zip(sources, models):
-                own = load_tokenizer(source)
-                if own is not None:
-                    check_same_vocabulary(self.tokenizer, own, model.name)
-                if model.vocab_size < size:
-                    raise MismatchedVocabulary(
-                        f"{model.name} has logits for {model.vocab_size} tokens, but the base's "
-                        f"vocabulary has {size}"
-                    )
-        return min([size, *(model.vocab_size for model in models)])
-
-    def _prompt_encoder(
-        self, model: PagedModel, template: str | None, vocab_size: int
-    ) -> PromptEncoder:
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        if self.tokenizer is None:
-            bos = getattr(model.model.config.get_text_config(), "bos_token_id", None)
-        if bos is not None and not 0 <= bos < vocab_size:
-            bos = None
-        return PromptEncoder(
-            model.name, self.tokenizer, template, vocab_size=vocab_size, bos_token_id=bos
-        )
-
-
-def _pair(
-    prompts: Iterable[Prompt] | str, params: SearchParams | Iterable[SearchParams] | None
-) -> Iterator[tuple[Prompt, SearchParams]]:
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if params is None:
-        params = SearchParams()
-    if isinstance(params, SearchParams):
-        return zip(prompts, repeat(params))
-    if isinstance(prompts, Sized) and isinstance(params, Sized) and len(prompts) != len(params):
-        raise InvalidRequest(
-            f"{len(prompts)} prompts, but {len(params)} params; allowed: one for all, or one each"
-        )
-    return zip(prompts, params)
-
-
-def _check_length(models: Sequence[PagedModel], prompt: int, new: int) -> None:
-    for model in models:
-        limit = model.max_positions
-        if limit is not None and prompt + new > limit:
-            raise InvalidRequest(
-                f"the prompt has {prompt} tokens for {model.name}, and {new} new ones may follow; "
-                f"allowed: {limit} together"
-            )
-
-
-def _usage(request: Request, beams: Sequence[Beam]) -> Usage:
-    return Usage(
-        prompt_tokens=len(request.prompt),
-        completion_tokens=sum(len(beam.tokens) for beam in beams),
-        sampled_tokens=request.sampled_tokens,
-        scored_tokens=request.scored_tokens,
-    )
-
-
-def _failed(error: W2SFastError, request: Request | None = None) -> SearchResult:
-    if request is None:
-        return SearchResult([], Usage(0, 0, 0, 0), error=error)
-    return SearchResult([], _usage(request, []), error=error, stats=request.stats)
-
-
-def _useful_tokens(base: PreTrainedModel, max_rows: int) -> int:
-    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 32768
-    return int(max_rows * longest)
-
-
-def _name(role: str, source: ModelSource) -> str:
-    return role if isinstance(source, PreTrainedModel) else f"{role} ({source})"
-
-
-def _number(g: int, guides: Sequence[Guide]) -> str:
-    return f" {g}" if len(guides) > 1 else ""
+        return result_of(request, self.tokenizer)
 
 
 def _check_positive(name: str, value: Any) -> None:

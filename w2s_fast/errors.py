@@ -36,6 +36,11 @@ class MismatchedVocabulary(UnsupportedModel):
 class NumericalError(W2SFastError, ArithmeticError):
     """A model produced NaN or infinity; the message names the model and the position."""
 
+    @classmethod
+    def at(cls, model: str, position: int) -> NumericalError:
+        """``position``: of the token in the response."""
+        return cls(f"model {model!r} gave NaN or infinity at position {position} of the response")
+
 
 class OutOfPages(W2SFastError, RuntimeError):
     """The KV cache has too few free pages (or slots) for what was asked."""

@@ -17,7 +17,9 @@ class Lane:
 
     def __init__(self, device: torch.device) -> None:
         """On a device without streams, work is done at once."""
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def beside(self) -> Iterator[None]:

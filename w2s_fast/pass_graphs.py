@@ -79,5 +79,5 @@ class PassGraphs:
 
 def _round_up_tokens(count: int) -> int:
     """At most a quarter more: the work of a pass grows with its tokens."""
-    step = max(1, 2 ** (count.bit_length() - 3))
+    step = 1 << max(0, count.bit_length() - 3)
     return -(-count // step) * step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -73,8 +74,7 @@ def _body(model: PagedModel, compile: bool) -> nn.Module:
     # Layers are views of one tensor. Were its shape dynamic, torch 2.13's inductor would write all
     # layers' keys and values to the first one's place.
     torch._dynamo.mark_static(model.pool.kv)
-    compiled: nn.Module = torch.compile(body, dynamic=True)
-    return compiled
+    return cast(nn.Module, torch.compile(body, dynamic=True))
 
 
 def refuse_compile() -> InvalidRequest:

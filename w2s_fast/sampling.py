@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class SamplingBatch:
         """The settings of candidates and the requests they belong to."""
 
         params = [request.params for request, _ in rows]
-        values: list[list[float]] | list[list[int]] = [
+        values: list[Any] = [
             [p.temperature for p in params],
             [p.top_k for p in params],
             [p.top_p for p in params],

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from w2s_fast.errors import InvalidRequest
+from w2s_fast.errors import InvalidRequest, NumericalError
 from w2s_fast.guide import PagedGuide
 from w2s_fast.model import PagedModel
 from w2s_fast.runner import Runner
@@ -49,7 +49,11 @@ def check_room(model: PagedModel, text: Given) -> None:
 
 
 def score_given(runner: Runner, guide: PagedGuide, texts: Sequence[Given]) -> list[float]:
-    """One guide's score of each text, its weight included; :func:`check_room` has passed them."""
+    """One guide's score of each text, its weight included; :func:`check_room` has passed them.
+
+    Raises:
+        NumericalError: names the first model that gave NaN or infinity, and where.
+    """
     scores: list[float] = []
     for batch in _batches(texts, guide):
         rooms = [
@@ -63,7 +67,12 @@ def score_given(runner: Runner, guide: PagedGuide, texts: Sequence[Given]) -> li
                 tuned, untuned = guide.append(slots, before, [text.response for text in batch])
             finally:
                 guide.release(slots)
-        ratios = torch.split(tuned.double() - untuned.double(), [len(t.response) for t in batch])
+        counts = [len(text.response) for text in batch]
+        for model, logprobs in zip(guide.models, (tuned, untuned)):
+            for own in torch.split(logprobs.cpu(), counts):
+                if not own.isfinite().all():
+                    raise NumericalError.at(model.name, int(own.isfinite().long().argmin()))
+        ratios = torch.split(tuned.double() - untuned.double(), counts)
         scores += [guide.weight * float(own.sum()) for own in ratios]
     return scores
 

@@ -216,7 +216,7 @@ class Search:
         """Append sampled tokens to a candidate, up to where it ends."""
         for token, logprob in zip(tokens, logprobs):
             if not math.isfinite(logprob):
-                request.error = request.error or _not_finite(self.base, len(beam.tokens))
+                request.error = request.error or NumericalError.at(self.base.name, len(beam.tokens))
                 return
             beam.tokens.append(token)
             beam.logprobs.append(logprob)
@@ -255,7 +255,8 @@ class Search:
         for request, beam, broken in zip(owners, beams, choice.broken):
             if broken is not None and request.error is None:
                 model = self._first_broken(tuned[:, broken.token], untuned[:, broken.token])
-                request.error = _not_finite(model, len(beam.token_scores) + broken.offset)
+                position = len(beam.token_scores) + broken.offset
+                request.error = NumericalError.at(model.name, position)
         for request, beam, new, score in zip(owners, beams, choice.token_scores, choice.scores):
             beam.token_scores.extend(new)
             beam.total = score
@@ -406,9 +407,3 @@ def _step_tokens(left: Sequence[int]) -> int:
     nearest = min((tokens for tokens in left if tokens > 0), default=0)
     soon = max(nearest + nearest // 2, LEAST_STEP_TOKENS)
     return min(max((tokens for tokens in left if tokens <= soon), default=nearest), MAX_STEP_TOKENS)
-
-
-def _not_finite(model: PagedModel, position: int) -> NumericalError:
-    return NumericalError(
-        f"model {model.name!r} gave NaN or infinity at position {position} of the response"
-    )

@@ -125,6 +125,22 @@ def test_a_model_that_turns_nan_in_mid_search_names_itself_and_harms_no_neighbou
     assert_all_pages_free(bad)
 
 
+@pytest.mark.parametrize("which", ["tuned", "untuned"])
+def test_a_given_text_that_a_model_cannot_score_is_refused_with_the_models_name(which: str) -> None:
+    token = 7
+    names = ("base", "tuned", "untuned")
+    models = [
+        broken_copy(model, token, math.nan) if name == which else model
+        for name, model in zip(names, tiny_triple(("gpt2", "llama", "llama"), eos=()))
+    ]
+    engine = make_engine(*models)
+    with pytest.raises(NumericalError, match=rf"'{which}' .* at position \d of the response"):
+        engine.score([[1, 2], [1, 2]], [[3, 4, 5], [3, 4, token, 5]])
+    (score,) = engine.score([[1, 2]], [[3, 4, 5]])
+    assert math.isfinite(score)
+    assert_all_pages_free(engine)
+
+
 @pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, "1", None])
 def test_a_weight_that_is_no_finite_number_is_refused_by_name(weight: Any) -> None:
     base, tuned, untuned = tiny_triple()

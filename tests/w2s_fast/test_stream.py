@@ -317,7 +317,7 @@ def test_a_response_that_cannot_be_decoded_fails_alone() -> None:
             raise TypeError("no such token")
         return decode(tokenizer, prompt, tokens)
 
-    with mock.patch("w2s_fast.engine.decode_response", failing):
+    with mock.patch("w2s_fast.outcome.decode_response", failing):
         results = e.generate([[4], [5], [6]], SEARCH, on_error="return")
         with pytest.raises(EngineFailure, match="no such token"):
             list(e.stream([5], SEARCH))
