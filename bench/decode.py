@@ -115,10 +115,10 @@ def engine_for(base: Any, guides: Any, way: str, max_rows: int) -> Engine:
             recorder = lambda _: run_directly  # noqa: E731
             for model in engine._search.models:
                 model.backend = KernelPlan
-        engine._search.decoder.graphs = record_passes(
+        engine._search.base.decoder.graphs = record_passes(
             engine.base,
             engine._search.models[1:],
-            vocab_size=engine._search.vocab_size,
+            vocab_size=engine._models.vocab_size,
             max_rows=max_rows,
             compile="compile" in way,
             recorder_for=recorder,
@@ -128,7 +128,7 @@ def engine_for(base: Any, guides: Any, way: str, max_rows: int) -> Engine:
 
 def timed_search(engine: Engine, requests: int, prompt: int, rounds: int) -> float:
     """Seconds of the best of three searches. All their shapes have come twice before."""
-    vocabulary = engine._search.vocab_size
+    vocabulary = engine._models.vocab_size
     prompts = [[(7 * i + j) % vocabulary for j in range(prompt)] for i in range(requests)]
     params = SearchParams(
         beam_width=4,

@@ -123,8 +123,8 @@ class Runner:
             busy_s=self._busy_s,
             sampled_tokens=self._sampled_tokens,
             scored_tokens=self._scored_tokens,
-            rows=self._search.rows,
-            passes=self._search.passes,
+            rows=self._search.base.rows,
+            passes=self._search.base.passes,
             pools={model.name: _pool_stats(model.pool) for model in self._search.models},
         )
 

@@ -56,12 +56,12 @@ class Recorded(NamedTuple):
         steps = record_passes(
             engine.base,
             models_of(engine)[1:],
-            vocab_size=engine._search.vocab_size,
+            vocab_size=engine._models.vocab_size,
             max_rows=max_rows,
             compile=compile,
             recorder_for=lambda _: Recording,
         )
-        engine._search.decoder.graphs = steps
+        engine._search.base.decoder.graphs = steps
         return cls(engine, steps, [model.replays for model in models_of(engine)])
 
 

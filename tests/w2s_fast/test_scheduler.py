@@ -26,6 +26,7 @@ from tests.w2s_fast.engines import (
     models_of,
 )
 from w2s_fast import Engine, SearchParams
+from w2s_fast.guide_side import GuideSide
 from w2s_fast.model import PagedModel
 from w2s_fast.request import Beam, Request
 from w2s_fast.scheduler import ROUNDS_PER_PRIORITY, Scheduler, round_pages
@@ -282,14 +283,14 @@ def test_guides_run_once_a_round_also_with_chunks_of_many_lengths() -> None:
     params = [replace(SEARCH, chunk_length=n, max_new_tokens=30) for n in lengths]
     prompts = [[1 + n, 2] for n in lengths]
     passes = 0
-    score = Search._guide_logprobs
+    score = GuideSide.logprobs
 
     def counted(self: Search, rows: Any) -> Any:
         nonlocal passes
         passes += 1
         return score(self, rows)
 
-    with mock.patch.object(Search, "_guide_logprobs", counted):
+    with mock.patch.object(GuideSide, "logprobs", counted):
         together = e.generate(prompts, params)
     assert passes <= 10  # and not 26, one for each different end of a chunk
     assert found(together) == found([e.generate([p], q)[0] for p, q in zip(prompts, params)])
