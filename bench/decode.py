@@ -198,7 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="tiny models, on the CPU if need be")
-    parser.add_argument("--seconds", type=float, default=100, help="begin nothing after so long")
+    parser.add_argument("--seconds", type=float, default=240, help="begin nothing after so long")
     args = parser.parse_args()
     cuda = torch.cuda.is_available() and not args.dry_run
     if not cuda and not args.dry_run:

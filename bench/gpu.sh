@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Prove and time the kernels on this machine's GPU, without a network:
+# Prove and time this machine's GPU at work, without a network:
 #
-#     bench/gpu.sh [folder for the results]        default: bench/results
+#     bench/gpu.sh [folder for the results] [kernels | engine]      default: bench/results kernels
 #
 # Needs python with torch, triton, transformers, pytest, hypothesis and pybind11, a C++ compiler,
-# and nvcc for the CUDA sources. Builds in place, runs the tests marked `gpu`, times every kernel.
-# A part that fails hides no other; the last lines say how each part ended. At most 8 minutes.
+# and nvcc for the CUDA sources. Builds in place, runs the tests marked `gpu`, times every kernel;
+# or, for `engine`, proves and times recorded passes. At most 8 minutes each. A part that fails
+# hides no other; the last lines say how each part ended.
 # W2S_FAST_DRY_RUN=1 runs the same parts with tiny shapes on the CPU.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${1:-bench/results}
+what=${2:-kernels}
+case $what in kernels | engine) ;; *) echo "no such parts: $what" >&2; exit 2 ;; esac
 python=${PYTHON:-python3}
 name=$(date +%Y-%m-%d)-$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr ' ' '-')
 name=${name%-}
@@ -33,7 +36,13 @@ part() { # part NAME SECONDS COMMAND...
 
 export PYTHONUNBUFFERED=1
 part "build" 90 "$python" setup.py --quiet build_ext --inplace
-if [ -n "${W2S_FAST_DRY_RUN:-}" ]; then
+if [ "$what" = engine ] && [ -n "${W2S_FAST_DRY_RUN:-}" ]; then
+    part "ways to decode" 300 "$python" -m bench.decode --dry-run --out "$out/$name-decode-dry.json"
+elif [ "$what" = engine ]; then
+    part "graphs on the device" 150 "$python" -m pytest -q -m gpu tests/gpu/test_graphs.py \
+        --junitxml "$out/$name-graph-tests.xml"
+    part "ways to decode" 230 "$python" -m bench.decode --seconds 150 --out "$out/$name-decode.json"
+elif [ -n "${W2S_FAST_DRY_RUN:-}" ]; then
     part "timings" 120 "$python" -m bench.kernels --dry-run --out "$out/$name-kernels-dry.json"
 else
     part "kernels on the device" 100 "$python" -m pytest -q -m gpu tests/gpu/test_kernels.py \

@@ -29,9 +29,11 @@ from w2s_fast import SearchParams
 ROOT = Path(__file__).parents[1]
 
 
-def dry_run(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def dry_run(
+    out: Path, what: str = "kernels", **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", "bench/gpu.sh", str(out)],
+        ["bash", "bench/gpu.sh", str(out), what],
         cwd=ROOT,
         env={**os.environ, "W2S_FAST_DRY_RUN": "1", "PYTHON": sys.executable, **environment},
         capture_output=True,
@@ -63,6 +65,19 @@ def test_a_dry_run_times_every_kernel_and_ends_with_a_summary(tmp_path: Path) ->
         "paged_attention",
     }
     assert all(row["us"] > 0 and not row["error"] for row in report["rows"])
+
+
+def test_a_dry_run_of_the_engine_compares_the_ways_to_decode(tmp_path: Path) -> None:
+    run = dry_run(tmp_path, "engine", OMP_NUM_THREADS="1")
+    assert run.returncode == 0, run.stdout + run.stderr
+    last = run.stdout.strip().splitlines()[-2:]
+    assert [line.split()[0] for line in last] == ["build", "ways"]
+    (file,) = tmp_path.glob("*-decode-dry.json")
+    report = json.loads(file.read_text())
+    assert {"device", "date", "commit", "torch"} <= set(report)
+    ways = [(row["way"], row["requests"]) for row in report["rows"]]
+    assert ways == [(way, n) for way in ("plain", "graphs", "graphs-lane") for n in (1, 2)]
+    assert all(row["ms_per_round"] > 0 and not row["error"] for row in report["rows"])
 
 
 def test_a_part_that_fails_hides_no_other(tmp_path: Path) -> None:

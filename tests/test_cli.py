@@ -112,8 +112,16 @@ def test_the_machine_options_reach_the_engine(
 
     monkeypatch.setattr(w2s_fast, "Engine", engine)
     options = ["--attention", "torch", "--page-size", "8", "--kv-cache-tokens", "2048"]
+    options += ["--no-cuda-graphs"]
     assert run("generate", "x", *options, *named(models), *SMALL).exit_code == 0
     assert (seen["attention"], seen["page_size"], seen["kv_cache_tokens"]) == ("torch", 8, 2048)
+    assert seen["cuda_graphs"] is False and seen["compile"] is False
+
+
+def test_compilation_without_recorded_passes_is_refused(models: DemoModels) -> None:
+    result = run("generate", "x", "--compile", "--device", "cpu", *named(models))
+    assert result.exit_code == 2
+    assert "compile=True needs recorded passes: a CUDA device" in result.stderr
 
 
 def test_attention_that_cannot_run_here_is_refused_with_the_reason(models: DemoModels) -> None:

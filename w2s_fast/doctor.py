@@ -45,6 +45,7 @@ def examine() -> Iterator[Finding]:
         ("page manager", _page_manager),
         ("page copies", _page_copies),
         ("attention", _attention),
+        ("cuda graphs", _cuda_graphs),
         *((f"attention {name}", partial(_backend, name)) for name in ("triton", "flash", "torch")),
         ("kernels", _kernels),
         ("self-check", _self_check_on_one_thread),
@@ -171,6 +172,17 @@ def _attention() -> Finding:
     device = pick_device("auto")
     path = "triton" if runs_triton(device) else "torch"
     return Finding("ok", "attention", f"auto: {path}, on {device} ({ATTENTION_NAME})")
+
+
+def _cuda_graphs() -> Finding:
+    from w2s_fast.attention import find_backend
+    from w2s_fast.load import pick_device
+    from w2s_fast.record import can_record
+
+    device = pick_device("auto")
+    if can_record(device, find_backend("auto", device)):
+        return Finding("ok", "cuda graphs", "small passes are replayed")
+    return Finding("none", "cuda graphs", f"none: they need CUDA and Triton, and this is {device}")
 
 
 def _backend(name: str) -> Finding:

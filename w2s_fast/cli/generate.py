@@ -117,6 +117,15 @@ def generate(
     attention: Annotated[
         str, _option("--attention", help="auto, triton, flash, torch", panel=MACHINE)
     ] = "auto",
+    cuda_graphs: Annotated[
+        bool,
+        _option(
+            "--cuda-graphs/--no-cuda-graphs", help="Replay small passes, on CUDA", panel=MACHINE
+        ),
+    ] = True,
+    compile: Annotated[
+        bool, _option("--compile", help="Run what is replayed through torch.compile", panel=MACHINE)
+    ] = False,
     page_size: Annotated[
         int, _option("--page-size", help="Tokens in a page of the KV cache", panel=MACHINE)
     ] = 16,
@@ -159,7 +168,14 @@ def generate(
         input.stat()
 
     engine = load_engine(
-        models, device, dtype, kv_cache_tokens, attention=attention, page_size=page_size
+        models,
+        device,
+        dtype,
+        kv_cache_tokens,
+        attention=attention,
+        cuda_graphs=cuda_graphs,
+        compile=compile,
+        page_size=page_size,
     )
     if prompt is None:
         assert input is not None

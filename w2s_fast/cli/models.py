@@ -78,10 +78,12 @@ def load_engine(
     dtype: str = "auto",
     kv_cache_tokens: int | None = None,
     quiet: bool = False,
-    attention: str = "auto",
-    page_size: int = 16,
+    **options: Any,
 ) -> Engine:
-    """Loads the models, saying on standard error when they are the bundled ones."""
+    """Loads the models, saying on standard error when they are the bundled ones.
+
+    ``options``: more of the engine's.
+    """
     if models.bundled and not quiet:
         note("no model named: using the bundled demo models (film, book and restaurant reviews)")
     quiet_transformers()
@@ -100,8 +102,7 @@ def load_engine(
             device=device,
             dtype=dtype,
             kv_cache_tokens=kv_cache_tokens,
-            attention=attention,
-            page_size=page_size,
+            **options,
         )
 
 
