@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,28 @@ def tiny_engine(eos: tuple[int, ...] = (0, 6, 13), **options: Any) -> Engine:
 
 def models_of(e: Engine) -> list[Any]:
     return [e.base, *(model for guide in e.guides for model in guide.models)]
+
+
+@contextmanager
+def forwarded(*models: PreTrainedModel) -> Iterator[list[int]]:
+    """Counts the tokens put through each model."""
+    totals = [0] * len(models)
+
+    def hook(i: int) -> object:
+        def count(_module: object, args: tuple[torch.Tensor, ...], _output: object) -> None:
+            totals[i] += args[0].numel()
+
+        return count
+
+    handles = [
+        model.get_input_embeddings().register_forward_hook(hook(i))
+        for i, model in enumerate(models)
+    ]
+    try:
+        yield totals
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def quiet(e: Engine) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from tests.tiny_models import tiny_triple
 from tests.w2s_fast.async_tasks import last, run, until
+from tests.w2s_fast.broken_models import broken_copy, failing
 from tests.w2s_fast.engines import (
     LONG,
     PROMPTS,
@@ -24,7 +25,6 @@ from tests.w2s_fast.engines import (
     quiet,
     tiny_engine,
 )
-from tests.w2s_fast.test_broken_numbers import broken_copy
 from w2s_fast import AsyncEngine
 from w2s_fast.errors import EngineFailure, NumericalError
 from w2s_fast.scheduler import Scheduler
@@ -59,13 +59,6 @@ def test_nan_in_one_request_harms_no_other() -> None:
 def test_a_model_that_fails_ends_the_step_and_not_the_engine(kind: type[Exception]) -> None:
     triple = tiny_triple(eos=())
     e = make_engine(*triple, max_rows=12)
-    calls = 0
-
-    def fail(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise kind("for the test")
 
     async def main() -> list[Any]:
         async with AsyncEngine(e) as a:
@@ -75,11 +68,8 @@ def test_a_model_that_fails_ends_the_step_and_not_the_engine(kind: type[Exceptio
             outcome: list[Any] = await asyncio.gather(*tasks, return_exceptions=True)
             return [*outcome, *await asyncio.gather(*(a.generate(p, SEARCH) for p in PROMPTS))]
 
-    handle = triple.base.get_input_embeddings().register_forward_hook(fail)
-    try:
+    with failing(triple.base, 3, kind("for the test")):
         outcome = run(main())
-    finally:
-        handle.remove()
     failed = [r for r in outcome if isinstance(r, EngineFailure)]
     assert len(failed) == 2  # those that ran together; the other three waited
     assert len(set(map(id, failed))) == 2
