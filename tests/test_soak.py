@@ -20,8 +20,8 @@ from unittest import mock
 import pytest
 
 from tests.tiny_models import VOCABULARY, Triple, tiny_triple
+from tests.w2s_fast.broken_models import broken_copy
 from tests.w2s_fast.engines import assert_all_pages_free, make_engine
-from tests.w2s_fast.test_broken_numbers import broken_copy
 from w2s_fast import AsyncEngine, Engine, SearchParams, SearchResult, StreamPiece
 from w2s_fast.errors import Aborted, EngineFailure, InvalidRequest, NumericalError
 from w2s_fast.request import Request

@@ -6,14 +6,9 @@ import gc
 import numpy as np
 import pytest
 
+from tests.csrc.managers import PAGE_SIZE, i32, state
 from w2s_fast._pages import PageManager
 from w2s_fast.errors import OutOfPages, PageMisuse, W2SFastError
-
-PAGE_SIZE = 4
-
-
-def i32(*values: int) -> np.ndarray:
-    return np.array(values, np.int32)
 
 
 def make(num_pages: int = 16, max_slots: int = 8, max_pages_per_slot: int = 4) -> PageManager:
@@ -26,20 +21,9 @@ def grow(manager: PageManager, slots: np.ndarray, *tokens: int) -> np.ndarray:
     return copies
 
 
-def state(manager: PageManager) -> tuple:
-    """Everything that can be seen from outside."""
-    return (
-        manager.page_table.tolist(),
-        manager.lengths.tolist(),
-        manager.held_pages.tolist(),
-        manager.reference_counts.tolist(),
-        manager.free_pages,
-        manager.free_slots,
-    )
-
-
 @pytest.fixture
 def manager():
+    """Without a prefix cache."""
     manager = make()
     yield manager
     manager.check()

@@ -1,18 +1,4 @@
-"""Random sequences of operations against a model in plain Python.
-
-The model keeps, for each slot, the list of its tokens. Beside it stands a memory with one value
-for each (page, offset), written only where slot_mapping says and copied only where the returned
-copies say, as the owner of a KV tensor would do. The value stands for the token and all tokens
-before it, as keys and values do. If the manager shared a page that it should not, freed one still
-in use, or found a wrong one in the prefix cache, some slot would read back another's tokens.
-
-Of the prefix cache the model knows which beginnings are cached, in which page, and in which order
-they will be evicted.
-"""
-
-from collections import Counter
-from itertools import chain, islice, takewhile
-from typing import ClassVar
+"""Random sequences of operations on a page manager agree with the model in page_model.py."""
 
 import numpy as np
 from hypothesis import HealthCheck, settings
@@ -26,22 +12,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.csrc.page_model import PageModel, i32
 from w2s_fast._pages import PageManager
-from w2s_fast.errors import OutOfPages, PageMisuse
+from w2s_fast.errors import PageMisuse
 
-GARBAGE = -1
-EXAMPLES = 180
-
-
-def i32(values) -> np.ndarray:
-    return np.array(values, np.int32)
+EXAMPLES = 220
 
 
-class Pages(RuleBasedStateMachine):
-    # Over all examples: operations that succeeded, operations refused, pages that were copied on
-    # write, adopted, remembered or evicted.
-    done: ClassVar[Counter] = Counter()
-
+class Pages(PageModel, RuleBasedStateMachine):
     # Few different tokens, so that prompts begin alike; or so many that no two are the same.
     @initialize(
         alphabet=st.sampled_from([1, 2, 10**9]),
@@ -66,62 +44,16 @@ class Pages(RuleBasedStateMachine):
         prompt,
         beams,
     ):
-        self.manager = PageManager(
-            num_pages, page_size, max_slots, max_pages, prefix_cache, hash_bits
-        )
-        self.memory = np.full((num_pages, page_size), GARBAGE, np.int64)
-        self.tokens: dict[int, list[int]] = {}  # of each live slot
-        self.held: dict[int, int] = {}  # pages each live slot should hold
-        self.next_token = 0
-        self.alphabet = alphabet
-        self.beginnings: dict[tuple[int, ...], int] = {}  # the value that stands for each
-        self.cached: dict[tuple[int, ...], int] = {}  # beginning, in full pages: its last page
-        self.idle: list[tuple[int, ...]] = []  # those that no slot holds, next to be evicted first
+        manager = PageManager(num_pages, page_size, max_slots, max_pages, prefix_cache, hash_bits)
+        self.start_with(manager, alphabet)
         # Begin as a search does, so that pages are shared from the start.
-        self.allocate(1)
+        self.allocate_slots(1)
         prompt = [min(prompt, self.room(0))]
         if self.reserve_tokens([0], prompt):
             self.write_tokens([0], prompt)
         self.fork_slots([0], [beams])
 
-    # -- helpers: what the model can say without the manager's own counts --
-
-    def pages_of(self, tokens: int) -> int:
-        return -(-tokens // self.manager.page_size)
-
-    def row(self, slot: int) -> list[int]:
-        return [page for page in self.manager.page_table[slot].tolist() if page >= 0]
-
-    def owners(self) -> Counter:
-        return Counter(page for slot in self.tokens for page in self.row(slot))
-
-    def references(self) -> Counter:
-        return self.owners() + Counter(self.cached.values())
-
-    def unused(self) -> int:
-        """Pages that neither a slot nor the cache holds."""
-        return self.manager.num_pages - len(self.references())
-
-    def value_of(self, tokens: list[int]) -> int:
-        return self.beginnings.setdefault(tuple(tokens), len(self.beginnings))
-
-    def full_pages(self, tokens) -> list[tuple[int, ...]]:
-        size = self.manager.page_size
-        return [tuple(tokens[:end]) for end in range(size, len(tokens) + 1, size)]
-
-    def evict(self, pages: int) -> None:
-        for key in self.idle[: max(0, pages)]:
-            del self.cached[key]
-            self.done["evicted"] += 1
-        del self.idle[: max(0, pages)]
-
-    def let_go(self, dropped: list[int]) -> None:
-        """Cached pages become idle when the last slot lets go of them, in that order."""
-        owners = self.owners()
-        last = {page: i for i, page in enumerate(dropped)}
-        idle = [key for key, page in self.cached.items() if page not in owners]
-        new = [key for key in idle if key not in self.idle]
-        self.idle += sorted(new, key=lambda key: last[self.cached[key]])
+    # -- what is drawn --
 
     def draw_slots(self, data, min_size=1) -> list[int]:
         slots = st.sampled_from(sorted(self.tokens))
@@ -130,85 +62,26 @@ class Pages(RuleBasedStateMachine):
     def draw_amounts(self, data, slots, largest) -> list[int]:
         return [data.draw(st.integers(0, largest(slot)), f"for slot {slot}") for slot in slots]
 
-    def room(self, slot: int) -> int:
+    def draw_prompt(self, data) -> list[int]:
+        """One that begins like a cached one, or like a live slot, or like nothing."""
+        begun = [(), *sorted(self.cached), *map(tuple, self.tokens.values())]
         capacity = self.manager.max_pages_per_slot * self.manager.page_size
-        return capacity - len(self.tokens[slot])
-
-    def several(self, slot: int) -> int:
-        return min(self.room(slot), 2 * self.manager.page_size)
-
-    def partial(self, slot: int) -> int | None:
-        whole, rest = divmod(len(self.tokens[slot]), self.manager.page_size)
-        return self.row(slot)[whole] if rest else None
-
-    def copy(self, copies: np.ndarray) -> None:
-        assert not set(copies[:, 0].tolist()) & set(copies[:, 1].tolist())
-        assert len(set(copies[:, 1].tolist())) == len(copies)
-        self.memory[copies[:, 1]] = self.memory[copies[:, 0]]
-
-    def attempt(self, allowed: bool, error: type, call, *args):
-        """The call succeeds if, and only if, the model says so; a failed one changes nothing."""
-        before = self.state()
-        try:
-            result = call(*args)
-        except error:
-            assert not allowed
-            assert self.state() == before
-            self.done["refused"] += 1
-            return None
-        assert allowed
-        self.done[call.__name__] += 1
-        return (result,)
-
-    def state(self) -> tuple:
-        m = self.manager
-        arrays = (m.page_table, m.lengths, m.held_pages, m.reference_counts)
-        s = m.cache_statistics
-        counts = (m.free_pages, m.free_slots, m.cached_pages, s.lookups, s.hit_tokens, s.evictions)
-        return (*(array.tobytes() for array in arrays), *counts)
+        beginning = data.draw(st.sampled_from(begun), "begins like")
+        more = data.draw(st.integers(0, 3 * self.manager.page_size), "more tokens")
+        bits = data.draw(st.integers(0, 2**more - 1), "their bits")
+        return [*beginning, *(bits >> i & 1 for i in range(more))][:capacity]
 
     # -- operations --
 
     @rule(n=st.integers(0, 2))
     def allocate(self, n):
-        enough = n <= self.manager.max_slots - len(self.tokens)
-        if done := self.attempt(enough, OutOfPages, self.manager.allocate, n):
-            slots = done[0].tolist()
-            assert len(slots) == n and not set(slots) & self.tokens.keys()
-            self.tokens |= {slot: [] for slot in slots}
-            self.held |= dict.fromkeys(slots, 0)
+        self.allocate_slots(n)
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def reserve(self, data):
         slots = self.draw_slots(data)
         self.reserve_tokens(slots, self.draw_amounts(data, slots, self.several))
-
-    def reserve_tokens(self, slots, wanted) -> bool:
-        references, needed, held = self.references(), 0, dict(self.held)
-        for slot, n in zip(slots, wanted, strict=True):
-            if n == 0:
-                continue
-            if (page := self.partial(slot)) is not None and references[page] > 1:
-                references[page] -= 1
-                needed += 1
-            held[slot] = max(held[slot], self.pages_of(len(self.tokens[slot]) + n))
-            needed += held[slot] - self.held[slot]
-        assert self.manager.pages_needed(i32(slots), i32(wanted)) == needed
-        enough = needed <= self.manager.num_pages - len(self.owners())
-        evicted = needed - self.unused()
-        if done := self.attempt(enough, OutOfPages, self.manager.reserve, i32(slots), i32(wanted)):
-            self.copy(done[0])
-            self.done["copied on write"] += len(done[0])
-            self.held = held
-            self.evict(evicted)
-            self.let_go(done[0][:, 0].tolist())
-        return enough
-
-    def writable(self, slot: int) -> int:
-        if self.references()[self.partial(slot)] > 1:
-            return 0
-        return self.held[slot] * self.manager.page_size - len(self.tokens[slot])
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), careful=st.integers(0, 3))
@@ -225,47 +98,11 @@ class Pages(RuleBasedStateMachine):
         if self.reserve_tokens(slots, counts):
             assert self.write_tokens(slots, counts)
 
-    def write_tokens(self, slots, counts, tokens=None) -> bool:
-        allowed = all(n <= self.writable(slot) for slot, n in zip(slots, counts, strict=True))
-        args = i32(slots), i32(counts)
-        where = self.attempt(allowed, PageMisuse, self.manager.slot_mapping, *args)
-        done = self.attempt(allowed, PageMisuse, self.manager.extend, *args)
-        if where and done:
-            if tokens is None:
-                new = range(self.next_token, self.next_token + sum(counts))
-                tokens = [token % self.alphabet for token in new]
-                self.next_token += len(tokens)
-            assert len(set(where[0].tolist())) == len(tokens)
-            values, rest = [], iter(tokens)
-            for slot, n in zip(slots, counts, strict=True):
-                for token in islice(rest, n):
-                    self.tokens[slot].append(token)
-                    values.append(self.value_of(self.tokens[slot]))
-            self.memory.reshape(-1)[where[0]] = values
-        return allowed
-
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def fork(self, data):
         slots = self.draw_slots(data)
         self.fork_slots(slots, self.draw_amounts(data, slots, lambda slot: 2))
-
-    def fork_slots(self, slots, counts) -> None:
-        pairs = list(zip(slots, counts, strict=True))
-        pages = sum(n for slot, n in pairs if self.partial(slot) is not None)
-        free_slots = self.manager.max_slots - len(self.tokens)
-        free_pages = self.manager.num_pages - len(self.owners())
-        enough = sum(counts) <= free_slots and pages <= free_pages
-        evicted = pages - self.unused()
-        if done := self.attempt(enough, OutOfPages, self.manager.fork, i32(slots), i32(counts)):
-            children, copies = done[0]
-            self.copy(copies)
-            self.evict(evicted)
-            parents = [slot for slot, n in pairs for _ in range(n)]
-            for child, parent in zip(children.tolist(), parents, strict=True):
-                assert child not in self.tokens
-                self.tokens[child] = list(self.tokens[parent])
-                self.held[child] = self.pages_of(len(self.tokens[parent]))
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
@@ -294,15 +131,6 @@ class Pages(RuleBasedStateMachine):
         if self.reserve_tokens(slots, counts):
             assert self.write_tokens(slots, counts)
 
-    def cut(self, slots, lengths) -> None:
-        pairs = list(zip(slots, lengths, strict=True))
-        dropped = [page for slot, n in pairs for page in self.row(slot)[self.pages_of(n) :][::-1]]
-        self.attempt(True, PageMisuse, self.manager.truncate, i32(slots), i32(lengths))
-        for slot, n in pairs:
-            del self.tokens[slot][n:]
-            self.held[slot] = self.pages_of(n)
-        self.let_go(dropped)
-
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def trim(self, data):
@@ -315,41 +143,7 @@ class Pages(RuleBasedStateMachine):
     def release(self, data):
         self.release_slots(self.draw_slots(data)[: len(self.tokens) // 2])
 
-    def release_slots(self, slots) -> None:
-        dropped = [page for slot in slots for page in self.row(slot)[::-1]]
-        self.attempt(True, PageMisuse, self.manager.release, i32(slots))
-        for slot in slots:
-            del self.tokens[slot], self.held[slot]
-        self.let_go(dropped)
-
     # -- the prefix cache --
-
-    def draw_prompt(self, data) -> list[int]:
-        """One that begins like a cached one, or like a live slot, or like nothing."""
-        begun = [(), *sorted(self.cached), *map(tuple, self.tokens.values())]
-        capacity = self.manager.max_pages_per_slot * self.manager.page_size
-        beginning = data.draw(st.sampled_from(begun), "begins like")
-        more = data.draw(st.integers(0, 3 * self.manager.page_size), "more tokens")
-        bits = data.draw(st.integers(0, 2**more - 1), "their bits")
-        return [*beginning, *(bits >> i & 1 for i in range(more))][:capacity]
-
-    def adopt_prompts(self, slots, prompts) -> bool:
-        found = []
-        for prompt in prompts:
-            keys = self.full_pages(prompt)
-            found.append(list(takewhile(self.cached.__contains__, keys)))
-        lengths = [len(keys) * self.manager.page_size for keys in found]
-        flat, counts = i32(list(chain(*prompts))), i32([len(prompt) for prompt in prompts])
-        assert self.manager.match(flat, counts).tolist() == lengths
-        allowed = all(self.held[slot] == 0 for slot in slots)
-        if done := self.attempt(allowed, PageMisuse, self.manager.adopt, i32(slots), flat, counts):
-            assert done[0].tolist() == lengths
-            for slot, keys in zip(slots, found, strict=True):
-                self.tokens[slot] = list(keys[-1]) if keys else []
-                self.held[slot] = len(keys)
-                self.idle = [key for key in self.idle if key not in keys]
-                self.done["pages adopted"] += len(keys)
-        return allowed
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), careful=st.integers(0, 3))
@@ -367,21 +161,6 @@ class Pages(RuleBasedStateMachine):
         lengths = self.draw_amounts(data, slots, lambda slot: len(self.tokens[slot]) + beyond)
         self.remember_tokens(slots, lengths)
 
-    def remember_tokens(self, slots, lengths) -> None:
-        pairs = list(zip(slots, lengths, strict=True))
-        prompts = [(self.tokens[slot] + [0])[:n] for slot, n in pairs]
-        allowed = all(n <= len(self.tokens[slot]) for slot, n in pairs)
-        args = i32(slots), i32(list(chain(*prompts))), i32(lengths)
-        if done := self.attempt(allowed, PageMisuse, self.manager.remember, *args):
-            before = len(self.cached)
-            for slot, prompt in zip(slots, prompts, strict=True):
-                pages = zip(self.full_pages(prompt), self.row(slot), strict=False)
-                for key, page in pages:
-                    if not self.manager.prefix_cache or self.cached.setdefault(key, page) != page:
-                        break
-            assert done[0] == len(self.cached) - before
-            self.done["pages remembered"] += done[0]
-
     @rule(data=st.data(), requests=st.integers(1, 4), end=st.booleans())
     def run_requests(self, data, requests, end):
         """One after the other: adopt, compute the rest, remember; and make room for the next."""
@@ -390,7 +169,7 @@ class Pages(RuleBasedStateMachine):
             if len(live) == self.manager.max_slots:
                 self.release_slots(sorted(live)[1:])
                 live = set(self.tokens)
-            self.allocate(1)
+            self.allocate_slots(1)
             slots = sorted(set(self.tokens) - live)
             prompt = self.draw_prompt(data)
             assert self.adopt_prompts(slots, [prompt])

@@ -1,86 +1,25 @@
-"""Statements about the prefix cache, one at a time."""
-
-import ctypes
+"""What the prefix cache finds, and what slots and cache share; statements one at a time."""
 
 import numpy as np
 import pytest
 
+from tests.csrc.managers import PAGE_SIZE, i32
+from tests.csrc.prompts import (
+    FIRST,
+    SECOND,
+    THIRD,
+    adopt,
+    begin,
+    grow,
+    make,
+    match,
+    pages,
+    remember,
+    run,
+)
 from w2s_fast._pages import PageManager
-from w2s_fast.errors import OutOfPages, PageMisuse
+from w2s_fast.errors import PageMisuse
 from w2s_fast.pages import ragged_int32
-
-PAGE_SIZE = 4
-FIRST, SECOND, THIRD = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]  # a page of tokens each
-
-
-def i32(*values: int) -> np.ndarray:
-    return np.array(values, np.int32)
-
-
-def make(num_pages: int = 16, hash_bits: int = 64, prefix_cache: bool = True) -> PageManager:
-    return PageManager(num_pages, PAGE_SIZE, 8, 4, prefix_cache, hash_bits)
-
-
-@pytest.fixture
-def manager():
-    manager = make()
-    yield manager
-    manager.check()
-
-
-def adopt(manager: PageManager, slot: int, tokens: list[int]) -> int:
-    return manager.adopt(i32(slot), i32(*tokens), i32(len(tokens))).item()
-
-
-def match(manager: PageManager, tokens: list[int]) -> int:
-    return manager.match(i32(*tokens), i32(len(tokens))).item()
-
-
-def remember(manager: PageManager, slot: int, tokens: list[int]) -> int:
-    return manager.remember(i32(slot), i32(*tokens), i32(len(tokens)))
-
-
-def grow(manager: PageManager, slot: int, tokens: int) -> np.ndarray:
-    copies = manager.reserve(i32(slot), i32(tokens))
-    manager.extend(i32(slot), i32(tokens))
-    return copies
-
-
-def begin(manager: PageManager, tokens: list[int]) -> int:
-    """A request's beginning: adopt, compute the rest, remember."""
-    slot = manager.allocate(1).item()
-    grow(manager, slot, len(tokens) - adopt(manager, slot, tokens))
-    remember(manager, slot, tokens)
-    return slot
-
-
-def run(manager: PageManager, *prompts: list[int]) -> None:
-    """One request after the other, each from its beginning to its end."""
-    for prompt in prompts:
-        manager.release(i32(begin(manager, prompt)))
-
-
-def pages(manager: PageManager, slot: int) -> list[int]:
-    return [page for page in manager.page_table[slot].tolist() if page >= 0]
-
-
-def state(manager: PageManager) -> tuple:
-    """Everything that can be seen from outside."""
-    statistics = manager.cache_statistics
-    return (
-        manager.page_table.tolist(),
-        manager.lengths.tolist(),
-        manager.held_pages.tolist(),
-        manager.reference_counts.tolist(),
-        manager.free_pages,
-        manager.free_slots,
-        manager.cached_pages,
-        statistics.lookups,
-        statistics.lookup_tokens,
-        statistics.hit_tokens,
-        statistics.evictions,
-    )
-
 
 # ---- what is found ----
 
@@ -261,140 +200,6 @@ def test_the_cache_counts_as_one_reference(manager):
     assert manager.reference_counts[held].tolist() == [1, 0]
 
 
-# ---- room ----
-
-
-def test_cached_pages_that_no_slot_holds_count_as_free(manager):
-    slot = begin(manager, FIRST + SECOND)
-    assert (manager.free_pages, manager.used_pages, manager.cached_pages) == (14, 2, 2)
-    manager.release(i32(slot))
-    assert (manager.free_pages, manager.used_pages, manager.cached_pages) == (16, 0, 2)
-    other = manager.allocate(1).item()
-    adopt(manager, other, FIRST)
-    assert (manager.free_pages, manager.used_pages, manager.cached_pages) == (15, 1, 2)
-
-
-def test_nothing_is_evicted_while_another_page_is_free():
-    manager = make(num_pages=4)
-    run(manager, FIRST + SECOND)
-    grow(manager, manager.allocate(1).item(), 8)
-    assert manager.cached_pages == 2 and manager.cache_statistics.evictions == 0
-    grow(manager, manager.allocate(1).item(), 1)
-    assert manager.cached_pages == 1 and manager.cache_statistics.evictions == 1
-
-
-def test_the_whole_pool_can_be_had_from_a_full_cache():
-    manager = make(num_pages=4)
-    run(manager, FIRST + SECOND, THIRD + FIRST)
-    assert manager.cached_pages == 4
-    slot = manager.allocate(1).item()
-    grow(manager, slot, 16)
-    assert manager.cached_pages == 0 and manager.free_pages == 0
-    manager.check()
-
-
-def evict_one(manager: PageManager) -> None:
-    """Takes all pages that are simply free, and one of the cache."""
-    slot = manager.allocate(1)
-    free = manager.num_pages - np.count_nonzero(manager.reference_counts)
-    manager.reserve(slot, i32((free + 1) * PAGE_SIZE))
-    manager.release(slot)
-
-
-def test_the_page_longest_without_a_slot_is_evicted_first():
-    manager = make(num_pages=3)
-    run(manager, FIRST, SECOND, THIRD, FIRST)  # FIRST is used again
-    for prompt in (SECOND, THIRD, FIRST):
-        assert match(manager, prompt) == 4
-        evict_one(manager)
-        assert match(manager, prompt) == 0
-        manager.check()
-
-
-def test_looking_is_not_using():
-    manager = make(num_pages=2)
-    run(manager, FIRST, SECOND)
-    match(manager, FIRST)
-    evict_one(manager)
-    assert (match(manager, FIRST), match(manager, SECOND)) == (0, 4)
-
-
-def test_the_end_of_a_prompt_is_evicted_before_its_beginning():
-    manager = make(num_pages=3)
-    run(manager, FIRST + SECOND + THIRD)
-    for found in (8, 4, 0):
-        evict_one(manager)
-        assert match(manager, FIRST + SECOND + THIRD) == found
-        manager.check()
-
-
-def test_a_beginning_outlives_all_its_continuations():
-    """FIRST was cached first, yet the younger pages that follow it go before it."""
-    manager = make(num_pages=4)
-    run(manager, FIRST, FIRST + SECOND, FIRST + THIRD)
-    for found in ((4, 8), (4, 4), (0, 0)):
-        evict_one(manager)
-        assert (match(manager, FIRST + SECOND), match(manager, FIRST + THIRD)) == found
-        manager.check()
-
-
-def test_a_page_in_use_is_never_evicted():
-    manager = make(num_pages=4)
-    slot = begin(manager, FIRST + SECOND)
-    other = manager.allocate(1).item()
-    grow(manager, other, 8)
-    with pytest.raises(OutOfPages, match="1 pages wanted, 0 free of 4"):
-        manager.reserve(i32(other), i32(1))
-    assert match(manager, FIRST + SECOND) == 8
-    manager.truncate(i32(slot), i32(4))  # gives up SECOND, keeps FIRST
-    manager.reserve(i32(other), i32(1))
-    assert match(manager, FIRST + SECOND) == 4
-    manager.check()
-
-
-EXHAUSTING = {
-    "reserve": lambda m, s: m.reserve(s, i32(8, 8, 4)),
-    "reserve with copy-on-write": lambda m, s: m.reserve(s, i32(8, 4, 1)),
-    "fork, pages": lambda m, s: m.fork(s, i32(5, 0, 0)),
-    "fork, slots": lambda m, s: m.fork(s, i32(0, 0, 6)),
-    "allocate": lambda m, s: m.allocate(6),
-}
-
-
-@pytest.mark.parametrize("call", EXHAUSTING.values(), ids=EXHAUSTING)
-def test_a_failed_operation_evicts_nothing_and_keeps_the_order_of_eviction(call):
-    manager = make(num_pages=6)
-    begin(manager, FIRST)
-    rolled_back = i32(begin(manager, [14] * 4))
-    run(manager, SECOND, THIRD, [13] * 4)
-    slots = np.concatenate([i32(begin(manager, [15, 16])), manager.allocate(1), rolled_back])
-    manager.truncate(rolled_back, i32(2))
-    assert manager.free_pages == 3
-    before = state(manager)
-    with pytest.raises(OutOfPages):
-        call(manager, slots)
-    assert state(manager) == before
-    manager.check()
-    for gone in range(1, 4):
-        manager.reserve(slots[1:2], i32(gone * PAGE_SIZE))
-        found = [match(manager, prompt) for prompt in (SECOND, THIRD, [13] * 4)]
-        assert found == [0] * gone + [4] * (3 - gone)
-
-
-def test_the_cache_never_takes_pages_from_a_pool_of_many_requests():
-    """Whatever was cached, as many pages can be had as if nothing had been."""
-    manager, plain = make(num_pages=12), make(num_pages=12, prefix_cache=False)
-    random = np.random.default_rng(0)
-    for _ in range(300):
-        prompt = random.integers(1, 3, 4).repeat(PAGE_SIZE).tolist()[: random.integers(1, 17)]
-        for m in (manager, plain):
-            m.release(i32(begin(m, prompt)))
-            assert m.free_pages == 12
-            manager.check()
-    assert manager.cache_statistics.evictions > 50
-    assert plain.cached_pages == 0
-
-
 # ---- switches and statistics ----
 
 
@@ -446,81 +251,3 @@ def test_statistics_count_lookups_hits_and_evictions():
     assert manager.cache_statistics.lookups == 3
     run(manager, FIRST)
     assert statistics.lookups == 3, "statistics are a snapshot"
-
-
-# ---- misuse ----
-
-MISUSES = {
-    "adopt into a slot with tokens": lambda m, s: m.adopt(s[:1], i32(*FIRST), i32(4)),
-    "adopt into a slot with room only": lambda m, s: m.adopt(s[1:2], i32(*FIRST), i32(4)),
-    "adopt where one slot is full": lambda m, s: m.adopt(s[[2, 0]], i32(*FIRST * 2), i32(4, 4)),
-    "adopt into a free slot": lambda m, s: m.adopt(i32(7), i32(*FIRST), i32(4)),
-    "adopt twice into a slot": lambda m, s: m.adopt(s[[2, 2]], i32(*FIRST * 2), i32(4, 4)),
-    "adopt with a count too many": lambda m, s: m.adopt(s[2:], i32(*FIRST), i32(4, 0)),
-    "adopt with tokens left over": lambda m, s: m.adopt(s[2:], i32(*FIRST), i32(3)),
-    "adopt with tokens missing": lambda m, s: m.adopt(s[2:], i32(*FIRST), i32(5)),
-    "adopt with a negative count": lambda m, s: m.adopt(s[2:], i32(*FIRST), i32(-4)),
-    "match with tokens missing": lambda m, s: m.match(i32(*FIRST), i32(4, 1)),
-    "match with a negative count": lambda m, s: m.match(i32(*FIRST), i32(5, -1)),
-    "match with counts beyond 32 bits": lambda m, s: m.match(i32(), i32(*[2**31 - 1] * 4)),
-    "remember more than there is": lambda m, s: m.remember(s[:1], i32(*[0] * 9), i32(9)),
-    "remember a slot twice": lambda m, s: m.remember(s[[0, 0]], i32(*FIRST * 2), i32(4, 4)),
-    "remember of a free slot": lambda m, s: m.remember(i32(7), i32(*FIRST), i32(4)),
-    "remember with a negative count": lambda m, s: m.remember(s[:1], i32(*FIRST), i32(-4)),
-    "remember with tokens left over": lambda m, s: m.remember(s[:1], i32(*FIRST, 5), i32(4)),
-    "remember other tokens": lambda m, s: m.remember(s[:1], i32(*THIRD), i32(4)),
-    "remember other tokens behind": lambda m, s: m.remember(s[:1], i32(*FIRST, *THIRD), i32(8)),
-    "two dimensions": lambda m, s: m.match(i32(*FIRST)[None], i32(4)),
-}
-
-
-@pytest.mark.parametrize("call", MISUSES.values(), ids=MISUSES)
-def test_misuse_leaves_the_state_untouched(manager, call):
-    run(manager, THIRD)
-    slots = np.concatenate([i32(begin(manager, FIRST + SECOND)), manager.allocate(2)])
-    manager.reserve(slots[1:2], i32(1))
-    before = state(manager)
-    with pytest.raises(PageMisuse):
-        call(manager, slots)
-    assert state(manager) == before
-    assert match(manager, FIRST + SECOND) == 8 and match(manager, THIRD) == 4
-
-
-def test_what_was_added_before_a_misuse_is_found_is_taken_back(manager):
-    """Two slots share pages and are said to hold different tokens: known only half way."""
-    slot = manager.allocate(1).item()
-    grow(manager, slot, 12)
-    (child,), _ = manager.fork(i32(slot), i32(1))
-    before = state(manager)
-    tokens = i32(*FIRST, *SECOND, *THIRD, *FIRST, *THIRD)
-    with pytest.raises(PageMisuse, match="page 1 of slot 1 is cached with other tokens"):
-        manager.remember(i32(slot, child), tokens, i32(12, 8))
-    assert state(manager) == before
-    manager.check()
-    assert match(manager, FIRST) == 0
-    assert remember(manager, slot, FIRST + SECOND + THIRD) == 3
-
-
-@pytest.mark.parametrize("hash_bits", [-1, 65])
-def test_a_hash_of_impossible_width_is_refused(hash_bits):
-    with pytest.raises(PageMisuse, match="between 0 and 64"):
-        make(hash_bits=hash_bits)
-
-
-def test_check_misses_a_reference_of_the_cache(manager):
-    run(manager, FIRST)
-    counts = manager.reference_counts
-    address = ctypes.cast(counts.ctypes.data, ctypes.POINTER(ctypes.c_int32))
-    address[0] = 0
-    with pytest.raises(RuntimeError, match="reference count"):
-        manager.check()
-    address[0] = 1
-
-
-def test_check_sees_a_slot_that_holds_a_cached_page_behind_the_wrong_one():
-    manager = make()
-    slot = begin(manager, FIRST + SECOND)
-    table = ctypes.cast(manager.page_table.ctypes.data, ctypes.POINTER(ctypes.c_int32))
-    table[4 * slot], table[4 * slot + 1] = table[4 * slot + 1], table[4 * slot]
-    with pytest.raises(RuntimeError, match="another one before it"):
-        manager.check()

@@ -27,3 +27,13 @@ def assert_as_exact_as_torch(got: Tensor, plain: Tensor, exact: Tensor, dtype: t
     torch_error = (plain - exact)[finite].abs()
     if error.numel():
         assert error.max() <= torch_error.max() + _ALLOWANCE[dtype]
+
+
+def exact_logprob(
+    logits: Tensor, tokens: Tensor, vocab_size: int | None, scale: float, softcap: float | None
+) -> Tensor:
+    """The definition of both log-prob operators, in float64."""
+    x = logits[:, :vocab_size].double() * scale
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    return x.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.interpret.rule import DEVICE, DTYPES, assert_as_exact_as_torch
+from tests.interpret.rule import DEVICE, DTYPES, assert_as_exact_as_torch, exact_logprob
 from w2s_fast.kernels import linear_logprob as module
 from w2s_fast.kernels.linear_logprob import linear_logprob
 
@@ -33,10 +33,7 @@ def check(
     rest = (softcap, scale, vocab_size)
     plain = module._torch(hidden, weight, tokens, bias, *rest)
     logits = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
-    x = logits[:, :vocab_size] * scale
-    if softcap is not None:
-        x = softcap * torch.tanh(x / softcap)
-    exact = x.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    exact = exact_logprob(logits, tokens, vocab_size, scale, softcap)
     assert_as_exact_as_torch(got, plain, exact, hidden.dtype)
     return got.cpu()
 

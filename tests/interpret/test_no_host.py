@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.w2s_fast.test_no_host import NoHost
+from tests.w2s_fast.no_host import NoHost
 from w2s_fast.gathered_attention import LayerOptions
 from w2s_fast.kernel_attention import KernelPlan
 from w2s_fast.kernels import paged_attention, write_kv

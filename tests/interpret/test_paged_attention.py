@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -13,23 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.interpret.attention import launched
 from tests.interpret.rule import DEVICE, DTYPES, assert_as_exact_as_torch
 from tests.kernels.test_paged_attention import MIXED, NAN, Case, exact, make_case
 from w2s_fast.kernels import paged_attention as module
 from w2s_fast.kernels import paged_attention_triton as kernels
 from w2s_fast.kernels.paged_attention import SharedSegments, paged_attention
-
-
-@contextmanager
-def launched(tile: int, split_keys: int, split_queries: int = 16) -> Iterator[None]:
-    """Blocks of 16 keys, so that few keys are many blocks and splits."""
-    launch = kernels._Launch(tile, tile, keys=16, num_warps=4, num_stages=2)
-    with (
-        mock.patch.object(kernels, "_launch", return_value=launch),
-        mock.patch.object(kernels, "SPLIT_KEYS", split_keys),
-        mock.patch.object(kernels, "SPLIT_QUERIES", split_queries),
-    ):
-        yield
 
 
 def attend(case: Case, **rule: Any) -> Tensor:

@@ -14,17 +14,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.interpret.rule import DEVICE, DTYPES
-from tests.kernels.test_sample_tokens import TIED, Warp, chi_square_p, random_logits, warped
+from tests.interpret.sampling import SMALL, check, kernel_weights, launch, tensors
+from tests.kernels.warps import (
+    INF,
+    TIED,
+    Warp,
+    any_row,
+    any_warp,
+    chi_square_p,
+    random_logits,
+    rows_of,
+    warped,
+)
 from w2s_fast.kernels import sample_tokens as torch_module
 from w2s_fast.kernels import sample_tokens_triton as module
 from w2s_fast.kernels.library import jit, tl
-from w2s_fast.kernels.noise import uniform
 from w2s_fast.kernels.sample_tokens_search import cut_off, integer_weight
 from w2s_fast.kernels.sample_tokens_triton import Tiling
 
-INF = math.inf
-# So small that 100 tokens are several blocks, and that survivors of several sizes overflow.
-SMALL = Tiling(block=64, group=8, capacity=32, listed=4, guess=4, search_block=32, pivots=4)
 EVERY_FILTER = [
     Warp(temperature, top_k, top_p, min_p)
     for temperature in (1.0, 0.6)
@@ -35,90 +42,11 @@ EVERY_FILTER = [
 
 
 @jit
-def weigh(logits, largest, temperature, weights, vocab, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    v = tl.arange(0, BLOCK)
-    x = tl.load(logits + row * vocab + v, mask=v < vocab, other=-float("inf"))
-    weight = integer_weight(x, tl.load(largest + row), tl.load(temperature + row))
-    tl.store(weights + row * vocab + v, weight, mask=v < vocab)
-
-
-@jit
 def weigh_just_below_the_cut(largest, temperature, weights):
     row = tl.program_id(0)
     m, t = tl.load(largest + row), tl.load(temperature + row)
     below = cut_off(m, t) - tl.maximum(tl.abs(m), 28.0 * t) * 1.2e-7
     tl.store(weights + row, integer_weight(below, m, t))
-
-
-def kernel_weights(logits: Tensor, temperature: Tensor) -> Tensor:
-    """The integers that the kernels hold for [S, V] logits."""
-    logits = logits.float().contiguous().to(DEVICE)
-    rows, vocab = logits.shape
-    weights = torch.empty(rows, vocab, dtype=torch.int64, device=DEVICE)
-    block = 1 << (vocab - 1).bit_length()
-    largest = logits.max(-1).values
-    weigh[(rows,)](logits, largest, temperature.to(DEVICE), weights, vocab, BLOCK=block)
-    return weights.cpu()
-
-
-def tensors(warps: Sequence[Warp], seed: int) -> tuple[Tensor, ...]:
-    rows = len(warps)
-    return (
-        torch.tensor([w.temperature for w in warps], dtype=torch.float32),
-        torch.tensor([w.top_k for w in warps]),
-        torch.tensor([w.top_p for w in warps], dtype=torch.float64),
-        torch.tensor([w.min_p for w in warps], dtype=torch.float64),
-        torch.full((rows,), seed),
-        torch.arange(rows) % 3,
-        torch.arange(rows),
-    )
-
-
-def defined(logits: np.ndarray, weights: list[int], warp: Warp, u: float) -> int:
-    """The token of one row, from the definition, in Python's integers."""
-    if not np.isfinite(logits.max()):
-        return 0
-    if warp.temperature == 0:
-        return int(logits.argmax())
-    if warp.top_k:
-        kth = np.sort(logits)[::-1][min(warp.top_k, len(logits)) - 1]
-        weights = [w if x >= kth else 0 for w, x in zip(weights, logits)]
-    if warp.top_p < 1:
-        needed = max(1, math.ceil(warp.top_p * float(sum(weights))))
-        levels = sorted(set(weights), reverse=True)
-        level = next(t for t in levels if sum(w for w in weights if w >= t) >= needed)
-        weights = [w if w >= level else 0 for w in weights]
-    least = math.ceil(warp.min_p * 2**40)
-    weights = [w if w >= least else 0 for w in weights]
-    target = min(int(u * float(sum(weights))), sum(weights) - 1)
-    running = np.cumsum(np.array(weights, dtype=np.int64))
-    return int(np.searchsorted(running, target, side="right"))
-
-
-def launch(
-    logits: Tensor, warps: Sequence[Warp], seed: int, tiling: Tiling | None = SMALL
-) -> tuple[Tensor, Tensor]:
-    on_device = (x.to(DEVICE) for x in tensors(warps, seed))
-    tokens, logprobs = module.launch(logits.to(DEVICE), *on_device, tiling)  # type: ignore[misc]
-    return tokens.cpu(), logprobs.cpu()
-
-
-def check(
-    logits: Tensor, warps: Sequence[Warp], seed: int = 0, tiling: Tiling | None = SMALL
-) -> tuple[Tensor, Tensor]:
-    tokens, logprobs = launch(logits, warps, seed, tiling)
-    temperature, *_, seeds, candidate, position = tensors(warps, seed)
-    weights = kernel_weights(logits, temperature).tolist()
-    u = uniform(seeds, candidate, position).tolist()
-    plain = logits.float().cpu()
-    rows = plain.numpy()
-    expected = [defined(x, w, warp, n) for x, w, warp, n in zip(rows, weights, warps, u)]
-    assert tokens.tolist() == expected
-    exact = plain.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    exact[~plain.max(-1).values.isfinite()] = math.nan
-    torch.testing.assert_close(logprobs.double(), exact, atol=3e-6, rtol=1e-6, equal_nan=True)
-    return tokens, logprobs
 
 
 def left_to_search(logits: Tensor, warps: Sequence[Warp], tiling: Tiling = SMALL) -> list[bool]:
@@ -128,14 +56,10 @@ def left_to_search(logits: Tensor, warps: Sequence[Warp], tiling: Tiling = SMALL
     return (tokens == -1).tolist()
 
 
-def rows_of(count: int, vocabulary: int, scale: float = 2.0) -> Tensor:
-    return torch.from_numpy(np.stack([random_logits(vocabulary, i, scale) for i in range(count)]))
-
-
 @pytest.mark.parametrize("vocabulary", [1, 7, 64, 100, 129])
 def test_every_combination_of_filters_in_one_call(vocabulary: int) -> None:
     warps = [*EVERY_FILTER, Warp(temperature=0.0), Warp(top_k=vocabulary)]
-    check(rows_of(len(warps), vocabulary), warps, seed=vocabulary)
+    check(rows_of(len(warps), vocabulary, 2.0), warps, seed=vocabulary)
 
 
 def test_weights_are_those_of_the_exact_exponential_but_for_rounding() -> None:
@@ -163,7 +87,7 @@ def test_what_is_cut_off_weighs_nothing() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-6, 1e6, 1e30, 3e38])
 def test_extreme_temperatures_stay_in_bounds(temperature: float) -> None:
-    logits = rows_of(4, 70)
+    logits = rows_of(4, 70, 2.0)
     logits[:, ::4] = -INF
     warps = [Warp(temperature), Warp(temperature, top_k=3), Warp(temperature, top_p=0.5)]
     check(logits, [*warps, Warp(temperature, min_p=0.5)])
@@ -249,7 +173,7 @@ def test_zero_and_minus_zero_are_one_value() -> None:
 
 
 def test_forbidden_tokens_are_never_drawn_and_never_counted() -> None:
-    logits = rows_of(18, 100)
+    logits = rows_of(18, 100, 2.0)
     logits[torch.rand(18, 100) < 0.9] = -INF
     logits[:, 77] = -40.0
     logits[:3] = -INF
@@ -263,7 +187,7 @@ def test_forbidden_tokens_are_never_drawn_and_never_counted() -> None:
     ids=str,
 )
 def test_broken_rows_are_flagged_by_nan_and_leave_their_neighbours_alone(warp: Warp) -> None:
-    clean = rows_of(9, 70)
+    clean = rows_of(9, 70, 2.0)
     broken = clean.clone()
     broken[1, 66] = math.nan
     broken[3, 0] = INF
@@ -279,22 +203,8 @@ def test_broken_rows_are_flagged_by_nan_and_leave_their_neighbours_alone(warp: W
 
 @settings(max_examples=40)
 @given(
-    logits=st.lists(
-        st.one_of(st.integers(-4, 4).map(float), st.floats(-20, 20, width=32), st.just(-INF)),
-        min_size=1,
-        max_size=90,
-    ).filter(lambda row: max(row) > -INF),
-    warps=st.lists(
-        st.builds(
-            Warp,
-            st.sampled_from([0.0, 0.05, 0.5, 1.0, 2.5]),
-            st.integers(0, 40),
-            st.sampled_from([1.0, 1.0, 0.99, 0.9, 0.5, 0.25, 0.01]),
-            st.sampled_from([0.0, 0.0, 0.01, 0.1, 0.5, 1.0]),
-        ),
-        min_size=4,
-        max_size=4,
-    ),
+    logits=any_row(90),
+    warps=st.lists(any_warp, min_size=4, max_size=4),
     capacity=st.sampled_from([4, 32]),
     seed=st.integers(0, 2**63 - 1),
 )
@@ -319,7 +229,7 @@ def test_the_tiles_of_real_vocabularies_give_the_tokens_of_the_torch_path(vocabu
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_may_be_slices_of_wider_ones_of_any_type(dtype: torch.dtype) -> None:
-    wide = rows_of(16, 100).to(dtype).to(DEVICE)
+    wide = rows_of(16, 100, 2.0).to(dtype).to(DEVICE)
     wide[:, 90:] = 50.0  # padding: never drawn
     check(wide[:, :90], EVERY_FILTER)
     check(wide.t().contiguous().t()[:, :90], EVERY_FILTER)
@@ -331,7 +241,7 @@ def test_no_rows_give_no_tokens() -> None:
 
 
 def test_the_operator_is_served_by_the_kernels() -> None:
-    logits, warps = rows_of(16, 100), EVERY_FILTER
+    logits, warps = rows_of(16, 100, 2.0), EVERY_FILTER
     on_device = [x.to(DEVICE) for x in tensors(warps, 0)]
     tokens, logprobs = torch_module.sample_tokens(logits.to(DEVICE), *on_device)
     expected, expected_logprobs = launch(logits, warps, 0, None)

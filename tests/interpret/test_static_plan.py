@@ -9,15 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.interpret.attention import launched, trees
 from tests.interpret.rule import DEVICE
-from tests.interpret.test_shared_segments import launched, trees
 from tests.kernels.forests import Forest, Request, attend, make_forest
-from w2s_fast import static_plan
 from w2s_fast.gathered_attention import LayerOptions
 from w2s_fast.kernel_attention import KernelPlan
 from w2s_fast.static_plan import Bucket, StaticPlan
@@ -54,8 +52,7 @@ def test_attention_is_that_of_the_plan_itself(
     data: st.DataObject, requests: list[Request], shared: bool
 ) -> None:
     forest = make_forest(requests, device=DEVICE)
-    with launched(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(static_plan, "SPLIT_KEYS", 32)
+    with launched():
         rows = rows_of(forest, data.draw)
         plan, queries = forest.plan(rows, shared), forest.queries_of(rows)
         expected = attend(forest, plan, queries, scale=0.25)
@@ -81,8 +78,7 @@ def test_steps_write_and_read_what_the_plans_own_steps_do(data: st.DataObject) -
     got = []
     padded = data.draw(st.integers(5, 7))
     new = torch.randn(steps, padded, 3, 4, 16).to(DEVICE)
-    with launched(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(static_plan, "SPLIT_KEYS", 32)
+    with launched():
         for forest, is_static in zip(forests, (False, True)):
             forest.pool.reserve(forest.slots, forest.counts * steps)
             plan = KernelPlan.make(

@@ -12,22 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.interpret.rule import DEVICE, DTYPES, assert_as_exact_as_torch
+from tests.interpret.rule import DEVICE, DTYPES, assert_as_exact_as_torch, exact_logprob
 from w2s_fast.kernels import token_logprob as module
 from w2s_fast.kernels.library import Gpu
 from w2s_fast.kernels.token_logprob import token_logprob
 
 # Tiles of 32.
 SMALL = module._Launch(depth=2, lanes=8, vector=2, num_warps=1, programs_per_sm=1)
-
-
-def exact(
-    logits: Tensor, tokens: Tensor, vocab_size: int | None, scale: float, softcap: float | None
-) -> Tensor:
-    x = logits[:, :vocab_size].double() * scale
-    if softcap is not None:
-        x = softcap * torch.tanh(x / softcap)
-    return x.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
 
 def check(
@@ -41,7 +32,8 @@ def check(
     got = token_logprob(logits, tokens, vocab_size=vocab_size, scale=scale, softcap=softcap)
     assert got.dtype == torch.float32
     arguments = (logits, tokens, vocab_size, scale, softcap)
-    assert_as_exact_as_torch(got, module._torch(*arguments), exact(*arguments), logits.dtype)
+    plain, exact = module._torch(*arguments), exact_logprob(*arguments)
+    assert_as_exact_as_torch(got, plain, exact, logits.dtype)
     return got.cpu()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,8 +34,41 @@ def engine(
     return make_engine(*tiny_triple(eos=eos, dtype=dtype), **options)
 
 
+def tiny_engine(eos: tuple[int, ...] = (0, 6, 13), **options: Any) -> Engine:
+    """One of its own for a test: what is done to it, no other test sees."""
+    return make_engine(*tiny_triple(eos=eos), **options)
+
+
 def models_of(e: Engine) -> list[Any]:
     return [e.base, *(model for guide in e.guides for model in guide.models)]
+
+
+@contextmanager
+def forwarded(*models: PreTrainedModel) -> Iterator[list[int]]:
+    """Counts the tokens put through each model."""
+    totals = [0] * len(models)
+
+    def hook(i: int) -> object:
+        def count(_module: object, args: tuple[torch.Tensor, ...], _output: object) -> None:
+            totals[i] += args[0].numel()
+
+        return count
+
+    handles = [
+        model.get_input_embeddings().register_forward_hook(hook(i))
+        for i, model in enumerate(models)
+    ]
+    try:
+        yield totals
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def quiet(e: Engine) -> bool:
+    """Nobody waits and nobody runs."""
+    stats = e.stats()
+    return stats.waiting == stats.running == 0
 
 
 def assert_all_pages_free(e: Engine) -> None:
@@ -70,6 +105,7 @@ def found(results: Sequence[SearchResult]) -> list[Any]:
 SEARCH = SearchParams(
     beam_width=2, successors=3, chunk_length=3, max_new_tokens=11, n=2, trace=True
 )
+LONG = replace(SEARCH, max_new_tokens=60)
 MIXED = [
     SEARCH,
     SearchParams(method="bon", successors=5, max_new_tokens=9, n=3, seed=4, trace=True),

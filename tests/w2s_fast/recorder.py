@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from tests.w2s_fast.test_no_host import NoHost
+from tests.w2s_fast.no_host import NoHost
 
 
 class _Log(NoHost):

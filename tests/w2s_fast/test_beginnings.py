@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_models import tiny_model
-from tests.w2s_fast.test_broken_numbers import broken_copy
-from tests.w2s_fast.test_guide import forwarded
+from tests.w2s_fast.broken_models import broken_copy
+from tests.w2s_fast.engines import forwarded
 from w2s_fast.beginnings import begin, leaders, prefill
 from w2s_fast.errors import OutOfPages
 from w2s_fast.model import PagedModel

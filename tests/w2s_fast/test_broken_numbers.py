@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from tests.tiny_models import (
     tiny_triple,
 )
+from tests.w2s_fast.broken_models import broken_triple, failing
 from tests.w2s_fast.engines import (
     MIXED,
     PROMPTS,
@@ -31,15 +30,6 @@ from w2s_fast.errors import (
 )
 
 
-def broken_copy(model: PreTrainedModel, token: int, value: float) -> PreTrainedModel:
-    """A model that breaks on every text with the token in it, and on no other."""
-    copied = copy.deepcopy(model)
-    assert copied.get_input_embeddings().weight is not copied.get_output_embeddings().weight
-    with torch.no_grad():
-        copied.get_input_embeddings().weight[token] = value
-    return copied
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("which", ["base", "tuned", "untuned"])
 def test_nan_in_a_model_fails_the_requests_it_touches_and_no_others(
@@ -48,10 +38,7 @@ def test_nan_in_a_model_fails_the_requests_it_touches_and_no_others(
     token = 7
     triple = tiny_triple(("llama", "llama", "llama"), eos=(0,), dtype=torch.float32)
     good = make_engine(*triple)
-    bad = make_engine(*(
-        broken_copy(model, token, value) if name == which else model
-        for name, model in triple._asdict().items()
-    ))  # fmt: skip
+    bad = make_engine(*broken_triple(triple, which, token, value))
     params = SearchParams(beam_width=2, successors=2, chunk_length=2, max_new_tokens=6, trace=True)
     prompts = [[i, 3] for i in range(12)] + [[7, 7, 7], [1, 7, 2], [19]]
     expected = good.generate(prompts, params)
@@ -103,10 +90,7 @@ def test_a_model_that_turns_nan_in_mid_search_names_itself_and_harms_no_neighbou
     prompts = [[2]] * 12
     expected = good.generate(prompts, params)
     token = next(t for r in expected if (t := newcomer(r, [2])) is not None)
-    bad = make_engine(*(
-        broken_copy(model, token, math.nan) if name == which else model
-        for name, model in triple._asdict().items()
-    ))  # fmt: skip
+    bad = make_engine(*broken_triple(triple, which, token, math.nan))
     results = bad.generate(prompts, params, on_error="return")
     assert sum(r.error is not None for r in results) >= 1
     for result, good_result in zip(results, expected, strict=True):
@@ -128,12 +112,8 @@ def test_a_model_that_turns_nan_in_mid_search_names_itself_and_harms_no_neighbou
 @pytest.mark.parametrize("which", ["tuned", "untuned"])
 def test_a_given_text_that_a_model_cannot_score_is_refused_with_the_models_name(which: str) -> None:
     token = 7
-    names = ("base", "tuned", "untuned")
-    models = [
-        broken_copy(model, token, math.nan) if name == which else model
-        for name, model in zip(names, tiny_triple(("gpt2", "llama", "llama"), eos=()))
-    ]
-    engine = make_engine(*models)
+    triple = tiny_triple(("gpt2", "llama", "llama"), eos=())
+    engine = make_engine(*broken_triple(triple, which, token, math.nan))
     with pytest.raises(NumericalError, match=rf"'{which}' .* at position \d of the response"):
         engine.score([[1, 2], [1, 2]], [[3, 4, 5], [3, 4, token, 5]])
     (score,) = engine.score([[1, 2]], [[3, 4, 5]])
@@ -153,20 +133,11 @@ def test_a_weight_that_is_no_finite_number_is_refused_by_name(weight: Any) -> No
 def test_an_exception_out_of_a_model_leaves_no_page_behind(which: int, call: int) -> None:
     triple = tiny_triple(eos=(0, 6, 13))
     e = make_engine(*triple)
-    calls = 0
-
-    def fail(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise MemoryError("for the test")
-
-    handle = triple[which].get_input_embeddings().register_forward_hook(fail)
-    try:
-        with pytest.raises(EngineFailure, match="MemoryError: for the test") as raised:
-            e.generate(PROMPTS, replace(SEARCH, chunk_length=1))
-    finally:
-        handle.remove()
+    with (
+        failing(triple[which], call, MemoryError("for the test")),
+        pytest.raises(EngineFailure, match="MemoryError: for the test") as raised,
+    ):
+        e.generate(PROMPTS, replace(SEARCH, chunk_length=1))
     assert isinstance(raised.value.__cause__, MemoryError)
     assert_all_pages_free(e)
     assert found(e.generate(PROMPTS, MIXED)) == found(engine().generate(PROMPTS, MIXED))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, Literal
 
 import pytest
@@ -89,19 +89,27 @@ def test_a_chunk_decoded_under_one_plan_equals_the_eager_forward(family: str, ve
 # --- which library is found
 
 
+class Machine:
+    """A GPU of sm_90, or what a test makes of it, where no flash-attn is installed yet."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.arch = 90
+        self._monkeypatch = monkeypatch
+        monkeypatch.setattr(flash_attention, "gpu", lambda device: self)
+        for name in flash_stand_ins.modules():
+            self.install(name, None)
+
+    def install(self, name: str, library: ModuleType | None) -> None:
+        self._monkeypatch.setitem(sys.modules, name, library)
+
+    def install_stand_ins(self, *names: str) -> None:
+        for name in names:
+            self.install(name, flash_stand_ins.modules()[name])
+
+
 @pytest.fixture
-def arch(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A GPU of sm_90, or what a test makes of it, where no flash-attn is installed."""
-    card = SimpleNamespace(arch=90)
-    monkeypatch.setattr(flash_attention, "gpu", lambda device: card)
-    for name in flash_stand_ins.modules():
-        monkeypatch.setitem(sys.modules, name, None)
-    return card
-
-
-def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    for name in names:
-        monkeypatch.setitem(sys.modules, name, flash_stand_ins.modules()[name])
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -116,14 +124,10 @@ def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     ],
 )
 def test_version_3_serves_hopper_and_version_2_the_others(
-    installed: tuple[str, ...],
-    sm: int,
-    version: int,
-    arch: SimpleNamespace,
-    monkeypatch: pytest.MonkeyPatch,
+    installed: tuple[str, ...], sm: int, version: int, machine: Machine
 ) -> None:
-    arch.arch = sm
-    install(monkeypatch, *installed)
+    machine.arch = sm
+    machine.install_stand_ins(*installed)
     assert FlashAttention.find(CUDA) == VERSIONS[version]
 
 
@@ -139,13 +143,13 @@ def test_without_a_gpu_it_says_what_to_pass() -> None:
     )
 
 
-def test_an_old_gpu_is_named(arch: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    arch.arch = 75
-    install(monkeypatch, "flash_attn")
+def test_an_old_gpu_is_named(machine: Machine) -> None:
+    machine.arch = 75
+    machine.install_stand_ins("flash_attn")
     assert "needs a GPU of sm_80 or newer, and this is sm_75" in refusal()
 
 
-@pytest.mark.usefixtures("arch")
+@pytest.mark.usefixtures("machine")
 def test_where_nothing_is_installed_it_says_how_to() -> None:
     assert refusal() == (
         "attention 'flash' cannot run: flash-attn 3 is not installed; flash-attn 2 is not "
@@ -154,40 +158,34 @@ def test_where_nothing_is_installed_it_says_how_to() -> None:
     )
 
 
-def test_version_3_does_not_serve_other_gpus(
-    arch: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arch.arch = 80
-    install(monkeypatch, "flash_attn_interface")
+def test_version_3_does_not_serve_other_gpus(machine: Machine) -> None:
+    machine.arch = 80
+    machine.install_stand_ins("flash_attn_interface")
     assert "cannot run: flash-attn 2 is not installed." in refusal()
 
 
-def test_a_library_without_the_function_is_not_flash_attn_2(
-    arch: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arch.arch = 80
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))  # of version 4
+def test_a_library_without_the_function_is_not_flash_attn_2(machine: Machine) -> None:
+    machine.arch = 80
+    machine.install("flash_attn", ModuleType("flash_attn"))  # of version 4
     assert "flash-attn 2 is not installed: flash_attn has no flash_attn_varlen_func." in refusal()
 
 
-def test_a_library_that_lacks_a_parameter_is_too_old(
-    arch: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arch.arch = 80
+def test_a_library_that_lacks_a_parameter_is_too_old(machine: Machine) -> None:
+    machine.arch = 80
     old = ModuleType("flash_attn")
     old.flash_attn_varlen_func = lambda q, k, v, window_size: None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", old)
+    machine.install("flash_attn", old)
     lacking = "flash-attn 2 is too old: flash_attn_varlen_func has no block_table, softcap."
     assert lacking in refusal()
 
 
 def test_a_library_built_for_another_torch_says_so(
-    arch: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(name: str) -> ModuleType:
         raise ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c10")
 
-    arch.arch = 80
+    machine.arch = 80
     monkeypatch.setattr(flash_attention, "import_module", fails)
     assert "flash-attn 2 cannot be imported: flash_attn_2_cuda.so: undefined" in refusal()
 
@@ -213,45 +211,53 @@ def test_what_it_serves(
     VERSIONS[version].check("base", dtype, page_size, head_dim, sinks=False)
 
 
+# One of the models that each version serves; the rows below say what is different.
+SERVED: dict[Version, dict[str, Any]] = {
+    2: {"dtype": torch.float16, "page_size": 256, "head_dim": 64, "sinks": False},
+    3: {"dtype": torch.float16, "page_size": 16, "head_dim": 64, "sinks": False},
+}
+
+
 @pytest.mark.parametrize(
-    ("version", "dtype", "page_size", "head_dim", "sinks", "message"),
+    ("version", "different", "message"),
     [
         (
-            2, torch.float32, 256, 64, False,
+            2, {"dtype": torch.float32},
             "flash-attn 2 serves float16 and bfloat16, and base 'x' is float32: pass "
             "dtype='bfloat16', or attention='auto'",
         ),
         (
-            2, torch.float16, 16, 64, False,
+            2, {"page_size": 16},
             "flash-attn 2 wants page_size to be a multiple of 256, and it is 16: pass "
             "page_size=256",
         ),
         (
-            3, torch.float16, 64, 64, False,
+            3, {"page_size": 64},
             "flash-attn 3 wants page_size below 64, since it does not mask what is unwritten in "
             "larger pages, and it is 64: pass page_size=16",
         ),
         (
-            2, torch.float16, 256, 512, False,
+            2, {"head_dim": 512},
             "flash-attn 2 serves head sizes up to 256 that are multiples of 8, and base 'x' has "
             "512: pass attention='auto'",
         ),
         (
-            3, torch.float16, 16, 100, False,
+            3, {"head_dim": 100},
             "flash-attn 3 serves head sizes up to 256 that are multiples of 8, and base 'x' has "
             "100: pass attention='auto'",
         ),
         (
-            3, torch.float16, 16, 64, True,
+            3, {"sinks": True},
             "flash-attn 3 knows no attention sinks, and base 'x' has them: pass attention='auto'",
         ),
     ],
 )  # fmt: skip
 def test_what_it_does_not_serve_is_refused_with_the_reason(
-    version: Version, dtype: torch.dtype, page_size: int, head_dim: int, sinks: bool, message: str
+    version: Version, different: dict[str, Any], message: str
 ) -> None:
+    VERSIONS[version].check("base 'x'", **SERVED[version])
     with pytest.raises(InvalidRequest) as refused:
-        VERSIONS[version].check("base 'x'", dtype, page_size, head_dim, sinks)
+        VERSIONS[version].check("base 'x'", **{**SERVED[version], **different})
     assert str(refused.value) == message
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from tests.reference import ReferenceGuide, forward, log_softmax
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
+from tests.w2s_fast.engines import forwarded
 from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.errors import OutOfPages
 from w2s_fast.guide import PagedGuide
@@ -40,28 +37,6 @@ def recomputed(
             for row, token in zip(rows, response, strict=True)
         ]
     )
-
-
-@contextmanager
-def forwarded(*models: PreTrainedModel) -> Iterator[list[int]]:
-    """Counts the tokens put through each model."""
-    totals = [0] * len(models)
-
-    def hook(i: int) -> object:
-        def count(_module: object, args: tuple[torch.Tensor, ...], _output: object) -> None:
-            totals[i] += args[0].numel()
-
-        return count
-
-    handles = [
-        model.get_input_embeddings().register_forward_hook(hook(i))
-        for i, model in enumerate(models)
-    ]
-    try:
-        yield totals
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def random_tokens(n: int, seed: int, below: int = VOCABULARY) -> list[int]:

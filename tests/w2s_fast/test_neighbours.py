@@ -19,11 +19,11 @@ from tests.w2s_fast.engines import (
     SEARCH,
     assert_all_pages_free,
     engine,
+    forwarded,
     found,
     make_engine,
     models_of,
 )
-from tests.w2s_fast.test_guide import forwarded
 from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.errors import (
     InvalidRequest,

@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from tests.tiny_models import tiny_triple
+from tests.w2s_fast.broken_models import broken_triple, failing
 from tests.w2s_fast.engines import (
     MIXED,
     PROMPTS,
     SEARCH,
     assert_all_pages_free,
     engine,
+    forwarded,
     found,
     make_engine,
     models_of,
 )
-from tests.w2s_fast.test_broken_numbers import broken_copy
-from tests.w2s_fast.test_guide import forwarded
 from w2s_fast.errors import EngineFailure, NumericalError
 from w2s_fast.model import PagedModel
 from w2s_fast.search import Search
@@ -90,10 +90,7 @@ def test_a_request_set_aside_finds_its_prompt_again() -> None:
 @pytest.mark.parametrize("which", ["base", "tuned", "untuned"])
 def test_what_made_a_model_fail_is_not_remembered(which: str) -> None:
     triple = tiny_triple(("llama", "llama", "llama"), eos=(), dtype=torch.float32)
-    e = make_engine(*(
-        broken_copy(model, 7, math.nan) if name == which else model
-        for name, model in triple._asdict().items()
-    ))  # fmt: skip
+    e = make_engine(*broken_triple(triple, which, 7, math.nan))
     for _ in range(2):
         with pytest.raises(NumericalError, match=which):
             e.generate([[*SYSTEM[:12], 7, *SYSTEM[:8]]], SEARCH)
@@ -177,10 +174,7 @@ def test_pages_shared_by_newcomers_are_within_what_was_promised(page_size: int, 
 @pytest.mark.parametrize("where", ["in the beginning", "behind it"])
 def test_a_newcomer_that_breaks_a_model_breaks_no_other(which: str, where: str) -> None:
     triple = tiny_triple(("llama", "llama", "llama"), eos=(), dtype=torch.float32)
-    e = make_engine(*(
-        broken_copy(model, 7, math.nan) if name == which else model
-        for name, model in triple._asdict().items()
-    ))  # fmt: skip
+    e = make_engine(*broken_triple(triple, which, 7, math.nan))
     good = make_engine(*triple, prefix_cache=False)
     beginning = [t for t in SYSTEM if t != 7][:16]
     # The longest goes first, and it is a broken one.
@@ -211,20 +205,11 @@ def test_an_exception_while_one_goes_first_leaves_no_page_behind(which: int, cal
     triple = tiny_triple(eos=())
     e = make_engine(*triple)
     prompts = [[*SYSTEM, i] for i in range(4)]
-    calls = 0
-
-    def fail(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise MemoryError("for the test")
-
-    handle = triple[which].get_input_embeddings().register_forward_hook(fail)
-    try:
-        with pytest.raises(EngineFailure, match="for the test"):
-            e.generate(prompts, SEARCH)
-    finally:
-        handle.remove()
+    with (
+        failing(triple[which], call, MemoryError("for the test")),
+        pytest.raises(EngineFailure, match="for the test"),
+    ):
+        e.generate(prompts, SEARCH)
     assert_all_pages_free(e)
     off = make_engine(*triple, prefix_cache=False)
     assert found(e.generate(prompts, SEARCH)) == found(off.generate(prompts, SEARCH))

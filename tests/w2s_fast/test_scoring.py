@@ -12,15 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny_models import tiny_triple
+from tests.w2s_fast.broken_models import failing
 from tests.w2s_fast.engines import (
     PROMPTS,
     SEARCH,
     assert_all_pages_free,
     engine,
+    forwarded,
     found,
     make_engine,
 )
-from tests.w2s_fast.test_guide import forwarded
 from w2s_fast import Engine, SearchParams
 from w2s_fast.errors import InvalidRequest, OutOfPages
 from w2s_fast.guide import PagedGuide
@@ -126,16 +127,9 @@ def test_a_text_that_is_longer_than_the_cache_is_refused_by_name() -> None:
 
 def test_a_model_that_fails_while_it_scores_gives_all_pages_back() -> None:
     e = tight()
-
-    def fail(*_: Any) -> None:
-        raise MemoryError("for the test")
-
-    handle = e.guides[0].models[1].model.get_input_embeddings().register_forward_hook(fail)
-    try:
-        with pytest.raises(MemoryError):
-            e.score([[1, 2, 3]] * 3, [[4, 5]] * 3)
-    finally:
-        handle.remove()
+    model = e.guides[0].models[1].model
+    with failing(model, 1, MemoryError("for the test")), pytest.raises(MemoryError):
+        e.score([[1, 2, 3]] * 3, [[4, 5]] * 3)
     assert_all_pages_free(e)
     assert e.score([[1]], [[2]]) == pytest.approx(roomy().score([[1]], [[2]]), abs=1e-4)
 

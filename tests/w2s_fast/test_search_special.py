@@ -16,10 +16,10 @@ from tests.tiny_models import (
 from tests.w2s_fast.engines import (
     PROMPTS,
     engine,
+    forwarded,
     found,
     make_engine,
 )
-from tests.w2s_fast.test_guide import forwarded
 from w2s_fast import SearchParams
 
 

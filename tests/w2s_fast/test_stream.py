@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import byte_tokenizer, tiny_triple
+from tests.w2s_fast.broken_models import broken_copy
 from tests.w2s_fast.engines import (
     MIXED,
     PROMPTS,
@@ -26,7 +27,6 @@ from tests.w2s_fast.engines import (
     found,
     make_engine,
 )
-from tests.w2s_fast.test_broken_numbers import broken_copy
 from w2s_fast import Engine, SearchParams, SearchResult, StreamPiece
 from w2s_fast.errors import EngineFailure, InvalidRequest, NumericalError
 from w2s_fast.prompt import decode_response

@@ -1,0 +1,105 @@
+"""Every path through the attention kernels is taken, and gives the definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.interpret.attention import check, launched
+from tests.interpret.rule import DEVICE
+from tests.kernels.forests import Forest, Request, attend, make_forest
+from w2s_fast.kernel_attention import KernelPlan
+from w2s_fast.kernels import paged_attention_triton as kernels
+
+
+def launches(forest: Forest, plan: KernelPlan, **rule: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Which tiles a call really walks over, and what is merged: (kind, what it was given)."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_shared_tile", "_own_tail", "_walk", "_store_part", "_normalised"):
+            inner = getattr(kernels, name)
+
+            def seen(*args: Any, _name: str = name, _inner: Any = inner) -> Any:
+                given = dict(zip(_inner.arg_names, args))
+                found.append((_name, given))
+                return _inner(*args)
+
+            patch.setattr(kernels, name, seen)
+        attend(forest, plan, **rule)
+    return found
+
+
+def number(value: Any) -> int:
+    return int(value.handle.data.reshape(-1)[0]) if hasattr(value, "handle") else int(value)
+
+
+def paths(forest: Forest, plan: KernelPlan, **rule: Any) -> set[str]:
+    """Names of what happened in a call."""
+    found: set[str] = set()
+    kind = ""
+    entry: list[int] = []
+    tile = 0
+    walked = False
+    assert plan.shared is not None
+    for name, x in launches(forest, plan, **rule):
+        if name == "_shared_tile":
+            kind, tile, walked = "shared", number(x["TILE"]), False
+            entry = plan.shared.splits[number(x["entry"])].tolist()
+            items = entry[1] * number(x["GROUP"]) - number(x["block"]) * tile
+            found.add("padding" if entry[1] == 0 else "idle block" if items <= 0 else "tile")
+            found |= {"full tile"} if items >= tile else {"part of a tile"} if items > 0 else set()
+            found |= {"several blocks"} if number(x["block"]) > 0 and items > 0 else set()
+            found |= {"other splits of a segment"} if entry[2] > 0 and entry[5] > 0 else set()
+        elif name == "_own_tail":
+            kind = "own"
+            found |= {"other splits of a tail"} if number(x["split"]) > 0 else set()
+        elif name == "_walk":
+            walked = number(x["begin"]) < number(x["end"])
+            if kind == "shared":
+                found.add("hidden by the window" if not walked else "walked")
+                found |= {"begins late"} if walked and number(x["begin"]) > entry[2] else set()
+        elif name == "_store_part":
+            found.add(f"{kind} part")
+            found |= {"hidden part"} if kind == "shared" and not walked else set()
+        elif name == "_normalised" and kind:
+            found.add("merged" if x["acc"].shape[0] == 1 else "written by the tail")
+    return found
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter tells what it runs")
+def test_every_path_is_taken_and_gives_the_definition() -> None:
+    plain = Request(20, shares=False)
+    taken: dict[str, set[str]] = {}
+    with launched():
+        forest = make_forest([Request(70, ((2, 18, 30), (4, 1, 4)), (1, 2)), plain])
+        taken["several blocks"] = paths(forest, forest.plan(), scale=0.25)
+        check(forest, forest.plan(), scale=0.25)
+        taken["a window"] = paths(forest, forest.plan(), scale=0.25, window=45)
+        check(forest, forest.plan(), scale=0.25, window=45)
+        forest = make_forest([Request(64, ((4, 0, 0), (2, 40, 50))), plain])
+        taken["full tiles, long tails"] = paths(forest, forest.plan(), scale=0.25)
+        check(forest, forest.plan(), scale=0.25)
+        plan = forest.plan()
+        expected = attend(forest, plan, scale=0.25)
+        assert plan.shared is not None
+        room = torch.zeros(3, 6, dtype=torch.int32)
+        room[1] = torch.tensor([9, 0, 0, 10**6, 10**6, 99])  # whatever else it says
+        splits = torch.cat([room, plan.shared.splits, room])
+        plan.shared = plan.shared._replace(splits=splits, max_parts=9, max_own=99, max_tokens=40)
+        taken["room in a graph"] = paths(forest, plan, scale=0.25)
+        assert torch.equal(check(forest, plan, scale=0.25), expected)
+    everywhere = {"tile", "walked", "shared part", "own part", "merged", "written by the tail"}
+    for name, more in {
+        "several blocks": {
+            "full tile", "part of a tile", "several blocks", "idle block",
+            "other splits of a segment",
+        },
+        "a window": {"hidden by the window", "hidden part", "begins late"},
+        "full tiles, long tails": {"full tile", "other splits of a tail"},
+        "room in a graph": {"padding", "idle block"},
+    }.items():  # fmt: skip
+        assert everywhere | more <= taken[name], (name, (everywhere | more) - taken[name])
+    assert "hidden part" not in taken["several blocks"] | taken["room in a graph"]
+    assert "padding" not in taken["a window"]
