@@ -17,7 +17,9 @@ import pytest
 from tests.tiny_models import tiny_triple
 from tests.w2s_fast.engines import MIXED, PROMPTS, SEARCH, engine, make_engine, models_of
 from w2s_fast import SearchParams
+from w2s_fast.base_side import BaseSide
 from w2s_fast.errors import NumericalError
+from w2s_fast.guide_side import GuideSide
 from w2s_fast.search import Search
 from w2s_fast.stats import PoolStats, RequestStats
 
@@ -55,22 +57,22 @@ def test_phases_are_told_apart() -> None:
     e = make_engine(*tiny_triple(eos=()))
     now = 0.0
 
-    def taking(name: str, seconds: float) -> Any:
-        inner = getattr(Search, name)
+    def taking(owner: type, name: str, seconds: float) -> Any:
+        inner = getattr(owner, name)
 
-        def slow(self: Search, *args: Any) -> Any:
+        def slow(self: Any, *args: Any) -> Any:
             nonlocal now
             now += seconds * bool(args[0])  # nothing for no requests
             return inner(self, *args)
 
-        return mock.patch.object(Search, name, slow)
+        return mock.patch.object(owner, name, slow)
 
     with (
         mock.patch("time.perf_counter", side_effect=lambda: now),
-        taking("_first_logits", 1.0),
-        taking("_decode", 100.0),
-        taking("_prefill_guides", 10.0),
-        taking("_score", 10_000.0),
+        taking(BaseSide, "_first_logits", 1.0),
+        taking(BaseSide, "_decode", 100.0),
+        taking(GuideSide, "prefill", 10.0),
+        taking(Search, "_score", 10_000.0),
     ):
         (result,) = e.generate([[1]], SEARCH)
     one = of(result)
