@@ -24,7 +24,7 @@ from w2s_fast.demo import DemoModels
 
 COMMAND = [sys.executable, "-m", "w2s_fast.cli"]
 SMALL = ["--max-new-tokens", "10", "--dtype", "float64"]
-LINES = 80  # of the interrupted run: 16 are under way at once
+LINES = 240  # so many that a busy machine cannot end them before it is interrupted
 
 
 @pytest.fixture(scope="module")
