@@ -24,7 +24,7 @@ from w2s_fast.demo import DemoModels
 
 COMMAND = [sys.executable, "-m", "w2s_fast.cli"]
 SMALL = ["--max-new-tokens", "10", "--dtype", "float64"]
-LINES = 240  # so many that a busy machine cannot end them before it is interrupted
+LINES = 240  # 16 are under way at once; a busy machine is slow to interrupt the others
 
 
 @pytest.fixture(scope="module")
