@@ -10,7 +10,7 @@ from torch import nn
 
 from w2s_fast.attention import Backend
 from w2s_fast.decode_graphs import DecodeGraphs
-from w2s_fast.errors import InvalidRequest
+from w2s_fast.errors import InvalidRequest, UnsupportedModel
 from w2s_fast.graphs import CudaRecorder, Recorder
 from w2s_fast.kernel_attention import KernelPlan
 from w2s_fast.model import PagedModel
@@ -60,8 +60,12 @@ def record_passes(
         )
     base.replays = PassGraphs(base, body, recorder, max_rows=max_rows, max_tokens=max_rows)
     for model in (base, *guides):
-        model.compare_with_eager()  # its shapes come for the first time,
-        model.compare_with_eager()  # and are recorded
+        try:
+            model.compare_with_eager()  # its shapes come for the first time,
+            model.compare_with_eager()  # and are recorded
+        except UnsupportedModel as error:
+            option = "compile" if compile else "cuda_graphs"
+            raise UnsupportedModel(f"{error}; it is served with {option}=False") from error
     graphs = DecodeGraphs(base, body, recorder, max_rows=max_rows, vocab_size=vocab_size)
     graphs.warm_up()
     return graphs
