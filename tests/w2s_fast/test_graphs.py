@@ -165,6 +165,13 @@ def test_what_a_bucket_has_too_many_touches_no_page() -> None:
         assert places_written(before) == sorted(written.tolist())
     assert replays(passes[0]) == 2
 
+    # All rows of the bucket, for longer than a page, so that there is something to leave behind.
+    many = pool.allocate(8)
+    engine.base.forward(many, torch.arange(8), [1] * 8)
+    chunk = engine.base.decoding(many, 6)
+    assert steps.run(chunk.plan, settings(8), torch.arange(8), 6) is not None
+    chunk.count(6)
+
     decoding = engine.base.decoding(slots, 6)
     written = pool.slot_mapping(slots, [6] * 5)
     before = pool.kv.clone().flatten(2, 3)
