@@ -22,9 +22,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from w2s_fast import Engine, Guide, SearchParams
-from w2s_fast.model import Decoding, PagedModel
-from w2s_fast.pages import Int32Array, Ints
-from w2s_fast.row_tree import RowTree
+from w2s_fast.attention import RowTree
+from w2s_fast.cache import Int32Array, Ints
+from w2s_fast.decoding import Decoding
+from w2s_fast.models import PagedModel
 
 PAGE_SIZE = 16
 

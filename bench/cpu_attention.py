@@ -31,10 +31,8 @@ import numpy as np
 import torch
 
 from bench.timing import commit
-from w2s_fast.dense_attention import LayerOptions
-from w2s_fast.gathered_attention import GatheredPlan
-from w2s_fast.pages import PagePool
-from w2s_fast.row_tree import Level, RowTree
+from w2s_fast.attention import GatheredPlan, LayerOptions, Level, RowTree
+from w2s_fast.cache import PagePool
 
 BEAMS = SUCCESSORS = 4
 STEPS = 4  # decoded under one plan

@@ -27,9 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.timing import commit
 from w2s_fast import Engine, Guide, SearchParams
-from w2s_fast.graphs import CudaRecorder, Recorder
-from w2s_fast.kernel_attention import KernelPlan
-from w2s_fast.record import record_passes
+from w2s_fast.attention import KernelPlan
+from w2s_fast.decoding import CudaRecorder, Recorder, record_passes
 
 CHUNK = 5
 

@@ -32,7 +32,8 @@ from bench.timing import (
     matmul_rate,
     median_seconds,
 )
-from w2s_fast.kernel_attention import KernelPlan
+from w2s_fast.attention import KernelPlan, Level, RowTree
+from w2s_fast.cache import Int32Array, PagePool
 from w2s_fast.kernels.choose_beta import choose_beta
 from w2s_fast.kernels.copy_pages import copy_pages
 from w2s_fast.kernels.fuse_logits import fuse_logits
@@ -42,8 +43,6 @@ from w2s_fast.kernels.paged_attention import paged_attention
 from w2s_fast.kernels.sample_tokens import sample_tokens
 from w2s_fast.kernels.select_beams import select_beams
 from w2s_fast.kernels.token_logprob import token_logprob
-from w2s_fast.pages import Int32Array, PagePool
-from w2s_fast.row_tree import Level, RowTree
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from bench.search_cases import BATCH, ENGINE, Bench, Case, cases
-from w2s_fast.pages import Int32Array, Ints, PagePool
+from w2s_fast.cache import Int32Array, Ints, PagePool
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -3,7 +3,7 @@
 Keys and values stand in pages that rows may share, found through a table of pages (PagedAttention:
 Kwon et al., arXiv 2309.06180). The rows of a search are a tree, and what a subtree shares is read
 once for all of its rows where ``shared`` says so; the idea is DeFT's (arXiv 2404.00242) and
-FastTree's. The kernels are in paged_attention_triton.
+FastTree's. The kernels are in paged_attention_tiles.
 """
 
 from __future__ import annotations

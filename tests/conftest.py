@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from w2s_fast import Engine
 
 settings.register_profile(
     "w2s_fast",
@@ -39,3 +44,32 @@ torch.set_num_threads(1)  # the models are tiny: more threads only wait for each
 def no_test_depends_on_the_global_generator() -> None:
     """Anything drawn from torch's own generator is the same in every test, alone or not."""
     torch.manual_seed(0)
+
+
+# What follows imports transformers, which the tests of csrc and of kernels need not wait for.
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Base, tuned and untuned models with their tokenizers, as folders; logits are padded."""
+    from tests.support.tiny_models import BYTE_VOCABULARY, save_tiny
+
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "base": save_tiny(root / "base", "llama", seed=0, vocab_size=270, peak=1.0),
+        "tuned": save_tiny(root / "tuned", "gpt2", seed=1, vocab_size=264),
+        "untuned": save_tiny(root / "untuned", "gpt2", seed=2, vocab_size=BYTE_VOCABULARY),
+    }
+
+
+@pytest.fixture(scope="module")
+def path_engine(folders: dict[str, Path]) -> Engine:
+    """An engine over these folders."""
+    from w2s_fast import Engine, Guide
+
+    return Engine(
+        base=str(folders["base"]),
+        guides=Guide(tuned=str(folders["tuned"]), untuned=folders["untuned"]),
+        device="cpu",
+        kv_cache_tokens=4096,
+    )

@@ -22,8 +22,8 @@ from bench.baselines import GuideModels, ReleasedResult, generate_rows, released
 from bench.search import Outcome, Timing
 from bench.search_cases import BATCH, ENGINE, GENERATE, Bench, cases
 from bench.search_memory import measure
-from tests.reference import Reference, ReferenceGuide
-from tests.tiny_models import VOCABULARY, Triple, tiny_triple
+from tests.support.reference import Reference, ReferenceGuide
+from tests.support.tiny_models import VOCABULARY, Triple, tiny_triple
 from w2s_fast import SearchParams
 
 ROOT = Path(__file__).parents[1]

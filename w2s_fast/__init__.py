@@ -26,10 +26,8 @@ from w2s_fast.params import SearchParams
 from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
 
 if TYPE_CHECKING:
-    from w2s_fast.async_engine import AsyncEngine
-    from w2s_fast.engine import Engine
-    from w2s_fast.guide import Guide
-    from w2s_fast.stream import StreamPiece
+    from w2s_fast.engine import AsyncEngine, Engine, StreamPiece
+    from w2s_fast.search import Guide
 
 try:
     __version__ = version("w2s-fast")
@@ -57,15 +55,15 @@ def __getattr__(name: str) -> Any:
 
         return Engine
     if name == "Guide":
-        from w2s_fast.guide import Guide
+        from w2s_fast.search import Guide
 
         return Guide
     if name == "AsyncEngine":
-        from w2s_fast.async_engine import AsyncEngine
+        from w2s_fast.engine import AsyncEngine
 
         return AsyncEngine
     if name == "StreamPiece":
-        from w2s_fast.stream import StreamPiece
+        from w2s_fast.engine import StreamPiece
 
         return StreamPiece
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import w2s_fast.pages
+import w2s_fast
 
 INVALID_VALUE = 1  # cudaErrorInvalidValue
 
 
 @pytest.fixture(scope="module")
 def copy_pages():
-    built = sorted(Path(w2s_fast.pages.__file__).parent.glob("_cuda*.so"))
+    built = sorted(Path(w2s_fast.__file__).parent.glob("_cuda*.so"))
     if not built:
         pytest.skip("built without nvcc")
     function = ctypes.CDLL(str(built[0])).w2s_copy_pages

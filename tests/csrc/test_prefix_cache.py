@@ -18,8 +18,8 @@ from tests.csrc.prompts import (
     run,
 )
 from w2s_fast._pages import PageManager
+from w2s_fast.cache.pages import ragged_int32
 from w2s_fast.errors import PageMisuse
-from w2s_fast.pages import ragged_int32
 
 # ---- what is found ----
 

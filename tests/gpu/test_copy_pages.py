@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from w2s_fast.cache.pages import PagePool
 from w2s_fast.kernels import copy_pages as module
 from w2s_fast.kernels.copy_pages import copy_pages
-from w2s_fast.pages import PagePool
 
 PAIRS = [[3, 5], [2, -1], [0, 1], [3, 7]]
 

@@ -7,9 +7,9 @@ import torch
 
 from tests.gpu.test_search import models, results
 from w2s_fast import Engine, Guide
-from w2s_fast.lane import Lane
-from w2s_fast.model import PagedModel
-from w2s_fast.pass_graphs import PassGraphs
+from w2s_fast.decoding.lane import Lane
+from w2s_fast.decoding.pass_graphs import PassGraphs
+from w2s_fast.models.model import PagedModel
 
 
 def engine_of(**options: bool) -> Engine:

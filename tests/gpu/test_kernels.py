@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.kernels.beams import RoundOfOne, check
 from tests.kernels.forests import Forest, Request, attend, make_forest
-from w2s_fast.kernel_attention import KernelPlan
+from w2s_fast.attention.kernel import KernelPlan
 from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.sample_tokens import sample_tokens

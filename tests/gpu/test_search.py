@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_model
 from w2s_fast import Engine, Guide, SearchParams, SearchResult
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [2, 2]]

@@ -13,9 +13,9 @@ from torch import Tensor
 from tests.interpret.rule import assert_as_exact_as_torch
 from tests.kernels.forests import Forest, Request, attend
 from tests.kernels.test_paged_attention import exact
-from w2s_fast import kernel_attention as plans
-from w2s_fast import static_plan
-from w2s_fast.kernel_attention import KernelPlan
+from w2s_fast.attention import kernel as plans
+from w2s_fast.attention import static_plan
+from w2s_fast.attention.kernel import KernelPlan
 from w2s_fast.kernels import paged_attention as operator
 from w2s_fast.kernels import paged_attention_triton as kernels
 

@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from tests.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_model
 from w2s_fast import Engine, Guide, SearchParams
 
 REQUESTS: list[tuple[list[int], dict[str, Any]]] = [

@@ -10,7 +10,7 @@ import torch
 from tests.interpret.attention import check, launched
 from tests.interpret.rule import DEVICE
 from tests.kernels.forests import Forest, Request, attend, make_forest
-from w2s_fast.kernel_attention import KernelPlan
+from w2s_fast.attention.kernel import KernelPlan
 from w2s_fast.kernels import paged_attention_triton as kernels
 
 

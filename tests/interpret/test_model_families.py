@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
-from w2s_fast.kernel_attention import KernelPlan
-from w2s_fast.model import PagedModel
+from tests.support.tiny_models import FAMILIES, VOCABULARY, tiny_model
+from w2s_fast.attention.kernel import KernelPlan
+from w2s_fast.models.model import PagedModel
 
 LENGTHS = (19, 7, 33)  # on and off the borders of pages of 16
 

@@ -7,13 +7,13 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.w2s_fast.no_host import NoHost
-from w2s_fast.gathered_attention import LayerOptions
-from w2s_fast.kernel_attention import KernelPlan
+from tests.support.no_host import NoHost
+from w2s_fast.attention.contract import LayerOptions
+from w2s_fast.attention.kernel import KernelPlan
+from w2s_fast.attention.row_tree import Level, RowTree
+from w2s_fast.cache.pages import PagePool
 from w2s_fast.kernels import paged_attention, write_kv
 from w2s_fast.kernels.sample_tokens_triton import launch
-from w2s_fast.pages import PagePool
-from w2s_fast.row_tree import Level, RowTree
 
 
 @pytest.mark.parametrize("top_k", [0, 3])

@@ -104,7 +104,7 @@ def test_a_window_that_begins_inside_a_block_may_take_one_split_more() -> None:
 
 def test_a_second_launch_merges_only_rows_that_were_cut() -> None:
     merge = mock.MagicMock()
-    with launched(16, 32), mock.patch.object(kernels, "_merge_parts", merge):
+    with launched(16, 32), mock.patch.object(kernels, "merge_parts", merge):
         attend(make_case([(1, 32)]), scale=0.25)
         merge.__getitem__.assert_not_called()
         attend(make_case([(1, 33)]), scale=0.25)

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 from tests.interpret.search_results import results
-from w2s_fast.kernel_attention import KernelPlan
+from w2s_fast.attention.kernel import KernelPlan
 
 ROOT = Path(__file__).parents[2]
 

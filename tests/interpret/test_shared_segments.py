@@ -18,8 +18,8 @@ from tests.interpret.attention import check, launched, trees
 from tests.interpret.rule import DEVICE, DTYPES
 from tests.kernels.forests import Forest, Request, attend, make_forest
 from tests.kernels.test_paged_attention import NAN
-from w2s_fast.gathered_attention import LayerOptions
-from w2s_fast.kernel_attention import KernelPlan
+from w2s_fast.attention.contract import LayerOptions
+from w2s_fast.attention.kernel import KernelPlan
 
 
 @settings(max_examples=30)

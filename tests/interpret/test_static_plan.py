@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tests.interpret.attention import launched, trees
 from tests.interpret.rule import DEVICE
 from tests.kernels.forests import Forest, Request, attend, make_forest
-from w2s_fast.gathered_attention import LayerOptions
-from w2s_fast.kernel_attention import KernelPlan
-from w2s_fast.static_plan import Bucket, StaticPlan
+from w2s_fast.attention.contract import LayerOptions
+from w2s_fast.attention.kernel import KernelPlan
+from w2s_fast.attention.static_plan import Bucket, StaticPlan
 
 ROWS, TOKENS = 10, 40
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.kernels.test_paged_attention import Case
-from w2s_fast.kernel_attention import KernelPlan
+from w2s_fast.attention.kernel import KernelPlan
+from w2s_fast.attention.row_tree import Level, RowTree
+from w2s_fast.cache.pages import PagePool
 from w2s_fast.kernels.paged_attention import paged_attention
-from w2s_fast.pages import PagePool
-from w2s_fast.row_tree import Level, RowTree
 
 
 @dataclass(frozen=True)

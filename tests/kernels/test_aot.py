@@ -189,7 +189,7 @@ def paged_attention_case(
 
 
 SAMPLING = {"summarise": 64, "block_weights": 88, "draw": 128, "search": 192}
-CUT = {"_attend": 255, "_merge_parts": 64}
+CUT = {"attend": 255, "merge_parts": 64}
 FUSION = {"fuse": 96, "grid_sums": 120, "choose": 96}
 
 CASES = [
@@ -215,23 +215,23 @@ CASES = [
     write_kv_case("8b", 64),
     write_kv_case("gemma", 64),
     # Decoding, whole and cut; chunks of 5, 16 and 30; a prompt; all options.
-    paged_attention_case("gpt2", 16, 1, 1024, {"_attend": 96, "_merge_parts": 64}),
-    paged_attention_case("gpt2", 16, 30, 512, {"_attend": 128}),
-    paged_attention_case("gpt2", 4, 512, 512, {"_attend": 168}),
-    paged_attention_case("8b", 16, 1, 512, {"_attend": 128}),
-    paged_attention_case("8b", 16, 1, 4096, {"_attend": 168, "_merge_parts": 64}),
-    paged_attention_case("8b", 16, 5, 4096, {"_attend": 192, "_merge_parts": 64}),
-    paged_attention_case("8b", 16, 16, 4096, {"_attend": 255, "_merge_parts": 64}),
-    paged_attention_case("8b", 4, 512, 512, {"_attend": 192}),
+    paged_attention_case("gpt2", 16, 1, 1024, {"attend": 96, "merge_parts": 64}),
+    paged_attention_case("gpt2", 16, 30, 512, {"attend": 128}),
+    paged_attention_case("gpt2", 4, 512, 512, {"attend": 168}),
+    paged_attention_case("8b", 16, 1, 512, {"attend": 128}),
+    paged_attention_case("8b", 16, 1, 4096, {"attend": 168, "merge_parts": 64}),
+    paged_attention_case("8b", 16, 5, 4096, {"attend": 192, "merge_parts": 64}),
+    paged_attention_case("8b", 16, 16, 4096, {"attend": 255, "merge_parts": 64}),
+    paged_attention_case("8b", 4, 512, 512, {"attend": 192}),
     paged_attention_case("8b", 16, 1, 4096, CUT, window=1024, softcap=30.0, sinks=True),
     paged_attention_case("8b", 4, 512, 4096, CUT, window=1024, softcap=30.0, sinks=True),
-    paged_attention_case("gemma", 16, 1, 4096, {"_attend": 168, "_merge_parts": 64}),
-    paged_attention_case("gemma", 16, 16, 4096, {"_attend": 255, "_merge_parts": 64}),
+    paged_attention_case("gemma", 16, 1, 4096, {"attend": 168, "merge_parts": 64}),
+    paged_attention_case("gemma", 16, 16, 4096, {"attend": 255, "merge_parts": 64}),
     paged_attention_case("gemma", 4, 512, 4096, CUT, window=1024, softcap=50.0),
     # Four hypotheses of four candidates: decoding, and a chunk of 5.
     *(
         paged_attention_case(
-            model, 16, max_q, 4200, {"_attend": most, "_merge_parts": 64}, siblings=16
+            model, 16, max_q, 4200, {"attend": most, "merge_parts": 64}, siblings=16
         )
         for model, max_q, most in (
             ("gpt2", 1, 96),

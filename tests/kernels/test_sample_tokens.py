@@ -22,7 +22,7 @@ from tests.kernels.warps import (
     rows_of,
     warped,
 )
-from tests.reference import sample_token
+from tests.support.reference import sample_token
 from w2s_fast.kernels import sample_tokens as sample_module
 from w2s_fast.kernels.noise import uniform
 

@@ -13,9 +13,7 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from w2s_fast.cli.console import note, note_console
-from w2s_fast.cli.output_file import OutputFile
-from w2s_fast.errors import InvalidRequest
-from w2s_fast.jsonl import (
+from w2s_fast.cli.jsonl import (
     BadLine,
     Record,
     Request,
@@ -24,6 +22,8 @@ from w2s_fast.jsonl import (
     encode_record,
     read_requests,
 )
+from w2s_fast.cli.output_file import OutputFile
+from w2s_fast.errors import InvalidRequest
 from w2s_fast.params import SearchParams
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import typer
 from rich.text import Text
 
 from w2s_fast.cli.console import out_console, quiet_transformers
-from w2s_fast.doctor import examine
+from w2s_fast.cli.examine import examine
 
 STYLES = {"ok": "green", "none": "yellow", "bad": "bold red"}
 

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from w2s_fast.cli.batch import run_batch
 from w2s_fast.cli.console import note, note_console, out_console
+from w2s_fast.cli.jsonl import Request, answer_record, encode_record, fingerprint
 from w2s_fast.cli.models import Decode, decoder, load_engine, name_models
 from w2s_fast.cli.output_file import already_there
-from w2s_fast.jsonl import Request, answer_record, encode_record, fingerprint
 from w2s_fast.params import Finished, Method, ScoreKind, SearchParams
 from w2s_fast.result import SearchResult
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
+from w2s_fast.cli.jsonl import RECORD_START, BadLine, Record, Request, encode_record
 from w2s_fast.errors import InvalidRequest
-from w2s_fast.jsonl import RECORD_START, BadLine, Record, Request, encode_record
 
 
 class Answer(NamedTuple):

@@ -1,0 +1,320 @@
+"""The command line: what it says, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import w2s_fast.demo
+from tests.support.tiny_models import save_tiny
+from w2s_fast import Engine
+from w2s_fast.cli import app
+from w2s_fast.demo import DemoModels
+
+COMMAND = [sys.executable, "-m", "w2s_fast.cli"]
+SMALL = ["--max-new-tokens", "10", "--dtype", "float64"]
+LINES = 80  # of the interrupted run: 16 are under way at once
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> DemoModels:
+    folder = tmp_path_factory.mktemp("models")
+    names = ("base", "tuned", "untuned")
+    return DemoModels(*(save_tiny(folder / name, seed=i) for i, name in enumerate(names)))
+
+
+@pytest.fixture
+def bundled(models: DemoModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts the tiny models where the bundled ones are."""
+    monkeypatch.setattr(w2s_fast.demo, "demo_model_paths", lambda: models)
+
+
+def named(models: DemoModels) -> list[str]:
+    return [
+        *("--base", str(models.base)),
+        *("--tuned", str(models.tuned)),
+        *("--untuned", str(models.untuned)),
+    ]
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """Every line of an output, by index."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return sorted(found, key=lambda record: record["index"])
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> Path:
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+# --- generate, one prompt
+
+
+def test_without_a_model_the_bundled_ones_answer_and_it_says_so(bundled: None) -> None:
+    result = run("generate", "The film", *SMALL)
+    assert result.exit_code == 0
+    assert "no model named: using the bundled demo models" in result.stderr
+    assert "bundled" not in result.stdout
+
+
+def test_with_models_named_it_says_nothing_of_bundled_ones(models: DemoModels) -> None:
+    result = run("generate", "The film", *named(models), *SMALL)
+    assert result.exit_code == 0
+    assert "bundled" not in result.stderr
+    assert result.stdout.strip()
+
+
+def test_json_is_one_record_with_all_hypotheses(models: DemoModels) -> None:
+    result = run("generate", "The film", "--json", "-n", "3", *named(models), *SMALL)
+    record = json.loads(result.stdout)
+    assert len(record["hypotheses"]) == 3
+    assert record["token_ids"] == record["hypotheses"][0]["token_ids"]
+    scores = [hypothesis["score"] for hypothesis in record["hypotheses"]]
+    assert scores == sorted(scores, reverse=True)
+    assert record["usage"]["sampled_tokens"] > 0
+
+
+def test_every_option_reaches_the_search(models: DemoModels) -> None:
+    options = "--method bon --successors 3 -n 2 --seed 5 --temperature 0.9 --top-k 7 --top-p 0.9"
+    options += " --min-p 0.01 --score mean --finished replicate --dedup --chunk-length none"
+    first, again = (
+        run("generate", "x", "--json", *options.split(), *named(models), *SMALL) for _ in range(2)
+    )
+    assert first.exit_code == 0
+    assert len(json.loads(first.stdout)["hypotheses"]) == 2
+    assert first.stdout == again.stdout
+
+
+def test_the_machine_options_reach_the_engine(
+    models: DemoModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def engine(**options: Any) -> Any:
+        seen.update(options)
+        return Engine(**options)
+
+    monkeypatch.setattr(w2s_fast, "Engine", engine)
+    options = ["--attention", "torch", "--page-size", "8", "--kv-cache-tokens", "2048"]
+    options += ["--no-cuda-graphs"]
+    assert run("generate", "x", *options, *named(models), *SMALL).exit_code == 0
+    assert (seen["attention"], seen["page_size"], seen["kv_cache_tokens"]) == ("torch", 8, 2048)
+    assert seen["cuda_graphs"] is False and seen["compile"] is False
+
+
+def test_compilation_without_recorded_passes_is_refused(models: DemoModels) -> None:
+    result = run("generate", "x", "--compile", "--device", "cpu", *named(models))
+    assert result.exit_code == 2
+    assert "compile=True needs recorded passes: a CUDA device" in result.stderr
+
+
+def test_attention_that_cannot_run_here_is_refused_with_the_reason(models: DemoModels) -> None:
+    result = run("generate", "x", "--attention", "flash", "--device", "cpu", *named(models))
+    assert result.exit_code == 2
+    assert "runs on CUDA devices, and this is cpu" in result.stderr
+
+
+def test_trace_shows_the_search_tree(models: DemoModels) -> None:
+    result = run("generate", "The film", "--trace", *named(models), *SMALL)
+    assert "round 1: 16 candidates from the prompt, 4 kept" in result.stdout
+    assert "★ a" in result.stdout
+
+
+def test_sampling_needs_no_guides(models: DemoModels) -> None:
+    alone = ["--base", str(models.base)]
+    assert run("generate", "x", *alone, "--method", "sample", *SMALL).exit_code == 0
+    steered = run("generate", "x", *alone, *SMALL)
+    assert steered.exit_code == 2
+    assert "--tuned" in steered.stderr
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["generate"], "PROMPT"),
+        (["generate", "x", "--input", "y"], "PROMPT"),
+        (["generate", "x", "--output", "y"], "--output goes with --input"),
+        (["generate", "--input", "x", "--resume"], "--output"),
+        (["generate", "--input", "x", "--output", "y", "--retry-errors"], "--resume"),
+        (["generate", "x", "--tuned", "y"], "--base"),
+        (["generate", "x", "--base", "y", "--tuned", "z"], "--untuned"),
+        (["generate", "x", "--chunk-length", "many"], "many"),
+        (["generate", "x", "--method", "magic"], "magic"),
+        (["generate", "x", "--temperature", "-1"], "error: temperature is -1.0"),
+        (["generate", "x", "-n", "9"], "error: n is 9"),
+        (["generate", "--input", "/no/such/file"], "error: /no/such/file: No such file"),
+        (["generate", "x", "--base", "/no/such/model", "--method", "sample"], "/no/such/model"),
+    ],
+)
+def test_a_mistake_is_one_clear_message_and_exit_code_2(
+    arguments: list[str], told: str, bundled: None
+) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_broken_model_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    result = run("generate", "x", "--base", tmp_path, "--method", "sample")
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert str(tmp_path) in line
+
+
+# --- generate, files
+
+
+def test_bad_lines_get_error_records_and_their_neighbours_answers(
+    models: DemoModels, tmp_path: Path
+) -> None:
+    lines = ['{"prompt": "a", "id": "first"}', "{", '{"prompt": "a", "seed": 9}', '{"prompt": 1}']
+    lines += ['{"prompt": [999999]}', '{"prompt": "a", "n": 2, "trace": true}']
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    output = tmp_path / "out.jsonl"
+    result = run("generate", "--input", source, "--output", output, *named(models), *SMALL)
+    assert result.exit_code == 1
+    assert "3 answered, 3 failed" in result.stderr
+    found = records(output)
+    assert ["error" in record for record in found] == [False, True, False, True, True, False]
+    assert found[0]["id"] == "first"
+    assert found[0]["token_ids"] != found[2]["token_ids"]
+    assert len(found[5]["hypotheses"]) == 2
+    assert found[5]["trace"]["rounds"]
+    alone = run("generate", "a", "--json", "--seed", "9", *named(models), *SMALL)
+    assert json.loads(alone.stdout)["token_ids"] == found[2]["token_ids"]
+
+
+def test_without_an_output_records_go_to_stdout(models: DemoModels, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", ['{"prompt": "a"}', '{"prompt": "b"}'])
+    result = run("generate", "--input", source, *named(models), *SMALL)
+    assert result.exit_code == 0
+    assert {json.loads(line)["index"] for line in result.stdout.splitlines()} == {0, 1}
+
+
+def test_an_existing_output_is_refused(models: DemoModels, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", ['{"prompt": "a"}'])
+    output = write_lines(tmp_path / "out.jsonl", ["precious"])
+    for flags in ([], ["--resume"]):
+        result = run("generate", "--input", source, "--output", output, *flags, *named(models))
+        assert result.exit_code == 2
+    assert output.read_text() == "precious\n"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_is_resumed_without_loss(
+    models: DemoModels, tmp_path: Path, stop: signal.Signals
+) -> None:
+    lines = [json.dumps({"prompt": f"prompt {i}", "seed": i}) for i in range(LINES)]
+    lines[1] = "not json"
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    output, undisturbed = tmp_path / "out.jsonl", tmp_path / "undisturbed.jsonl"
+    command = ["generate", "--input", str(source), *named(models), *SMALL]
+
+    few_threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # A shell ignores SIGINT for what it runs in the background, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(
+        [*COMMAND, *command, "--output", str(output)], env=few_threads
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not output.exists() or output.read_bytes().count(b"\n") < 5:
+            assert process.poll() is None, "ended before it could be interrupted"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(stop)
+    assert process.returncode == (130 if stop == signal.SIGINT else -stop)
+    kept = output.read_bytes()
+    done = kept.count(b"\n")
+    assert 5 <= done < len(lines)
+    with output.open("ab") as file:
+        file.write(b'{"index": 79, "text": "half a li')
+
+    assert run(*command, "--output", output).exit_code == 2
+    other = run(*command, "--output", output, "--resume", "--seed", "1", "--temperature", "0.1")
+    assert other.exit_code == 2
+    assert "cannot resume" in other.stderr
+
+    resumed = run(*command, "--output", output, "--resume")
+    assert resumed.exit_code == 1  # line 1 is no JSON
+    assert "cut off a half-written last line" in resumed.stderr
+    assert f"{done} lines are in {output} already" in resumed.stderr
+    assert output.read_bytes().startswith(kept)
+    run(*command, "--output", undisturbed)
+    found, expected = records(output), records(undisturbed)
+    assert [r["index"] for r in found] == list(range(LINES))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.pop("score", None) == pytest.approx(theirs.pop("score", None))
+        assert ours == theirs
+
+
+# --- doctor, demo, help
+
+
+def test_doctor_finds_nothing_wrong(bundled: None) -> None:
+    result = run("doctor")
+    assert result.exit_code == 0, result.stdout
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "all well"
+    assert all(re.match(r"(ok|none) ", line) for line in lines[:-1])
+    for name in ("cpu", "memory", "gpu", "torch", "page manager", "attention", "self-check"):
+        assert any(line[5:].startswith(name) for line in lines), name
+    for backend in ("triton", "flash", "torch"):  # each with where it runs, or why it cannot
+        assert any(re.match(rf"(ok|none) +attention {backend} +\w.* ", line) for line in lines)
+
+
+def test_doctor_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = DemoModels(tmp_path / "no", tmp_path / "no", tmp_path / "no")
+    monkeypatch.setattr(w2s_fast.demo, "demo_model_paths", lambda: nowhere)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "not well: self-check" in result.stdout
+
+
+def test_demo_shows_table_answers_and_tree_in_100_columns(bundled: None) -> None:
+    result = run("demo", "--prompts", "3", "--plain")
+    assert result.exit_code == 0, result.stderr
+    for words in ("3 held-out prompts", "base alone", "best-of-16", "CBS W=4 K=4 L=5", "round 12"):
+        assert words in result.stdout
+    assert "w2s-fast demo --prompts 3 --seed 0" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    assert "\x1b" not in result.stdout
+
+
+def test_help_is_there_before_torch_is() -> None:
+    script = (
+        "import sys; from w2s_fast.cli import app\n"
+        "try: app(['generate', '--help'])\n"
+        "finally: print({'torch', 'transformers'} & set(sys.modules), file=sys.stderr)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert answer.stderr.strip() == "set()"
+    assert "--beam-width" in answer.stdout
+
+
+def test_version() -> None:
+    assert re.match(r"w2s-fast \d+\.\d+\.\d+", run("--version").stdout)

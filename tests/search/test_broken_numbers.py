@@ -1,0 +1,143 @@
+"""NaN, infinity and exceptions out of a model are named, and touch one request alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.broken_models import broken_triple, failing
+from tests.support.engines import (
+    MIXED,
+    PROMPTS,
+    SEARCH,
+    assert_all_pages_free,
+    engine,
+    found,
+    make_engine,
+)
+from tests.support.tiny_models import (
+    tiny_triple,
+)
+from w2s_fast import Engine, Guide, SearchParams, SearchResult
+from w2s_fast.errors import (
+    EngineFailure,
+    InvalidRequest,
+    NumericalError,
+)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["base", "tuned", "untuned"])
+def test_nan_in_a_model_fails_the_requests_it_touches_and_no_others(
+    which: str, value: float
+) -> None:
+    token = 7
+    triple = tiny_triple(("llama", "llama", "llama"), eos=(0,), dtype=torch.float32)
+    good = make_engine(*triple)
+    bad = make_engine(*broken_triple(triple, which, token, value))
+    params = SearchParams(beam_width=2, successors=2, chunk_length=2, max_new_tokens=6, trace=True)
+    prompts = [[i, 3] for i in range(12)] + [[7, 7, 7], [1, 7, 2], [19]]
+    expected = good.generate(prompts, params)
+    results = bad.generate(prompts, params, on_error="return")
+    failed = clean = 0
+    for prompt, result, good_result in zip(prompts, results, expected, strict=True):
+        assert good_result.trace is not None
+        sampled = {t for r in good_result.trace.rounds for c in r.candidates for t in c.token_ids}
+        if token in prompt:
+            assert isinstance(result.error, NumericalError)
+            assert which in str(result.error)
+            assert result.finish_reason == "error"
+            assert result.hypotheses == []
+            failed += 1
+        elif token not in sampled:
+            assert found([result]) == found([good_result])
+            clean += 1
+    assert failed == 3
+    assert clean >= 3
+    assert_all_pages_free(bad)
+    with pytest.raises(NumericalError) as caught:
+        bad.generate(prompts, params)
+    assert caught.value.results is not None
+    assert [r.error is None for r in caught.value.results] == [r.error is None for r in results]
+    assert found(bad.generate([[19]], params)) == found([expected[-1]])  # it goes on serving
+
+
+def newcomer(result: SearchResult, prompt: list[int]) -> int | None:
+    """A token of a kept hypothesis that is in no candidate of the first two rounds."""
+    assert result.trace is not None
+    rounds = result.trace.rounds
+    early = {t for r in rounds[:2] for c in r.candidates for t in c.token_ids} | set(prompt)
+    late = [t for i in rounds[2].kept for t in rounds[2].candidates[i].token_ids]
+    return next((t for t in late if t not in early), None)
+
+
+@pytest.mark.parametrize("which", ["base", "tuned", "untuned"])
+def test_a_model_that_turns_nan_in_mid_search_names_itself_and_harms_no_neighbour(
+    which: str,
+) -> None:
+    triple = tiny_triple(("llama", "llama", "llama"), eos=(), dtype=torch.float32)
+    good = make_engine(*triple)
+    params = [
+        SearchParams(
+            beam_width=2, successors=2, chunk_length=1, max_new_tokens=8, seed=i, trace=True
+        )
+        for i in range(12)
+    ]
+    prompts = [[2]] * 12
+    expected = good.generate(prompts, params)
+    token = next(t for r in expected if (t := newcomer(r, [2])) is not None)
+    bad = make_engine(*broken_triple(triple, which, token, math.nan))
+    results = bad.generate(prompts, params, on_error="return")
+    assert sum(r.error is not None for r in results) >= 1
+    for result, good_result in zip(results, expected, strict=True):
+        assert good_result.trace is not None
+        fed = {
+            t for r in good_result.trace.rounds[:-1] for i in r.kept
+            for t in r.candidates[i].token_ids
+        }  # fmt: skip
+        assert (result.error is not None) == (token in fed)
+        if result.error is not None:
+            assert isinstance(result.error, NumericalError)
+            assert which in str(result.error)
+            assert any(f"position {i} " in str(result.error) for i in range(1, 8))
+        else:
+            assert found([result]) == found([good_result])
+    assert_all_pages_free(bad)
+
+
+@pytest.mark.parametrize("which", ["tuned", "untuned"])
+def test_a_given_text_that_a_model_cannot_score_is_refused_with_the_models_name(which: str) -> None:
+    token = 7
+    triple = tiny_triple(("gpt2", "llama", "llama"), eos=())
+    engine = make_engine(*broken_triple(triple, which, token, math.nan))
+    with pytest.raises(NumericalError, match=rf"'{which}' .* at position \d of the response"):
+        engine.score([[1, 2], [1, 2]], [[3, 4, 5], [3, 4, token, 5]])
+    (score,) = engine.score([[1, 2]], [[3, 4, 5]])
+    assert math.isfinite(score)
+    assert_all_pages_free(engine)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, "1", None])
+def test_a_weight_that_is_no_finite_number_is_refused_by_name(weight: Any) -> None:
+    base, tuned, untuned = tiny_triple()
+    with pytest.raises(InvalidRequest, match="weight"):
+        Engine(base, Guide(tuned, untuned, weight=weight), device="cpu", kv_cache_tokens=512)
+
+
+@pytest.mark.parametrize("call", range(1, 8))
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["base", "tuned", "untuned"])
+def test_an_exception_out_of_a_model_leaves_no_page_behind(which: int, call: int) -> None:
+    triple = tiny_triple(eos=(0, 6, 13))
+    e = make_engine(*triple)
+    with (
+        failing(triple[which], call, MemoryError("for the test")),
+        pytest.raises(EngineFailure, match="MemoryError: for the test") as raised,
+    ):
+        e.generate(PROMPTS, replace(SEARCH, chunk_length=1))
+    assert isinstance(raised.value.__cause__, MemoryError)
+    assert_all_pages_free(e)
+    assert found(e.generate(PROMPTS, MIXED)) == found(engine().generate(PROMPTS, MIXED))

@@ -1,0 +1,29 @@
+"""Decoding: rows of one model grow by sampled tokens, with no host between the steps.
+
+Owns the loop over steps, the sampling settings of the rows on the device, and everything that is
+recorded: ``recorder`` says what a recorder does, and graphs of passes and of steps stand on it. The
+room knows rows with a seed and an index each, and not which request they belong to.
+"""
+
+from w2s_fast.decoding.decode_graphs import DecodeGraphs
+from w2s_fast.decoding.decoder import Decoder
+from w2s_fast.decoding.decoding import Decoding
+from w2s_fast.decoding.lane import Lane
+from w2s_fast.decoding.pass_graphs import PassGraphs
+from w2s_fast.decoding.record import can_record, record_passes, refuse_compile
+from w2s_fast.decoding.recorder import CudaRecorder, Recorder
+from w2s_fast.decoding.sampling import SamplingBatch
+
+__all__ = [
+    "CudaRecorder",
+    "DecodeGraphs",
+    "Decoder",
+    "Decoding",
+    "Lane",
+    "PassGraphs",
+    "Recorder",
+    "SamplingBatch",
+    "can_record",
+    "record_passes",
+    "refuse_compile",
+]

@@ -1,0 +1,70 @@
+"""Decoding: slots of a model that grow together, a token at a time, under one plan."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from w2s_fast.attention import AttentionPlan, RowTree
+from w2s_fast.cache import Ints, as_int32
+from w2s_fast.errors import PageMisuse
+from w2s_fast.models import PagedModel, run_body
+
+
+class Decoding:
+    """Slots that grow together by a token at a time, under one plan.
+
+    Room for all steps is reserved before the first one. Nothing else may be done with these slots
+    until the last step is taken.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, model: PagedModel, slots: Ints, steps: int, tree: RowTree | None = None
+    ) -> None:
+        """Up to ``steps`` tokens, one in each of ``slots`` at a time; ``tree``: what they share.
+
+        Raises:
+            OutOfPages: there is no room for so many tokens; nothing has changed.
+        """
+        self._model = model
+        self._slots = as_int32(slots)
+        self._one = np.ones(len(self._slots), np.int32)
+        self._plan: AttentionPlan | None = None
+        if steps > 0:
+            model.pool.reserve(self._slots, self._one * steps)
+            self._plan = model.backend.make(
+                model.pool, self._slots, self._one, tree, ahead=steps - 1
+            )
+        self._left = steps
+        self._begun = False
+
+    @property
+    def plan(self) -> AttentionPlan:
+        """The plan of the pass that the last step made, or of the first one before any step."""
+        if self._plan is None:
+            raise PageMisuse("this decoding has no steps")
+        return self._plan
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append tokens int64 [S], one to each slot: last hidden states [S, D]."""
+        self._need(1)
+        plan = self.plan
+        if self._begun:
+            plan.advance()
+        hidden = run_body(self._model.model, tokens, plan.positions, plan)
+        self.count(1)
+        return hidden
+
+    def count(self, steps: int) -> None:
+        """Count ``steps`` tokens a slot as written, by whoever ran the plan in our place."""
+        self._need(steps)
+        self._begun = True
+        self._left -= steps
+        self._model.pool.extend(self._slots, self._one * steps)
+
+    def _need(self, steps: int) -> None:
+        if steps > self._left:
+            raise PageMisuse("there is no room for another step of this decoding")

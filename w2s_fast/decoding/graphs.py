@@ -1,0 +1,90 @@
+"""The recordings of one model: what it runs for a bucket of shapes, recorded once and replayed.
+
+``pass_graphs`` records what appends tokens, and ``decode_graphs`` steps that sample as well.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+from w2s_fast.attention import Bucket
+from w2s_fast.decoding.recorder import Recorder
+from w2s_fast.models import PagedModel
+
+T = TypeVar("T")
+
+# Graphs of one model; each holds some memory of the driver's besides the pool that they share.
+# Shapes beyond run without: to throw one away for another could mean to record in every round.
+_MOST_RECORDINGS = 128
+
+
+class Recording(NamedTuple, Generic[T]):
+    """What is replayed, and the tensors that it reads and writes."""
+
+    replay: Callable[[], None]
+    static: T
+
+
+class Recordings(Generic[T]):
+    """The recordings of one model, by bucket. They are used on one stream, one after the other.
+
+    A bucket is recorded when it comes for the second time: a shape that comes once is not worth it.
+    """
+
+    def __init__(
+        self,
+        model: PagedModel,
+        recorder: Recorder,
+        prepare: Callable[[Bucket], tuple[T, Callable[[], None]]],
+    ) -> None:
+        """``prepare``: makes the tensors of a bucket, without any rows, and what is to be run."""
+        self._model = model
+        self._record = recorder
+        self._prepare = prepare
+        self._made: dict[Bucket, Recording[T]] = {}
+        self._seen: set[Bucket] = set()
+        self._failed = False
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __iter__(self) -> Iterator[Bucket]:
+        return iter(self._made)
+
+    def __getitem__(self, bucket: Bucket) -> Recording[T]:
+        return self._made[bucket]
+
+    def find(self, bucket: Bucket) -> Recording[T] | None:
+        """The recording of a bucket; None if there is none yet, or never will be."""
+        if bucket not in self._made and bucket in self._seen:
+            self.make(bucket)
+        self._seen.add(bucket)
+        return self._made.get(bucket)
+
+    def make(self, bucket: Bucket) -> None:
+        """Record a bucket, unless there are too many, or this model cannot be recorded."""
+        if self._failed or bucket in self._made or len(self._made) >= _MOST_RECORDINGS:
+            return
+        static, run = self._prepare(bucket)
+        try:
+            self._made[bucket] = Recording(self._record(run), static)
+        except Exception as error:  # a model's own code may do anything that cannot be recorded
+            self._failed = True
+            warnings.warn(
+                f"{self._model.name} runs without CUDA graphs: a pass of "
+                f"{type(self._model.model).__name__} cannot be recorded: {error}",
+                stacklevel=2,
+            )
+
+
+def rows_recorded(max_rows: int) -> list[int]:
+    """Numbers of rows that are recorded. Padding costs little, since weights are read anyway."""
+    steps = [1, 2, 4, 8, 16, *range(32, max_rows, 32)]
+    return [rows for rows in steps if rows < max_rows] + [max_rows]
+
+
+def round_up_rows(rows: int, max_rows: int) -> int:
+    """The next of :func:`rows_recorded`, which ``rows`` must not exceed."""
+    return next(recorded for recorded in rows_recorded(max_rows) if recorded >= rows)

@@ -1,0 +1,220 @@
+"""AsyncEngine: an Engine behind asyncio. One thread takes the steps, any task may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+from w2s_fast.engine.engine import Engine
+from w2s_fast.engine.stream import StreamPiece
+from w2s_fast.errors import Aborted, EngineFailure, W2SFastError
+from w2s_fast.models import ModelSource
+from w2s_fast.params import SearchParams
+from w2s_fast.result import SearchResult
+from w2s_fast.search import Guide, Request
+from w2s_fast.stats import EngineStats
+from w2s_fast.text import Prompt
+
+
+class AsyncEngine:
+    """Weak-to-strong search for many callers at once.
+
+    Example::
+
+        async with AsyncEngine(base="gpt2-xl", guides=Guide("gpt2-imdb", "gpt2")) as engine:
+            result = await engine.generate("The film begins")
+            async for piece in engine.stream("The film begins"):
+                print(piece.text, end="")
+
+    A request enters at the next step of the running ones, and its result does not depend on them.
+    A task that is cancelled, or a stream that is closed, gives its request up: its pages are free
+    within a round. Tasks may belong to several event loops, and the :class:`Engine` may be used
+    directly at the same time. The engine's thread runs until :meth:`close`.
+
+    Args:
+        base: an :class:`Engine`, or what one is made of, together with ``guides`` and ``options``.
+    """
+
+    def __init__(
+        self,
+        base: Engine | ModelSource,
+        guides: Guide | Sequence[Guide] | None = None,
+        **options: Any,
+    ) -> None:
+        self.engine = base if isinstance(base, Engine) else Engine(base, guides, **options)
+        self._runner = self.engine.runner
+        self._lock = threading.Lock()  # guards what follows
+        self._callers: set[_Caller] = set()  # of requests that have not ended
+        self._end: W2SFastError | None = None  # why nothing more is taken on
+        self._work = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="w2s-fast engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self, prompt: Prompt, params: SearchParams | None = None, *, priority: int = 0
+    ) -> SearchResult:
+        """Search a response for one prompt; see :meth:`Engine.generate`.
+
+        Raises:
+            InvalidRequest: the prompt or its parameters are not allowed.
+            NumericalError: a model produced NaN or infinity.
+            Aborted: the engine was closed.
+        """
+        caller = await self._submit(prompt, params, priority, streams=False)
+        try:
+            while not caller.over:
+                await caller.news()
+            return self._result(caller)
+        finally:
+            self._leave(caller)
+
+    async def stream(
+        self, prompt: Prompt, params: SearchParams | None = None, *, priority: int = 0
+    ) -> AsyncIterator[StreamPiece]:
+        """The response as it becomes certain; see :meth:`Engine.stream`.
+
+        A task that falls behind gets fewer and longer pieces.
+        """
+        caller = await self._submit(prompt, params, priority, streams=True)
+        try:
+            pieces = self.engine.pieces(caller.request)
+            while not caller.over:
+                await caller.news()
+                piece = pieces.next(caller.request.agreed)
+                if piece is not None:
+                    yield piece
+            yield pieces.last(self._result(caller))
+        finally:
+            self._leave(caller)
+
+    def stats(self) -> EngineStats:
+        """See :meth:`Engine.stats`."""
+        return self.engine.stats()
+
+    async def close(self) -> None:
+        """Give up what is under way here, with :class:`Aborted`, and end the thread.
+
+        Requests that others have submitted to the same :class:`Engine` go on.
+        """
+        with self._lock:
+            self._end = self._end or Aborted("the engine was closed")
+        self._work.set()
+        await asyncio.to_thread(self._thread.join)
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _submit(
+        self, prompt: Prompt, params: SearchParams | None, priority: int, *, streams: bool
+    ) -> _Caller:
+        # Long prompts take a while to tokenise: not in the loop's own thread.
+        request = await asyncio.to_thread(
+            self.engine.make_request, prompt, params or SearchParams(), priority
+        )
+        request.streams = streams
+        caller = _Caller(request)
+        request.listener = caller.listen
+        with self._lock:  # so that nobody comes in after the thread's last look
+            if self._end is not None:
+                raise _again(self._end)
+            self._callers.add(caller)
+            self._runner.submit(request)
+        self._work.set()
+        return caller
+
+    def _result(self, caller: _Caller) -> SearchResult:
+        if caller.failure is not None and not caller.request.ended:
+            raise caller.failure
+        result = self.engine.result(caller.request)
+        if result.error is not None:
+            raise result.error
+        return result
+
+    def _leave(self, caller: _Caller) -> None:
+        """Nobody waits for this request any longer."""
+        with self._lock:
+            self._callers.discard(caller)
+        if not caller.over:
+            self._runner.give_up(caller.request)
+            self._runner.settle()
+
+    def _run(self) -> None:
+        end: W2SFastError | None = None
+        try:
+            while self._end is None:
+                self._work.wait()
+                self._work.clear()
+                while self._end is None and self._under_way():
+                    self._runner.advance(())
+        except BaseException as error:  # nobody may wait for a thread that is no more
+            end = EngineFailure(f"the engine's thread ended: {type(error).__name__}: {error}")
+            end.__cause__ = error
+        finally:
+            with self._lock:
+                self._end = end = end or self._end
+                callers = list(self._callers)
+            assert end is not None
+            for caller in callers:
+                failure = _again(end)
+                self._runner.give_up(caller.request, failure)
+                caller.fail(failure)
+            self._runner.settle()
+
+    def _under_way(self) -> bool:
+        with self._lock:
+            return any(not caller.request.ended for caller in self._callers)
+
+
+class _Caller:
+    """A task that waits for its request."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.failure: W2SFastError | None = None  # the engine's end, before that of the request
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._told = 0  # tokens
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self.request.ended or self.failure is not None
+
+    async def news(self) -> None:
+        """Wait until there is more, or it is over."""
+        await self._news.wait()
+        self._news.clear()  # first, so that what comes while the task looks is not missed
+
+    def listen(self) -> None:
+        """The request's listener: in whatever thread took the step.
+
+        RuntimeError if the task's loop was closed: nobody is left who waits.
+        """
+        if self.request.ended or len(self.request.agreed) > self._told:
+            self._told = len(self.request.agreed)
+            self._loop.call_soon_threadsafe(self._news.set)
+
+    def fail(self, failure: W2SFastError) -> None:
+        """There will be no more news of the request."""
+        self.failure = failure
+        with suppress(RuntimeError):  # its loop was closed
+            self._loop.call_soon_threadsafe(self._news.set)
+
+
+def _again(error: W2SFastError) -> W2SFastError:
+    """A copy to raise: a raised error belongs to whoever catches it."""
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy

@@ -1,0 +1,302 @@
+"""Engine: requests in, results out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from w2s_fast.attention import find_backend
+from w2s_fast.decoding import can_record, record_passes, refuse_compile
+from w2s_fast.engine.intake import Intake, pair
+from w2s_fast.engine.outcome import failed, result_of
+from w2s_fast.engine.progress import progress_bar
+from w2s_fast.engine.served import serve_models
+from w2s_fast.engine.stream import Pieces, StreamPiece
+from w2s_fast.errors import InvalidRequest, W2SFastError
+from w2s_fast.models import ModelSource, PagedModel, pick_device
+from w2s_fast.params import SearchParams
+from w2s_fast.result import SearchResult
+from w2s_fast.scheduling import Runner, Scheduler, score_given
+from w2s_fast.search import Guide, PagedGuide, Request, Search
+from w2s_fast.stats import EngineStats
+from w2s_fast.text import Prompt
+
+_READ_AHEAD = 64
+
+
+class Engine:
+    """Weak-to-strong search over one base model and its guides.
+
+    Example::
+
+        engine = Engine(base="gpt2-xl", guides=Guide(tuned="gpt2-imdb", untuned="gpt2"))
+        results = engine.generate(["The film begins"], SearchParams(beam_width=4, successors=4))
+        print(results[0].text, results[0].score)
+
+    Args:
+        base: path, hub id, or a loaded model, which stays usable by itself.
+        guides: a guide, several whose scores are added, or None (then only ``"sample"`` runs).
+        tokenizer: the base's, where it does not lie with the model.
+        device: ``"auto"``, or anything torch accepts.
+        dtype: of weights and KV; ``"auto"`` is float32 on a CPU, the checkpoint's own elsewhere.
+        kv_cache_tokens: room for tokens in each model; None measures the free memory.
+        page_size: tokens in a page.
+        attention: what computes attention: ``"triton"`` (on CUDA), ``"flash"`` (on CUDA, where
+            flash-attn 2 or 3 is installed) or ``"torch"`` (anywhere); ``"auto"`` is triton where it
+            runs, else torch.
+        cuda_graphs: on CUDA, with attention ``"triton"``: replay small passes as CUDA graphs. The
+            usual ones are recorded at the start, others when their shape comes again.
+        compile: run what is recorded through ``torch.compile``, which takes minutes for large
+            models. Off as long as no measurement says that it pays.
+        prefix_cache: keep prompts' pages as long as nothing else needs them, for prompts to come
+            that begin with the same tokens.
+        max_rows: candidates decoded in one step over all requests; one request may have more.
+        prompt_template: text around every plain prompt of the base, ``{prompt}`` in it; guides
+            have their own.
+
+    Raises:
+        UnsupportedModel: a model cannot be loaded or served.
+        MismatchedVocabulary: a guide does not share the base's vocabulary.
+        InvalidRequest: an argument is not allowed.
+    """
+
+    def __init__(
+        self,
+        base: ModelSource,
+        guides: Guide | Sequence[Guide] | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        kv_cache_tokens: int | None = None,
+        page_size: int = 16,
+        attention: str = "auto",
+        cuda_graphs: bool = True,
+        compile: bool = False,
+        max_rows: int = 256,
+        prefix_cache: bool = True,
+        prompt_template: str | None = None,
+    ) -> None:
+        for name, value in (("page_size", page_size), ("max_rows", max_rows)):
+            _check_positive(name, value)
+        if kv_cache_tokens is not None:
+            _check_positive("kv_cache_tokens", kv_cache_tokens)
+        guides = [guides] if isinstance(guides, Guide) else list(guides or ())
+        for guide in guides:
+            if not isinstance(guide.weight, (int, float)) or not math.isfinite(guide.weight):
+                raise InvalidRequest(f"weight of a guide is {guide.weight!r}; allowed: a number")
+        where = pick_device(device)
+        # Refused before models are loaded.
+        backend = find_backend(attention, where)
+        if compile and not (cuda_graphs and can_record(where, backend)):
+            raise refuse_compile()
+        self._models = serve_models(
+            base,
+            guides,
+            tokenizer=tokenizer,
+            device=where,
+            dtype=dtype,
+            kv_cache_tokens=kv_cache_tokens,
+            page_size=page_size,
+            attention=attention,
+            max_rows=max_rows,
+            prefix_cache=prefix_cache,
+            prompt_template=prompt_template,
+        )
+        graphs = None
+        if cuda_graphs and can_record(where, backend):
+            graphs = record_passes(
+                self.base,
+                self._models.of_guides,
+                vocab_size=self._models.vocab_size,
+                max_rows=max_rows,
+                compile=compile,
+            )
+        self._search = Search(
+            self.base, self.guides, self._models.vocab_size, self.eos_token_ids, graphs
+        )
+        scheduler = Scheduler(self.base, [guide.models for guide in self.guides], max_rows)
+        self._intake = Intake(self._models, scheduler)
+        self.runner = Runner(self._search, scheduler)
+        # Requests that one iteration has under way: more than can run, so that none ever waits for
+        # the caller's iterable to be read.
+        self._read_ahead = max_rows + _READ_AHEAD
+
+    @property
+    def base(self) -> PagedModel:
+        """The base model over its pages."""
+        return self._models.base
+
+    @property
+    def guides(self) -> list[PagedGuide]:
+        """The guides over their pages."""
+        return self._models.guides
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The base's; None: prompts are token ids, and results have no text."""
+        return self._models.tokenizer
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """What ends a response."""
+        return self._models.eos_token_ids
+
+    def generate(
+        self,
+        prompts: Iterable[Prompt] | str,
+        params: SearchParams | Iterable[SearchParams] | None = None,
+        *,
+        priority: int = 0,
+        on_error: Literal["raise", "return"] = "raise",
+        progress: bool = True,
+    ) -> list[SearchResult]:
+        """Search a response for every prompt.
+
+        Args:
+            prompts: each a string, a list of token ids, or a list of chat messages.
+            params: one for all prompts, or one for each.
+            priority: the lower, the sooner, among all requests of the engine.
+            on_error: a failed request never stops the others. ``"raise"``: the first error is
+                raised once all are done, with all results in its ``results``; ``"return"``: a
+                failed request's result carries its ``error``.
+            progress: show a progress bar while there is more than one prompt to wait for, and
+                standard error is a terminal.
+
+        Returns:
+            One result for each prompt, in their order.
+
+        Raises:
+            InvalidRequest: a prompt or its parameters are not allowed.
+            NumericalError: a model produced NaN or infinity.
+        """
+        many = not isinstance(prompts, str)
+        total = len(prompts) if many and isinstance(prompts, Sized) else None
+        found = {}
+        with progress_bar(total, show=progress and many) as advance:
+            for index, result in self.as_completed(prompts, params, priority=priority):
+                found[index] = result
+                advance(result.usage.completion_tokens)
+        results = [found[i] for i in range(len(found))]
+        error = next((r.error for r in results if r.error is not None), None)
+        if error is not None and on_error == "raise":
+            error.results = results
+            raise error
+        return results
+
+    def as_completed(
+        self,
+        prompts: Iterable[Prompt] | str,
+        params: SearchParams | Iterable[SearchParams] | None = None,
+        *,
+        priority: int = 0,
+    ) -> Iterator[tuple[int, SearchResult]]:
+        """Like :meth:`generate`, but yields (index of the prompt, result) as results come.
+
+        ``prompts`` is read as room becomes free, so it may be longer than memory. A failed
+        request's result carries its ``error``.
+        """
+        source = enumerate(pair(prompts, params))
+        own: dict[Request, int] = {}
+        try:
+            while True:
+                for index, (prompt, params_of) in source:
+                    try:
+                        request = self.make_request(prompt, params_of, priority)
+                    except W2SFastError as error:
+                        yield index, failed(error)
+                        continue
+                    self.runner.submit(request)
+                    own[request] = index
+                    if len(own) >= self._read_ahead:
+                        break
+                if not own:
+                    return
+                self.runner.advance(own)
+                for request in [request for request in own if request.ended]:
+                    yield own.pop(request), self.result(request)
+        finally:
+            for request in own:
+                self.runner.give_up(request)
+            self.runner.settle()
+
+    def stream(
+        self, prompt: Prompt, params: SearchParams | None = None, *, priority: int = 0
+    ) -> Iterator[StreamPiece]:
+        """Search a response for one prompt, and give it out as it becomes certain.
+
+        A piece comes as soon as all hypotheses that can still win agree on it, and is never taken
+        back. The last piece carries the result. Leaving the loop gives the request up. Other
+        requests of the engine go on meanwhile, whoever takes the steps.
+
+        Raises:
+            InvalidRequest: the prompt or its parameters are not allowed.
+            NumericalError: a model produced NaN or infinity.
+        """
+        return self._stream(self.make_request(prompt, params or SearchParams(), priority))
+
+    def _stream(self, request: Request) -> Iterator[StreamPiece]:
+        pieces = self.pieces(request)
+        request.streams = True
+        self.runner.submit(request)
+        try:
+            while not request.ended:
+                self.runner.advance([request])
+                piece = pieces.next(request.agreed)
+                if piece is not None:
+                    yield piece
+            result = self.result(request)
+            if result.error is not None:
+                raise result.error
+            yield pieces.last(result)
+        finally:
+            self.runner.give_up(request)
+            self.runner.settle()
+
+    def stats(self) -> EngineStats:
+        """What the engine has done since it was made, and what it is doing. Costs next to nothing:
+        it does not wait for the step under way."""
+        return self.runner.stats()
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str | Sequence[int]]
+    ) -> list[float]:
+        """The guides' score of given responses, in nats.
+
+        A response of token ids is scored as it is. A text is tokenised behind its prompt: it
+        begins after the longest common prefix of the tokens of prompt and prompt + text. No EOS
+        is added. Where running requests hold the pages that it takes, some are set aside for it
+        and recomputed.
+
+        Raises:
+            InvalidRequest: no guides, lists of different lengths, an empty response, or a text
+                that is longer than the KV cache of a guide. Nothing is scored then.
+            NumericalError: a model gave NaN or infinity for a text; says which one, and where.
+        """
+        given = self._intake.given(prompts, responses)
+        scores = [
+            score_given(self.runner, guide, texts) for guide, texts in zip(self.guides, given)
+        ]
+        return [sum(own) for own in zip(*scores)]
+
+    def make_request(self, prompt: Prompt, params: SearchParams, priority: int = 0) -> Request:
+        """Check and encode one prompt, for :attr:`runner`. InvalidRequest, and nothing is held."""
+        return self._intake.request(prompt, params, priority)
+
+    def pieces(self, request: Request) -> Pieces:
+        """What cuts its response into pieces."""
+        return Pieces(self.tokenizer, request.prompt)
+
+    def result(self, request: Request) -> SearchResult:
+        """The result of a request that has ended; carries its error if it failed."""
+        return result_of(request, self.tokenizer)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise InvalidRequest(f"{name} is {value!r}; allowed: an integer >= 1")

@@ -1,0 +1,101 @@
+"""Intake: from prompts and parameters to requests, or an InvalidRequest that says why not."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from itertools import repeat
+
+import numpy as np
+
+from w2s_fast.engine.served import ServedModels
+from w2s_fast.errors import InvalidRequest
+from w2s_fast.models import PagedModel
+from w2s_fast.params import SearchParams
+from w2s_fast.scheduling import Given, Scheduler, check_room
+from w2s_fast.search import Request
+from w2s_fast.text import Prompt
+
+
+class Intake:
+    """Checks and encodes what comes in. Any thread may call it, and nothing is held."""
+
+    def __init__(self, models: ServedModels, scheduler: Scheduler) -> None:
+        self._models = models
+        self._scheduler = scheduler
+        # Fast tokenizers keep the options of a call as their own state: one call at a time.
+        self._encoding = threading.Lock()
+
+    def request(self, prompt: Prompt, params: SearchParams, priority: int) -> Request:
+        """One prompt as a request that the engine can serve. InvalidRequest."""
+        models = self._models
+        if not isinstance(params, SearchParams):
+            raise InvalidRequest(f"params is {type(params).__name__}; allowed: SearchParams")
+        if params.uses_guides and not models.guides:
+            raise InvalidRequest(f"method {params.method!r} needs guides; the engine has none")
+        if isinstance(priority, bool) or not isinstance(priority, (int, np.integer)):
+            raise InvalidRequest(f"priority is {priority!r}; allowed: an integer")
+        with self._encoding:
+            ids = models.encoder.encode(prompt)
+            guide_ids = [e.encode(prompt) for e in models.guide_encoders if params.uses_guides]
+        _check_length([models.base], len(ids), params.max_new_tokens)
+        for guide, own in zip(models.guides, guide_ids):
+            _check_length(guide.models, len(own), params.max_new_tokens)
+        for token in params.stop_token_ids:
+            if token >= models.vocab_size:
+                raise InvalidRequest(
+                    f"stop_token_ids holds {token}; allowed: below {models.vocab_size}"
+                )
+        request = Request(ids, guide_ids, params, int(priority))
+        self._scheduler.check(request)
+        return request
+
+    def given(
+        self, prompts: Sequence[Prompt], responses: Sequence[str | Sequence[int]]
+    ) -> list[list[Given]]:
+        """Texts to be scored, for each guide. InvalidRequest if one could never be."""
+        if not self._models.guides:
+            raise InvalidRequest("the engine has no guides, so it cannot score")
+        if len(prompts) != len(responses):
+            raise InvalidRequest(f"{len(prompts)} prompts, but {len(responses)} responses")
+        return [
+            [self._given(g, prompt, response) for prompt, response in zip(prompts, responses)]
+            for g in range(len(self._models.guides))
+        ]
+
+    def _given(self, g: int, prompt: Prompt, response: str | Sequence[int]) -> Given:
+        with self._encoding:
+            encoder = self._models.guide_encoders[g]
+            text = Given(*encoder.encode_with_response(prompt, response))
+        models = self._models.guides[g].models
+        _check_length(models, len(text.prompt), len(text.response))
+        for model in models:
+            check_room(model, text)
+        return text
+
+
+def pair(
+    prompts: Iterable[Prompt] | str, params: SearchParams | Iterable[SearchParams] | None
+) -> Iterator[tuple[Prompt, SearchParams]]:
+    """Each prompt with its parameters. InvalidRequest if they are not as many."""
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if params is None:
+        params = SearchParams()
+    if isinstance(params, SearchParams):
+        return zip(prompts, repeat(params))
+    if isinstance(prompts, Sized) and isinstance(params, Sized) and len(prompts) != len(params):
+        raise InvalidRequest(
+            f"{len(prompts)} prompts, but {len(params)} params; allowed: one for all, or one each"
+        )
+    return zip(prompts, params)
+
+
+def _check_length(models: Sequence[PagedModel], prompt: int, new: int) -> None:
+    for model in models:
+        limit = model.max_positions
+        if limit is not None and prompt + new > limit:
+            raise InvalidRequest(
+                f"the prompt has {prompt} tokens for {model.name}, and {new} new ones may follow; "
+                f"allowed: {limit} together"
+            )

@@ -1,0 +1,61 @@
+"""From a request that has ended to its result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from w2s_fast.errors import EngineFailure, W2SFastError
+from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
+from w2s_fast.search import Beam, Request
+from w2s_fast.text import decode_response
+
+
+def result_of(request: Request, tokenizer: PreTrainedTokenizerBase | None) -> SearchResult:
+    """The result of a request that has ended; carries its error if it failed."""
+    if request.error is not None:
+        return failed(request.error, request)
+    beams = request.beams[: request.params.n]
+    try:
+        hypotheses = [_hypothesis(request, beam, tokenizer) for beam in beams]
+    except Exception as error:  # a tokenizer may raise anything
+        failure = EngineFailure(f"the response cannot be decoded: {error}")
+        failure.__cause__ = error
+        return failed(failure, request)
+    trace = Trace(request.rounds) if request.params.trace else None
+    return SearchResult(hypotheses, _usage(request, beams), trace, stats=request.stats)
+
+
+def failed(error: W2SFastError, request: Request | None = None) -> SearchResult:
+    """The result of a request that failed, or was never taken on."""
+    if request is None:
+        return SearchResult([], Usage(0, 0, 0, 0), error=error)
+    return SearchResult([], _usage(request, []), error=error, stats=request.stats)
+
+
+def _hypothesis(
+    request: Request, beam: Beam, tokenizer: PreTrainedTokenizerBase | None
+) -> Hypothesis:
+    assert beam.finish_reason is not None
+    text = None
+    if tokenizer is not None:
+        shown = beam.tokens if beam.finish_reason == "length" else beam.tokens[:-1]
+        text = decode_response(tokenizer, request.prompt, shown)
+    return Hypothesis(
+        text,
+        beam.tokens,
+        request.score_of(beam),
+        beam.finish_reason,
+        beam.token_scores,
+        beam.logprobs,
+    )
+
+
+def _usage(request: Request, beams: Sequence[Beam]) -> Usage:
+    return Usage(
+        prompt_tokens=len(request.prompt),
+        completion_tokens=sum(len(beam.tokens) for beam in beams),
+        sampled_tokens=request.sampled_tokens,
+        scored_tokens=request.scored_tokens,
+    )

@@ -1,0 +1,158 @@
+"""ServedModels: from what a caller names to models that run, checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from w2s_fast.errors import MismatchedVocabulary
+from w2s_fast.models import ModelSource, PagedModel, kv_tokens_that_fit, load_model, load_tokenizer
+from w2s_fast.search import Guide, PagedGuide
+from w2s_fast.text import PromptEncoder, check_same_vocabulary, eos_token_ids, tokenizer_size
+
+_MAX_SLOTS = 4096
+
+
+@dataclass(frozen=True)
+class ServedModels:
+    """A base and its guides, each over pages of its own, and how prompts become their tokens.
+
+    Attributes:
+        tokenizer: the base's; None: prompts are token ids.
+        vocab_size: of the vocabulary that all models share; ids from here on are padding.
+        eos_token_ids: what ends a response.
+        encoder: for the base's prompts. guide_encoders: one for each guide's.
+    """
+
+    base: PagedModel
+    guides: list[PagedGuide]
+    tokenizer: PreTrainedTokenizerBase | None
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    encoder: PromptEncoder
+    guide_encoders: list[PromptEncoder]
+
+    @property
+    def of_guides(self) -> list[PagedModel]:
+        """The models of all guides, tuned and untuned."""
+        return [model for guide in self.guides for model in guide.models]
+
+
+def serve_models(
+    base: ModelSource,
+    guides: Sequence[Guide],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+    dtype: str | torch.dtype,
+    kv_cache_tokens: int | None,
+    page_size: int,
+    attention: str,
+    max_rows: int,
+    prefix_cache: bool,
+    prompt_template: str | None,
+) -> ServedModels:
+    """Load the models, and give each its pages; see :class:`w2s_fast.Engine` for the arguments.
+
+    A model that is named twice is loaded once.
+
+    Raises:
+        UnsupportedModel: a model cannot be loaded or served.
+        MismatchedVocabulary: a guide does not share the base's vocabulary.
+        InvalidRequest: there is no room for any tokens, or a template that cannot be used.
+    """
+    loaded: dict[Any, PreTrainedModel] = {}
+
+    def load(source: ModelSource) -> PreTrainedModel:
+        key = id(source) if isinstance(source, PreTrainedModel) else str(source)
+        if key not in loaded:
+            loaded[key] = load_model(source, device, dtype)
+        return loaded[key]
+
+    base_model = load(base)
+    pairs = [(load(guide.tuned), load(guide.untuned)) for guide in guides]
+    models = [base_model, *(model for pair in pairs for model in pair)]
+    tokens = kv_cache_tokens or kv_tokens_that_fit(models, _useful_tokens(base_model, max_rows))
+
+    def page(model: PreTrainedModel, role: str, source: ModelSource) -> PagedModel:
+        return PagedModel(
+            model,
+            role if isinstance(source, PreTrainedModel) else f"{role} ({source})",
+            kv_cache_tokens=tokens,
+            page_size=page_size,
+            max_slots=_MAX_SLOTS,
+            prefix_cache=prefix_cache,
+            attention=attention,
+        )
+
+    if tokenizer is None:
+        tokenizer = load_tokenizer(base)
+    paged_base = page(base_model, "base", base)
+    paged = []
+    for g, (guide, (tuned, untuned)) in enumerate(zip(guides, pairs)):
+        number = f" {g}" if len(guides) > 1 else ""
+        paged.append(
+            (
+                page(tuned, f"tuned{number}", guide.tuned),
+                page(untuned, f"untuned{number}", guide.untuned),
+            )
+        )
+    vocab_size = _shared_vocabulary(tokenizer, paged_base, guides, paged)
+
+    def encoder(model: PagedModel, template: str | None) -> PromptEncoder:
+        bos = getattr(tokenizer, "bos_token_id", None)
+        if tokenizer is None:
+            bos = getattr(model.model.config.get_text_config(), "bos_token_id", None)
+        if bos is not None and not 0 <= bos < vocab_size:
+            bos = None
+        return PromptEncoder(
+            model.name, tokenizer, template, vocab_size=vocab_size, bos_token_id=bos
+        )
+
+    return ServedModels(
+        base=paged_base,
+        guides=[
+            PagedGuide(tuned, untuned, guide.weight, vocab_size)
+            for guide, (tuned, untuned) in zip(guides, paged)
+        ],
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        eos_token_ids=frozenset(eos_token_ids(base_model, tokenizer)),
+        encoder=encoder(paged_base, prompt_template),
+        guide_encoders=[
+            encoder(tuned, guide.prompt_template) for guide, (tuned, _) in zip(guides, paged)
+        ],
+    )
+
+
+def _shared_vocabulary(
+    tokenizer: PreTrainedTokenizerBase | None,
+    base: PagedModel,
+    guides: Sequence[Guide],
+    paged: Sequence[tuple[PagedModel, PagedModel]],
+) -> int:
+    """The size of the vocabulary that all models share. MismatchedVocabulary if they do not."""
+    sources = [s for guide in guides for s in (guide.tuned, guide.untuned)]
+    models = [model for pair in paged for model in pair]
+    size = base.vocab_size
+    if tokenizer is not None:
+        size = min(size, tokenizer_size(tokenizer))
+        for source, model in zip(sources, models):
+            own = load_tokenizer(source)
+            if own is not None:
+                check_same_vocabulary(tokenizer, own, model.name)
+            if model.vocab_size < size:
+                raise MismatchedVocabulary(
+                    f"{model.name} has logits for {model.vocab_size} tokens, but the base's "
+                    f"vocabulary has {size}"
+                )
+    return min([size, *(model.vocab_size for model in models)])
+
+
+def _useful_tokens(base: PreTrainedModel, max_rows: int) -> int:
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 32768
+    return int(max_rows * longest)

@@ -1,0 +1,85 @@
+"""The text of a request under way: what all its hypotheses agree on, and nothing else.
+
+Every hypothesis that can still win descends from one of the present candidates, so what all of
+those begin with will be part of the answer whatever is selected later
+(:meth:`w2s_fast.search.Request.agreed_tokens`). It only ever grows: a piece that was given out is
+never taken back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from w2s_fast.result import SearchResult
+from w2s_fast.text import decode_response
+
+_INCOMPLETE = "\ufffd"  # what decoders write for a character of which bytes are missing
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte as a token, in vocabularies of characters
+
+
+@dataclass(frozen=True)
+class StreamPiece:
+    """A piece of a response, in order; the last one carries the result.
+
+    Attributes:
+        text: what is new; all pieces together are ``result.text``. None without a tokenizer.
+        token_ids: what is new; all pieces together are ``result.token_ids``. Text may come later
+            than its tokens: a character is held back until all its bytes are there.
+        result: in the last piece only.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    result: SearchResult | None = None
+
+
+class Pieces:
+    """Cuts one growing response into pieces."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, prompt: Sequence[int]) -> None:
+        """``prompt``: the base's tokens, behind which the response is decoded."""
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._given = 0  # tokens
+        self._text = ""
+
+    def next(self, tokens: list[int]) -> StreamPiece | None:
+        """What is new in ``tokens``, the response so far; None if there is nothing."""
+        if len(tokens) <= self._given:
+            return None
+        new = tokens[self._given :]
+        self._given = len(tokens)
+        if self._tokenizer is None:
+            return StreamPiece(None, new)
+        whole = tokens[: len(tokens) - _open_bytes(self._tokenizer, tokens)]
+        text = decode_response(self._tokenizer, self._prompt, whole)
+        return StreamPiece(self._new_text(text.rstrip(_INCOMPLETE)), new)
+
+    def last(self, result: SearchResult) -> StreamPiece:
+        """The rest of the answer."""
+        text = None if result.text is None else self._new_text(result.text)
+        return StreamPiece(text, result.token_ids[self._given :], result)
+
+    def _new_text(self, text: str) -> str:
+        if not text.startswith(self._text):
+            return ""  # a decoder that rewrites what it has written: nothing is taken back
+        new = text[len(self._text) :]
+        self._text = text
+        return new
+
+
+def _open_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> int:
+    """How many tokens at the end are single bytes.
+
+    Decoders with a fallback to bytes decode a run of them as one, to replacement characters
+    throughout if any is wrong: its text is known when the run is over.
+    """
+    for behind, token in enumerate(reversed(tokens)):
+        name = tokenizer.convert_ids_to_tokens(token)
+        if not (isinstance(name, str) and _BYTE.fullmatch(name)):
+            return behind
+    return len(tokens)

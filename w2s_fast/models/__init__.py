@@ -1,0 +1,21 @@
+"""Models: Hugging Face causal LMs, run by their own code with keys and values in pages.
+
+Owns loading, the probe that says whether pages can serve a model, its body and its LM head, and
+:class:`PagedModel`, one model over one pool: tokens are appended to slots, hidden states come out.
+The room knows no sampling, no beams and no text.
+"""
+
+from w2s_fast.models.body import run_body
+from w2s_fast.models.load import ModelSource, load_model, load_tokenizer, pick_device
+from w2s_fast.models.memory import kv_tokens_that_fit
+from w2s_fast.models.model import PagedModel
+
+__all__ = [
+    "ModelSource",
+    "PagedModel",
+    "kv_tokens_that_fit",
+    "load_model",
+    "load_tokenizer",
+    "pick_device",
+    "run_body",
+]

@@ -1,0 +1,12 @@
+"""Scheduling: which requests take the next step, so that a round never runs out of pages.
+
+Owns all requests that have come and not ended, the promise of pages for whole rounds, and the one
+turn in which steps are taken. Requests are set aside and go on later; nothing is lost. What a step
+does is the search's business.
+"""
+
+from w2s_fast.scheduling.runner import Runner
+from w2s_fast.scheduling.scheduler import Scheduler
+from w2s_fast.scheduling.scoring import Given, check_room, score_given
+
+__all__ = ["Given", "Runner", "Scheduler", "check_room", "score_given"]

@@ -1,0 +1,202 @@
+"""Which requests share the next step: those whose round surely fits, the most urgent first.
+
+A request is promised the pages of a whole round before the round starts, and keeps the promise
+until the round ends, so a round never runs out of pages half way. Between two rounds a request that
+no longer fits is set aside: it gives up all its pages, waits in its old place, and is recomputed.
+
+Order: a request is as urgent as the step in which it came, plus ``ROUNDS_PER_PRIORITY`` steps for
+each level of priority. That number never changes, so nobody is overtaken for ever; and every step
+serves the most urgent first, running or not, so the most urgent one waits at most for the rounds
+that are under way.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+from heapq import merge
+from typing import NamedTuple
+
+from w2s_fast.cache import PagePool
+from w2s_fast.errors import InvalidRequest
+from w2s_fast.models import PagedModel
+from w2s_fast.scheduling.footprint import pages_at_most, round_pages, rows_at_most
+from w2s_fast.search import Request
+
+# How many steps a request of one priority waits for those of the next higher one.
+ROUNDS_PER_PRIORITY = 1000
+# Share of the pages that a request leaves free when it enters, so that those that run have room to
+# grow and are not set aside at once.
+_HEADROOM = 32
+# Waiting requests that did not fit, before the others are not looked at: a step should not walk
+# over a long queue.
+_MOST_MISSES = 16
+
+
+class Choice(NamedTuple):
+    """Which requests take part in the next step, and which running ones give up their pages."""
+
+    run: list[Request]
+    set_aside: list[Request]
+
+
+class Room(NamedTuple):
+    """Free pages and slots of one model that somebody wants between two steps, and gives back."""
+
+    pool: PagePool
+    pages: int
+    slots: int
+
+    @property
+    def there(self) -> bool:
+        return self.pool.free_pages >= self.pages and self.pool.free_slots >= self.slots
+
+
+@dataclass
+class _Share:
+    model: PagedModel
+    guide: int | None  # whose prompt it runs; None: the base's
+
+
+class Scheduler:
+    """All requests that have come and not ended: those that wait, and those that run."""
+
+    def __init__(
+        self, base: PagedModel, guides: Iterable[tuple[PagedModel, PagedModel]], max_rows: int
+    ) -> None:
+        """``max_rows``: rows of a decoding step; one request alone may have more."""
+        self.max_rows = max_rows
+        self.waiting: list[Request] = []  # the most urgent first
+        self.running: list[Request] = []
+        self._shares = [_Share(base, None)]
+        for g, models in enumerate(guides):
+            self._shares += [_Share(model, g) for model in models]
+        self._steps = 0
+        self._submitted = 0
+
+    def check(self, request: Request) -> None:
+        """Whether the request could run alone.
+
+        Raises:
+            InvalidRequest: names the model, what is needed and what there is.
+        """
+        for share in self._shares_of(request):
+            pool = share.model.pool
+            needed = pages_at_most(request, share.guide, pool.page_size)
+            if needed > pool.num_pages:
+                raise InvalidRequest(
+                    f"the request can need {needed * pool.page_size} tokens of KV cache in "
+                    f"{share.model.name}, which has {pool.num_pages * pool.page_size}; allowed: a "
+                    "shorter prompt, fewer candidates or new tokens, or a larger kv_cache_tokens"
+                )
+            if rows_at_most(request) > pool.manager.max_slots:
+                raise InvalidRequest(
+                    f"the request has {rows_at_most(request)} candidates; allowed: "
+                    f"{pool.manager.max_slots}"
+                )
+
+    def submit(self, request: Request) -> None:
+        """Let a checked request wait for its turn."""
+        request.urgency = (
+            self._steps + ROUNDS_PER_PRIORITY * request.priority,
+            self._submitted,
+        )
+        self._submitted += 1
+        self._wait(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that has ended, or is given up."""
+        (self.running if request in self.running else self.waiting).remove(request)
+
+    def choose(self) -> Choice:
+        """Decide who takes part in the next step; ``running`` and ``waiting`` follow."""
+        self._steps += 1
+        free = [share.model.pool.num_pages for share in self._shares]
+        rows = 0
+        chosen: list[Request] = []
+        for request in self.in_round:
+            chosen.append(request)
+            rows += rows_at_most(request)
+            free = [f - p for f, p in zip(free, request.promised)]
+        between = sorted((r for r in self.running if not r.families), key=_urgency)
+        set_aside: list[Request] = []
+        entered: list[Request] = []
+        misses = 0
+        for request in merge(between, self.waiting, key=_urgency):
+            waits = request not in self.running
+            if waits and misses == _MOST_MISSES:
+                continue
+            needed = self._round_pages(request)
+            spare = self._headroom() if waits and chosen else [0] * len(free)
+            fits = all(n == 0 or n + s <= f for n, s, f in zip(needed, spare, free))
+            if fits and (not chosen or rows + rows_at_most(request) <= self.max_rows):
+                request.promised = needed
+                free = [f - n for f, n in zip(free, needed)]
+                rows += rows_at_most(request)
+                chosen.append(request)
+                if waits:
+                    entered.append(request)
+            elif waits:
+                misses += 1
+            else:
+                set_aside.append(request)
+        for request in entered:
+            self.waiting.remove(request)
+            request.stats.enter()
+        for request in set_aside:
+            self._wait(request)
+            request.stats.wait()
+        self.running = chosen
+        return Choice(list(chosen), set_aside)
+
+    @property
+    def in_round(self) -> list[Request]:
+        """Those in the middle of a round: they keep what they were promised until it ends."""
+        return [request for request in self.running if request.families]
+
+    def set_aside_for(self, rooms: Iterable[Room]) -> Request | None:
+        """Let one running request wait and give up its pages, so that others may have room.
+
+        The least urgent one between two rounds that holds pages where they are missing; None:
+        there is no such request.
+        """
+        missing = [room.pool for room in rooms if not room.there]
+        between = [
+            request
+            for request in self.running
+            if not request.families
+            and any(
+                pages and any(share.model.pool is pool for pool in missing)
+                for pages, share in zip(request.promised, self._shares)
+            )
+        ]
+        if not between:
+            return None
+        request = max(between, key=_urgency)
+        self.running.remove(request)
+        self._wait(request)
+        request.stats.wait()
+        return request
+
+    def _wait(self, request: Request) -> None:
+        insort(self.waiting, request, key=_urgency)
+
+    def _headroom(self) -> list[int]:
+        return [share.model.pool.num_pages // _HEADROOM for share in self._shares]
+
+    def _round_pages(self, request: Request) -> list[int]:
+        """Pages that the request holds at most in its next round, in every model; 0: runs not."""
+        served = self._shares_of(request)
+        return [
+            round_pages(request, share.guide, share.model.pool.page_size) if share in served else 0
+            for share in self._shares
+        ]
+
+    def _shares_of(self, request: Request) -> list[_Share]:
+        guides = request.params.uses_guides
+        return [share for share in self._shares if share.guide is None or guides]
+
+
+def _urgency(request: Request) -> tuple[int, int]:
+    return request.urgency

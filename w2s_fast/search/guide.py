@@ -1,0 +1,131 @@
+"""Guides: a pair of small models whose log-probability difference says what is better.
+
+:class:`Guide` is what a caller writes; :class:`PagedGuide` is what runs. Each of its two models
+keeps its KV one token behind the text: the log-prob of a chunk's first token needs the hidden
+state of the token before it, so a chunk of L tokens costs exactly L forwarded tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from w2s_fast.attention import RowTree
+from w2s_fast.cache import Int32Array
+from w2s_fast.decoding import Lane
+from w2s_fast.models import ModelSource, PagedModel
+from w2s_fast.search.beginnings import prefill
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A tuned small model and its untuned starting point (path, hub id or loaded model).
+
+    Args:
+        tuned: the model that prefers what is wanted.
+        untuned: the model it was tuned from; same vocabulary.
+        weight: factor of its score; guides' scores are added.
+        prompt_template: text around every plain prompt of this guide, ``{prompt}`` in it.
+    """
+
+    tuned: ModelSource
+    untuned: ModelSource
+    weight: float = 1.0
+    prompt_template: str | None = None
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probs of the same T tokens under both models of a guide, float32 [T] each."""
+
+    tuned: Tensor
+    untuned: Tensor
+
+
+class PagedGuide:
+    """A guide at work: its two models, each over its own pages.
+
+    Sequences are named by slots of shape int32 [2, S]: row 0 in the tuned model's pool, row 1 in
+    the untuned one's.
+    """
+
+    def __init__(
+        self, tuned: PagedModel, untuned: PagedModel, weight: float, vocab_size: int
+    ) -> None:
+        """``vocab_size``: ids from here on are padding, outside of both softmaxes."""
+        self.models = (tuned, untuned)
+        self.weight = weight
+        self.vocab_size = vocab_size
+        # A chunk is too little work to fill a GPU, so both models run at once.
+        self._lane = Lane(tuned.device)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Int32Array:
+        """New slots int32 [2, S] that hold all but the last token of each prompt (>= 1 token).
+
+        What the prefix cache has of a prompt is not run again, and with a prefix cache, what
+        several of the prompts begin with is run once.
+        """
+        texts = [prompt[:-1] for prompt in prompts]
+        return self._in_both(lambda model, _: prefill(model, texts))
+
+    def append(
+        self,
+        slots: Int32Array,
+        before: Sequence[int],
+        chunks: Sequence[Sequence[int]],
+        tree: RowTree | None = None,
+    ) -> TokenLogprobs:
+        """Score new tokens, and append all but the last of each chunk to the KV.
+
+        Args:
+            slots: int32 [2, S].
+            before: S tokens, each the last one before its chunk (not in the KV yet).
+            chunks: S chunks of at least one token.
+            tree: which slots share which of their first tokens; None: none do.
+
+        Returns:
+            The log-probs of the chunks' tokens, one chunk after the other.
+        """
+        targets = self._tensor([token for chunk in chunks for token in chunk])
+        inputs = self._tensor(
+            [t for last, chunk in zip(before, chunks) for t in (last, *chunk[:-1])]
+        )
+        counts = [len(chunk) for chunk in chunks]
+
+        def run(model: PagedModel, own: Int32Array) -> Tensor:
+            hidden = model.forward(own, inputs, counts, tree)
+            return model.token_logprobs(hidden, targets, self.vocab_size)
+
+        try:
+            with self._lane.beside():
+                tuned = run(self.models[0], slots[0])
+            untuned = run(self.models[1], slots[1])
+        finally:
+            self._lane.join()
+        return TokenLogprobs(tuned, untuned)
+
+    def fork(self, slots: Int32Array, counts: Sequence[int]) -> Int32Array:
+        """``counts[i]`` new slots with the tokens of ``slots[:, i]``: int32 [2, sum(counts)]."""
+        return self._in_both(lambda model, m: model.pool.fork(slots[m], counts))
+
+    def release(self, slots: Int32Array) -> None:
+        """Give slots int32 [2, S] back."""
+        for model, own in zip(self.models, slots):
+            model.pool.release(own)
+
+    def _in_both(self, take: Callable[[PagedModel, int], Int32Array]) -> Int32Array:
+        """New slots of the tuned and of the untuned model; in both, or in none."""
+        tuned, untuned = self.models
+        first = take(tuned, 0)
+        try:
+            return np.stack([first, take(untuned, 1)])
+        except BaseException:
+            tuned.pool.release(first)
+            raise
+
+    def _tensor(self, tokens: list[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.int64, device=self.models[0].device)

@@ -1,0 +1,19 @@
+"""Text: from what a caller writes to token ids, and from token ids back to text.
+
+Owns how a prompt is encoded for one model (plain, by a template, as a chat), how a response is
+decoded behind its prompt, and what it means that two models share a vocabulary. A user's text is
+data here: it is never formatted, and never becomes a special token.
+"""
+
+from w2s_fast.text.prompt import Prompt, PromptEncoder
+from w2s_fast.text.response import decode_response
+from w2s_fast.text.vocabulary import check_same_vocabulary, eos_token_ids, tokenizer_size
+
+__all__ = [
+    "Prompt",
+    "PromptEncoder",
+    "check_same_vocabulary",
+    "decode_response",
+    "eos_token_ids",
+    "tokenizer_size",
+]
