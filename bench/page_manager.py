@@ -68,8 +68,8 @@ def main() -> None:
         lambda: manager.reserve(children, ones), lambda: manager.trim(children), args.repetitions
     )
     manager.reserve(children, ones)
-    results["slot_mapping"] = measure(
-        lambda: manager.slot_mapping(children, ones), lambda: None, args.repetitions
+    results["places"] = measure(
+        lambda: manager.places(children, ones), lambda: None, args.repetitions
     )
 
     manager.release(children)

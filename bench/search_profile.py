@@ -9,6 +9,7 @@ like Python's: the run is timed without it, too.
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -24,13 +25,13 @@ from rich.table import Table
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
-import w2s_fast.search.search
 from bench.search_cases import BATCH, ENGINE, Bench, Case
 from w2s_fast import Engine
 from w2s_fast.attention import GatheredPlan
 from w2s_fast.cache import PagePool
 from w2s_fast.decoding import Decoding, SamplingBatch
 from w2s_fast.models import PagedModel
+from w2s_fast.search import Search
 
 MARK = "part: "
 OPERATORS_SHOWN = 12  # of each part
@@ -101,7 +102,7 @@ def _named_parts(engine: Engine) -> Iterator[None]:
         (GatheredPlan, "advance", named("attention plan")),
         (GatheredPlan, "make", named("attention plan")),
         (SamplingBatch, "draw", named("sampling")),
-        (w2s_fast.search.search, "choose", named("selection")),
+        (inspect.getmodule(Search), "choose", named("selection")),
         *((PagePool, name, of_pool) for name in ("reserve", "extend", "fork", "release")),
     ]
     with ExitStack() as stack:

@@ -93,9 +93,9 @@ PYBIND11_MODULE(_pages, module) {
                                 const IntArray& tokens) {
                 return self.pages_needed(ints(slots), ints(tokens));
             }, py::arg("slots").noconvert(), py::arg("tokens").noconvert())
-        .def("slot_mapping", [](const PageManager& self, const IntArray& slots,
+        .def("places", [](const PageManager& self, const IntArray& slots,
                                 const IntArray& tokens) {
-                return to_numpy(self.slot_mapping(ints(slots), ints(tokens)));
+                return to_numpy(self.places(ints(slots), ints(tokens)));
             }, py::arg("slots").noconvert(), py::arg("tokens").noconvert())
         .def("extend", [](PageManager& self, const IntArray& slots, const IntArray& tokens) {
                 self.extend(ints(slots), ints(tokens));

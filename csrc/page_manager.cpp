@@ -231,7 +231,7 @@ std::vector<PageCopy> PageManager::reserve(Ints slots, Ints tokens) {
     return copies;
 }
 
-std::vector<std::int64_t> PageManager::slot_mapping(Ints slots, Ints tokens) const {
+std::vector<std::int64_t> PageManager::places(Ints slots, Ints tokens) const {
     check_reserved(slots, tokens);
     std::vector<std::int64_t> positions;
     positions.reserve(static_cast<std::size_t>(

@@ -18,7 +18,7 @@
 //      belong to that slot alone.
 //   3. A page is written only by a slot that owns it alone. A shared page that a slot wants to
 //      write at (the partial last page of a slot cut back by truncate) is replaced by reserve
-//      (copy-on-write); extend and slot_mapping refuse to run before that. The cache's reference
+//      (copy-on-write); extend and places refuse to run before that. The cache's reference
 //      counts: a cached page is never written, and the last slot to rewrite it needs a copy, too.
 //   4. A slot that holds a cached page holds the cached pages before it, too, in the same places.
 //   5. A cached page that no slot holds counts as free. It is taken when no other is left: the one
@@ -94,7 +94,7 @@ public:
 
     // Flat positions page * page_size + offset of the tokens[i] positions that follow the length
     // of slots[i], slot after slot. They must have been reserved.
-    std::vector<std::int64_t> slot_mapping(Ints slots, Ints tokens) const;
+    std::vector<std::int64_t> places(Ints slots, Ints tokens) const;
 
     // Counts tokens[i] reserved positions of slots[i] as written.
     void extend(Ints slots, Ints tokens);

@@ -1,7 +1,7 @@
 """The one definition of the noise a search draws: Philox 4x32-10, counted, never stateful.
 
-A token's noise is one uniform number keyed by (request seed, candidate, position), so it does
-not depend on batch rows, on the order of requests, or on any global generator. Philox is the
+A token's noise is one uniform number keyed by (seed, candidate, position), so it does
+not depend on batch rows, on their order, or on any global generator. Philox is the
 counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 
     key     = (seed mod 2^32, seed >> 32)

@@ -198,10 +198,10 @@ def _threshold(
                 BY_WEIGHT, BLOCK, CAPACITY,
             )  # fmt: skip
             if n <= CAPACITY:
-                slot = tl.arange(0, CAPACITY)
-                value = tl.load(scratch + slot, mask=slot < n, other=0.0)
+                index = tl.arange(0, CAPACITY)
+                value = tl.load(scratch + index, mask=index < n, other=0.0)
                 mass = value.to(tl.int64) if BY_WEIGHT else tl.full((CAPACITY,), 1, tl.int64)
-                mass = tl.where(slot < n, mass, 0)
+                mass = tl.where(index < n, mass, 0)
                 low, between = bisect(order_key(value), mass, needed - above, low, high, 0)
                 reached = above + between
                 high = low + 1
@@ -239,8 +239,8 @@ def _gather_between(
         )
         key = order_key(value)
         inside = (key >= low) & (key < high)
-        slot = n + tl.cumsum(inside.to(tl.int32), 0) - 1
-        tl.store(scratch + slot, value, mask=inside & (slot < CAPACITY))
+        index = n + tl.cumsum(inside.to(tl.int32), 0) - 1
+        tl.store(scratch + index, value, mask=inside & (index < CAPACITY))
         n += tl.sum(inside.to(tl.int32), 0)
         first += BLOCK
     tl.debug_barrier()

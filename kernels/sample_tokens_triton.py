@@ -302,9 +302,9 @@ def gather_survivors(
         x = tl.reshape(x, (LISTED * GROUP,)).to(tl.float32)
         v = tl.reshape(v, (LISTED * GROUP,))
         survives = (x >= bound) & (x > -float("inf"))
-        slot = n + tl.cumsum(survives.to(tl.int32), 0) - 1
-        tl.store(values + slot, x, mask=survives & (slot < CAPACITY))
-        tl.store(ids + slot, v, mask=survives & (slot < CAPACITY))
+        index = n + tl.cumsum(survives.to(tl.int32), 0) - 1
+        tl.store(values + index, x, mask=survives & (index < CAPACITY))
+        tl.store(ids + index, v, mask=survives & (index < CAPACITY))
         n += tl.sum(survives.to(tl.int32), 0)
         first += LISTED
     tl.debug_barrier()

@@ -1,8 +1,8 @@
-"""Score the candidates of a round and choose the best of every request: one call for all of them.
+"""Score the candidates of a round and choose the best of them: one call for many rounds.
 
     token_score_t = sum over guides g of  weight_g * (tuned_g[t] - untuned_g[t])
     score_c       = previous_c + sum of the token_scores of its chunk          (float64)
-    rank of c     = how many of its request beat it: a better score, or the same and a lower index
+    rank of c     = how many of its round beat it: a better score, or the same and a lower index
 
 Candidates with the same tokens get the score of the first of them, bit for bit: they ran in
 different rows of a batched product, and its rounding must not decide between them.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from w2s_fast.kernels.library import jit, register, tl, triton
 
-MAX_CANDIDATES = 1024  # of one request in one program; more are ranked by torch
+MAX_CANDIDATES = 1024  # of one round in one program; more are ranked by torch
 
 
 class Selection(NamedTuple):
@@ -26,7 +26,7 @@ class Selection(NamedTuple):
     Attributes:
         token_scores: float64 [T], each new token's weighted log-ratio, added over the guides.
         scores: float64 [C], sums over whole responses.
-        kept: int32 [R, W], indices of a request's best candidates among its own, best first; -1
+        kept: int32 [R, W], indices of a round's best candidates among its own, best first; -1
             where it has no more.
         parents: int32 [R, W], the parents of those kept; -1 likewise.
         broken: int32 [C], the first of a candidate's new tokens (an index into T) whose score is
@@ -57,7 +57,9 @@ def select_beams(
     max_candidates: int,
     max_width: int,
 ) -> Selection:
-    """Add the log-ratios of ragged chunks to the scores, and rank every request's candidates.
+    """Add the log-ratios of ragged chunks to the scores, and rank every round's candidates.
+
+    A round is one request's: its candidates compete with each other, and with no others.
 
     Args:
         tuned, untuned: float32 [G, T], log-probs of the new tokens of all candidates, one
@@ -69,13 +71,13 @@ def select_beams(
         previous: float64 [C], the sum of each candidate's scores before this chunk.
         lengths: int64 [C], tokens of each whole response, new ones included; >= 1.
         parents: int32 [C], handed through to the result.
-        siblings: int64 [C]; two candidates of a request had the same tokens before this chunk if,
+        siblings: int64 [C]; two candidates of a round had the same tokens before this chunk if,
             and only if, these are equal.
-        cu_candidates: int64 [R + 1]; request r's candidates are cu_candidates[r : r + 2].
-        width: int64 [R], how many a request keeps at most.
+        cu_candidates: int64 [R + 1]; round r's candidates are cu_candidates[r : r + 2].
+        width: int64 [R], how many a round keeps at most.
         mean: bool [R]; True ranks by score / length. The scores returned are sums all the same.
         dedup: bool [R]; True keeps only the first of several candidates with the same tokens.
-        max_candidates, max_width: the largest number of candidates of, and kept by, one request.
+        max_candidates, max_width: the largest number of candidates of, and kept by, one round_of.
     """
     return Selection(
         *_operator(
@@ -103,10 +105,10 @@ def _torch(
     max_width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     device = tokens.device
-    candidates, requests = len(previous), len(width)
+    candidates, rounds = len(previous), len(width)
     index = torch.arange(candidates, device=device)
-    request = torch.repeat_interleave(
-        torch.arange(requests, device=device), cu_candidates.diff(), output_size=candidates
+    round_of = torch.repeat_interleave(
+        torch.arange(rounds, device=device), cu_candidates.diff(), output_size=candidates
     )
     counts = cu_tokens.diff()
     owner = torch.repeat_interleave(index, counts, output_size=len(tokens))
@@ -118,27 +120,27 @@ def _torch(
     broken = torch.full_like(index, len(tokens)).scatter_reduce(0, owner, bad, "amin")
     broken = torch.where(broken < len(tokens), broken, -1)
 
-    first = _first_with_same_tokens(request, siblings, tokens, counts, owner, where, cu_tokens)
+    first = _first_with_same_tokens(round_of, siblings, tokens, counts, owner, where, cu_tokens)
     scores = scores[first]
-    ranked = torch.where(mean[request], scores / lengths, scores)
+    ranked = torch.where(mean[round_of], scores / lengths, scores)
     ranked = torch.where(ranked.isfinite(), ranked, -torch.inf)
-    eligible = ~dedup[request] | (first == index)
+    eligible = ~dedup[round_of] | (first == index)
 
     order = torch.where(eligible, ranked, -torch.inf).argsort(descending=True, stable=True)
     order = order[(~eligible[order]).long().argsort(stable=True)]
-    order = order[request[order].argsort(stable=True)]  # by request, eligible, score, index
-    rank = index - cu_candidates[request[order]]
-    chosen = order[(rank < width[request[order]]) & eligible[order]]
-    rank = rank[(rank < width[request[order]]) & eligible[order]]
-    kept = torch.full((requests, max_width), -1, dtype=torch.int32, device=device)
-    kept[request[chosen], rank] = (chosen - cu_candidates[request[chosen]]).int()
+    order = order[round_of[order].argsort(stable=True)]  # by round, eligible, score, index
+    rank = index - cu_candidates[round_of[order]]
+    chosen = order[(rank < width[round_of[order]]) & eligible[order]]
+    rank = rank[(rank < width[round_of[order]]) & eligible[order]]
+    kept = torch.full((rounds, max_width), -1, dtype=torch.int32, device=device)
+    kept[round_of[chosen], rank] = (chosen - cu_candidates[round_of[chosen]]).int()
     kept_parents = torch.full_like(kept, -1)
-    kept_parents[request[chosen], rank] = parents[chosen]
+    kept_parents[round_of[chosen], rank] = parents[chosen]
     return token_scores, scores, kept, kept_parents, broken.int()
 
 
 def _first_with_same_tokens(
-    request: Tensor,
+    round_of: Tensor,
     siblings: Tensor,
     tokens: Tensor,
     counts: Tensor,
@@ -146,11 +148,11 @@ def _first_with_same_tokens(
     where: Tensor,
     cu_tokens: Tensor,
 ) -> Tensor:
-    """For each candidate the lowest index of one in its request with the same tokens."""
+    """For each candidate the lowest index of one in its round with the same tokens."""
     longest = int(counts.max()) if len(counts) else 0
     padded = torch.full((len(counts), longest), -1, dtype=torch.int64, device=tokens.device)
     padded[owner, where - cu_tokens[owner]] = tokens
-    rows = torch.cat([torch.stack([request, siblings, counts], 1), padded], 1)
+    rows = torch.cat([torch.stack([round_of, siblings, counts], 1), padded], 1)
     _, kind = torch.unique(rows, dim=0, return_inverse=True)
     index = torch.arange(len(counts), device=tokens.device)
     first = torch.full_like(index, len(counts)).scatter_reduce(0, kind, index, "amin")
@@ -213,7 +215,7 @@ def _triton(
     if len(width):
         # Scratch that one program writes and all of its threads read: a hash of the new tokens.
         hashes = torch.empty_like(siblings)
-        _one_request[(len(width),)](
+        _one_round[(len(width),)](
             tuned, untuned, weights, tokens, cu_tokens, previous, lengths, parents, siblings,
             cu_candidates, width, mean, dedup, hashes, *out, len(tokens), max_width,
             GUIDES=len(weights), **launch_options(max_candidates, max_width),
@@ -242,16 +244,16 @@ def launch_options(max_candidates: int, max_width: int) -> dict[str, int]:
 
 
 @jit(do_not_specialize=["num_tokens", "max_width"])
-def _one_request(
+def _one_round(
     tuned, untuned, weights, tokens, cu_tokens, previous, lengths, parents, siblings,
     cu_candidates, width, mean, dedup, hashes,
     token_scores, scores, kept, kept_parents, broken, num_tokens, max_width,
     GUIDES: tl.constexpr, CANDIDATES: tl.constexpr, OTHERS: tl.constexpr, TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    request = tl.program_id(0)
-    begin = tl.load(cu_candidates + request)
-    count = (tl.load(cu_candidates + request + 1) - begin).to(tl.int32)
+    r = tl.program_id(0)
+    begin = tl.load(cu_candidates + r)
+    count = (tl.load(cu_candidates + r + 1) - begin).to(tl.int32)
     own = tl.arange(0, CANDIDATES)
     real = own < count
     c = begin + own
@@ -311,11 +313,11 @@ def _one_request(
     tl.store(scores + c, total, mask=real)
 
     # 3. Ranks. A candidate that is not eligible loses to all; a broken one to all sound ones.
-    by_mean = tl.load(mean + request).to(tl.int32) != 0
+    by_mean = tl.load(mean + r).to(tl.int32) != 0
     whole = tl.load(lengths + c, mask=real, other=1).to(tl.float64)
     value = tl.where(by_mean, total / whole, total)
     value = tl.where(tl.abs(value) < float("inf"), value, -float("inf"))
-    drop = tl.load(dedup + request).to(tl.int32) * (twin - own)  # 0, or a duplicate to be dropped
+    drop = tl.load(dedup + r).to(tl.int32) * (twin - own)  # 0, or a duplicate to be dropped
     eligible = real & (drop == 0)
     tl.debug_barrier()
     # Ineligible ones are told apart by their hash scratch, which is not needed any more.
@@ -334,9 +336,9 @@ def _one_request(
             (o_value[None, :] == value[:, None]) & (other[None, :] < own[:, None])
         )
         rank += tl.sum((ahead & o_eligible[None, :]).to(tl.int32), 1)
-    places = tl.minimum(tl.load(width + request).to(tl.int32), tl.sum(eligible.to(tl.int32), 0))
+    places = tl.minimum(tl.load(width + r).to(tl.int32), tl.sum(eligible.to(tl.int32), 0))
     wins = eligible & (rank < places)
-    row = request.to(tl.int64) * max_width
+    row = r.to(tl.int64) * max_width
     tl.store(kept + row + rank, own, mask=wins)
     tl.store(kept_parents + row + rank, tl.load(parents + c, mask=real, other=-1), mask=wins)
     place = tl.arange(0, WIDTH)

@@ -34,7 +34,7 @@ def write(pool: PagePool, slots, values: list[torch.Tensor]) -> None:
     """Appends values[i] [n, LAYERS, 2, HEADS, DIM] to slots[i], as a model's forward pass does."""
     counts = [len(value) for value in values]
     pool.reserve(slots, counts)
-    where = pool.slot_mapping(slots, counts)
+    where = pool.places(slots, counts)
     rows = torch.cat(values)
     for layer in range(LAYERS):
         for which in range(2):
@@ -131,7 +131,7 @@ def test_slots_may_be_lists_or_integer_arrays_of_any_width(pool):
     for slots in ([0, 1], np.array([0, 1]), torch.tensor([0, 1]).numpy(), range(2)):
         pool.allocate(2)
         pool.reserve(slots, [1, 1])
-        assert pool.slot_mapping(slots, [1, 1]).dtype == torch.int64
+        assert pool.places(slots, [1, 1]).dtype == torch.int64
         pool.release(slots)
         pool.manager.check()
         assert sorted(pool.allocate(2).tolist()) == [0, 1]

@@ -1,7 +1,7 @@
 """A page manager's model in plain Python, and the manager beside it.
 
 The model keeps, for each slot, the list of its tokens. Beside it stands a memory with one value
-for each (page, offset), written only where slot_mapping says and copied only where the returned
+for each (page, offset), written only where places says and copied only where the returned
 copies say, as the owner of a KV tensor would do. The value stands for the token and all tokens
 before it, as keys and values do. If the manager shared a page that it should not, freed one still
 in use, or found a wrong one in the prefix cache, some slot would read back another's tokens.
@@ -162,7 +162,7 @@ class PageModel:
     def write_tokens(self, slots, counts, tokens=None) -> bool:
         allowed = all(n <= self.writable(slot) for slot, n in zip(slots, counts, strict=True))
         args = i32(slots), i32(counts)
-        where = self.attempt(allowed, PageMisuse, self.manager.slot_mapping, *args)
+        where = self.attempt(allowed, PageMisuse, self.manager.places, *args)
         done = self.attempt(allowed, PageMisuse, self.manager.extend, *args)
         if where and done:
             if tokens is None:

@@ -54,11 +54,11 @@ def test_reserve_takes_only_the_pages_that_are_missing(manager):
     assert manager.lengths[slots].tolist() == [0, 0]
 
 
-def test_slot_mapping_walks_the_pages_of_a_slot(manager):
+def test_places_walks_the_pages_of_a_slot(manager):
     slots = manager.allocate(2)
     grow(manager, slots, 3, 2)  # slot 0 holds page 0, slot 1 page 1
     manager.reserve(slots, i32(3, 0))  # slot 0 gains page 2
-    mapping = manager.slot_mapping(slots, i32(3, 1))
+    mapping = manager.places(slots, i32(3, 1))
     assert mapping.dtype == np.int64
     assert mapping.tolist() == [0 * 4 + 3, 2 * 4 + 0, 2 * 4 + 1, 1 * 4 + 2]
 
@@ -123,9 +123,9 @@ def test_fork_leaves_pages_reserved_ahead_with_the_parent(manager):
     manager.reserve(slots, i32(8))
     children, _ = manager.fork(slots, i32(1))
     assert manager.held_pages[slots[0]] == 3 and manager.held_pages[children[0]] == 1
-    assert manager.slot_mapping(slots, i32(8)).tolist() == list(range(4, 12))
+    assert manager.places(slots, i32(8)).tolist() == list(range(4, 12))
     with pytest.raises(PageMisuse, match="reserve first"):
-        manager.slot_mapping(children, i32(1))
+        manager.places(children, i32(1))
 
 
 def test_shared_pages_live_until_their_last_owner_is_pruned(manager):
@@ -163,7 +163,7 @@ def test_a_shared_page_cut_by_truncate_is_copied_before_it_is_written(manager):
     children, _ = manager.fork(slots, i32(1))
     manager.truncate(children, i32(6))
     shared = manager.page_table[slots[0], 1]
-    for write in (manager.slot_mapping, manager.extend):
+    for write in (manager.places, manager.extend):
         with pytest.raises(PageMisuse, match="shared"):
             write(children, i32(1))
     assert manager.pages_needed(children, i32(1)) == 1
@@ -171,7 +171,7 @@ def test_a_shared_page_cut_by_truncate_is_copied_before_it_is_written(manager):
     fresh = manager.page_table[children[0], 1]
     assert copies.tolist() == [[shared, fresh]] and fresh != shared
     assert manager.reference_counts[shared] == 1
-    assert manager.slot_mapping(children, i32(1)).tolist() == [fresh * PAGE_SIZE + 2]
+    assert manager.places(children, i32(1)).tolist() == [fresh * PAGE_SIZE + 2]
 
 
 def test_reserving_nothing_copies_nothing(manager):
@@ -263,7 +263,7 @@ MISUSES = {
     "more tokens than a row has": lambda m, s: m.reserve(s, i32(1, 13)),
     "tokens beyond 32 bits": lambda m, s: m.pages_needed(s, i32(1, 2**31 - 1)),
     "extend beyond the reserved": lambda m, s: m.extend(s, i32(1, 1)),
-    "mapping beyond the reserved": lambda m, s: m.slot_mapping(s, i32(1, 1)),
+    "mapping beyond the reserved": lambda m, s: m.places(s, i32(1, 1)),
     "longer by truncate": lambda m, s: m.truncate(s, i32(1, 5)),
 }
 

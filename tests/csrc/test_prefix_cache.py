@@ -152,7 +152,7 @@ def test_a_cached_page_is_copied_before_it_is_written(manager):
     slot = begin(manager, FIRST + SECOND)
     cached = pages(manager, slot)[1]
     manager.truncate(i32(slot), i32(6))
-    for write in (manager.slot_mapping, manager.extend):
+    for write in (manager.places, manager.extend):
         with pytest.raises(PageMisuse, match="shared"):
             write(i32(slot), i32(1))
     assert manager.pages_needed(i32(slot), i32(1)) == 1
@@ -187,7 +187,7 @@ def test_pages_reserved_ahead_are_written_while_the_prompt_is_cached(manager):
     slot = begin(manager, FIRST)
     manager.reserve(i32(slot), i32(8))
     page = pages(manager, slot)[1]
-    assert manager.slot_mapping(i32(slot), i32(1)).tolist() == [page * PAGE_SIZE]
+    assert manager.places(i32(slot), i32(1)).tolist() == [page * PAGE_SIZE]
     manager.trim(i32(slot))
     assert manager.held_pages[slot] == manager.used_pages == 1
 

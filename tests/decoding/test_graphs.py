@@ -157,7 +157,7 @@ def test_what_a_bucket_has_too_many_touches_no_page() -> None:
     lengths = [3, 8, 1, 4, 6]
     for _ in range(3):  # without a recording, and then with it
         pool.reserve(slots, lengths)
-        written = pool.slot_mapping(slots, lengths)
+        written = pool.places(slots, lengths)
         before = pool.kv.clone().flatten(2, 3)
         hidden = engine.base.forward(slots, torch.arange(sum(lengths)) % 18 + 1, lengths)
         assert hidden.isfinite().all()
@@ -172,7 +172,7 @@ def test_what_a_bucket_has_too_many_touches_no_page() -> None:
     chunk.count(6)
 
     decoding = Decoding(engine.base, slots, 6)
-    written = pool.slot_mapping(slots, [6] * 5)
+    written = pool.places(slots, [6] * 5)
     before = pool.kv.clone().flatten(2, 3)
     drawn = steps.run(decoding.plan, settings(5), torch.tensor([1, 2, 3, 4, 5]), 6)
     assert drawn is not None and len(drawn) == 6

@@ -97,7 +97,7 @@ def make_forest(
     def write(slot: int, tokens: int) -> None:
         """New keys and values, which do not count yet."""
         pool.reserve([slot], [tokens])
-        where = pool.slot_mapping([slot], [tokens])
+        where = pool.places([slot], [tokens])
         new = torch.randn(2, tokens, kv_heads, dim, generator=generator)
         pool.kv[0].flatten(1, 2)[:, where] = new.to(dtype).to(device)
 

@@ -61,7 +61,7 @@ class World:
         if not length:
             return
         self.pool.reserve([slot], [length])
-        where = self.pool.slot_mapping([slot], [length])
+        where = self.pool.places([slot], [length])
         kv = self.randn(length, 2, KV_HEADS, DIM)
         self.pool.kv[LAYER].flatten(1, 2)[:, where] = kv.transpose(0, 1)
         self.pool.extend([slot], [length])

@@ -60,7 +60,7 @@ class Placement:
             pool=pool,
             page_table=pool.page_table(slots),
             positions=positions.to(pool.device, non_blocking=True),
-            write=pool.slot_mapping(slots, new),
+            write=pool.places(slots, new),
         )
 
     def advance(self) -> None:

@@ -24,7 +24,7 @@ class PagePool:
     A slot is one sequence. A round of decoding reads::
 
         pool.reserve(slots, tokens)                # pages exist, and are this slot's own
-        where = pool.slot_mapping(slots, tokens)   # where the new tokens go
+        where = pool.places(slots, tokens)   # where the new tokens go
         ...                                        # the model writes keys and values there
         pool.extend(slots, tokens)                 # now they count
         children = pool.fork(slots, counts)        # survivors multiply
@@ -114,14 +114,14 @@ class PagePool:
         """
         self.copy_pages(self.manager.reserve(as_int32(slots), as_int32(tokens)))
 
-    def slot_mapping(self, slots: Ints, tokens: Ints) -> torch.Tensor:
+    def places(self, slots: Ints, tokens: Ints) -> torch.Tensor:
         """Where the next `tokens[i]` tokens of `slots[i]` go, slot after slot.
 
         Returns int64 [sum(tokens)] on the pool's device: page * page_size + offset, that is, an
         index into `kv[layer, 0].view(num_pages * page_size, num_kv_heads, head_dim)`. To be
         called after `reserve` and before `extend`; PageMisuse if the room is not reserved.
         """
-        positions = self.manager.slot_mapping(as_int32(slots), as_int32(tokens))
+        positions = self.manager.places(as_int32(slots), as_int32(tokens))
         return torch.from_numpy(positions).to(self.device, non_blocking=True)
 
     def extend(self, slots: Ints, tokens: Ints) -> None:

@@ -1,44 +1,10 @@
-"""The `w2s-fast` command. Each subcommand is one file here.
+"""Cli: the `w2s-fast` command.
 
-torch and transformers take seconds to import, so nothing here or beside it imports them at the
-top of a file: `w2s-fast --help` and a mistyped option answer at once.
+Owns options and their defaults, files of prompts and of results, and what is printed where. torch
+and transformers take seconds to import, so no file here imports them at its top: `w2s-fast --help`
+and a mistyped option answer at once.
 """
 
-from __future__ import annotations
+from w2s_fast.cli.app import app
 
-from typing import Annotated
-
-import typer
-
-from w2s_fast.cli.console import Commands
-from w2s_fast.cli.demo import demo
-from w2s_fast.cli.doctor import doctor
-from w2s_fast.cli.generate import generate
-
-app = typer.Typer(
-    name="w2s-fast",
-    cls=Commands,
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-    help="Weak-to-strong search: a large frozen model writes, two small models steer.",
-)
-for command in (demo, generate, doctor):
-    app.command()(command)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"w2s-fast {version('w2s-fast')}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Say the version."),
-    ] = False,
-) -> None:
-    pass
+__all__ = ["app"]

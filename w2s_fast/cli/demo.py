@@ -27,9 +27,15 @@ def demo(
     models = name_models(None, [], [], [])
     engine = load_engine(models, quiet=True)
 
-    from w2s_fast.demo import held_out_prompts
-    from w2s_fast.demo.measure import demo_methods, measure
-    from w2s_fast.demo.show import answers_table, comparison, results_table, search_tree
+    from w2s_fast.demo import (
+        answers_table,
+        comparison,
+        demo_methods,
+        held_out_prompts,
+        measure,
+        results_table,
+        search_tree,
+    )
 
     texts = held_out_prompts(prompts, seed)
     methods = demo_methods()

@@ -228,7 +228,7 @@ def _print_answer(prompt: str, result: SearchResult, decode: Decode) -> None:
         else:
             typer.echo(text)
     if result.trace is not None:
-        from w2s_fast.demo.show import search_tree
+        from w2s_fast.demo import search_tree
 
         tree = search_tree(prompt, result, decode, ascii_only=console.options.ascii_only)
         console.print(tree)

@@ -1,24 +1,24 @@
-"""The bundled demo: a small base, a smaller guide, and the prompts and the reward to try them."""
+"""Demo: bundled models, and what they show.
 
-from dataclasses import dataclass
-from pathlib import Path
+Owns a small base and a smaller guide, how they were trained from nothing, the prompts and the gold
+reward to try them with, and how a measurement and a search tree look in a terminal.
+"""
 
+from w2s_fast.demo.bundled import DemoModels, demo_model_paths
 from w2s_fast.demo.gold import gold_reward
+from w2s_fast.demo.measure import demo_methods, measure
 from w2s_fast.demo.reviews import held_out_prompts
+from w2s_fast.demo.show import answers_table, comparison, results_table, search_tree
 
-__all__ = ["DemoModels", "demo_model_paths", "gold_reward", "held_out_prompts"]
-
-
-@dataclass(frozen=True)
-class DemoModels:
-    """Hugging Face folders of the bundled models; all hold the same tokenizer."""
-
-    base: Path
-    tuned: Path
-    untuned: Path
-
-
-def demo_model_paths() -> DemoModels:
-    """Where the bundled models lie; `python -m w2s_fast.demo.train` has made them."""
-    here = Path(__file__).parent
-    return DemoModels(base=here / "base", tuned=here / "tuned", untuned=here / "untuned")
+__all__ = [
+    "DemoModels",
+    "answers_table",
+    "comparison",
+    "demo_methods",
+    "demo_model_paths",
+    "gold_reward",
+    "held_out_prompts",
+    "measure",
+    "results_table",
+    "search_tree",
+]

@@ -146,7 +146,7 @@ struct World {
     }
 
     void write(const Ints& slots, const Ints& counts, const Ints& written) {
-        const std::vector<std::int64_t> where = manager.slot_mapping(slots, counts);
+        const std::vector<std::int64_t> where = manager.places(slots, counts);
         manager.extend(slots, counts);
         REQUIRE(where.size() == written.size());
         std::size_t next = 0;
