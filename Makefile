@@ -15,8 +15,9 @@ help: ## list the targets
 demo: .venv/installed ## steer the bundled models, show the table and a search tree
 	$(BIN)/w2s-fast demo
 
-test: .venv/installed ## run the tests
-	$(BIN)/pytest
+test: .venv/installed ## run the tests, on all cores (at most 8); what needs quiet comes last, alone
+	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal -m "not alone"
+	$(BIN)/pytest -m alone
 
 lint: .venv/linters ## ruff, and mypy in strict mode
 	$(BIN)/ruff check .

@@ -37,7 +37,9 @@ def soak_seconds(request: pytest.FixtureRequest) -> float:
     return float(request.config.getoption("--soak-seconds"))
 
 
-torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+# The models are tiny: more threads only wait for each other. So it is in what the tests start, too.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

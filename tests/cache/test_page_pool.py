@@ -244,5 +244,6 @@ assert grown < 64 * 1024, f"{grown} KiB"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's peak memory, in KiB")
+@pytest.mark.alone
 def test_memory_is_touched_only_where_tokens_are_written():
     subprocess.run([sys.executable, "-c", LARGE_POOL], check=True)

@@ -223,6 +223,7 @@ def test_an_existing_output_is_refused(models: DemoModels, tmp_path: Path) -> No
     assert output.read_text() == "precious\n"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_is_resumed_without_loss(
     models: DemoModels, tmp_path: Path, stop: signal.Signals
