@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from tests.kernels.beams import RoundOfOne, check, some_rounds
-from w2s_fast.kernels.select_beams import launch_options
+from w2s_fast.kernels.select_beams_triton import launch_options
 
 
 @settings(max_examples=60)

@@ -109,7 +109,7 @@ def select_beams_case(requests: int, candidates: int, registers: int) -> Case:
             meta(requests + 1), meta(requests), flags, flags, candidates, 4,
         )  # fmt: skip
 
-    return Case(f"select_beams-{requests}x{candidates}", launch, {"_one_round": registers}, {})
+    return Case(f"select_beams-{requests}x{candidates}", launch, {"one_round": registers}, {})
 
 
 # 64 registers are eight programs of 128 threads on a multiprocessor, 96 are five, 128 are four; 168
