@@ -10,6 +10,7 @@ from unittest import mock
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.interpret.products import products_in_order
 from tests.interpret.rule import assert_as_exact_as_torch
 from tests.kernels.forests import Forest, Request, attend
 from tests.kernels.test_paged_attention import exact
@@ -32,6 +33,7 @@ def launched(
         mock.patch.object(kernels, "SPLIT_KEYS", split_keys),
         mock.patch.object(plans, "SPLIT_KEYS", split_keys),
         mock.patch.object(static_plan, "SPLIT_KEYS", split_keys),
+        products_in_order(),
     ):
         yield
 

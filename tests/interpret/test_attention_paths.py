@@ -11,7 +11,7 @@ from tests.interpret.attention import check, launched
 from tests.interpret.rule import DEVICE
 from tests.kernels.forests import Forest, Request, attend, make_forest
 from w2s_fast.attention.kernel import KernelPlan
-from w2s_fast.kernels import paged_attention_triton as kernels
+from w2s_fast.kernels import paged_attention_tiles as kernels
 
 
 def launches(forest: Forest, plan: KernelPlan, **rule: Any) -> list[tuple[str, dict[str, Any]]]:
