@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tokenizers import models, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.support.engines import models_of
 from tests.support.reference import Reference, ReferenceGuide
@@ -158,6 +158,18 @@ def test_messages_go_through_each_models_own_chat_template(
     (score,) = e.score([messages], [" you"])
     expected = sum(reference(e).token_scores([(other, own)], ids(" you")))
     assert score == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_loaded_model_brings_the_tokenizer_that_lies_with_it(folders_of: Folders) -> None:
+    folders_of.engine(chatty(ROLES), chatty(ENDS), None)
+    tuned, untuned = (
+        AutoModelForCausalLM.from_pretrained(folders_of.root / name)
+        for name in ("tuned", "untuned")
+    )
+    base = str(folders_of.root / "base")
+    e = Engine(base=base, guides=Guide(tuned, untuned), device="cpu", kv_cache_tokens=512)
+    own = ids("[user]Hi")
+    assert prompts_of(e, [{"role": "user", "content": "Hi"}]) == [own, [BOS, *ids("Hi"), EOS], own]
 
 
 def test_each_models_tokenizer_says_what_a_plain_and_an_empty_prompt_begin_with(
