@@ -47,8 +47,8 @@ def _held(engine: Any, request: Any, beam: Any) -> Iterator[tuple[Any, list[int]
     for g, own in enumerate(beam.guide_slots):
         # Candidates' new tokens reach the guides at the end of the round.
         tokens = beam.tokens[: len(beam.token_scores)]
-        for model, slot in zip(engine.guides[g].models, own):
-            yield g, [*request.guide_prompts[g], *tokens][:-1], model, int(slot)
+        for model, slot, prompt in zip(engine.guides[g].models, own, request.guide_prompts[g]):
+            yield g, [*prompt, *tokens][:-1], model, int(slot)
 
 
 @settings(max_examples=25)

@@ -27,7 +27,7 @@ from tests.support.engines import (
 from tests.support.tiny_models import tiny_model, tiny_triple
 from w2s_fast import Engine, SearchParams
 from w2s_fast.models.model import PagedModel
-from w2s_fast.scheduling.footprint import round_pages
+from w2s_fast.scheduling.footprint import OfGuide, round_pages
 from w2s_fast.scheduling.scheduler import ROUNDS_PER_PRIORITY, Scheduler
 from w2s_fast.search.beam import Beam
 from w2s_fast.search.guide_side import GuideSide
@@ -104,7 +104,7 @@ def request(
     prompt: int, params: SearchParams, *, tokens: int = 0, shared: int = 0, priority: int = 0
 ) -> Request:
     """A request; after a round if it has tokens, with as many hypotheses as it keeps."""
-    made = Request([1] * prompt, [[1] * prompt], params, priority)
+    made = Request([1] * prompt, [([1] * prompt, [1] * prompt)], params, priority)
     if tokens:
         made.open_round()
         made.beams = [Beam(0, shared, i, [2] * tokens, [], [], None) for i in range(params.kept)]
@@ -113,21 +113,24 @@ def request(
     return made
 
 
+GUIDE = (0, 0)
+
+
 def test_the_pages_of_a_round() -> None:
     params = SearchParams(beam_width=2, successors=3, chunk_length=5, max_new_tokens=20)
 
-    def pages(guide: int | None, tokens: int = 0, shared: int = 0, prompt: int = 9) -> int:
+    def pages(guide: OfGuide | None, tokens: int = 0, shared: int = 0, prompt: int = 9) -> int:
         return round_pages(request(prompt, params, tokens=tokens, shared=shared), guide, 4)
 
     # Round 1: the prompt's 2 full pages, and 1 + 4 tokens of each candidate behind them.
     assert pages(None) == 2 + 6 * 2
     assert pages(None, prompt=8) == 2 + 6 * 1
     # 8 tokens of the prompt, and the last one with the chunk but its last: 5 tokens.
-    assert pages(0) == 2 + 6 * 2
-    assert pages(0, prompt=8) == 1 + 6 * 2
+    assert pages(GUIDE) == 2 + 6 * 2
+    assert pages(GUIDE, prompt=8) == 1 + 6 * 2
     # 9 + 7 tokens: two pages of the prompt, two more of each history, and 4 tokens a candidate.
     assert pages(None, 7) == 2 + 2 * 2 + 6 * 1
-    assert pages(0, 7) == 2 + 2 * 1 + 6 * 2
+    assert pages(GUIDE, 7) == 2 + 2 * 1 + 6 * 2
     # With 5 tokens of the response in common, the third page is shared, too.
     assert pages(None, 7, shared=3) == 3 + 2 * 1 + 6 * 1
     assert pages(None, 7, shared=2) == 2 + 2 * 2 + 6 * 1

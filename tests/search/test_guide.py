@@ -48,13 +48,13 @@ def test_log_ratios_over_several_chunks_equal_a_full_recomputation(family: str) 
     guide, reference = make(family)
     prompts = [random_tokens(n, n) for n in (1, 6, 11)]
     responses = [random_tokens(12, 20 + i) for i in range(3)]
-    slots = guide.prefill(prompts)
+    slots = guide.prefill([prompts] * 2)
     cuts = [[0, 1, 5, 12], [0, 4, 5, 12], [0, 7, 11, 12]]
     ratios: list[list[float]] = [[], [], []]
     for step in range(3):
         chunks = [r[c[step] : c[step + 1]] for r, c in zip(responses, cuts, strict=True)]
         before = [(p + r[: c[step]])[-1] for p, r, c in zip(prompts, responses, cuts, strict=True)]
-        tuned, untuned = guide.append(slots, before, chunks)
+        tuned, untuned = guide.append(slots, [before] * 2, chunks)
         pieces = (tuned - untuned).split([len(c) for c in chunks])
         for own, piece in zip(ratios, pieces, strict=True):
             own += piece.tolist()
@@ -66,12 +66,12 @@ def test_log_ratios_over_several_chunks_equal_a_full_recomputation(family: str) 
 def test_forked_sequences_are_scored_from_their_common_history(family: str) -> None:
     guide, reference = make(family)
     prompt, first = random_tokens(5, 0), random_tokens(3, 1)
-    slots = guide.prefill([prompt])
-    guide.append(slots, prompt[-1:], [first])
+    slots = guide.prefill([[prompt]] * 2)
+    guide.append(slots, [prompt[-1:]] * 2, [first])
     children = guide.fork(slots, [3])
     guide.release(slots)
     chunks = [random_tokens(n, 9 + n) for n in (4, 1, 6)]
-    tuned, untuned = guide.append(children, [first[-1]] * 3, chunks)
+    tuned, untuned = guide.append(children, [[first[-1]] * 3] * 2, chunks)
     for own, chunk in zip((tuned - untuned).split([4, 1, 6]), chunks, strict=True):
         expected = recomputed(reference, prompt, first + chunk)[len(first) :]
         np.testing.assert_allclose(own.numpy(), expected, atol=1e-4)
@@ -83,11 +83,11 @@ def test_a_chunk_of_n_tokens_forwards_exactly_n_tokens_a_row() -> None:
     guide, reference = make("llama")
     models = (reference.tuned, reference.untuned)
     with forwarded(*models) as totals:
-        slots = guide.prefill([random_tokens(7, 0), random_tokens(4, 1)])
+        slots = guide.prefill([[random_tokens(7, 0), random_tokens(4, 1)]] * 2)
         assert totals == [6 + 3] * 2  # the last prompt token waits for the first chunk
         for length in (5, 1, 3):
             before = list(totals)
-            guide.append(slots, [3, 3], [random_tokens(length, 2)] * 2)
+            guide.append(slots, [[3, 3]] * 2, [random_tokens(length, 2)] * 2)
             assert totals == [b + 2 * length for b in before]
 
 
@@ -111,7 +111,7 @@ def test_a_search_puts_prompt_and_sampled_tokens_through_each_guide_once() -> No
 def test_padded_ids_have_no_share_in_a_guides_probabilities() -> None:
     guide, reference = make("gpt2", vocab_size=13)
     prompt, response = random_tokens(4, 0, 13), random_tokens(6, 1, 13)
-    tuned, untuned = guide.append(guide.prefill([prompt]), prompt[-1:], [response])
+    tuned, untuned = guide.append(guide.prefill([[prompt]] * 2), [prompt[-1:]] * 2, [response])
     expected = recomputed(reference, prompt, response, vocab_size=13)
     np.testing.assert_allclose((tuned - untuned).numpy(), expected, atol=1e-4)
 
@@ -154,12 +154,12 @@ def test_where_one_model_has_no_room_the_other_gives_its_slots_back() -> None:
         for seed, tokens in ((0, 400), (1, 16))
     )
     guide = PagedGuide(tuned, untuned, 1.0, VOCABULARY)
-    slots = guide.prefill([[1, 2, 3, 4, 5, 6]])  # a full page and a partial one
+    slots = guide.prefill([[[1, 2, 3, 4, 5, 6]]] * 2)  # a full page and a partial one
     with pytest.raises(OutOfPages):
         guide.fork(slots, [3])
     assert tuned.pool.free_slots == untuned.pool.free_slots == 3
     with pytest.raises(OutOfPages):
-        guide.prefill([[1] * 6, [2] * 6, [3] * 6])
+        guide.prefill([[[1] * 6, [2] * 6, [3] * 6]] * 2)
     assert tuned.pool.free_slots == untuned.pool.free_slots == 3
     guide.release(slots)
     assert tuned.pool.free_pages == tuned.pool.num_pages

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from w2s_fast.kernels.noise import seed_bits, uniform
 from w2s_fast.params import SearchParams
 
 WEIGHT_ONE = 2**40
+
+# A guide's prompt: one for both of its models, or (for tuned, for untuned).
+GuidePrompt: TypeAlias = list[int] | tuple[list[int], list[int]]
 
 
 @dataclass
@@ -176,27 +180,28 @@ class Reference:
             self._logits[key] = forward(self.base, token_ids, self.vocab_size)[-1]
         return self._logits[key]
 
-    def token_scores(self, prompts: list[list[int]], response: list[int]) -> list[float]:
+    def token_scores(self, prompts: Sequence[GuidePrompt], response: list[int]) -> list[float]:
         """Each response token's part of the score: sum_g weight_g * (lp_tuned - lp_untuned).
 
         ``prompts``: one for each guide.
         """
         scores = [0.0] * len(response)
         for guide, prompt in zip(self.guides, prompts, strict=True):
-            sequence = prompt + response
-            tuned = forward(guide.tuned, sequence, self.vocab_size)
-            untuned = forward(guide.untuned, sequence, self.vocab_size)
+            before_tuned, before_untuned = prompt if isinstance(prompt, tuple) else (prompt, prompt)
+            tuned = forward(guide.tuned, before_tuned + response, self.vocab_size)
+            untuned = forward(guide.untuned, before_untuned + response, self.vocab_size)
             for t, token in enumerate(response):
-                row = len(prompt) + t - 1  # the logits that predict this token
-                ratio = float(log_softmax(tuned[row])[token] - log_softmax(untuned[row])[token])
-                scores[t] += guide.weight * ratio
+                # The logits that predict this token.
+                liked = log_softmax(tuned[len(before_tuned) + t - 1])[token]
+                plain = log_softmax(untuned[len(before_untuned) + t - 1])[token]
+                scores[t] += guide.weight * float(liked - plain)
         return scores
 
     def search(
         self,
         prompt: list[int],
         params: SearchParams,
-        guide_prompts: list[list[int]] | None = None,
+        guide_prompts: Sequence[GuidePrompt] | None = None,
     ) -> ReferenceResult:
         """``guide_prompts``: the guides' own; else they are given the base's."""
         p = params

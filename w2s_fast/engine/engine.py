@@ -57,7 +57,7 @@ class Engine:
             that begin with the same tokens.
         max_rows: candidates decoded in one step over all requests; one request may have more.
         prompt_template: text around every plain prompt of the base, ``{prompt}`` in it; guides
-            have their own.
+            have their own. Chat messages go through each model's own chat template.
 
     Raises:
         UnsupportedModel: a model cannot be loaded or served.
@@ -269,9 +269,11 @@ class Engine:
         """The guides' score of given responses, in nats.
 
         A response of token ids is scored as it is. A text is tokenised behind its prompt: it
-        begins after the longest common prefix of the tokens of prompt and prompt + text. No EOS
-        is added. Where running requests hold the pages that it takes, some are set aside for it
-        and recomputed.
+        begins after the longest common prefix of the tokens of prompt and prompt + text. Where
+        that gives other tokens for a guide's tuned model than for its untuned one, each behind
+        its own prompt, the text is tokenised by itself, by the tuned model's tokenizer. No EOS is
+        added. Where running requests hold the pages that it takes, some are set aside for it and
+        recomputed.
 
         Raises:
             InvalidRequest: no guides, lists of different lengths, an empty response, or a text

@@ -14,7 +14,7 @@ from w2s_fast.models import PagedModel
 from w2s_fast.params import SearchParams
 from w2s_fast.scheduling import Given, Scheduler, check_room
 from w2s_fast.search import Request
-from w2s_fast.text import Prompt
+from w2s_fast.text import Prompt, PromptEncoder
 
 
 class Intake:
@@ -37,10 +37,15 @@ class Intake:
             raise InvalidRequest(f"priority is {priority!r}; allowed: an integer")
         with self._encoding:
             ids = models.encoder.encode(prompt)
-            guide_ids = [e.encode(prompt) for e in models.guide_encoders if params.uses_guides]
-        _check_length([models.base], len(ids), params.max_new_tokens)
-        for guide, own in zip(models.guides, guide_ids):
-            _check_length(guide.models, len(own), params.max_new_tokens)
+            guide_ids = [
+                (tuned.encode(prompt), untuned.encode(prompt))
+                for tuned, untuned in models.guide_encoders
+                if params.uses_guides
+            ]
+        _check_prompt(models.base, ids, params.max_new_tokens)
+        for guide, both in zip(models.guides, guide_ids):
+            for model, own in zip(guide.models, both):
+                _check_prompt(model, own, params.max_new_tokens)
         for token in params.stop_token_ids:
             if token >= models.vocab_size:
                 raise InvalidRequest(
@@ -65,12 +70,16 @@ class Intake:
 
     def _given(self, g: int, prompt: Prompt, response: str | Sequence[int]) -> Given:
         with self._encoding:
-            encoder = self._models.guide_encoders[g]
-            text = Given(*encoder.encode_with_response(prompt, response))
+            text = _encode_given(*self._models.guide_encoders[g], prompt, response)
         models = self._models.guides[g].models
-        _check_length(models, len(text.prompt), len(text.response))
-        for model in models:
-            check_room(model, text)
+        for model, own in zip(models, text.prompts):
+            _check_prompt(model, own, len(text.response))
+        check_room(models, text)
+        if max(text.response) >= self._models.vocab_size:
+            raise InvalidRequest(
+                f"a response holds token {max(text.response)}; allowed: below "
+                f"{self._models.vocab_size}"
+            )
         return text
 
 
@@ -91,11 +100,31 @@ def pair(
     return zip(prompts, params)
 
 
-def _check_length(models: Sequence[PagedModel], prompt: int, new: int) -> None:
-    for model in models:
-        limit = model.max_positions
-        if limit is not None and prompt + new > limit:
-            raise InvalidRequest(
-                f"the prompt has {prompt} tokens for {model.name}, and {new} new ones may follow; "
-                f"allowed: {limit} together"
-            )
+def _encode_given(
+    tuned: PromptEncoder, untuned: PromptEncoder, prompt: Prompt, response: str | Sequence[int]
+) -> Given:
+    """A text for a guide: its response has the same tokens for both models."""
+    before, after = tuned.encode_with_response(prompt, response)
+    other, same = untuned.encode_with_response(prompt, response)
+    if after != same:
+        # For one of them a token may reach from the prompt into the response, and for the other,
+        # which has a template, not. So the response stands by itself, as it does behind any ids.
+        _, after = tuned.encode_with_response([0], response)
+        before, other = tuned.encode(prompt), untuned.encode(prompt)
+    return Given((before, other), after)
+
+
+def _check_prompt(model: PagedModel, prompt: Sequence[int], new: int) -> None:
+    """Whether a model can run its prompt, and ``new`` tokens behind it. InvalidRequest."""
+    limit = model.max_positions
+    if limit is not None and len(prompt) + new > limit:
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} tokens for {model.name}, and {new} new ones may follow; "
+            f"allowed: {limit} together"
+        )
+    # A tokenizer may know tokens that were added to it alone.
+    if max(prompt) >= model.vocab_size:
+        raise InvalidRequest(
+            f"the prompt holds token {max(prompt)} for {model.name}; allowed: below "
+            f"{model.vocab_size}"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from w2s_fast.engine.encoders import make_encoder, templates_of, tokenizers_of
 from w2s_fast.errors import MismatchedVocabulary
 from w2s_fast.models import ModelSource, PagedModel, kv_tokens_that_fit, load_model, load_tokenizer
 from w2s_fast.search import Guide, PagedGuide
@@ -25,7 +26,8 @@ class ServedModels:
         tokenizer: the base's; None: prompts are token ids.
         vocab_size: of the vocabulary that all models share; ids from here on are padding.
         eos_token_ids: what ends a response.
-        encoder: for the base's prompts. guide_encoders: one for each guide's.
+        encoder: for the base's prompts.
+        guide_encoders: for those of each guide, of its tuned and of its untuned model.
     """
 
     base: PagedModel
@@ -34,7 +36,7 @@ class ServedModels:
     vocab_size: int
     eos_token_ids: frozenset[int]
     encoder: PromptEncoder
-    guide_encoders: list[PromptEncoder]
+    guide_encoders: list[tuple[PromptEncoder, PromptEncoder]]
 
     @property
     def of_guides(self) -> list[PagedModel]:
@@ -65,6 +67,7 @@ def serve_models(
         MismatchedVocabulary: a guide does not share the base's vocabulary.
         InvalidRequest: there is no room for any tokens, or a template that cannot be used.
     """
+    templates = templates_of(guides)
     loaded: dict[Any, PreTrainedModel] = {}
 
     def load(source: ModelSource) -> PreTrainedModel:
@@ -101,17 +104,13 @@ def serve_models(
                 page(untuned, f"untuned{number}", guide.untuned),
             )
         )
-    vocab_size = _shared_vocabulary(tokenizer, paged_base, guides, paged)
-
-    def encoder(model: PagedModel, template: str | None) -> PromptEncoder:
-        bos = getattr(tokenizer, "bos_token_id", None)
-        if tokenizer is None:
-            bos = getattr(model.model.config.get_text_config(), "bos_token_id", None)
-        if bos is not None and not 0 <= bos < vocab_size:
-            bos = None
-        return PromptEncoder(
-            model.name, tokenizer, template, vocab_size=vocab_size, bos_token_id=bos
-        )
+    of_guides = [model for pair in paged for model in pair]
+    tokenizers = tokenizers_of(guides, tokenizer)
+    vocab_size = _shared_vocabulary(paged_base, tokenizer, of_guides, tokenizers)
+    encoders = [
+        make_encoder(model, own, template, vocab_size)
+        for model, own, template in zip(of_guides, tokenizers, templates)
+    ]
 
     return ServedModels(
         base=paged_base,
@@ -122,28 +121,26 @@ def serve_models(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         eos_token_ids=frozenset(eos_token_ids(base_model, tokenizer)),
-        encoder=encoder(paged_base, prompt_template),
-        guide_encoders=[
-            encoder(tuned, guide.prompt_template) for guide, (tuned, _) in zip(guides, paged)
-        ],
+        encoder=make_encoder(paged_base, tokenizer, prompt_template, vocab_size),
+        guide_encoders=list(zip(encoders[::2], encoders[1::2])),
     )
 
 
 def _shared_vocabulary(
-    tokenizer: PreTrainedTokenizerBase | None,
     base: PagedModel,
-    guides: Sequence[Guide],
-    paged: Sequence[tuple[PagedModel, PagedModel]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    models: Sequence[PagedModel],
+    tokenizers: Sequence[PreTrainedTokenizerBase | None],
 ) -> int:
-    """The size of the vocabulary that all models share. MismatchedVocabulary if they do not."""
-    sources = [s for guide in guides for s in (guide.tuned, guide.untuned)]
-    models = [model for pair in paged for model in pair]
+    """The size of the vocabulary that all models share. MismatchedVocabulary if they do not.
+
+    ``models``: those of the guides, and ``tokenizers``: theirs.
+    """
     size = base.vocab_size
     if tokenizer is not None:
         size = min(size, tokenizer_size(tokenizer))
-        for source, model in zip(sources, models):
-            own = load_tokenizer(source)
-            if own is not None:
+        for model, own in zip(models, tokenizers):
+            if own is not None and own is not tokenizer:
                 check_same_vocabulary(tokenizer, own, model.name)
             if model.vocab_size < size:
                 raise MismatchedVocabulary(

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from w2s_fast.cache import PagePool
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
-from w2s_fast.scheduling.footprint import pages_at_most, round_pages, rows_at_most
+from w2s_fast.scheduling.footprint import OfGuide, pages_at_most, round_pages, rows_at_most
 from w2s_fast.search import Request
 
 # How many steps a request of one priority waits for those of the next higher one.
@@ -56,7 +56,7 @@ class Room(NamedTuple):
 @dataclass
 class _Share:
     model: PagedModel
-    guide: int | None  # whose prompt it runs; None: the base's
+    guide: OfGuide | None  # whose prompt it runs; None: the base's
 
 
 class Scheduler:
@@ -71,7 +71,7 @@ class Scheduler:
         self.running: list[Request] = []
         self._shares = [_Share(base, None)]
         for g, models in enumerate(guides):
-            self._shares += [_Share(model, g) for model in models]
+            self._shares += [_Share(model, (g, m)) for m, model in enumerate(models)]
         self._steps = 0
         self._submitted = 0
 

@@ -22,30 +22,38 @@ _SHARE = 8
 
 
 class Given(NamedTuple):
-    """A text to be scored, as token ids of one guide; neither of them is empty."""
+    """A text to be scored, as token ids of one guide; none of them is empty.
 
-    prompt: list[int]
+    Attributes:
+        prompts: of its tuned and of its untuned model.
+        response: behind either of them.
+    """
+
+    prompts: tuple[list[int], list[int]]
     response: list[int]
 
-    def pages(self, page_size: int) -> int:
-        """Pages that it holds once it is scored; its last token is not run."""
-        return -(-(len(self.prompt) - 1 + len(self.response)) // page_size)
+    def pages(self, page_size: int) -> tuple[int, int]:
+        """Pages that it holds in each model once it is scored; its last token is not run."""
+        tuned, untuned = (
+            -(-(len(prompt) - 1 + len(self.response)) // page_size) for prompt in self.prompts
+        )
+        return tuned, untuned
 
 
-def check_room(model: PagedModel, text: Given) -> None:
-    """Whether the text could be scored if nothing else ran.
+def check_room(models: Sequence[PagedModel], text: Given) -> None:
+    """Whether the text could be scored in both models of its guide if nothing else ran.
 
     Raises:
         InvalidRequest: names the model, what is needed and what there is.
     """
-    pool = model.pool
-    needed = text.pages(pool.page_size)
-    if needed > pool.num_pages:
-        raise InvalidRequest(
-            f"prompt and response need {needed * pool.page_size} tokens of KV cache in "
-            f"{model.name}, which has {pool.num_pages * pool.page_size}; allowed: a shorter text, "
-            "or a larger kv_cache_tokens"
-        )
+    for model, needed in zip(models, text.pages(models[0].pool.page_size)):
+        pool = model.pool
+        if needed > pool.num_pages:
+            raise InvalidRequest(
+                f"prompt and response need {needed * pool.page_size} tokens of KV cache in "
+                f"{model.name}, which has {pool.num_pages * pool.page_size}; allowed: a shorter "
+                "text, or a larger kv_cache_tokens"
+            )
 
 
 def score_given(runner: Runner, guide: PagedGuide, texts: Sequence[Given]) -> list[float]:
@@ -56,14 +64,13 @@ def score_given(runner: Runner, guide: PagedGuide, texts: Sequence[Given]) -> li
     """
     scores: list[float] = []
     for batch in _batches(texts, guide):
-        rooms = [
-            Room(model.pool, _pages(batch, model.pool.page_size), len(batch))
-            for model in guide.models
-        ]
+        pages = zip(*(text.pages(guide.models[0].pool.page_size) for text in batch))
+        rooms = [Room(m.pool, sum(own), len(batch)) for m, own in zip(guide.models, pages)]
+        prompts = list(zip(*(text.prompts for text in batch)))
         with runner.turn_with(rooms):
-            slots = guide.prefill([text.prompt for text in batch])
+            slots = guide.prefill(prompts)
             try:
-                before = [text.prompt[-1] for text in batch]
+                before = [[prompt[-1] for prompt in own] for own in prompts]
                 tuned, untuned = guide.append(slots, before, [text.response for text in batch])
             finally:
                 guide.release(slots)
@@ -77,17 +84,13 @@ def score_given(runner: Runner, guide: PagedGuide, texts: Sequence[Given]) -> li
     return scores
 
 
-def _pages(texts: Sequence[Given], page_size: int) -> int:
-    return sum(text.pages(page_size) for text in texts)
-
-
 def _batches(texts: Sequence[Given], guide: PagedGuide) -> Iterator[Sequence[Given]]:
     """The texts in their order, as many at a time as a pass may run, at least one."""
-    pool = guide.models[0].pool  # the other is of the same size
+    pool = guide.models[0].pool  # the other is of the same size, and its pages, too
     most = min(_MOST_TOKENS // pool.page_size, pool.num_pages // _SHARE)
     begin = pages = 0
     for i, text in enumerate(texts):
-        own = text.pages(pool.page_size)
+        own = max(text.pages(pool.page_size))
         if begin < i and pages + own > most:
             yield texts[begin:i]
             begin, pages = i, 0

@@ -30,13 +30,16 @@ class Guide:
         tuned: the model that prefers what is wanted.
         untuned: the model it was tuned from; same vocabulary.
         weight: factor of its score; guides' scores are added.
-        prompt_template: text around every plain prompt of this guide, ``{prompt}`` in it.
+        prompt_template: text around every plain prompt of this guide, ``{prompt}`` in it: one for
+            both models, or a pair (for tuned, for untuned), in which None is no template. Chat
+            messages go through each model's own chat template: that of the tokenizer that lies
+            with it, else the base's.
     """
 
     tuned: ModelSource
     untuned: ModelSource
     weight: float = 1.0
-    prompt_template: str | None = None
+    prompt_template: str | tuple[str | None, str | None] | None = None
 
 
 class TokenLogprobs(NamedTuple):
@@ -63,47 +66,51 @@ class PagedGuide:
         # A chunk is too little work to fill a GPU, so both models run at once.
         self._lane = Lane(tuned.device)
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Int32Array:
+    def prefill(self, prompts: Sequence[Sequence[Sequence[int]]]) -> Int32Array:
         """New slots int32 [2, S] that hold all but the last token of each prompt (>= 1 token).
 
+        ``prompts``: S for the tuned model, and S for the untuned one.
+
         What the prefix cache has of a prompt is not run again, and with a prefix cache, what
-        several of the prompts begin with is run once.
+        several of a model's prompts begin with is run once.
         """
-        texts = [prompt[:-1] for prompt in prompts]
-        return self._in_both(lambda model, _: prefill(model, texts))
+        texts = [[prompt[:-1] for prompt in own] for own in prompts]
+        return self._in_both(lambda model, m: prefill(model, texts[m]))
 
     def append(
         self,
         slots: Int32Array,
-        before: Sequence[int],
+        before: Sequence[Sequence[int]],
         chunks: Sequence[Sequence[int]],
-        tree: RowTree | None = None,
+        trees: Sequence[RowTree | None] = (None, None),
     ) -> TokenLogprobs:
         """Score new tokens, and append all but the last of each chunk to the KV.
 
         Args:
             slots: int32 [2, S].
-            before: S tokens, each the last one before its chunk (not in the KV yet).
-            chunks: S chunks of at least one token.
-            tree: which slots share which of their first tokens; None: none do.
+            before: for each model S tokens, each the last one before its chunk (not in the KV yet).
+            chunks: S chunks of at least one token, the same for both models.
+            trees: for each model, which slots share which of their first tokens; None: none do.
 
         Returns:
             The log-probs of the chunks' tokens, one chunk after the other.
         """
         targets = self._tensor([token for chunk in chunks for token in chunk])
-        inputs = self._tensor(
-            [t for last, chunk in zip(before, chunks) for t in (last, *chunk[:-1])]
-        )
+        inputs = [
+            self._tensor([t for last, chunk in zip(own, chunks) for t in (last, *chunk[:-1])])
+            for own in before
+        ]
         counts = [len(chunk) for chunk in chunks]
 
-        def run(model: PagedModel, own: Int32Array) -> Tensor:
-            hidden = model.forward(own, inputs, counts, tree)
+        def run(m: int) -> Tensor:
+            model = self.models[m]
+            hidden = model.forward(slots[m], inputs[m], counts, trees[m])
             return model.token_logprobs(hidden, targets, self.vocab_size)
 
         try:
             with self._lane.beside():
-                tuned = run(self.models[0], slots[0])
-            untuned = run(self.models[1], slots[1])
+                tuned = run(0)
+            untuned = run(1)
         finally:
             self._lane.join()
         return TokenLogprobs(tuned, untuned)

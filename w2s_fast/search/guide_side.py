@@ -17,6 +17,8 @@ from w2s_fast.search.recompute import recompute, shared_texts
 from w2s_fast.search.request import Request
 from w2s_fast.search.selection import new_tokens
 
+_BOTH = (0, 1)  # the tuned and the untuned model of a guide
+
 
 class GuideSide:
     """Scores candidates, and knows which slots they hold in the guides."""
@@ -37,7 +39,7 @@ class GuideSide:
         for root in roots:
             root.guide_slots = self._no_slots()
         for g, guide in enumerate(self.guides):
-            slots = guide.prefill([request.guide_prompts[g] for request in requests])
+            slots = guide.prefill([[r.guide_prompts[g][m] for r in requests] for m in _BOTH])
             for root, own in zip(roots, slots.T):
                 root.guide_slots[g] = own
 
@@ -45,8 +47,8 @@ class GuideSide:
         """Let later requests find this prompt in the guides, too."""
         slots = request.families[0].children[0].guide_slots
         for g, guide in enumerate(self.guides):
-            for model, slot in zip(guide.models, slots[g]):
-                model.pool.remember([slot], [request.guide_prompts[g][:-1]])
+            for model, slot, prompt in zip(guide.models, slots[g], request.guide_prompts[g]):
+                model.pool.remember([slot], [prompt[:-1]])
 
     def fork(self, families: Sequence[Family]) -> None:
         """Give every child slots in all guides; the first one takes its parent's."""
@@ -67,16 +69,13 @@ class GuideSide:
         chunks = [new_tokens(beam) for _, beam in rows]
         found = []
         for g, guide in enumerate(self.guides):
-            before = [
-                beam.tokens[len(beam.token_scores) - 1]
-                if beam.token_scores
-                else request.guide_prompts[g][-1]
-                for request, beam in rows
-            ]
             slots = np.stack([beam.guide_slots[g] for _, beam in rows], axis=1)
+            before = [[_last_scored(request, beam, g, m) for request, beam in rows] for m in _BOTH]
             # The guides' last token of the prompt is run with the first chunk.
-            prompts = [len(request.guide_prompts[g]) - 1 for request, _ in rows]
-            found.append(guide.append(slots, before, chunks, family_tree(rows, prompts)))
+            held = [[len(r.guide_prompts[g][m]) - 1 for r, _ in rows] for m in _BOTH]
+            tree = family_tree(rows, held[0])
+            trees = [tree, tree if held[1] == held[0] else family_tree(rows, held[1])]
+            found.append(guide.append(slots, before, chunks, trees))
         tuned, untuned = (torch.stack(logprobs) for logprobs in zip(*found))
         return tuned, untuned
 
@@ -96,9 +95,9 @@ class GuideSide:
         own = [alive[i] for i in guided]
         shared = [requests[i].shared_tokens for i in guided]
         for g, guide in enumerate(self.guides):
-            prompts = [requests[i].guide_prompts[g] for i in guided]
-            groups = shared_texts(prompts, own, shared)
             for m, model in enumerate(guide.models):
+                prompts = [requests[i].guide_prompts[g][m] for i in guided]
+                groups = shared_texts(prompts, own, shared)
                 for beams, slots in zip(own, recompute(model, groups)):
                     for beam, slot in zip(beams, slots.tolist()):
                         if not len(beam.guide_slots):
@@ -119,3 +118,9 @@ class GuideSide:
 
     def _no_slots(self) -> Int32Array:
         return np.full((len(self.guides), 2), NO_SLOT, np.int32)
+
+
+def _last_scored(request: Request, beam: Beam, g: int, m: int) -> int:
+    """The token before those that are new: of the response, or of this model's prompt."""
+    scored = len(beam.token_scores)
+    return beam.tokens[scored - 1] if scored else request.guide_prompts[g][m][-1]

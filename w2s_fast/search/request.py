@@ -20,16 +20,17 @@ class Request:
     def __init__(
         self,
         prompt: Sequence[int],
-        guide_prompts: Sequence[Sequence[int]],
+        guide_prompts: Sequence[tuple[Sequence[int], Sequence[int]]],
         params: SearchParams,
         priority: int = 0,
     ) -> None:
-        """``prompt``: the base's tokens, at least one; ``guide_prompts``: those of each guide.
+        """``prompt``: the base's tokens, at least one; ``guide_prompts``: for each guide those of
+        its tuned model and those of its untuned one.
 
         ``priority``: the lower, the sooner.
         """
         self.prompt = list(prompt)
-        self.guide_prompts = [list(p) for p in guide_prompts]
+        self.guide_prompts = [(list(tuned), list(untuned)) for tuned, untuned in guide_prompts]
         self.params = params
         self.priority = priority
         self.urgency = (0, 0)  # the scheduler's: smaller numbers run first

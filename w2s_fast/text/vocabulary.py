@@ -17,10 +17,15 @@ def check_same_vocabulary(
 ) -> None:
     """Compare token-to-id maps and special tokens; equal sizes alone say nothing.
 
+    A guide may have some special tokens more, behind all of the base's, as tuning scripts add
+    ``[PAD]``: they are padding.
+
     Raises:
         MismatchedVocabulary: names the guide's model and the first difference.
     """
-    ours, theirs = base.get_vocab(), guide.get_vocab()
+    ours, size = base.get_vocab(), tokenizer_size(base)
+    more = {i for i in _special(guide) if i >= size}
+    theirs = {token: i for token, i in guide.get_vocab().items() if i not in more}
     if ours != theirs:
         token = min(
             (t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)),
@@ -30,8 +35,8 @@ def check_same_vocabulary(
             f"{name} has another vocabulary than the base: token {token!r} is "
             f"{ours.get(token)} in the base's and {theirs.get(token)} in its own"
         )
-    if _special(base) != _special(guide):
-        different = sorted(_special(base) ^ _special(guide))
+    different = sorted(_special(base) ^ (_special(guide) - more))
+    if different:
         raise MismatchedVocabulary(
             f"{name} has other special tokens than the base: ids {different[:5]}"
         )

@@ -1,0 +1,76 @@
+"""Encoders: every model's own way from a prompt to its tokens, by its tokenizer and template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from w2s_fast.errors import InvalidRequest
+from w2s_fast.models import PagedModel, load_tokenizer
+from w2s_fast.search import Guide
+from w2s_fast.text import PromptEncoder
+
+
+def templates_of(guides: Sequence[Guide]) -> list[str | None]:
+    """For each guide its tuned model's prompt template, and its untuned one's.
+
+    Raises:
+        InvalidRequest: what a guide has is neither one for both nor a pair; says which guide.
+    """
+    found: list[str | None] = []
+    for g, guide in enumerate(guides):
+        given = guide.prompt_template
+        if given is None or isinstance(given, str):
+            found += [given, given]
+        elif isinstance(given, (tuple, list)) and len(given) == 2:
+            found += given
+        else:
+            number = f" {g}" if len(guides) > 1 else ""
+            raise InvalidRequest(
+                f"prompt_template of guide{number} is {given!r}; allowed: a string for both of its "
+                "models, or a pair: for its tuned and for its untuned one"
+            )
+    return found
+
+
+def tokenizers_of(
+    guides: Sequence[Guide], base: PreTrainedTokenizerBase | None
+) -> list[PreTrainedTokenizerBase | None]:
+    """For each guide its tuned model's tokenizer, and its untuned one's.
+
+    Each is the one that lies with the model. Where none does, it is the base's; where it has no
+    chat template, it gets the base's. All are None if the base has none: prompts are token ids.
+    """
+    if base is None:
+        return [None] * (2 * len(guides))
+    found: list[PreTrainedTokenizerBase | None] = []
+    for source in (source for guide in guides for source in (guide.tuned, guide.untuned)):
+        own = load_tokenizer(source)
+        if own is not None and own.chat_template is None:
+            own.chat_template = base.chat_template
+        found.append(base if own is None else own)
+    return found
+
+
+def make_encoder(
+    model: PagedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    template: str | None,
+    vocab_size: int,
+) -> PromptEncoder:
+    """For the prompts of one model; one that is empty starts from its own BOS.
+
+    Raises:
+        InvalidRequest: the template is none; says which model's.
+    """
+    if template is not None and not isinstance(template, str):
+        raise InvalidRequest(
+            f"prompt_template of {model.name} is {template!r}; allowed: a string, or None"
+        )
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if tokenizer is None:
+        bos = getattr(model.model.config.get_text_config(), "bos_token_id", None)
+    if bos is not None and not 0 <= bos < model.vocab_size:
+        bos = None
+    return PromptEncoder(model.name, tokenizer, template, vocab_size=vocab_size, bos_token_id=bos)
