@@ -12,6 +12,11 @@ def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
 
 
+def ids_without_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> frozenset[int]:
+    """Ids below ``vocab_size`` that stand for nothing: gaps in the tokenizer's vocabulary."""
+    return frozenset(range(vocab_size)).difference(tokenizer.get_vocab().values())
+
+
 def check_same_vocabulary(
     base: PreTrainedTokenizerBase, guide: PreTrainedTokenizerBase, name: str
 ) -> None:
