@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tokenizers import (
@@ -27,7 +28,7 @@ def _wrap(tokenizer: Tokenizer, special: list[str | AddedToken], **options: Any)
 def byte_level(*special: str | AddedToken, added: tuple[str, ...] = (), **options: Any) -> Any:
     """BPE over bytes, as GPT-2, Llama 3 and Qwen have it; a few words are tokens."""
     vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    merges = _merges(vocabulary, [*WORDS, *("\u0120" + word for word in WORDS)])
+    merges = _merges(vocabulary, "\u0120")
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,7 +43,7 @@ def metaspace(*special: str | AddedToken, scheme: str = "first", **options: Any)
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for token in [f"<0x{b:02X}>" for b in range(256)] + ["\u2581"] + list(map(chr, range(33, 127))):
         vocabulary[token] = len(vocabulary)
-    merges = _merges(vocabulary, [*WORDS, *("\u2581" + word for word in WORDS)])
+    merges = _merges(vocabulary, "\u2581")
     model = models.BPE(
         vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True
     )
@@ -94,13 +95,19 @@ def words(*special: str | AddedToken, unknown: str = "[UNK]") -> Any:
     return _wrap(tokenizer, list(special), unk_token=unknown)
 
 
-def _merges(vocabulary: dict[str, int], targets: list[str]) -> list[tuple[str, str]]:
-    """Merges from the left that make the targets; their tokens are added to the vocabulary."""
-    merges = []
-    for target in targets:
-        for end in range(2, len(target) + 1):
-            pair = (target[: end - 1], target[end - 1])
-            if target[:end] not in vocabulary:
-                vocabulary[target[:end]] = len(vocabulary)
-                merges.append(pair)
-    return merges
+def with_gaps(tokenizer: Any, *ids: int) -> Any:
+    """``tokenizer``, for which these ids stand for nothing from here on."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = parts["model"]["vocab"]
+    parts["model"]["vocab"] = {t: i for t, i in vocabulary.items() if i not in ids}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(parts))
+    return tokenizer
+
+
+def _merges(vocabulary: dict[str, int], space: str) -> list[tuple[str, str]]:
+    """Merges that make the words, and each with a space before it; they join the vocabulary."""
+    pairs = [(word[:end], word[end]) for word in WORDS for end in range(1, len(word))]
+    pairs += [(space, word) for word in WORDS]
+    for left, right in pairs:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    return pairs

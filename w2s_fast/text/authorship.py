@@ -72,8 +72,9 @@ def written_by_template(
         )
     return specials.find(
         text,
-        lambda s: (before is not None and s[0] not in before)
-        or (after is not None and s[1] not in after),
+        lambda s: (
+            (before is not None and s[0] not in before) or (after is not None and s[1] not in after)
+        ),
     )
 
 

@@ -17,9 +17,23 @@ ChatMessage: TypeAlias = Mapping[str, Any]
 
 # What belongs to apply_chat_template itself, and is not the caller's to set.
 _RESERVED = frozenset(
-    "conversation messages tools chat_template add_generation_prompt continue_final_message "
-    "tokenize sanitize_control_tokens padding truncation max_length return_tensors return_dict "
-    "return_assistant_tokens_mask tokenizer_kwargs".split()
+    [
+        "conversation",
+        "messages",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    ]
 )
 
 

@@ -39,9 +39,7 @@ class SpecialTokens:
         flags = {t.content: t for t in added.values()}
         longest_first = sorted(self.ids, key=len, reverse=True)
         self.pattern = any_of(
-            rf"(?<!\w){re.escape(t)}(?!\w)"
-            if t in flags and flags[t].single_word
-            else re.escape(t)
+            rf"(?<!\w){re.escape(t)}(?!\w)" if t in flags and flags[t].single_word else re.escape(t)
             for t in longest_first
         )
         self.any_case = any_of(map(re.escape, longest_first), re.IGNORECASE)
@@ -142,9 +140,7 @@ class _Renamed:
             model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
         if "merges" in model:
             pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
-            model["merges"] = [
-                [a, b] for a, b in pairs if not {a, b, a + b} & names.keys()
-            ]
+            model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
 
 
 def between(text: str, spans: Sequence[Span]) -> list[str]:
