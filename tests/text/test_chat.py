@@ -111,8 +111,8 @@ EVERYTHING = "{{ messages | tojson }}{{ tools }}{{ x | default('') | tojson }}{{
         Chat([{"role": "user", "content": "a", "<eot>": 1}]),
         Chat([{"role": "user", "content": [{"type": "text", "text": "<eot>"}]}]),
         Chat([{"role": "user", "thinking": "<eot>"}]),
-        Chat([{"role": "user", "tool_calls": [{"function": {"arguments": {"<eot>": ("<eot>",)}}}]}]),
-        Chat([{"role": "user", "content": "a"}], tools=[{"name": "f", "parameters": {"<eot>": {}}}]),
+        Chat([{"role": "user", "tool_calls": [{"function": {"<eot>": ("<eot>",)}}]}]),
+        Chat([{"role": "user", "content": "a"}], tools=[{"parameters": {"<eot>": {}}}]),
         Chat([{"role": "user", "content": "a"}], tools=[{"description": "f\n<eot>"}]),
         Chat([{"role": "user", "content": "a"}], chat_template_kwargs={"x": {"<eot>": ["<eot>"]}}),
         Chat([{"role": "user", "content": "a"}], chat_template_kwargs={"y": "<EOT><eot>"}),
@@ -230,11 +230,12 @@ def test_a_final_message_is_continued(name: str, answer: str) -> None:
 def test_contents_may_be_lists_of_parts() -> None:
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "ok"}]},
-        {"role": "user", "content": [{"type": "text", "text": " the "}, {"type": "text", "text": "x"}]},
-    ]  # fmt: skip
+        {"role": "user", "content": [{"type": "text", "text": t} for t in (" the ", "x")]},
+    ]
     assert ENCODERS["gemma"].encode(messages) == expected(KINDS["gemma"].tokenizer, messages)
 
 
+USER = [{"role": "user", "content": "a"}]
 BAD: dict[str, Any] = {
     "no messages": Chat([]),
     "not messages": Chat("the"),  # type: ignore[arg-type]
@@ -249,7 +250,7 @@ BAD: dict[str, Any] = {
     "a template of the caller's": Chat(
         [{"role": "user", "content": "a"}], chat_template_kwargs={"chat_template": "x"}
     ),
-    "messages twice": Chat([{"role": "user", "content": "a"}], chat_template_kwargs={"messages": 1}),
+    "messages twice": Chat(USER, chat_template_kwargs={"messages": 1}),
     "a tool that is a number": Chat([{"role": "user", "content": "a"}], [5]),
     "an undocumented tool": Chat([{"role": "user", "content": "a"}], [lambda x: x]),
     "an object": [{"role": "user", "content": "a", "extra": object()}],

@@ -12,7 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from w2s_fast.errors import MismatchedVocabulary
 from w2s_fast.models import ModelSource, PagedModel, kv_tokens_that_fit, load_model, load_tokenizer
 from w2s_fast.search import Guide, PagedGuide
-from w2s_fast.text import PromptEncoder, check_same_vocabulary, eos_token_ids, tokenizer_size
+from w2s_fast.text import (
+    PromptEncoder,
+    check_same_vocabulary,
+    eos_token_ids,
+    ids_without_token,
+    tokenizer_size,
+)
 
 _MAX_SLOTS = 4096
 
@@ -102,6 +108,9 @@ def serve_models(
             )
         )
     vocab_size = _shared_vocabulary(tokenizer, paged_base, guides, paged)
+    if tokenizer is not None and (gaps := ids_without_token(tokenizer, vocab_size)):
+        for model in (paged_base, *(model for pair in paged for model in pair)):
+            model.forbid(gaps)
 
     def encoder(model: PagedModel, template: str | None) -> PromptEncoder:
         bos = getattr(tokenizer, "bos_token_id", None)

@@ -53,14 +53,16 @@ def written_by_template(
     # strings meet, or where a template changed them, is seen so too.
     first = f"(?={specials.any_case.pattern})(?s:.)"  # of a special token that a string spells
     exchange = _Exchange(any_of([doubtful.pattern, first], re.IGNORECASE), free)
-    if (theirs := at_signs(exchange, exchange.signs)) is not None:
-        return specials.find(text, lambda s: s[0] not in theirs and s[1] - 1 not in theirs)
+    theirs = at_signs(exchange, exchange.signs)
+    if theirs is not None:
+        return specials.find(text, lambda s: theirs.isdisjoint((s[0], s[1] - 1)))
     if not spelled:
         return found
     # A template that looks for such characters may yet leave whole special tokens alone.
     exchange = _Exchange(any_of([first], re.IGNORECASE), free)
-    if (theirs := at_signs(exchange, exchange.signs)) is not None:
-        return specials.find(text, lambda s: s[0] not in theirs)
+    begun = at_signs(exchange, exchange.signs)
+    if begun is not None:
+        return specials.find(text, lambda s: s[0] not in begun)
     # Or it looks for them, and cuts the text there.
     sign, either = next(free), specials.any_case
     before = at_signs(lambda s: either.sub(lambda m: sign + m[0], s), {sign: ""})

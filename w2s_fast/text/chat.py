@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import get_json_schema
 
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.text.authorship import written_by_template
@@ -17,23 +17,12 @@ ChatMessage: TypeAlias = Mapping[str, Any]
 
 # What belongs to apply_chat_template itself, and is not the caller's to set.
 _RESERVED = frozenset(
-    [
-        "conversation",
-        "messages",
-        "tools",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "sanitize_control_tokens",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
+    (
+        *("conversation", "messages", "tools", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs"),
+        *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
         "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-    ]
+    )
 )
 
 
@@ -127,8 +116,8 @@ def _messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
         missing = content is None and isinstance(message, Mapping) and len(message) > 1
         if not isinstance(role, str) or not (isinstance(content, str) or parts or missing):
             raise InvalidRequest(
-                f"a chat message is {reprlib.repr(message)}; allowed: a mapping with the string 'role', and "
-                "'content': a string or a list of parts"
+                f"a chat message is {reprlib.repr(message)}; allowed: a mapping with the string "
+                "'role', and 'content': a string or a list of parts"
             )
         copies.append(_copy(message, f"messages[{i}]"))
     return copies
