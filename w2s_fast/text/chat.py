@@ -47,11 +47,14 @@ class Chat:
 def write_chat(encoder: TextEncoder, chat: Chat) -> Written:
     """A chat as the template of ``encoder.tokenizer`` writes it, up to where a response begins.
 
-    Its tokens are those of ``apply_chat_template`` on the same messages. Only, a special token
-    that a string of the request spells, or that begins or ends in one with a character that is
-    neither letter nor digit, is text: it may be in any message, tool or variable, in keys or
-    values, and the template may trim, cut or move it. A template that writes special tokens around
-    letters of the request (``<|`` role ``|>``) does write special tokens.
+    Its tokens are those of ``apply_chat_template`` on the same messages. Only what a string of the
+    request spells is text, also where it spells a special token: in any message, tool or variable,
+    in keys or values, in any case of letters, and whatever the template does with it (trims, cuts,
+    moves or changes it). Where strings of the request and of the template together make a special
+    token, it is one if the request gave no sign at its beginning or end, such as ``<``: so a
+    template may write ``<|`` role ``|>``. That is seen as long as the template does not look for
+    that sign in the strings; where it does (it cuts at ``</think>``, say), tokens that neither
+    side spells alone are read as ``apply_chat_template`` reads them.
 
     Raises:
         InvalidRequest: not a chat, no chat template, one that fails on it, or one of which it
