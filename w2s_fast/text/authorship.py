@@ -31,10 +31,8 @@ def written_by_template(
     """
     strings = list(_strings(given))
     spelled = any(map(specials.any_case.search, strings))
-    edges = {edge for token in specials.ids for edge in (token[0], token[-1])}
-    doubtful = any_of(re.escape(e) for e in edges if not e.isalnum() and not e.isspace())
     found = specials.find(text)
-    if not found or not (spelled or any(map(doubtful.search, strings))):
+    if not found or not (spelled or any(map(specials.doubtful.search, strings))):
         return found
     free = _free_signs("".join([*strings, text]))
 
@@ -51,15 +49,14 @@ def written_by_template(
 
     # First by the characters that special tokens begin or end with. A token that came about where
     # strings meet, or where a template changed them, is seen so too.
-    first = f"(?={specials.any_case.pattern})(?s:.)"  # of a special token that a string spells
-    exchange = _Exchange(any_of([doubtful.pattern, first], re.IGNORECASE), free)
+    exchange = _Exchange(specials.first_or_doubtful, free)
     theirs = at_signs(exchange, exchange.signs)
     if theirs is not None:
         return specials.find(text, lambda s: theirs.isdisjoint((s[0], s[1] - 1)))
     if not spelled:
         return found
     # A template that looks for such characters may yet leave whole special tokens alone.
-    exchange = _Exchange(any_of([first], re.IGNORECASE), free)
+    exchange = _Exchange(specials.first, free)
     begun = at_signs(exchange, exchange.signs)
     if begun is not None:
         return specials.find(text, lambda s: s[0] not in begun)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.text.chat import Chat, ChatMessage, write_chat
 from w2s_fast.text.encoding import TextEncoder, Written, check_unicode
+from w2s_fast.text.special_tokens import common_prefix
 from w2s_fast.text.vocabulary import ids_without_token
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage] | Chat
@@ -88,7 +89,7 @@ class PromptEncoder:
         else:
             check_unicode(response, "a response")
             both = self._encode(written.followed_by(response))
-            common = _common_prefix(before, both)
+            common = common_prefix(before, both)
             before, after = before[:common], both[common:]
         if not after:
             raise InvalidRequest("a response is empty; allowed: at least one token")
@@ -165,8 +166,3 @@ def _check_template(name: str, template: Any) -> None:
             f"prompt_template of {name} is {template!r}; it must hold {PLACEHOLDER} exactly once"
         )
     check_unicode(template, f"prompt_template of {name}")
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens agree."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from itertools import groupby
 from typing import Any, TypeAlias
 
 from tokenizers import Tokenizer
@@ -37,12 +39,14 @@ class SpecialTokens:
             if number is not None:
                 self.ids.setdefault(str(text), number)
         flags = {t.content: t for t in added.values()}
-        longest_first = sorted(self.ids, key=len, reverse=True)
-        self.pattern = any_of(
-            rf"(?<!\w){re.escape(t)}(?!\w)" if t in flags and flags[t].single_word else re.escape(t)
-            for t in longest_first
-        )
-        self.any_case = any_of(map(re.escape, longest_first), re.IGNORECASE)
+        # Only as a word of its own, or anywhere.
+        words = [t for t in self.ids if t in flags and flags[t].single_word]
+        anywhere = [t for t in self.ids if t not in words]
+        alone = [rf"(?<!\w)(?:{longest_of(words)})(?!\w)"] if words else []
+        self.pattern = any_of([*alone, longest_of(anywhere)])
+        edges = {edge for token in self.ids for edge in (token[0], token[-1])}
+        # The characters that special tokens begin or end with, as far as words have none of them.
+        self.doubtful = any_of(re.escape(e) for e in edges if not e.isalnum() and not e.isspace())
         # Those that are looked for behind the normaliser, where another spelling may become one.
         normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
         self._normalize: Callable[[str], str] | None = None
@@ -52,6 +56,20 @@ class SpecialTokens:
             normalized = [t for t in self.ids if t in flags and flags[t].normalized]
             self._normalized = [normalizer.normalize_str(t) for t in normalized]
         self._renamed: _Renamed | None = None
+
+    @cached_property
+    def any_case(self) -> re.Pattern[str]:
+        """Special tokens, in whatever case of letters."""
+        return re.compile(longest_of(self.ids), re.IGNORECASE)
+
+    @cached_property
+    def first(self) -> re.Pattern[str]:
+        """The first character of each of them."""
+        return re.compile(f"(?={self.any_case.pattern})(?s:.)", re.IGNORECASE)
+
+    @cached_property
+    def first_or_doubtful(self) -> re.Pattern[str]:
+        return any_of([self.doubtful.pattern, self.first.pattern], re.IGNORECASE)
 
     def find(self, text: str, counts: Callable[[Span], bool] = lambda _: True) -> list[Span]:
         """Where special tokens stand in ``text``, of those that count: leftmost and longest."""
@@ -110,10 +128,10 @@ class _Renamed:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: dict[str, int]) -> None:
         secret = "".join(chr(secrets.choice(SIGNS)) for _ in range(12))
-        self.names = {t: secret + chr(SIGNS[i]) for i, t in enumerate(ids)}
+        self.names = {t: secret + _numeral(i) for i, t in enumerate(ids)}
         self.backend: Tokenizer | None = None
         original = getattr(tokenizer, "backend_tokenizer", None)
-        if not isinstance(original, Tokenizer) or len(ids) >= len(SIGNS):
+        if not isinstance(original, Tokenizer):
             return
         try:
             parts = json.loads(original.to_str())
@@ -149,6 +167,34 @@ def between(text: str, spans: Sequence[Span]) -> list[str]:
     return [text[start:end] for start, end in zip(edges[::2], edges[1::2])]
 
 
-def any_of(alternatives: Any, flags: int = 0) -> re.Pattern[str]:
+def any_of(alternatives: Iterable[str], flags: int = 0) -> re.Pattern[str]:
     """Matches the first alternative that fits; nothing, if there are none."""
     return re.compile("|".join(alternatives) or "(?!)", flags)
+
+
+def longest_of(texts: Iterable[str]) -> str:
+    """A pattern for the longest of some texts. What they begin with alike stands in it once:
+    some tokenizers have thousands of special tokens."""
+    distinct = sorted(set(texts))
+    if not distinct:
+        return "(?!)"
+    shared = distinct[0][: common_prefix(distinct[0], distinct[-1])]
+    rests = [text[len(shared) :] for text in distinct]
+    branches = [longest_of(own) for _, own in groupby(filter(None, rests), key=_first)]
+    if not branches:
+        return re.escape(shared)
+    return f"{re.escape(shared)}(?:{'|'.join(branches)}){'' if rests[0] else '?'}"
+
+
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many leading items agree."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _first(text: str) -> str:
+    return text[0]
+
+
+def _numeral(number: int) -> str:
+    """A number as two signs."""
+    return "".join(chr(SIGNS[digit]) for digit in divmod(number, len(SIGNS)))
