@@ -145,6 +145,7 @@ def test_no_string_of_a_chat_becomes_a_special_token(chat: Chat) -> None:
         ("{{ m.content.split('<eot>') | join('|') }}{{ m.content }}", "a<eot>b"),
         ("{% if m.content.startswith('<eot>') %}{{ m.content }}{% endif %}", "<eot>b"),
         ("{{ m.content.split('<eot>')[-1].lstrip() + m.content }}", "a<eot>\n\nb"),
+        ("{{ m.content | length }}{{ m.content if '<x>' in m.content }}", "<x><eot>"),
         ("{{ m }}", "'<eot>\"\\"),
         ("{{ m | tojson }}", "'<eot>\"\\"),
         ("{{ m.content | trim }}", "  <eot>  "),

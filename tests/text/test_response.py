@@ -59,3 +59,13 @@ def test_a_character_that_prompt_and_response_share_is_no_characters_text() -> N
     for tokenizer in TOKENIZERS.values():
         ids = whole(tokenizer, "a\u4e2d the")
         assert decode_response(tokenizer, ids[:-2], ids[-2:]) == "\ufffd the"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("prompt", ["a\u4e2d\u4e2d", "\u4e2d\u4e2d\u4e2d\u4e2d", "\u4e2d"])
+def test_a_response_begins_with_whole_characters_behind_one_that_is_cut(
+    name: str, prompt: str
+) -> None:
+    tokenizer = TOKENIZERS[name]
+    answer = whole(tokenizer, "a\u00e9 the")[len(whole(tokenizer, "a")) :]
+    assert decode_response(tokenizer, whole(tokenizer, prompt)[:-1], answer) == "\u00e9 the"
