@@ -28,6 +28,7 @@ from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
 if TYPE_CHECKING:
     from w2s_fast.engine import AsyncEngine, Engine, StreamPiece
     from w2s_fast.search import Guide
+    from w2s_fast.text import Chat
 
 try:
     __version__ = version("w2s-fast")
@@ -36,6 +37,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 __all__ = [
     "AsyncEngine",
+    "Chat",
     "Engine",
     "Guide",
     "Hypothesis",
@@ -66,4 +68,8 @@ def __getattr__(name: str) -> Any:
         from w2s_fast.engine import StreamPiece
 
         return StreamPiece
+    if name == "Chat":
+        from w2s_fast.text import Chat
+
+        return Chat
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,8 @@ from tests.support.engines import (
     models_of,
 )
 from tests.support.recorder import Recording
-from tests.support.tiny_models import tiny_triple
+from tests.support.tiny_models import byte_tokenizer, tiny_triple
+from tests.support.tokenizers import with_gaps
 from w2s_fast import Engine
 from w2s_fast.attention.kernel import KernelPlan
 from w2s_fast.attention.static_plan import Bucket
@@ -48,8 +49,8 @@ class Recorded(NamedTuple):
     passes: list[PassGraphs]
 
     @classmethod
-    def of(cls, models: Any, max_rows: int = 64, compile: bool = False) -> Recorded:
-        engine = make_engine(*models)
+    def of(cls, models: Any, max_rows: int = 64, compile: bool = False, **options: Any) -> Recorded:
+        engine = make_engine(*models, **options)
         for model in models_of(engine):
             model.backend = KernelPlan
         steps = record_passes(
@@ -92,6 +93,18 @@ def test_a_search_from_recordings_finds_the_same(family: str, prompts: list[list
     for model in models_of(engine):
         model.pool.drop_cache()
     assert_all_pages_free(engine)
+
+
+def test_recorded_steps_leave_out_ids_that_are_no_tokens() -> None:
+    gaps = set(range(3, 250, 2))
+    models = tiny_triple(vocab_size=258, eos=(257,))
+    tokenizer = with_gaps(byte_tokenizer(), *gaps)
+    params = replace(SEARCH, temperature=2.0, trace=False)
+    expected = found(make_engine(*models, tokenizer=tokenizer).generate([[2, 4]], params))
+    engine, steps, _ = Recorded.of(models, tokenizer=tokenizer)
+    results = engine.generate([[2, 4]], params)
+    assert found(results) == expected and replays(steps) > 0
+    assert not gaps.intersection(t for h in results[0].hypotheses for t in h.token_ids)
 
 
 def test_a_shape_is_recorded_when_it_comes_again() -> None:

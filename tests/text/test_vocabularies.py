@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.engines import (
     PROMPTS,
     make_engine,
 )
-from tests.support.reference import Reference, ReferenceGuide
+from tests.support.reference import Reference, ReferenceGuide, forward, log_softmax
 from tests.support.results import assert_same
 from tests.support.tiny_models import (
     BYTE_VOCABULARY,
@@ -21,6 +23,7 @@ from tests.support.tiny_models import (
     save_tiny,
     tiny_model,
 )
+from tests.support.tokenizers import with_gaps
 from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.errors import (
     InvalidRequest,
@@ -62,6 +65,58 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_sampled(path_engine: Eng
     sampled = {t for h in result.hypotheses for t in h.token_ids}
     assert max(sampled) == BYTE_VOCABULARY - 1
     assert len(sampled) > 250
+
+
+GAPS = (5, 70, 200)
+
+
+class GappedReference(Reference):
+    """Its models give the gaps no probability; else it is the same arithmetic."""
+
+    def next_logits(self, token_ids: list[int]) -> np.ndarray:
+        return without_gaps(super().next_logits(token_ids))
+
+    def token_scores(self, prompts: list[list[int]], response: list[int]) -> list[float]:
+        scores = []
+        for t, token in enumerate(response):
+            tuned, untuned = (
+                log_softmax(without_gaps(forward(m, [*prompts[0], *response[:t]], 258)[-1]))[token]
+                for m in (self.guides[0].tuned, self.guides[0].untuned)
+            )
+            scores.append(float(tuned - untuned))
+        return scores
+
+
+def without_gaps(logits: np.ndarray) -> np.ndarray:
+    logits = logits.copy()
+    logits[list(GAPS)] = -np.inf
+    return logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma's logits have a soft cap
+def test_ids_in_gaps_of_the_vocabulary_are_never_sampled_and_never_scored(family: str) -> None:
+    base, tuned, untuned = (
+        copy.deepcopy(tiny_model(f, seed=s, vocab_size=258, eos=(257,)))
+        for s, f in enumerate((family, family, "phi3"))
+    )
+    for model in (base, tuned, untuned):  # they would win
+        model.get_output_embeddings().weight.data[list(GAPS)] *= 20
+    if family == "llama":
+        tuned.get_output_embeddings().weight.data[list(GAPS)] = math.nan
+    tokenizer = with_gaps(byte_tokenizer(), *GAPS)
+    e = make_engine(base, tuned, untuned, tokenizer=tokenizer)
+    reference = GappedReference(
+        base, [ReferenceGuide(tuned, untuned)], vocab_size=258, eos_token_ids=[257]
+    )
+    params = SearchParams(
+        temperature=1.5, top_k=0, beam_width=2, successors=2, chunk_length=3, max_new_tokens=6,
+        trace=True,
+    )  # fmt: skip
+    result = e.generate([PROMPTS[0]], params)[0]
+    tokens_only = [replace(h, text=None) for h in result.hypotheses]
+    assert_same(replace(result, hypotheses=tokens_only), reference.search(PROMPTS[0], params))
+    greedy = SearchParams(method="sample", temperature=0, max_new_tokens=20)
+    assert not set(GAPS) & set(e.generate([PROMPTS[0]], greedy)[0].token_ids)
 
 
 def with_swapped_tokens() -> Any:

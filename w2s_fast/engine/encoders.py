@@ -73,4 +73,11 @@ def make_encoder(
         bos = getattr(model.model.config.get_text_config(), "bos_token_id", None)
     if bos is not None and not 0 <= bos < model.vocab_size:
         bos = None
-    return PromptEncoder(model.name, tokenizer, template, vocab_size=vocab_size, bos_token_id=bos)
+    return PromptEncoder(
+        model.name,
+        tokenizer,
+        template,
+        vocab_size=vocab_size,
+        bos_token_id=bos,
+        own_vocab_size=model.vocab_size,
+    )

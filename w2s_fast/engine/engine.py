@@ -159,7 +159,8 @@ class Engine:
         """Search a response for every prompt.
 
         Args:
-            prompts: each a string, a list of token ids, or a list of chat messages.
+            prompts: each a string, a list of token ids, a list of chat messages, or a
+                :class:`w2s_fast.Chat`.
             params: one for all prompts, or one for each.
             priority: the lower, the sooner, among all requests of the engine.
             on_error: a failed request never stops the others. ``"raise"``: the first error is
@@ -268,12 +269,12 @@ class Engine:
     ) -> list[float]:
         """The guides' score of given responses, in nats.
 
-        A response of token ids is scored as it is. A text is tokenised behind its prompt: it
-        begins after the longest common prefix of the tokens of prompt and prompt + text. Where
-        that gives other tokens for a guide's tuned model than for its untuned one, each behind
-        its own prompt, the text is tokenised by itself, by the tuned model's tokenizer. No EOS is
-        added. Where running requests hold the pages that it takes, some are set aside for it and
-        recomputed.
+        A response of token ids is scored as it is. A text is tokenised behind its prompt, template
+        or chat and all: it begins after the longest common prefix of the tokens of prompt and
+        prompt + text. Where that gives other tokens for a guide's tuned model than for its untuned
+        one, each behind its own prompt, the text is tokenised by itself, by the tuned model's
+        tokenizer. No EOS is added. Where running requests hold the pages that it takes, some are
+        set aside for it and recomputed.
 
         Raises:
             InvalidRequest: no guides, lists of different lengths, an empty response, or a text

@@ -109,7 +109,7 @@ def _encode_given(
     if after != same:
         # For one of them a token may reach from the prompt into the response, and for the other,
         # which has a template, not. So the response stands by itself, as it does behind any ids.
-        _, after = tuned.encode_with_response([0], response)
+        after = tuned.encode_response(response)
         before, other = tuned.encode(prompt), untuned.encode(prompt)
     return Given((before, other), after)
 

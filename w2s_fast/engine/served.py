@@ -13,7 +13,13 @@ from w2s_fast.engine.encoders import make_encoder, templates_of, tokenizers_of
 from w2s_fast.errors import MismatchedVocabulary
 from w2s_fast.models import ModelSource, PagedModel, kv_tokens_that_fit, load_model, load_tokenizer
 from w2s_fast.search import Guide, PagedGuide
-from w2s_fast.text import PromptEncoder, check_same_vocabulary, eos_token_ids, tokenizer_size
+from w2s_fast.text import (
+    PromptEncoder,
+    check_same_vocabulary,
+    eos_token_ids,
+    ids_without_token,
+    tokenizer_size,
+)
 
 _MAX_SLOTS = 4096
 
@@ -107,6 +113,9 @@ def serve_models(
     of_guides = [model for pair in paged for model in pair]
     tokenizers = tokenizers_of(guides, tokenizer)
     vocab_size = _shared_vocabulary(paged_base, tokenizer, of_guides, tokenizers)
+    if tokenizer is not None and (gaps := ids_without_token(tokenizer, vocab_size)):
+        for model in (paged_base, *of_guides):
+            model.forbid(gaps)
     encoders = [
         make_encoder(model, own, template, vocab_size)
         for model, own, template in zip(of_guides, tokenizers, templates)

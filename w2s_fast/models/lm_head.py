@@ -27,8 +27,16 @@ class LMHead:
         # Cohere multiplies its logits, Granite divides them.
         self.scale = float(getattr(config, "logit_scale", None) or 1.0)
         self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        self.forbidden: Tensor | None = None  # bool [V]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, own: bool = False) -> Tensor:
+        logits = self._own_logits(hidden)
+        if self.forbidden is not None and not own:
+            # Behind the soft cap, which would make -inf finite; and whatever stood there.
+            logits = logits.masked_fill(self.forbidden, -torch.inf)
+        return logits
+
+    def _own_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.module(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -37,7 +45,7 @@ class LMHead:
         return logits
 
     def token_logprobs(self, hidden: Tensor, tokens: Tensor, vocab_size: int | None) -> Tensor:
-        if type(self.module) is nn.Linear:
+        if type(self.module) is nn.Linear and self.forbidden is None:
             return linear_logprob(
                 hidden,
                 self.module.weight,
@@ -47,7 +55,8 @@ class LMHead:
                 scale=self.scale,
                 vocab_size=vocab_size,
             )
-        # A quantised head computes its own product: a few rows at a time.
+        # A quantised head computes its own product, and the fused one knows of no forbidden ids:
+        # a few rows at a time.
         blocks = [
             token_logprob(self.logits(h), t, vocab_size=vocab_size)
             for h, t in zip(torch.split(hidden, 64), torch.split(tokens, 64))

@@ -7,6 +7,7 @@ of its keys and values, once to see that it computes from pages what it computes
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
@@ -136,10 +137,18 @@ class PagedModel:
         self.pool.extend(slots, counts)
         return hidden
 
+    def forbid(self, ids: Collection[int]) -> None:
+        """Give these ids no probability: neither sampled nor in any softmax. Before passes are
+        recorded: what a recording does stays as it is."""
+        forbidden = torch.zeros(self.vocab_size, dtype=torch.bool)
+        forbidden[sorted(ids)] = True
+        self.head.forbidden = forbidden.to(self.device)
+
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [N, D] -> logits [N, V], as the model defines them."""
-        return self.head.logits(hidden)
+    def logits(self, hidden: Tensor, own: bool = False) -> Tensor:
+        """Hidden states [N, D] -> logits [N, V], as the model defines them; -inf where forbidden,
+        unless its ``own`` are asked for."""
+        return self.head.logits(hidden, own)
 
     @torch.inference_mode()
     def token_logprobs(
@@ -171,7 +180,7 @@ class PagedModel:
             ),
         ]
         self.pool.release(slots)
-        first, second = (self.logits(p) for p in passes)
+        first, second = (self.logits(p, own=True) for p in passes)
         rest = len(halves[0]) - cut[0]
         paged = [
             torch.cat([first[: cut[0]], second[:rest]]),

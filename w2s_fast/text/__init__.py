@@ -5,15 +5,23 @@ decoded behind its prompt, and what it means that two models share a vocabulary.
 data here: it is never formatted, and never becomes a special token.
 """
 
+from w2s_fast.text.chat import Chat
 from w2s_fast.text.prompt import Prompt, PromptEncoder
 from w2s_fast.text.response import decode_response
-from w2s_fast.text.vocabulary import check_same_vocabulary, eos_token_ids, tokenizer_size
+from w2s_fast.text.vocabulary import (
+    check_same_vocabulary,
+    eos_token_ids,
+    ids_without_token,
+    tokenizer_size,
+)
 
 __all__ = [
+    "Chat",
     "Prompt",
     "PromptEncoder",
     "check_same_vocabulary",
     "decode_response",
     "eos_token_ids",
+    "ids_without_token",
     "tokenizer_size",
 ]

@@ -6,19 +6,22 @@ formatted, and never becomes a special token.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from w2s_fast.errors import InvalidRequest
-from w2s_fast.text.chat import ChatMessage, encode_chat
-from w2s_fast.text.encoding import check_unicode, encode_between, encode_plain
+from w2s_fast.text.chat import Chat, ChatMessage, write_chat
+from w2s_fast.text.encoding import TextEncoder, Written, check_unicode
+from w2s_fast.text.special_tokens import common_prefix
+from w2s_fast.text.vocabulary import ids_without_token
 
-Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
+Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage] | Chat
 
 PLACEHOLDER = "{prompt}"
-_ALLOWED = "a string, a list of token ids, or a list of chat messages"
+_ALLOWED = "a string, a list of token ids, a list of chat messages, or a Chat"
 
 
 class PromptEncoder:
@@ -32,17 +35,21 @@ class PromptEncoder:
         *,
         vocab_size: int,
         bos_token_id: int | None,
+        own_vocab_size: int | None = None,
     ) -> None:
-        """``template``: text around every plain prompt, with ``{prompt}`` where it goes.
+        """An encoder for one model.
+
+        Args:
+            name: what errors call the model.
+            template: text around every plain prompt, with ``{prompt}`` where it goes.
+            vocab_size: given ids from here on are refused.
+            own_vocab_size: text may hold tokens of the model's own up to here; None: no others.
 
         Raises:
             InvalidRequest: the template lacks ``{prompt}``, or there is no tokenizer for it.
         """
-        if template is not None and template.count(PLACEHOLDER) != 1:
-            raise InvalidRequest(
-                f"prompt_template of {name} is {template!r}; "
-                f"it must hold {PLACEHOLDER} exactly once"
-            )
+        if template is not None:
+            _check_template(name, template)
         if template is not None and tokenizer is None:
             raise InvalidRequest(f"{name} has no tokenizer, so it can have no prompt_template")
         self.name = name
@@ -50,15 +57,22 @@ class PromptEncoder:
         self.template = template
         self.vocab_size = vocab_size
         self.bos_token_id = bos_token_id
+        self._texts: TextEncoder | None = None
+        self._without_token: frozenset[int] = frozenset()
+        if tokenizer is not None:
+            self._texts = TextEncoder(name, tokenizer, own_vocab_size or vocab_size)
+            self._without_token = ids_without_token(tokenizer, vocab_size)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """At least one token id. An empty prompt is the BOS token.
+        """At least one token id. An empty prompt is the BOS token; no EOS is put behind one.
 
         Raises:
-            InvalidRequest: not a prompt, an id outside the vocabulary, no tokenizer for text, no
-                chat template for messages, or empty for a model without BOS.
+            InvalidRequest: not a prompt, an id or a token outside the vocabulary, no tokenizer for
+                text or one that fails on it, no chat template for messages or one that fails on
+                them, or empty for a model without BOS.
         """
-        return self._or_bos(self._ids(prompt))
+        written = self._written(prompt)
+        return self._or_bos(self._check_ids(prompt) if written is None else self._encode(written))
 
     def encode_with_response(
         self, prompt: Prompt, response: str | Sequence[int]
@@ -66,26 +80,35 @@ class PromptEncoder:
         """Tokens of a prompt and of a given response to it, at least one of each.
 
         A text is tokenised behind the prompt, and the response begins after the longest common
-        prefix of the tokens of the prompt and of both together.
+        prefix of the tokens of the prompt and of both together. Behind token ids, whose text is
+        not known, it is tokenised as a text that goes on.
 
         Raises:
             InvalidRequest: as :meth:`encode`, or the response is empty.
         """
-        if isinstance(response, str) and isinstance(prompt, str) and self.template is None:
-            check_unicode(response)
-            alone = self._encode_text(prompt)
-            both = encode_plain(self._need_tokenizer(), prompt + response, add_special_tokens=True)
-            common = _common_prefix(alone, both)
-            before, after = self._or_bos(alone[:common]), both[common:]
+        written = self._written(prompt)
+        before = self._check_ids(prompt) if written is None else self._encode(written)
+        if not isinstance(response, str) or written is None:
+            after = self.encode_response(response)
         else:
-            before = self.encode(prompt)
-            if isinstance(response, str):  # behind a template or given ids it stands by itself
-                after = encode_plain(self._need_tokenizer(), response, add_special_tokens=False)
-            else:
-                after = self._check_ids(response)
+            check_unicode(response, "a response")
+            both = self._encode(written.followed_by(response))
+            common = common_prefix(before, both)
+            before, after = before[:common], both[common:]
         if not after:
             raise InvalidRequest("a response is empty; allowed: at least one token")
-        return before, after
+        return self._or_bos(before), after
+
+    def encode_response(self, response: str | Sequence[int]) -> list[int]:
+        """Tokens of a given response by itself: it goes on behind tokens that are not known.
+
+        Raises:
+            InvalidRequest: as :meth:`encode`.
+        """
+        if not isinstance(response, str):
+            return self._check_ids(response, "a response", "a string, or a list of token ids")
+        check_unicode(response, "a response")
+        return self._need_texts().encode_behind(response)
 
     def _or_bos(self, ids: list[int]) -> list[int]:
         if ids:
@@ -97,44 +120,64 @@ class PromptEncoder:
             )
         return [self.bos_token_id]
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _written(self, prompt: Prompt) -> Written | None:
+        """A prompt as text; None if it is token ids."""
         if isinstance(prompt, str):
-            return self._encode_text(prompt)
+            return self._write_text(prompt)
+        if isinstance(prompt, Chat):
+            return write_chat(self._need_texts(), prompt)
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise InvalidRequest(f"a prompt is {type(prompt).__name__}; allowed: {_ALLOWED}")
         if prompt and all(isinstance(item, Mapping) for item in prompt):
             messages: Sequence[ChatMessage] = prompt  # type: ignore[assignment]
-            return encode_chat(self._need_tokenizer(), messages, self.name)
-        return self._check_ids(prompt)
+            return write_chat(self._need_texts(), Chat(messages))
+        return None
 
-    def _check_ids(self, prompt: Sequence[Any]) -> list[int]:
+    def _check_ids(self, given: Any, what: str = "a prompt", allowed: str = _ALLOWED) -> list[int]:
+        if not isinstance(given, Sequence) or isinstance(given, bytes):
+            raise InvalidRequest(f"{what} is {type(given).__name__}; allowed: {allowed}")
         ids = []
-        for item in prompt:
+        for item in given:
             if isinstance(item, bool) or not hasattr(item, "__index__"):
-                raise InvalidRequest(f"a prompt holds {item!r}; allowed: {_ALLOWED}")
+                raise InvalidRequest(f"{what} holds {reprlib.repr(item)}; allowed: {allowed}")
             token = item.__index__()
             if not 0 <= token < self.vocab_size:
                 raise InvalidRequest(
                     f"token id {token} is outside the vocabulary; allowed: 0 to "
                     f"{self.vocab_size - 1}"
                 )
+            if token in self._without_token:
+                raise InvalidRequest(
+                    f"token id {token} is no token: the vocabulary of {self.name} leaves it out"
+                )
             ids.append(token)
         return ids
 
-    def _encode_text(self, text: str) -> list[int]:
-        tokenizer = self._need_tokenizer()
-        check_unicode(text)
+    def _write_text(self, text: str) -> Written:
+        texts = self._need_texts()
+        check_unicode(text, "a prompt")
         if self.template is None:
-            return encode_plain(tokenizer, text, add_special_tokens=True)
+            return Written(text, plain=True)
         before, after = self.template.split(PLACEHOLDER)
-        return encode_between(tokenizer, [before, after], [text])
+        # Special tokens are those that stand in the template as a whole.
+        behind = len(before) + len(text)
+        special = texts.specials.find(
+            before + text + after, lambda span: span[1] <= len(before) or span[0] >= behind
+        )
+        return Written(before + text + after, special)
 
-    def _need_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
+    def _encode(self, written: Written) -> list[int]:
+        return self._need_texts().encode(written)
+
+    def _need_texts(self) -> TextEncoder:
+        if self._texts is None:
             raise InvalidRequest(f"{self.name} has no tokenizer; give its prompt as token ids")
-        return self.tokenizer
+        return self._texts
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens agree."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+def _check_template(name: str, template: Any) -> None:
+    if not isinstance(template, str) or template.count(PLACEHOLDER) != 1:
+        raise InvalidRequest(
+            f"prompt_template of {name} is {template!r}; it must hold {PLACEHOLDER} exactly once"
+        )
+    check_unicode(template, f"prompt_template of {name}")

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-_CONTEXT_TOKENS = 8  # enough for a tokenizer to see that a response does not begin a text
+# Enough for a tokenizer to see that a response does not begin a text; or far more, to find text
+# before special tokens.
+_CONTEXT_TOKENS = (8, 64)
+_INCOMPLETE = "\ufffd"  # what decoders write for a character of which bytes are missing
 
 
 def decode_response(
@@ -15,14 +18,26 @@ def decode_response(
     """The text that ``response`` adds to ``prompt``, without special tokens.
 
     Decoded behind the prompt's end, since many tokenizers drop the space that a text begins with.
+    A character that the prompt begins and the response ends belongs to neither: the response
+    has replacement characters for its bytes.
     """
-    context = list(prompt[-_CONTEXT_TOKENS:])
-    before = _decode(tokenizer, context)
+    alone = _decode(tokenizer, response)
+    context: Sequence[int] = ()
+    before = ""
+    for size in _CONTEXT_TOKENS:
+        if not before:
+            context = prompt[-size:]
+            before = _decode(tokenizer, context)
     whole = _decode(tokenizer, [*context, *response])
-    if not before.endswith("\ufffd") and whole.startswith(before):
-        return whole[len(before) :]
-    return _decode(tokenizer, list(response))
+    if not whole.startswith(before):
+        return alone
+    behind = whole[len(before) :]
+    # Where the context's last character is not whole, bytes of the response may be taken for a
+    # part of it; what comes before all of its text is a space that was dropped.
+    return behind if not before.endswith(_INCOMPLETE) or behind.endswith(alone) else alone
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )

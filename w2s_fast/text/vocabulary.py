@@ -12,6 +12,16 @@ def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
 
 
+def ids_without_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> frozenset[int]:
+    """Ids below ``vocab_size`` that stand for nothing: gaps in the tokenizer's vocabulary."""
+    missing = frozenset(range(vocab_size)).difference(tokenizer.get_vocab().values())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # Where two ids have one text, the map from texts names one of them only.
+    return (
+        missing if backend is None else frozenset(i for i in missing if not backend.id_to_token(i))
+    )
+
+
 def check_same_vocabulary(
     base: PreTrainedTokenizerBase, guide: PreTrainedTokenizerBase, name: str
 ) -> None:
