@@ -53,9 +53,10 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | 
 def load_model(
     source: ModelSource, device: torch.device, dtype: str | torch.dtype
 ) -> PreTrainedModel:
-    """The model, in eval mode, on ``device``.
+    """The model, on ``device``.
 
-    A loaded model keeps its own dtype for ``"auto"``; it is moved in place where it must be.
+    A loaded model keeps its own dtype for ``"auto"``; it is moved in place where it must be, and
+    otherwise left as it is.
 
     Raises:
         UnsupportedModel: the folder or id cannot be read as a causal language model.
@@ -64,7 +65,6 @@ def load_model(
         wanted = None if dtype == "auto" else pick_dtype(dtype, device)
         if source.device != device or (wanted is not None and source.dtype != wanted):
             nn.Module.to(source, device=device, dtype=wanted)
-        nn.Module.eval(source)  # the same method; transformers leaves its own untyped
         return source
     name = os.fspath(source)
     options: dict[str, Any] = {"dtype": pick_dtype(dtype, device) or "auto"}
