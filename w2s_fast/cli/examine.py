@@ -84,14 +84,12 @@ def _instructions() -> Finding:
 
 
 def _memory() -> Finding:
-    total, free = (_proc_field("/proc/meminfo", name) for name in ("MemTotal", "MemAvailable"))
-    if total is None or free is None:
-        return Finding("none", "memory", "unknown")
-    return Finding("ok", "memory", f"{_gib(total)} GiB, {_gib(free)} GiB of it available")
+    from w2s_fast.models import main_memory
 
-
-def _gib(kilobytes: str) -> str:
-    return f"{int(kilobytes.split()[0]) / 2**20:.1f}"
+    memory = main_memory()
+    whose = f"by the limit in {memory.limit}" if memory.limit else "of this machine"
+    detail = f"{memory.total / 2**30:.1f} GiB {whose}, {memory.free / 2**30:.1f} GiB of it available"
+    return Finding("ok", "memory", detail)
 
 
 def _torch() -> Finding:
