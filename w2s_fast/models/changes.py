@@ -9,7 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 # Settings of training, which a pass in eval mode does not depend on.
-_OF_TRAINING = frozenset(("training", "gradient_checkpointing", "_gradient_checkpointing_func"))
+_OF_TRAINING = frozenset(
+    (
+        "training",
+        "gradient_checkpointing",
+        "_gradient_checkpointing_func",
+        "_require_grads_hook",
+        "_require_grads_hooks",
+    )
+)
 
 
 class Change(IntEnum):
