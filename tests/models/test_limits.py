@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.support.tiny_models import tiny_model
+from w2s_fast.cli.examine import _memory
 from w2s_fast.models.limits import Memory, main_memory
+from w2s_fast.models.memory import kv_tokens_that_fit
 
 GIB = 1 << 30
 V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
@@ -134,6 +139,26 @@ def test_files_that_cannot_be_read_limit_nothing(machine: Path) -> None:
     mounted(machine, 2, "/gone")
     write(machine, {f"{V2}/memory.max": "?", f"{V2}/memory.current": ""})
     assert main_memory(machine).limit is None
+
+
+def test_doctor_says_which_limit_counts(machine: Path) -> None:
+    assert _memory(machine).detail == "64.0 GiB of this machine, 48.0 GiB of it available"
+    mounted(machine, 2, "/")
+    v2(machine, "", 4 * GIB, GIB)
+    limit = machine / V2 / "memory.max"
+    assert _memory(machine).detail == f"4.0 GiB by the limit in {limit}, 3.0 GiB of it available"
+
+
+def test_pages_fit_into_what_the_limit_leaves(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted(machine, 2, "/")
+    v2(machine, "", GIB, GIB - (1 << 20))
+    monkeypatch.setattr("w2s_fast.models.memory.main_memory", partial(main_memory, machine))
+    model = tiny_model("llama", dtype=torch.float32)
+    per_token = 2 * 2 * 2 * 4 * 4  # keys and values, layers, heads, numbers, bytes
+    share = (1 << 20) // 4
+    assert kv_tokens_that_fit([model, model], 10**9) == share // (2 * per_token)
 
 
 def test_here_there_is_some() -> None:

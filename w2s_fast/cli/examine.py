@@ -83,13 +83,13 @@ def _instructions() -> Finding:
     return Finding("ok", "cpu instructions", f"torch uses {used}; there are {' '.join(has)}")
 
 
-def _memory() -> Finding:
+def _memory(root: Path = Path("/")) -> Finding:
     from w2s_fast.models import main_memory
 
-    memory = main_memory()
-    whose = f"by the limit in {memory.limit}" if memory.limit else "of this machine"
-    detail = f"{memory.total / 2**30:.1f} GiB {whose}, {memory.free / 2**30:.1f} GiB of it available"
-    return Finding("ok", "memory", detail)
+    free, total, limit = main_memory(root)
+    total_gib, free_gib = (f"{number / 2**30:.1f} GiB" for number in (total, free))
+    whose = f"by the limit in {limit}" if limit is not None else "of this machine"
+    return Finding("ok", "memory", f"{total_gib} {whose}, {free_gib} of it available")
 
 
 def _torch() -> Finding:

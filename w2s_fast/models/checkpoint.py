@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from w2s_fast.errors import UnsupportedModel
 
@@ -36,10 +36,11 @@ def read_checkpoint(name: str, options: dict[str, Any]) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"model {name!r}: encoder-decoder models cannot be served")
-    model: PreTrainedModel
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         name, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
+    model: PreTrainedModel = loaded[0]
+    found: dict[str, Any] = loaded[1]
     kind = type(model).__name__
     missing = found["missing_keys"]
     unexpected = [key for key in found["unexpected_keys"] if not _CONSTANTS.search(key)]

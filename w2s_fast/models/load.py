@@ -82,9 +82,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     Raises:
         UnsupportedModel: there are tokenizer files, but they cannot be read.
     """
-    name = source.name_or_path if isinstance(source, PreTrainedModel) else os.fspath(source)
-    name = os.path.expanduser(name)
-    if not name or (isinstance(source, PreTrainedModel) and not os.path.isdir(name)):
+    loaded = isinstance(source, PreTrainedModel)
+    path = source.name_or_path if isinstance(source, PreTrainedModel) else os.fspath(source)
+    name = os.path.expanduser(path or "")
+    if not name or (loaded and not os.path.isdir(name)):
         return None  # a loaded model without a folder: ask nobody's network for a tokenizer
     if os.path.isdir(name) and not _has_tokenizer(Path(name)):
         return None
