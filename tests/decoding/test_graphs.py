@@ -6,6 +6,7 @@ and runs on the CPU. CUDA graphs themselves are tested in tests/gpu.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -67,8 +68,11 @@ class Recorded(NamedTuple):
 
 def replays(graphs: DecodeGraphs | PassGraphs) -> int:
     """How often one of them was replayed."""
-    found: Any = [graphs.recordings[bucket].replay for bucket in graphs.recordings]
-    return sum(recording.replays for recording in found)
+    return sum(recording.replays for recording in recorded(graphs))
+
+
+def recorded(graphs: DecodeGraphs | PassGraphs) -> set[Any]:
+    return {graphs.recordings[bucket].replay for bucket in graphs.recordings}
 
 
 def steps_by_hand() -> Any:
@@ -124,6 +128,27 @@ def test_more_than_any_bucket_holds_is_run_without() -> None:
             results = engine.generate(PROMPTS, SEARCH)
         assert by_hand.call_count > 0
         assert found(results) == found(make_engine(*models).generate(PROMPTS, SEARCH))
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_recordings_of_weights_that_moved_are_dropped(moved: bool) -> None:
+    models = copy.deepcopy(tiny_triple(eos=()))
+    engine, steps, passes = Recorded.of(models, max_rows=8)
+    for _ in range(2):
+        engine.generate(RAGGED_PROMPTS[:1], SEARCH)
+    assert len(steps.recordings) and all(len(p.recordings) for p in passes)
+    before = [recorded(graphs) for graphs in (steps, *passes)]
+    for model in models:
+        for weight in model.parameters():
+            weight.data = weight.data * 0.7 if moved else weight.data.mul_(0.7)
+    engine.weights_changed()
+    expected = found(make_engine(*models).generate(RAGGED_PROMPTS[:1], SEARCH))
+    for _ in range(3):
+        assert found(engine.generate(RAGGED_PROMPTS[:1], SEARCH)) == expected
+    for old, graphs in zip(before, (steps, *passes)):
+        new = recorded(graphs)
+        assert any(recording.replays for recording in new)
+        assert old.isdisjoint(new) if moved else old <= new
 
 
 def test_there_is_an_end_to_recordings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BloomConfig,
+    ElectraConfig,
     FalconH1Config,
     GPTJConfig,
     LlamaConfig,
@@ -274,6 +276,50 @@ def test_a_model_that_cannot_be_served_is_refused_by_name_with_the_reason(kind: 
     assert type(model).__name__ in message
     assert len(message.split("cannot be served:")[1]) > 10
     assert model.config._attn_implementation == before
+
+
+def test_a_head_of_several_layers_is_refused_whatever_it_raises() -> None:
+    for width in (16, 8):
+        config = ElectraConfig(
+            vocab_size=32, embedding_size=width, hidden_size=16, num_hidden_layers=2,
+            num_attention_heads=2, intermediate_size=16, is_decoder=True,
+        )  # fmt: skip
+        with pytest.raises(UnsupportedModel, match=r"base: ElectraForCausalLM .* cannot be served"):
+            PagedModel(AutoModelForCausalLM.from_config(config), kv_cache_tokens=256)
+
+
+def with_a_bias(family: str, values: dict[int, float]) -> PreTrainedModel:
+    """A model that adds these values to some of its logits."""
+    model = copy.deepcopy(tiny_model(family, dtype=torch.float32))
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
+    for token, value in values.items():
+        model.lm_head.bias.data[token] = value
+    return model
+
+
+@pytest.mark.parametrize("value", [-math.inf, -3e38])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_huge_logit_neither_hides_a_wrong_model_nor_refuses_a_right_one(
+    family: str, value: float
+) -> None:
+    served = PagedModel(with_a_bias(family, {3: value}), kv_cache_tokens=256, page_size=4)
+    if family == "gemma2":  # it caps its logits
+        value = -6.0
+    (logits,) = append(served, served.pool.allocate(1), [tokens_of(9)])
+    assert float(logits[0, 3]) == pytest.approx(value)
+    right = served.head.logits
+    served.head.logits = lambda hidden: right(hidden) + 1.0  # the huge one stays what it is
+    with pytest.raises(UnsupportedModel, match="differ from its own eager forward"):
+        served.compare_with_eager()
+
+
+def test_infinities_must_stand_in_the_same_places() -> None:
+    served = PagedModel(with_a_bias("llama", {3: -math.inf, 5: math.inf}), kv_cache_tokens=256)
+    right = served.head.logits
+    for wrong in ({"neginf": 0.0, "posinf": math.inf}, {"neginf": -math.inf, "posinf": 0.0}):
+        served.head.logits = lambda hidden, wrong=wrong: right(hidden).nan_to_num(**wrong)
+        with pytest.raises(UnsupportedModel, match="differ from its own eager forward"):
+            served.compare_with_eager()
 
 
 def test_an_encoder_decoder_model_is_refused_as_one() -> None:

@@ -83,15 +83,13 @@ def _instructions() -> Finding:
     return Finding("ok", "cpu instructions", f"torch uses {used}; there are {' '.join(has)}")
 
 
-def _memory() -> Finding:
-    total, free = (_proc_field("/proc/meminfo", name) for name in ("MemTotal", "MemAvailable"))
-    if total is None or free is None:
-        return Finding("none", "memory", "unknown")
-    return Finding("ok", "memory", f"{_gib(total)} GiB, {_gib(free)} GiB of it available")
+def _memory(root: Path = Path("/")) -> Finding:
+    from w2s_fast.models import main_memory
 
-
-def _gib(kilobytes: str) -> str:
-    return f"{int(kilobytes.split()[0]) / 2**20:.1f}"
+    free, total, limit = main_memory(root)
+    total_gib, free_gib = (f"{number / 2**30:.1f} GiB" for number in (total, free))
+    whose = f"by the limit in {limit}" if limit is not None else "of this machine"
+    return Finding("ok", "memory", f"{total_gib} {whose}, {free_gib} of it available")
 
 
 def _torch() -> Finding:

@@ -107,7 +107,7 @@ class DecodeGraphs:
         plan, model = step.plan.plan, self._model
         plan.advance()
         step.sampling.advance()
-        hidden = run_body(model.model, step.drawn.tokens, plan.positions, plan, self._body)
+        hidden = run_body(model.view, step.drawn.tokens, plan.positions, plan, self._body)
         drawn = step.sampling.draw(model.logits(hidden)[:, : self._vocab_size])
         for ours, column in zip(step.drawn, drawn):
             ours.copy_(column)

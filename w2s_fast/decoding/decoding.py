@@ -54,7 +54,7 @@ class Decoding:
         plan = self.plan
         if self._begun:
             plan.advance()
-        hidden = run_body(self._model.model, tokens, plan.positions, plan)
+        hidden = run_body(self._model.view, tokens, plan.positions, plan)
         self.count(1)
         return hidden
 

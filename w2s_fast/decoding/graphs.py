@@ -31,6 +31,7 @@ class Recordings(Generic[T]):
     """The recordings of one model, by bucket. They are used on one stream, one after the other.
 
     A bucket is recorded when it comes for the second time: a shape that comes once is not worth it.
+    All are dropped when the model's weights have moved: recordings read fixed addresses.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Recordings(Generic[T]):
         self._made: dict[Bucket, Recording[T]] = {}
         self._seen: set[Bucket] = set()
         self._failed = False
+        self._moves = model.moves
 
     def __len__(self) -> int:
         return len(self._made)
@@ -58,6 +60,9 @@ class Recordings(Generic[T]):
 
     def find(self, bucket: Bucket) -> Recording[T] | None:
         """The recording of a bucket; None if there is none yet, or never will be."""
+        if self._moves != self._model.moves:
+            self._moves = self._model.moves
+            self._made.clear()
         if bucket not in self._made and bucket in self._seen:
             self.make(bucket)
         self._seen.add(bucket)

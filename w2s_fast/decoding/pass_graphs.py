@@ -70,7 +70,7 @@ class PassGraphs:
         def run() -> None:
             plan = static.plan
             tokens = self._tokens[:count]
-            hidden = run_body(self._model.model, tokens, plan.positions, plan, self._body)
+            hidden = run_body(self._model.view, tokens, plan.positions, plan, self._body)
             self._hidden[:count].copy_(hidden)
 
         return static, run

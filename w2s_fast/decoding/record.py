@@ -71,7 +71,7 @@ def record_passes(
 
 
 def _body(model: PagedModel, compile: bool) -> nn.Module:
-    body: nn.Module = model.model.base_model
+    body: nn.Module = model.view.base_model
     if not compile:
         return body
     # Layers are views of one tensor. Were its shape dynamic, torch 2.13's inductor would write all

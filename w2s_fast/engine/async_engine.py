@@ -91,6 +91,10 @@ class AsyncEngine:
         finally:
             self._leave(caller)
 
+    def weights_changed(self) -> None:
+        """See :meth:`Engine.weights_changed`."""
+        self.engine.weights_changed()
+
     def stats(self) -> EngineStats:
         """See :meth:`Engine.stats`."""
         return self.engine.stats()

@@ -39,7 +39,8 @@ class Engine:
         print(results[0].text, results[0].score)
 
     Args:
-        base: path, hub id, or a loaded model, which stays usable by itself.
+        base: path, hub id, or a loaded model. Of that, the weights are shared and nothing else is
+            touched: it stays usable by itself, in training too; see :meth:`weights_changed`.
         guides: a guide, several whose scores are added, or None (then only ``"sample"`` runs).
         tokenizer: the base's, where it does not lie with the model.
         device: ``"auto"``, or anything torch accepts.
@@ -258,6 +259,18 @@ class Engine:
         finally:
             self.runner.give_up(request)
             self.runner.settle()
+
+    def weights_changed(self) -> None:
+        """Say that weights of loaded models were changed in place.
+
+        Most changes are noticed without: what an optimizer, ``load_state_dict`` and everything
+        else does that torch's version counters see. To be called after writing through
+        ``tensor.data``, or to weights made in inference mode. May be called from any thread, does
+        not wait, and takes effect before the next step: cached prompts go, and running requests
+        are recomputed from the hypotheses that they have kept. Weights must not change *during* a
+        step, that is, while another thread runs requests of this engine.
+        """
+        self.runner.weights_changed()
 
     def stats(self) -> EngineStats:
         """What the engine has done since it was made, and what it is doing. Costs next to nothing:

@@ -6,6 +6,7 @@ The room knows no sampling, no beams and no text.
 """
 
 from w2s_fast.models.body import run_body
+from w2s_fast.models.limits import main_memory
 from w2s_fast.models.load import ModelSource, load_model, load_tokenizer, pick_device
 from w2s_fast.models.memory import kv_tokens_that_fit
 from w2s_fast.models.model import PagedModel
@@ -16,6 +17,7 @@ __all__ = [
     "kv_tokens_that_fit",
     "load_model",
     "load_tokenizer",
+    "main_memory",
     "pick_device",
     "run_body",
 ]

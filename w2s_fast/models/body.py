@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,23 +12,33 @@ from transformers import PreTrainedModel
 
 from w2s_fast.attention import ATTENTION_NAME, Attends
 from w2s_fast.errors import UnsupportedModel
+from w2s_fast.models.view import ModelView
 
 PROBE_TOKENS = 6
 
 
+def view_of(model: PreTrainedModel, name: str, attention: str = ATTENTION_NAME) -> ModelView:
+    """A view of the model, named as errors call it. UnsupportedModel: it cannot have one."""
+    try:
+        return ModelView(model, attention)
+    except Exception as error:  # a model's modules may hold anything
+        raise refuse(model, name, f"no view of its modules can be made: {error}") from error
+
+
 def run_body(
-    model: PreTrainedModel,
+    view: PreTrainedModel,
     tokens: Tensor,
     positions: Tensor,
     plan: Attends,
     body: nn.Module | None = None,
 ) -> Tensor:
-    """The model's body over one row of tokens: last hidden states [T, D].
+    """A model's body over one row of tokens: last hidden states [T, D].
 
-    ``body``: what to run in the place of ``model.base_model``: the same, compiled.
+    ``view``: ours of the model, under paged attention. ``body``: what to run in the place of
+    ``view.base_model``: the same, compiled.
     """
-    with attention_switched(model, ATTENTION_NAME), torch.inference_mode():
-        out = (model.base_model if body is None else body)(
+    with torch.inference_mode(), outside_autocast(tokens.device):
+        out = (view.base_model if body is None else body)(
             input_ids=tokens[None],
             position_ids=positions[None],
             use_cache=False,
@@ -39,32 +49,21 @@ def run_body(
     return hidden[0]
 
 
-def eager_logits(model: PreTrainedModel, tokens: Tensor, name: str) -> Tensor:
+def eager_logits(model: PreTrainedModel, texts: Sequence[Tensor], name: str) -> list[Tensor]:
+    """Logits [T, V] of each text int64 [T], by the model's own forward with eager attention."""
+    view = view_of(model, name, "eager").model
     try:
-        with attention_switched(model, "eager"), torch.inference_mode():
-            logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits
+        with torch.inference_mode(), outside_autocast(model.device):
+            return [view(input_ids=text[None], use_cache=False).logits[0] for text in texts]
     except Exception as error:
         raise refuse(model, name, f"its own forward failed: {error}") from error
-    return logits[0]
 
 
-@contextmanager
-def attention_switched(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """The model with another attention, and afterwards as it was.
-
-    A caller's model object stays usable by itself: ``model.generate`` after a search runs the
-    attention it was loaded with. Assigning to the config is what ``set_attn_implementation``
-    does in the end, once it has checked that the class allows it.
-    """
-    config: Any = model.config
-    before = config._attn_implementation
-    if before != implementation:
-        config._attn_implementation = implementation
-    try:
-        yield
-    finally:
-        if before != implementation:
-            config._attn_implementation = before
+def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in the weights' own dtype, whatever the caller has switched on around us."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def probe_ids(model: PreTrainedModel, count: int) -> Tensor:

@@ -8,15 +8,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
+from w2s_fast.models.checkpoint import read_checkpoint
 
 ModelSource: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 
@@ -53,27 +48,25 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | 
 def load_model(
     source: ModelSource, device: torch.device, dtype: str | torch.dtype
 ) -> PreTrainedModel:
-    """The model, in eval mode, on ``device``.
+    """The model, on ``device``.
 
-    A loaded model keeps its own dtype for ``"auto"``; it is moved in place where it must be.
+    A loaded model keeps its own dtype for ``"auto"``; it is moved in place where it must be, and
+    otherwise left as it is.
 
     Raises:
-        UnsupportedModel: the folder or id cannot be read as a causal language model.
+        UnsupportedModel: the folder or id cannot be read as a causal language model, or does not
+            hold the whole of one; says what is missing or left over.
     """
     if isinstance(source, PreTrainedModel):
         wanted = None if dtype == "auto" else pick_dtype(dtype, device)
         if source.device != device or (wanted is not None and source.dtype != wanted):
             nn.Module.to(source, device=device, dtype=wanted)
-        nn.Module.eval(source)  # the same method; transformers leaves its own untyped
         return source
-    name = os.fspath(source)
+    name = os.path.expanduser(os.fspath(source))
     options: dict[str, Any] = {"dtype": pick_dtype(dtype, device) or "auto"}
     _check_path(name)
     try:
-        config = AutoConfig.from_pretrained(name)
-        if getattr(config, "is_encoder_decoder", False):
-            raise UnsupportedModel(f"model {name!r}: encoder-decoder models cannot be served")
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
+        model = read_checkpoint(name, options)
     except UnsupportedModel:
         raise
     except Exception as error:  # transformers raises nearly anything for a broken folder
@@ -89,8 +82,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     Raises:
         UnsupportedModel: there are tokenizer files, but they cannot be read.
     """
-    name = source.name_or_path if isinstance(source, PreTrainedModel) else os.fspath(source)
-    if not name or (isinstance(source, PreTrainedModel) and not os.path.isdir(name)):
+    loaded = isinstance(source, PreTrainedModel)
+    path = source.name_or_path if isinstance(source, PreTrainedModel) else os.fspath(source)
+    name = os.path.expanduser(path or "")
+    if not name or (loaded and not os.path.isdir(name)):
         return None  # a loaded model without a folder: ask nobody's network for a tokenizer
     if os.path.isdir(name) and not _has_tokenizer(Path(name)):
         return None
@@ -106,11 +101,12 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
 def _check_path(name: str) -> None:
     if not name:
         raise UnsupportedModel("a model's path or hub id is empty")
-    path = Path(name).expanduser()
+    path = Path(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
         raise UnsupportedModel(f"model {name!r}: there is no such folder")
-    if path.is_dir() and not (path / "config.json").is_file():
+    names = ("config.json", "adapter_config.json")
+    if path.is_dir() and not any((path / name).is_file() for name in names):
         raise UnsupportedModel(f"model {name!r}: the folder holds no config.json")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
+from w2s_fast.models.limits import main_memory
 from w2s_fast.models.probe import kv_shape
 
 # Shares of the free memory to spend on pages. A GPU's is this program's own; a CPU's is not.
@@ -16,15 +16,10 @@ _CPU_SHARE = 0.25
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free now."""
+    """Memory that is free now, and that this program may take: see :mod:`.limits`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux: all that the machine has
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return main_memory().free
 
 
 def kv_tokens_that_fit(models: Sequence[PreTrainedModel], useful_tokens: int) -> int:

@@ -11,13 +11,22 @@ from collections.abc import Collection
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from w2s_fast.attention import RowTree, choose_backend
 from w2s_fast.cache import Ints, PagePool
-from w2s_fast.errors import InvalidRequest
-from w2s_fast.models.body import PROBE_TOKENS, eager_logits, probe_ids, refuse, run_body
+from w2s_fast.errors import InvalidRequest, UnsupportedModel, W2SFastError
+from w2s_fast.models.body import (
+    PROBE_TOKENS,
+    eager_logits,
+    outside_autocast,
+    probe_ids,
+    refuse,
+    run_body,
+    view_of,
+)
+from w2s_fast.models.changes import Change, Watch
 from w2s_fast.models.lm_head import LMHead
 from w2s_fast.models.probe import kv_shape
 
@@ -25,6 +34,7 @@ from w2s_fast.models.probe import kv_shape
 # still rounding: float32 sums differ by their order, half precision by its spacing.
 _PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _PROBE_TOLERANCE_HALF = 0.1
+_HUGE = 1e3  # times the median: such a logit is not compared with
 
 
 class Replays(Protocol):
@@ -40,11 +50,14 @@ class PagedModel:
 
     Attributes:
         name: what errors call it, for example ``"base"`` or ``"tuned guide"``.
+        model: the caller's model object; nothing of it is ever changed here.
+        view: what passes run: the same weights in eval mode, under paged attention.
         pool: its pages; slots are allocated, forked and released there.
         backend: what computes its attention; see :mod:`w2s_fast.attention`.
         vocab_size: width of its logits, padding included.
         hidden_size: width of its last hidden states.
         replays: recorded passes, which take the place of running the model's code; or None.
+        moves: how often what a recorded pass has learnt of the model was no longer true.
         max_positions: tokens a sequence can have; None if the model sets no limit. Less than
             the model's own where pages could not give the same beyond.
     """
@@ -62,17 +75,19 @@ class PagedModel:
     ) -> None:
         """Take the model on, with room for ``kv_cache_tokens`` tokens in ``max_slots`` sequences.
 
-        The model object is put into eval mode and otherwise left as it is: its attention is
-        switched only while it runs here.
+        The model object is left as it is, and runs here in eval mode whatever it is set to. It
+        shares its weights: after they were changed, see :meth:`follow`.
 
         Raises:
             UnsupportedModel: the model cannot be served from pages; says which, and why.
             InvalidRequest: ``kv_cache_tokens`` is too small for anything, or ``attention``
                 cannot serve this model here.
         """
-        nn.Module.eval(model)
         self.model = model
         self.name = name
+        self._watch = Watch(model)
+        self._broken: UnsupportedModel | None = None
+        self.moves = 0
         shape = kv_shape(model, name)
         self.max_positions = shape.max_positions
         least = 2 * -(-PROBE_TOKENS // page_size) * page_size
@@ -90,7 +105,9 @@ class PagedModel:
             head_dim=shape.dim,
             sinks=shape.sinks,
         )
-        self.head = LMHead(model, name)
+        self._view = view_of(model, name)
+        self.view = self._view.model
+        self.head = LMHead(self.view, name)
         longest = min(self.max_positions or kv_cache_tokens, kv_cache_tokens)
         self.pool = PagePool(
             layers=shape.layers,
@@ -128,12 +145,15 @@ class PagedModel:
 
         Raises:
             OutOfPages: nothing was appended.
+            UnsupportedModel: the caller has made another model of it.
         """
+        if self._broken is not None:
+            raise self._broken
         self.pool.reserve(slots, counts)
         plan = self.backend.make(self.pool, slots, counts, tree)
         hidden = self.replays.run(plan, tokens) if self.replays is not None else None
         if hidden is None:
-            hidden = run_body(self.model, tokens, plan.positions, plan)
+            hidden = run_body(self.view, tokens, plan.positions, plan)
         self.pool.extend(slots, counts)
         return hidden
 
@@ -148,14 +168,45 @@ class PagedModel:
     def logits(self, hidden: Tensor, own: bool = False) -> Tensor:
         """Hidden states [N, D] -> logits [N, V], as the model defines them; -inf where forbidden,
         unless its ``own`` are asked for."""
-        return self.head.logits(hidden, own)
+        with outside_autocast(self.device):
+            return self.head.logits(hidden, own)
 
     @torch.inference_mode()
     def token_logprobs(
         self, hidden: Tensor, tokens: Tensor, vocab_size: int | None = None
     ) -> Tensor:
         """log p(tokens[i] | hidden[i]), float32 [N]; ids from ``vocab_size`` on are padding."""
-        return self.head.token_logprobs(hidden, tokens, vocab_size)
+        with outside_autocast(self.device):
+            return self.head.token_logprobs(hidden, tokens, vocab_size)
+
+    def follow(self, announced: bool = False) -> bool:
+        """Take note of what the caller has done to the model since; for between two passes.
+
+        Where anything has changed, cached pages are dropped, and passes run with what is there
+        now. What slots hold was computed before: it is the caller's to compute it again.
+
+        Args:
+            announced: weights were changed, even if nothing shows it.
+
+        Returns:
+            Whether anything has changed.
+        """
+        change = self._watch.change()
+        if change is Change.NOTHING and not announced:
+            return False
+        if change is Change.KIND:
+            why = "its modules, or the shape, dtype or device of its weights, are no longer those "
+            why += "it was taken on with; make a new engine"
+            self._broken = refuse(self.model, self.name, why)
+        elif change is Change.PLACES:
+            self.moves += 1
+            try:
+                self._view.follow()
+                self._broken = None
+            except Exception as error:  # a caller may have put anything into a module
+                self._broken = refuse(self.model, self.name, f"it was changed: {error}")
+        self.pool.drop_cache()
+        return True
 
     def compare_with_eager(self) -> tuple[int, int]:
         """Two sequences side by side, in two passes, against the model's own eager forward.
@@ -166,9 +217,24 @@ class PagedModel:
         Raises:
             UnsupportedModel: they differ by more than rounding.
         """
+        try:
+            eager, paged, width = self._both_ways()
+        except W2SFastError:
+            raise
+        except Exception as error:
+            why = f"a probe of its passes failed: {error}"
+            raise refuse(self.model, self.name, why) from error
+        tolerance = _PROBE_TOLERANCE.get(self.model.dtype, _PROBE_TOLERANCE_HALF)
+        if not all(_agree(ours, theirs, tolerance) for ours, theirs in zip(paged, eager)):
+            why = "its logits from pages differ from its own eager forward"
+            raise refuse(self.model, self.name, why)
+        return int(eager[0].shape[-1]), width
+
+    def _both_ways(self) -> tuple[list[Tensor], list[Tensor], int]:
+        """Logits of two short texts, by eager forward and from pages; width of hidden states."""
         ids = probe_ids(self.model, 2 * PROBE_TOKENS)
         halves = (ids[:PROBE_TOKENS], ids[PROBE_TOKENS:].flip(0)[:-1])
-        eager = [eager_logits(self.model, half, self.name) for half in halves]
+        eager = eager_logits(self.model, halves, self.name)
         slots = self.pool.allocate(2)
         cut = [4, 2]
         passes = [
@@ -186,15 +252,19 @@ class PagedModel:
             torch.cat([first[: cut[0]], second[:rest]]),
             torch.cat([first[cut[0] :], second[rest:]]),
         ]
-        tolerance = _PROBE_TOLERANCE.get(self.model.dtype, _PROBE_TOLERANCE_HALF)
-        for ours, theirs in zip(paged, eager):
-            room = tolerance * float(theirs.nan_to_num().abs().max()) + 1e-6
-            if ours.shape != theirs.shape or not torch.allclose(
-                ours.float(), theirs.float(), rtol=0.0, atol=room, equal_nan=True
-            ):
-                raise refuse(
-                    self.model,
-                    self.name,
-                    "its logits from pages differ from its own eager forward",
-                )
-        return int(eager[0].shape[-1]), int(passes[0].shape[-1])
+        return eager, paged, int(passes[0].shape[-1])
+
+
+def _agree(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    """Whether two ways to compute logits [T, V] differ by rounding only.
+
+    Infinities and NaN must stand in the same places. A few huge logits, as for tokens that a bias
+    rules out, do not make the others' differences look small.
+    """
+    if ours.shape != theirs.shape:
+        return False
+    ours, theirs = ours.double(), theirs.double()
+    size = theirs[theirs.isfinite()].abs()
+    usual = size[size <= _HUGE * size.median()] if len(size) else size
+    room = tolerance * float(usual.max()) if len(usual) else 0.0
+    return torch.allclose(ours, theirs, rtol=tolerance, atol=room + 1e-6, equal_nan=True)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from w2s_fast.attention import ATTENTION_NAME, LayerOptions, dense_attention
 from w2s_fast.errors import UnsupportedModel
-from w2s_fast.models.body import PROBE_TOKENS, probe_ids, refuse, run_body
+from w2s_fast.models.body import PROBE_TOKENS, probe_ids, refuse, run_body, view_of
 
 
 class KVShape(NamedTuple):
@@ -35,11 +35,12 @@ def kv_shape(model: PreTrainedModel, name: str = "base") -> KVShape:
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise refuse(model, name, "it is an encoder-decoder model")
-    _check_attention_interface(model, name)
+    view = view_of(model, name).model
+    _check_attention_interface(view, name)
     probe = _Probe()
-    ids = probe_ids(model, PROBE_TOKENS)
     try:
-        run_body(model, ids, torch.arange(len(ids), device=ids.device), probe)
+        ids = probe_ids(model, PROBE_TOKENS)
+        run_body(view, ids, torch.arange(len(ids), device=ids.device), probe)
     except UnsupportedModel:
         raise
     except Exception as error:
@@ -124,10 +125,8 @@ class _Probe:
         return dense_attention(query[None], key[None], value[None], causal[None], options)[0]
 
 
-def _check_attention_interface(model: PreTrainedModel, name: str) -> None:
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION_NAME)  # only warns where the class does not allow it
-    switched = model.config._attn_implementation == ATTENTION_NAME
-    model.config._attn_implementation = before
-    if not switched:
-        raise refuse(model, name, "its class does not use transformers' attention interface")
+def _check_attention_interface(view: PreTrainedModel, name: str) -> None:
+    view.config._attn_implementation = "eager"
+    view.set_attn_implementation(ATTENTION_NAME)  # only warns where the class does not allow it
+    if view.config._attn_implementation != ATTENTION_NAME:
+        raise refuse(view, name, "its class does not use transformers' attention interface")

@@ -33,6 +33,7 @@ class Runner:
         self._next_turn = threading.Lock()
         self._arrived: deque[Request] = deque()
         self._given_up: deque[tuple[Request, W2SFastError]] = deque()
+        self._weights_changed = threading.Event()  # somebody said so
         self._finished = 0
         self._failed = 0
         self._aborted = 0
@@ -68,6 +69,7 @@ class Runner:
         """
         with self.turn():
             self._settle()
+            self._follow_models()
             while not all(room.there for room in rooms):
                 if (request := self._scheduler.set_aside_for(rooms)) is not None:
                     self._put_aside([request])
@@ -108,6 +110,10 @@ class Runner:
             if not any(request.ended for request in awaited):
                 self._step()
 
+    def weights_changed(self) -> None:
+        """Nothing that was computed so far is used from the next step on. Never waits."""
+        self._weights_changed.set()
+
     def stats(self) -> EngineStats:
         """Counts since the runner was made. It waits for no step: some may be of the one before."""
         return EngineStats(
@@ -142,9 +148,29 @@ class Runner:
     def _step(self) -> None:
         """Bring those requests a step further whose turn it is."""
         self._settle()
+        self._follow_models()
         chosen, set_aside = self._scheduler.choose()
         self._put_aside(set_aside)
         self._run(chosen)
+
+    def _follow_models(self) -> None:
+        """Where weights were changed, running requests give up what they hold, and recompute it.
+
+        What a request drew and kept before stays; the round under way begins again. One that has
+        given out tokens of that round cannot take them back, and ends with an error.
+        """
+        announced = self._weights_changed.is_set()
+        self._weights_changed.clear()
+        changed = [model.name for model in self._search.models if model.follow(announced)]
+        if not changed:
+            return
+        for request in list(self._scheduler.running):
+            self._search.start_over(request)
+            if len(request.agreed) > len(request.agreed_tokens()):
+                why = "in the middle of a round of which tokens had been streamed"
+                request.error = EngineFailure(f"weights of {', '.join(changed)} changed {why}")
+                self._leave(request)
+                self._tell(request)
 
     def _put_aside(self, requests: Sequence[Request]) -> None:
         for request in requests:

@@ -83,6 +83,18 @@ class Search:
         self._release(request.beams)
         request.aside = True
 
+    def start_over(self, request: Request) -> None:
+        """Give back all slots of a request, in whatever it is in the middle of.
+
+        The round under way is drawn anew, from the beams that the last one kept.
+        """
+        if request.families:
+            self.abort(request)
+            request.round_number -= 1
+        else:
+            self._release(request.beams)
+        request.aside = bool(request.beams)
+
     def abort(self, request: Request) -> None:
         """Give back all slots of a request."""
         # Within a round the kept beams are the parents of its families.

@@ -1,0 +1,166 @@
+"""Memory: the machine's, or what the control groups around this program leave of it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.tiny_models import tiny_model
+from w2s_fast.cli.examine import _memory
+from w2s_fast.models.limits import Memory, main_memory
+from w2s_fast.models.memory import kv_tokens_that_fit
+
+GIB = 1 << 30
+V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
+NO_LIMIT = 0x7FFFFFFFFFFFF000  # what version 1 says where there is none
+
+
+def write(root: Path, files: dict[str, object]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    meminfo = f"MemTotal: {64 * GIB >> 10} kB\nMemAvailable: {48 * GIB >> 10} kB"
+    write(tmp_path, {"proc/meminfo": meminfo})
+    return tmp_path
+
+
+def v1(root: Path, group: str, limit: int, used: int, cache: int = 0) -> None:
+    folder = f"{V1}/{group}".rstrip("/")
+    stat = f"cache 999\ntotal_inactive_file {cache // 2}\ntotal_active_file {cache - cache // 2}"
+    write(
+        root,
+        {
+            f"{folder}/memory.limit_in_bytes": limit,
+            f"{folder}/memory.usage_in_bytes": used,
+            f"{folder}/memory.stat": stat,
+        },
+    )
+
+
+def v2(root: Path, group: str, limit: int | str, used: int, cache: int = 0) -> None:
+    folder = f"{V2}/{group}".rstrip("/")
+    stat = f"anon 999\nfile 999\ninactive_file {cache}\nactive_file 0\nslab_reclaimable 0"
+    write(
+        root,
+        {
+            f"{folder}/memory.max": limit,
+            f"{folder}/memory.current": used,
+            f"{folder}/memory.stat": stat,
+        },
+    )
+
+
+def mounted(root: Path, version: int, group: str, top: str = "/") -> None:
+    """This program is in ``group``; ``top`` is the group that is mounted."""
+    if version == 1:
+        text = f"3:cpuset:/\n2:memory:{group}\n0::/elsewhere"
+        mount = f"35 31 0:32 {top} /{V1} rw,nosuid - cgroup cgroup rw,memory"
+    else:
+        text = f"0::{group}"
+        mount = f"35 31 0:32 {top} /{V2} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
+    other = "23 1 8:1 / / rw - ext4 /dev/root rw\n34 31 0:3 / /sys/fs/cgroup/cpuset rw - cgroup "
+    other += "cgroup rw,cpuset"
+    write(root, {"proc/self/cgroup": text, "proc/self/mountinfo": f"{other}\n{mount}"})
+
+
+def test_without_control_groups_it_is_the_machines(machine: Path) -> None:
+    assert main_memory(machine) == Memory(48 * GIB, 64 * GIB, None)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_has_what_its_limit_leaves(version: int, machine: Path) -> None:
+    mounted(machine, version, "/")
+    (v1 if version == 1 else v2)(machine, "", 4 * GIB, 3 * GIB, cache=2 * GIB)
+    name = "memory.limit_in_bytes" if version == 1 else "memory.max"
+    folder = machine / (V1 if version == 1 else V2)
+    assert main_memory(machine) == Memory(3 * GIB, 4 * GIB, folder / name)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_of_nested_groups_that_counts_which_leaves_the_least(version: int, machine: Path) -> None:
+    mounted(machine, version, "/pods/one/inner")
+    lay = v1 if version == 1 else v2
+    lay(machine, "", NO_LIMIT if version == 1 else "max", 30 * GIB)
+    lay(machine, "pods", 16 * GIB, 15 * GIB)
+    lay(machine, "pods/one", 8 * GIB, 2 * GIB)
+    lay(machine, "pods/one/inner", NO_LIMIT if version == 1 else "max", GIB)
+    lay(machine, "pods/other", GIB, GIB)
+    memory = main_memory(machine)
+    assert (memory.free, memory.total) == (GIB, 16 * GIB)
+    assert memory.limit is not None and memory.limit.parent.name == "pods"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_mounted_folder_may_be_the_group_itself(version: int, machine: Path) -> None:
+    """As in a container that sees its own group alone, under the name it has outside."""
+    mounted(machine, version, "/docker/abc/inner", top="/docker/abc")
+    lay = v1 if version == 1 else v2
+    lay(machine, "", 8 * GIB, 0)
+    lay(machine, "inner", 2 * GIB, GIB)
+    assert main_memory(machine)[:2] == (GIB, 2 * GIB)
+
+
+def test_a_group_outside_of_what_is_mounted_is_the_mounted_one(machine: Path) -> None:
+    for group in ("/..", "/../sibling", "/"):
+        mounted(machine, 2, group, top="/" if group.startswith("/..") else "/docker/abc")
+        v2(machine, "", 2 * GIB, GIB)
+        assert main_memory(machine)[:2] == (GIB, 2 * GIB)
+
+
+def test_a_larger_limit_than_the_machine_is_none(machine: Path) -> None:
+    mounted(machine, 2, "/")
+    v2(machine, "", 100 * GIB, GIB)
+    assert main_memory(machine).limit is None
+
+
+def test_where_processes_are_slowed_down_is_a_limit_too(machine: Path) -> None:
+    mounted(machine, 2, "/job")
+    v2(machine, "job", 8 * GIB, GIB)
+    write(machine, {f"{V2}/job/memory.high": 3 * GIB})
+    memory = main_memory(machine)
+    assert memory == Memory(2 * GIB, 3 * GIB, machine / V2 / "job/memory.high")
+
+
+def test_more_in_use_than_allowed_leaves_nothing(machine: Path) -> None:
+    mounted(machine, 1, "/")
+    v1(machine, "", GIB, 2 * GIB)
+    assert main_memory(machine).free == 0
+
+
+def test_files_that_cannot_be_read_limit_nothing(machine: Path) -> None:
+    mounted(machine, 2, "/gone")
+    write(machine, {f"{V2}/memory.max": "?", f"{V2}/memory.current": ""})
+    assert main_memory(machine).limit is None
+
+
+def test_doctor_says_which_limit_counts(machine: Path) -> None:
+    assert _memory(machine).detail == "64.0 GiB of this machine, 48.0 GiB of it available"
+    mounted(machine, 2, "/")
+    v2(machine, "", 4 * GIB, GIB)
+    limit = machine / V2 / "memory.max"
+    assert _memory(machine).detail == f"4.0 GiB by the limit in {limit}, 3.0 GiB of it available"
+
+
+def test_pages_fit_into_what_the_limit_leaves(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted(machine, 2, "/")
+    v2(machine, "", GIB, GIB - (1 << 20))
+    monkeypatch.setattr("w2s_fast.models.memory.main_memory", partial(main_memory, machine))
+    model = tiny_model("llama", dtype=torch.float32)
+    per_token = 2 * 2 * 2 * 4 * 4  # keys and values, layers, heads, numbers, bytes
+    share = (1 << 20) // 4
+    assert kv_tokens_that_fit([model, model], 10**9) == share // (2 * per_token)
+
+
+def test_here_there_is_some() -> None:
+    memory = main_memory()
+    assert 0 < memory.free <= memory.total
