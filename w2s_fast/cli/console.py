@@ -7,7 +7,8 @@ import io
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -32,26 +33,37 @@ class Commands(TyperGroup):
     Every other exception is a bug and keeps its traceback.
     """
 
-    def invoke(self, ctx: Any) -> Any:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # text that the terminal cannot show
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # there may be text that it cannot encode
             sys.stdout.reconfigure(errors="replace")
-        try:
+        with _errors_as_lines():  # where --help is answered
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _errors_as_lines():
             return super().invoke(ctx)
-        except W2SFastError as error:
-            message = str(error)
-        except OSError as error:
-            if error.filename is not None:
-                message = f"{error.filename}: {error.strerror}"
-            elif error.errno == errno.EPIPE:
-                _give_up_stdout()
-                raise typer.Exit(READER_GONE) from None
-            elif error.errno in _DISK_IS_FULL:
-                _give_up_stdout()
-                message = f"standard output: {error.strerror}; with --output, --resume goes on"
-            else:
-                raise
-        note(f"error: {' '.join(message.split())}", style="red")
-        raise typer.Exit(2)
+
+
+@contextmanager
+def _errors_as_lines() -> Iterator[None]:
+    try:
+        yield
+        return
+    except W2SFastError as error:
+        message = str(error)
+    except OSError as error:
+        if error.filename is not None:
+            message = f"{error.filename}: {error.strerror}"
+        elif error.errno == errno.EPIPE:
+            _give_up_stdout()
+            raise typer.Exit(READER_GONE) from None
+        elif error.errno in _DISK_IS_FULL:
+            _give_up_stdout()
+            message = f"standard output: {error.strerror}; --resume goes on with an --output"
+        else:
+            raise
+    note(f"error: {' '.join(message.split())}", style="red")
+    raise typer.Exit(2)
 
 
 def out_console(plain: bool = False) -> Console:

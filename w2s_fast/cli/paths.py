@@ -31,7 +31,8 @@ def check_output(path: Path, input: Path, resume: bool) -> None:
         OSError: names the folder that is missing, or what cannot be written.
     """
     if not path.exists():
-        os.stat(path.parent)
+        if not stat.S_ISDIR(path.parent.stat().st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
         return
