@@ -69,10 +69,9 @@ def _digest(path: Path, by_samples: bool) -> bytes:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(b"%d" % size)
         for begin, end in _tensors(file, size) or _equal_parts(size):
-            for offset in (begin, (begin + end - _BLOCK) // 2, end - _BLOCK):
-                offset = max(begin, offset)
-                file.seek(offset)
-                digest.update(file.read(min(_BLOCK, end - offset)))
+            blocks = {max(begin, at) for at in (begin, (begin + end - _BLOCK) // 2, end - _BLOCK)}
+            for offset in sorted(blocks):
+                digest.update(os.pread(file.fileno(), min(_BLOCK, end - offset), offset))
     return digest.digest()
 
 
