@@ -56,3 +56,7 @@ class Aborted(W2SFastError):
 
 class EngineFailure(W2SFastError, RuntimeError):
     """A model failed in a way that no single request is to blame for; see ``__cause__``."""
+
+
+class WriteFailed(W2SFastError, OSError):
+    """A file cannot be written any further; what was written before is whole."""

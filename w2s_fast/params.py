@@ -33,7 +33,8 @@ class SearchParams:
             with the last one included. 1: off.
         min_p: drop tokens less likely than this share of the likeliest one. 0: off.
             The order of warping is temperature, top-k, top-p, min-p.
-        seed: 0 <= seed < 2**64. Same request, same seed, same tokens.
+        seed: 0 <= seed < 2**64. Same request, same seed, same tokens: equal prompts get equal
+            answers unless their seeds differ. Where that ends: docs/determinism.md.
         stop: stop strings.
         stop_token_ids: a sampled token among these ends the response with ``"stop"``.
         ignore_eos: treat EOS as any other token.

@@ -9,58 +9,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 import w2s_fast.demo
-from tests.support.tiny_models import save_tiny
+from tests.support.command import SMALL, named, records, run, write_lines
 from w2s_fast import Engine
-from w2s_fast.cli import app
 from w2s_fast.demo import DemoModels
 
 COMMAND = [sys.executable, "-m", "w2s_fast.cli"]
-SMALL = ["--max-new-tokens", "10", "--dtype", "float64"]
 LINES = 80  # of the interrupted run: 16 are under way at once
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> DemoModels:
-    folder = tmp_path_factory.mktemp("models")
-    names = ("base", "tuned", "untuned")
-    return DemoModels(*(save_tiny(folder / name, seed=i) for i, name in enumerate(names)))
 
 
 @pytest.fixture
 def bundled(models: DemoModels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts the tiny models where the bundled ones are."""
     monkeypatch.setattr(w2s_fast.demo, "demo_model_paths", lambda: models)
-
-
-def named(models: DemoModels) -> list[str]:
-    return [
-        *("--base", str(models.base)),
-        *("--tuned", str(models.tuned)),
-        *("--untuned", str(models.untuned)),
-    ]
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """Every line of an output, by index."""
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    return sorted(found, key=lambda record: record["index"])
-
-
-def write_lines(path: Path, lines: Sequence[str]) -> Path:
-    path.write_text("".join(line + "\n" for line in lines))
-    return path
 
 
 # --- generate, one prompt

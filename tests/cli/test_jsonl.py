@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-import subprocess
-import sys
+import math
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from w2s_fast.cli.jsonl import (
     encode_record,
     read_requests,
 )
-from w2s_fast.cli.output_file import OutputFile
-from w2s_fast.errors import InvalidRequest, NumericalError
+from w2s_fast.cli.lines import MAX_LINE_BYTES, LongLine, read_lines
+from w2s_fast.errors import NumericalError
 from w2s_fast.params import SearchParams
 from w2s_fast.result import Hypothesis, SearchResult, Usage
 
-MODELS = {"base": "a"}
+MODELS = {"base weights": "a", "dtype": "float32", "torch": "2.13.0"}
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, sampled_tokens=32, scored_tokens=32)
 
 
@@ -86,7 +87,21 @@ def test_a_line_may_set_any_parameter_and_the_others_stay() -> None:
         ('{"prompt": "x", "temprature": 1}', "'temprature'"),
         ('{"prompt": "x", "temprature": 1}', "temperature"),
         ('{"prompt": "x", "top_p": 2}', "top_p is 2"),
-        ('{"prompt": "x", "temperature": NaN}', "temperature is nan"),
+        ('{"prompt": "x", "temperature": NaN}', "NaN is no JSON"),
+        ('{"prompt": "x", "id": [{"a": -Infinity}]}', "-Infinity is no JSON"),
+        ('{"prompt": "x", "temperature": 1e999}', "1e999 is too large"),
+        ('{"prompt": "x", "id": ' + "9" * 5000 + "}", "JSON"),
+        ('{"prompt": "x", "temperature": ' + "9" * 4000 + "}", "temperature is 999"),
+        ('{"prompt": "x", "seed": ' + "9" * 4000 + "}", "seed is 999"),
+        ('{"prompt": "x", "seed": 1, "seed": 2}', "'seed' comes twice"),
+        ('{"prompt": "x", "id": {"a": 1, "a": 1}}', "'a' comes twice"),
+        ('{"prompt": "x", "id": ' + "[" * 1000 + "]" * 1000 + "}", "JSON"),
+        ('{"prompt": "x", "id": ' + "[" * 100 + "]" * 100 + "}", "100 levels"),
+        ('{"prompt": "x", "id": {"\\ud800": 1}}', "UTF-8"),
+        ('{"prompt": "x", "\\udfff": 1}', "UTF-8"),
+        ('{"prompt": "x\0"}', "JSON"),
+        ("\0" * 9, "JSON"),
+        ('{"prompt": "x"}'.encode("utf-16"), "UTF-8"),
         ('{"prompt": "x", "stop_token_ids": 5}', "stop_token_ids"),
     ],
 )
@@ -99,6 +114,7 @@ def test_a_bad_line_says_what_is_wrong_and_harms_no_other(line: str | bytes, tol
     error = bad_line_record(bad)["error"]
     assert error["type"] == "InvalidRequest"
     assert told in error["message"]
+    assert len(encode_record(bad_line_record(bad))) < 1500  # it does not echo the line
 
 
 def test_a_bad_line_keeps_its_id() -> None:
@@ -107,6 +123,77 @@ def test_a_bad_line_keeps_its_id() -> None:
 
 def test_blank_lines_are_skipped_but_counted() -> None:
     assert [r.index for r in read('{"prompt": "a"}', "", "  \n", '{"prompt": "b"}')] == [0, 3]
+
+
+def test_an_id_may_be_nested_deep_and_comes_back_as_it_was() -> None:
+    deep = json.dumps({"prompt": "x", "id": json.loads("[" * 99 + "]" * 99)})
+    record = record_of(read_one(deep))
+    assert "error" not in record
+    assert json.loads(encode_record(record))["id"] == json.loads(deep)["id"]
+
+
+def test_lines_may_end_as_windows_ends_them_and_the_last_one_not_at_all() -> None:
+    first, second = read('{"prompt": "a"}\r\n', '{"prompt": "a"}')
+    assert isinstance(first, Request)
+    assert first.prompt == "a"
+    assert first.fingerprint == second.fingerprint
+
+
+def test_a_number_that_is_not_finite_is_written_as_null() -> None:
+    record = {"index": 0, "score": math.nan, "trace": [{"score": -math.inf, "kept": (1, 2.5)}]}
+    expected = {"index": 0, "score": None, "trace": [{"score": None, "kept": [1, 2.5]}]}
+    assert json.loads(encode_record(record)) == expected
+
+
+# --- the lines of a file
+
+
+def lines_of(data: bytes, limit: int = 10) -> list[bytes | LongLine]:
+    return list(read_lines(io.BytesIO(data), limit))
+
+
+def test_lines_come_with_their_ends_and_without_the_mark_at_the_beginning() -> None:
+    assert lines_of(b"") == []
+    assert lines_of(b"a\r\n\nb") == [b"a\r\n", b"\n", b"b"]
+    assert lines_of(b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n") == [b"a\n", b"\xef\xbb\xbfb\n"]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\nnext\n", b""])
+def test_a_line_that_is_too_long_is_passed_over(end: bytes) -> None:
+    assert lines_of(b"a" * 10 + end) == [b"a" * 10 + end[:1], *([b"next\n"] * (len(end) > 1))]
+    for length in (11, 20, 21, 22, 50):
+        long, *rest = lines_of(b"a" * length + end)
+        assert isinstance(long, LongLine)
+        assert long.length == length + len(end[:1])
+        assert rest == [b"next\n"] * (len(end) > 1)
+    one, other = (lines_of(b"a" * 25 + last + end)[0] for last in (b"x", b"y"))
+    assert one != other
+
+
+def test_a_line_of_many_megabytes_takes_little_memory_and_harms_no_other(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "in.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"prompt": "a"}\n')
+        file.truncate(30_000_000)  # zeros, of which the file system keeps none
+        file.seek(0, io.SEEK_END)
+        file.write(b'\n{"prompt": "b"}\n')
+    tracemalloc.start()
+    with path.open("rb") as file:
+        first, bad, last = read_requests(read_lines(file, 1 << 18), SearchParams(), MODELS)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert isinstance(first, Request)
+    assert isinstance(last, Request)
+    assert (first.prompt, last.prompt, last.index) == ("a", "b", 2)
+    assert isinstance(bad, BadLine)
+    assert f"allowed: {MAX_LINE_BYTES} at most" in str(bad.error)
+    assert peak < 2 << 20
+
+
+def test_a_prompt_of_a_million_token_ids_is_no_long_line() -> None:
+    assert len(json.dumps({"prompt": [151_643]})) * 1_000_000 / 2 < MAX_LINE_BYTES
 
 
 def test_lines_are_read_only_when_asked_for() -> None:
@@ -125,7 +212,7 @@ def test_a_fingerprint_is_of_what_decides_the_answer() -> None:
     assert of('{"prompt": "a", "seed": 5}') == of('{"prompt": "a"}', seed=5)
     others = {of('{"prompt": "a"}'), of('{"prompt": "b"}'), of('{"prompt": "a"}', seed=1)}
     others |= {of('{"prompt": "a", "id": 1}'), of("bad"), of("bad", seed=1)}
-    (elsewhere,) = read_requests([b'{"prompt": "a"}'], SearchParams(), {"base": "b"})
+    (elsewhere,) = read_requests([b'{"prompt": "a"}'], SearchParams(), {"base weights": "b"})
     assert len(others | {elsewhere.fingerprint}) == 7
 
 
@@ -147,83 +234,3 @@ def test_a_record_is_one_line_whatever_is_in_it() -> None:
     line = encode_record({"index": 0, "text": "a\nb \u2028 ü \ud800"})
     assert line.count(b"\n") == 1
     assert json.loads(line)["text"] == "a\nb \u2028 ü \ud800"
-
-
-INPUT = ['{"prompt": "a"}', "bad", '{"prompt": "b"}', '{"prompt": "c"}']
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    """The output of a run over INPUT that was interrupted before the last line."""
-    path = tmp_path / "out.jsonl"
-    with OutputFile.create(path) as file:
-        for request in read(*INPUT)[:3]:
-            file.write(record_of(request))
-    return path
-
-
-def test_an_existing_output_is_never_overwritten(output: Path) -> None:
-    with pytest.raises(InvalidRequest, match="--resume"):
-        OutputFile.create(output)
-
-
-def test_what_is_done_is_not_done_again(output: Path) -> None:
-    with OutputFile.resume(output, read(*INPUT)) as file:
-        assert file.done == {0, 1, 2}
-        assert (file.failed_before, file.cut_bytes) == (1, 0)
-        file.write(record_of(read(*INPUT)[3]))
-    assert [json.loads(line)["index"] for line in output.open()] == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("left", [1, 5, 12, 60])
-def test_a_half_written_last_line_is_cut_off(output: Path, left: int) -> None:
-    whole = output.read_bytes()
-    output.write_bytes(whole + encode_record(record_of(read(*INPUT)[3]))[:left])
-    with OutputFile.resume(output, read(*INPUT)) as file:
-        assert (file.done, file.cut_bytes) == ({0, 1, 2}, left)
-    assert output.read_bytes() == whole
-
-
-def test_errors_are_kept_unless_they_are_to_be_tried_again(output: Path) -> None:
-    with output.open("ab") as file:
-        file.write(b'{"index": 3, "te')
-    with OutputFile.resume(output, read(*INPUT), retry_errors=True) as resumed:
-        assert (resumed.done, resumed.failed_before, resumed.cut_bytes) == ({0, 2}, 0, 16)
-        resumed.write(record_of(read(*INPUT)[3]))
-    assert [json.loads(line)["index"] for line in output.open()] == [0, 2, 3]
-    assert list(output.parent.iterdir()) == [output]
-
-
-@pytest.mark.parametrize(
-    "lines", [[*INPUT[:2], '{"prompt": "other"}'], INPUT[:2], [INPUT[1], INPUT[0]]]
-)
-def test_another_runs_output_is_refused_and_stays_as_it_is(output: Path, lines: list[str]) -> None:
-    with output.open("ab") as file:
-        file.write(b'{"index": 3, "te')
-    before = output.read_bytes()
-    with pytest.raises(InvalidRequest, match="cannot resume"):
-        OutputFile.resume(output, read(*lines), retry_errors=True)
-    assert output.read_bytes() == before
-
-
-@pytest.mark.parametrize("text", [b"my notes", b"my notes\n", b"[1]\n", b'{"a": 1}\n'])
-def test_a_file_of_something_else_is_refused_and_stays_as_it_is(
-    tmp_path: Path, text: bytes
-) -> None:
-    path = tmp_path / "notes"
-    path.write_bytes(text)
-    with pytest.raises(InvalidRequest, match="no record"):
-        OutputFile.resume(path, read(*INPUT))
-    assert path.read_bytes() == text
-
-
-def test_two_processes_do_not_write_one_output(output: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from w2s_fast.cli.output_file import OutputFile\n"
-        "OutputFile.resume(Path(sys.argv[1]), [])"
-    )
-    with OutputFile.resume(output, read(*INPUT)):
-        answer = subprocess.run(
-            [sys.executable, "-c", script, str(output)], capture_output=True, text=True, check=False
-        )
-    assert "being written by another process" in answer.stderr

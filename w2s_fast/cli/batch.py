@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from w2s_fast.cli.console import note, note_console
 from w2s_fast.cli.jsonl import (
     BadLine,
+    MadeBy,
     Record,
     Request,
     answer_record,
@@ -22,8 +23,8 @@ from w2s_fast.cli.jsonl import (
     encode_record,
     read_requests,
 )
+from w2s_fast.cli.lines import read_lines
 from w2s_fast.cli.output_file import OutputFile
-from w2s_fast.errors import InvalidRequest
 from w2s_fast.params import SearchParams
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class Tally:
 
 
 def run_batch(
-    engine: Engine,
-    models: dict[str, Any],
+    load: Callable[[], Engine],
+    made_by: MadeBy,
     params: SearchParams,
     input: Path,
     output: Path | None,
@@ -69,32 +70,43 @@ def run_batch(
 
     A record is written and flushed when its request finishes, so whenever the process ends, the
     output holds all answers that were finished, and can be gone on with.
+
+    Args:
+        load: makes the engine, once both files are open and an earlier run is known to match.
+
+    Raises:
+        InvalidRequest: the output cannot be gone on with.
+        WriteFailed: the disk is full, or the like.
     """
     if output is None:
-        with input.open("rb") as lines:
-            tally = _run(engine, read_requests(lines, params, models), _write_stdout)
+        with input.open("rb") as file:
+            requests = read_requests(read_lines(file), params, made_by)
+            tally = _run(load(), requests, _write_stdout)
         note(str(tally), style="yellow" if tally.failed else "dim")
         return tally.failed
-    with _open_output(input, output, resume, retry_errors, params, models) as file:
-        if file.cut_bytes:
-            note(f"cut off a half-written last line ({file.cut_bytes} bytes)")
-        if file.done:
-            note(f"{len(file.done)} lines are in {output} already")
-        with input.open("rb") as lines:
-            requests = (
-                request
-                for request in read_requests(lines, params, models)
-                if request.index not in file.done
-            )
-            try:
-                tally = _run(engine, requests, file.write)
-            except KeyboardInterrupt:
-                note(f"interrupted: {output} holds what was finished; --resume goes on")
-                raise typer.Exit(130) from None
-    failed = tally.failed + file.failed_before
+    with (
+        input.open("rb") as file,
+        _open_output(input, output, resume, retry_errors, params, made_by) as records,
+    ):
+        if records.cut_bytes:
+            note(f"cut off a half-written last line ({records.cut_bytes} bytes)")
+        if records.done:
+            note(f"{len(records.done)} lines are in {output} already")
+        engine = load()
+        requests = (
+            request
+            for request in read_requests(read_lines(file), params, made_by)
+            if request.index not in records.done
+        )
+        try:
+            tally = _run(engine, requests, records.write)
+        except KeyboardInterrupt:
+            note(f"interrupted: {output} holds what was finished; --resume goes on")
+            raise typer.Exit(130) from None
+    failed = tally.failed + records.failed_before
     note(f"{tally}; written to {output}", style="yellow" if failed else "dim")
-    if file.failed_before:
-        note(f"{file.failed_before} lines failed earlier; --retry-errors tries them again")
+    if records.failed_before:
+        note(f"{records.failed_before} lines failed earlier; --retry-errors tries them again")
     return failed
 
 
@@ -104,14 +116,13 @@ def _open_output(
     resume: bool,
     retry_errors: bool,
     params: SearchParams,
-    models: dict[str, Any],
+    made_by: MadeBy,
 ) -> OutputFile:
     if not resume:
         return OutputFile.create(output)
-    if not input.is_file():
-        raise InvalidRequest(f"--resume reads its input twice, and {input} is not a file")
-    with input.open("rb") as lines:
-        return OutputFile.resume(output, read_requests(lines, params, models), retry_errors)
+    with input.open("rb") as file:
+        requests = read_requests(read_lines(file), params, made_by)
+        return OutputFile.resume(output, requests, made_by, retry_errors)
 
 
 def _run(engine: Engine, requests: Iterator[Request | BadLine], write: Write) -> Tally:
@@ -141,5 +152,5 @@ def _run(engine: Engine, requests: Iterator[Request | BadLine], write: Write) ->
 
 
 def _write_stdout(record: Record) -> None:
-    sys.stdout.write(encode_record(record).decode("utf-8"))
-    sys.stdout.flush()
+    sys.stdout.buffer.write(encode_record(record))
+    sys.stdout.buffer.flush()

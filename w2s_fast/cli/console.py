@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -15,25 +19,51 @@ from typer.core import TyperGroup
 from w2s_fast.errors import W2SFastError
 
 PIPE_WIDTH = 100  # columns where there is no terminal to ask
+READER_GONE = 128 + signal.SIGPIPE  # the exit code that a shell gives for it
+
+
+# What a write says where no file is at fault but its disk is.
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Commands(TyperGroup):
-    """Turns the package's errors, and files that cannot be opened, into one line and exit code 2.
+    """Turns the package's errors, and files that cannot be opened or written, into one line and
+    exit code 2; a reader of standard output that has gone away, into a quiet end.
 
     Every other exception is a bug and keeps its traceback.
     """
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # there may be text that it cannot encode
+            sys.stdout.reconfigure(errors="replace")
+        with _errors_as_lines():  # where --help is answered
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _errors_as_lines():
             return super().invoke(ctx)
-        except W2SFastError as error:
-            message = str(error)
-        except OSError as error:
-            if error.filename is None or error.errno == errno.EPIPE:
-                raise
+
+
+@contextmanager
+def _errors_as_lines() -> Iterator[None]:
+    try:
+        yield
+        return
+    except W2SFastError as error:
+        message = str(error)
+    except OSError as error:
+        if error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
-        note(f"error: {' '.join(message.split())}", style="red")
-        raise typer.Exit(2)
+        elif error.errno == errno.EPIPE:
+            _give_up_stdout()
+            raise typer.Exit(READER_GONE) from None
+        elif error.errno in _DISK_IS_FULL:
+            _give_up_stdout()
+            message = f"standard output: {error.strerror}; --resume goes on with an --output"
+        else:
+            raise
+    note(f"error: {' '.join(message.split())}", style="red")
+    raise typer.Exit(2)
 
 
 def out_console(plain: bool = False) -> Console:
@@ -50,6 +80,14 @@ def note_console() -> Console:
 def note(message: str, style: str = "dim") -> None:
     """One line on standard error, never wrapped, for people and for grep."""
     note_console().print(Text(message, style=style), soft_wrap=True)
+
+
+def _give_up_stdout() -> None:
+    """So that the interpreter's last flush, of what could not be written, does not fail again."""
+    with suppress(OSError, ValueError):  # it may be no file at all
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def quiet_transformers() -> None:

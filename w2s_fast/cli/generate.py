@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +14,8 @@ from rich.text import Text
 from w2s_fast.cli.batch import run_batch
 from w2s_fast.cli.console import note, note_console, out_console
 from w2s_fast.cli.jsonl import Request, answer_record, encode_record, fingerprint
-from w2s_fast.cli.models import Decode, decoder, load_engine, name_models
-from w2s_fast.cli.output_file import already_there
+from w2s_fast.cli.models import Decode, decoder, load_engine, made_by, name_models
+from w2s_fast.cli.paths import check_input, check_output
 from w2s_fast.params import Finished, Method, ScoreKind, SearchParams
 from w2s_fast.result import SearchResult
 
@@ -138,7 +139,7 @@ def generate(
 
     With no model named, the bundled demo models answer.
 
-    Exit code: 0 all well, 1 some input lines failed, 2 nothing could be run.
+    Exit code: 0 all well, 1 some input lines failed, 2 nothing could be run or written.
     """
     _check_usage(prompt, input, output, resume, retry_errors)
     params = SearchParams(
@@ -162,12 +163,12 @@ def generate(
     if params.uses_guides and not models.guides and input is None:
         raise typer.BadParameter("steering needs --tuned and --untuned, or --method sample")
     # Whatever can be refused is refused before models are loaded.
-    if output is not None and output.exists() and not resume:
-        raise already_there(output)
     if input is not None:
-        input.stat()
-
-    engine = load_engine(
+        check_input(input)
+        if output is not None:
+            check_output(output, input, resume)
+    load = partial(
+        load_engine,
         models,
         device,
         dtype,
@@ -179,15 +180,19 @@ def generate(
     )
     if prompt is None:
         assert input is not None
-        failed = run_batch(engine, models.identity(), params, input, output, resume, retry_errors)
+        makers = made_by(models, device, dtype)
+        failed = run_batch(load, makers, params, input, output, resume, retry_errors)
         raise typer.Exit(1 if failed else 0)
+    engine = load()
     start = time.perf_counter()
     result = engine.generate([prompt], params)[0]
     seconds = time.perf_counter() - start
     if json:
-        print_ = fingerprint(models.identity(), None, prompt, params)
-        record = answer_record(Request(0, print_, None, prompt, params), result)
-        sys.stdout.write(encode_record(record).decode())
+        makers = made_by(models, device, dtype)
+        print_ = fingerprint(makers, None, prompt, params)
+        record = answer_record(Request(0, print_, None, makers, prompt, params), result)
+        sys.stdout.buffer.write(encode_record(record))
+        sys.stdout.buffer.flush()
         return
     _print_answer(prompt, result, decoder(engine))
     usage = result.usage

@@ -2,30 +2,38 @@
 
 An input line is ``{"prompt": ..., "id": ..., <any SearchParams field>: ...}``; only the prompt is
 needed. It is a string, a list of token ids, or a list of chat messages. Blank lines are skipped,
-but count as lines. A line that cannot be used gives an error record and harms no other.
+but count as lines. A line that cannot be used gives an error record and harms no other: what is no
+JSON (``NaN`` and ``Infinity`` are none), a key that comes twice, more than 100 levels, 32 MiB.
 
-An output record has the ``index`` of its line (from 0) and a ``fingerprint`` of everything that
-decides the answer, so that a later run knows which answers it may keep
-(see :mod:`w2s_fast.cli.output_file`).
+An output record has the ``index`` of its line (from 0), a ``fingerprint`` of everything that
+decides the answer, and ``made_by``, that part of it which is the same for all lines: so a later run
+knows which answers it may keep, and why not (see :mod:`w2s_fast.cli.output_file`). Both files are
+UTF-8, whatever the terminal's encoding is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from w2s_fast.cli.lines import MAX_LINE_BYTES, LongLine
 from w2s_fast.errors import InvalidRequest, W2SFastError
 from w2s_fast.params import SearchParams
 from w2s_fast.result import Hypothesis, SearchResult
 
 Prompt = str | list[int] | list[dict[str, Any]]
 Record = dict[str, Any]
+MadeBy = dict[str, str]  # what answers all lines, part by part: see w2s_fast.cli.models
 
 PARAM_NAMES = frozenset(field.name for field in fields(SearchParams))
 RECORD_START = b'{"index": '  # of every output line: `index` comes first
+# Python's own limit depends on how deep the stack is at the moment, and is another for writing.
+_MAX_DEPTH = 100
+_MAX_MESSAGE = 1000  # characters: an error may quote what was given
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Request:
     index: int
     fingerprint: str
     id: Any
+    made_by: MadeBy
     prompt: Prompt
     params: SearchParams
 
@@ -46,26 +55,27 @@ class BadLine:
     index: int
     fingerprint: str
     id: Any
+    made_by: MadeBy
     error: InvalidRequest
 
 
 def read_requests(
-    lines: Iterable[bytes], defaults: SearchParams, models: Mapping[str, Any]
+    lines: Iterable[bytes | LongLine], defaults: SearchParams, made_by: MadeBy
 ) -> Iterator[Request | BadLine]:
     """Parses lines one by one, as they are asked for.
 
     Args:
         lines: UTF-8, one JSON object each.
         defaults: the parameters of a line that sets none.
-        models: names what answers; part of every fingerprint.
+        made_by: names what answers; part of every fingerprint.
     """
     for index, line in enumerate(lines):
-        if line.strip():
-            yield _read_line(index, line, defaults, models)
+        if isinstance(line, LongLine) or line.strip():
+            yield _read_line(index, line, defaults, made_by)
 
 
 def _read_line(
-    index: int, line: bytes, defaults: SearchParams, models: Mapping[str, Any]
+    index: int, line: bytes | LongLine, defaults: SearchParams, made_by: MadeBy
 ) -> Request | BadLine:
     given: Record = {}
     try:
@@ -73,15 +83,18 @@ def _read_line(
         prompt = _checked_prompt(given)
         params = _merged(defaults, given)
     except InvalidRequest as error:
-        whole = {"line": line.strip().decode("utf-8", "replace"), "models": models}
-        return BadLine(index, _hash({**whole, **asdict(defaults)}), given.get("id"), error)
-    print_ = fingerprint(models, given.get("id"), prompt, params)
-    return Request(index, print_, given.get("id"), prompt, params)
+        bad = line.digest if isinstance(line, LongLine) else line.strip().decode("utf-8", "replace")
+        print_ = _hash({"line": bad, "models": made_by, **asdict(defaults)})
+        return BadLine(index, print_, given.get("id"), made_by, error)
+    print_ = fingerprint(made_by, given.get("id"), prompt, params)
+    return Request(index, print_, given.get("id"), made_by, prompt, params)
 
 
-def _parse_object(line: bytes) -> Record:
+def _parse_object(line: bytes | LongLine) -> Record:
+    if isinstance(line, LongLine):
+        raise InvalidRequest(f"the line has {line.length} bytes; allowed: {MAX_LINE_BYTES} at most")
     try:
-        given = json.loads(line.decode("utf-8"))
+        given = parse_json(line)
         # JSON can spell half a surrogate pair, which no UTF-8 file can hold.
         json.dumps(given, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -95,7 +108,53 @@ def _parse_object(line: bytes) -> Record:
     return given
 
 
+def parse_json(line: bytes) -> Any:
+    """What one line says, if it is JSON by the letter.
+
+    Raises:
+        ValueError: it is not, or holds a key twice, a number that is too large, or a value that is
+            nested too deep.
+        RecursionError: nested so deep that it was not even read.
+    """
+    value = json.loads(
+        line.decode("utf-8"),
+        parse_constant=_refused_constant,
+        parse_float=_finite_float,
+        object_pairs_hook=_unique_keys,
+    )
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, (dict, list))]:
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
+        level = [
+            inner for each in level for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return value
+
+
+def _refused_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _finite_float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits} is too large for a number")
+    return number
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
+    found: Record = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} comes twice")
+        found[key] = value
+    return found
+
+
 def _checked_prompt(given: Record) -> Prompt:
+    """The prompt; keys that belong to one of its kinds would be looked up beside it here."""
     if "prompt" not in given:
         raise InvalidRequest("the line has no prompt")
     prompt = given["prompt"]
@@ -120,9 +179,9 @@ def _merged(defaults: SearchParams, given: Record) -> SearchParams:
         raise InvalidRequest(f"cannot use {own}: {error}") from error
 
 
-def fingerprint(models: Mapping[str, Any], id: Any, prompt: Prompt, params: SearchParams) -> str:
+def fingerprint(made_by: MadeBy, id: Any, prompt: Prompt, params: SearchParams) -> str:
     """Short hash of everything that decides a record; device and memory do not."""
-    return _hash({"models": models, "id": id, "prompt": prompt, **asdict(params)})
+    return _hash({"models": made_by, "id": id, "prompt": prompt, **asdict(params)})
 
 
 def _hash(parts: Mapping[str, Any]) -> str:
@@ -140,7 +199,7 @@ def answer_record(request: Request, result: SearchResult) -> Record:
     record["usage"] = asdict(result.usage)
     if result.trace is not None:
         record["trace"] = asdict(result.trace)
-    return record | {"fingerprint": request.fingerprint}
+    return record | _record_tail(request)
 
 
 def bad_line_record(bad: BadLine) -> Record:
@@ -149,12 +208,19 @@ def bad_line_record(bad: BadLine) -> Record:
 
 
 def _error_record(line: Request | BadLine, error: W2SFastError) -> Record:
-    told = {"type": type(error).__name__, "message": str(error)}
-    return _record_head(line) | {"error": told, "fingerprint": line.fingerprint}
+    message = str(error)
+    if len(message) > _MAX_MESSAGE:
+        message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
+    told = {"type": type(error).__name__, "message": message}
+    return _record_head(line) | {"error": told} | _record_tail(line)
 
 
 def _record_head(line: Request | BadLine) -> Record:
     return {"index": line.index} | ({} if line.id is None else {"id": line.id})
+
+
+def _record_tail(line: Request | BadLine) -> Record:
+    return {"fingerprint": line.fingerprint, "made_by": line.made_by}
 
 
 def _hypothesis_record(hypothesis: Hypothesis) -> Record:
@@ -167,6 +233,18 @@ def _hypothesis_record(hypothesis: Hypothesis) -> Record:
 
 
 def encode_record(record: Record) -> bytes:
-    """One output line, newline included."""
+    """One output line of JSON, newline included. A number that is not finite is null."""
+    try:
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_with_nulls(record), ensure_ascii=False, allow_nan=False)
     # Half a surrogate pair cannot be written as UTF-8, but its escape is JSON.
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_nulls(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
+from w2s_fast import __version__
 from w2s_fast.cli.console import note, note_console, quiet_transformers
+from w2s_fast.cli.identity import model_identity
+from w2s_fast.cli.jsonl import MadeBy
 
 if TYPE_CHECKING:
     from w2s_fast import Engine
@@ -34,12 +38,43 @@ class Models:
     guides: tuple[GuideNames, ...]
     bundled: bool = False
 
-    def identity(self) -> dict[str, Any]:
-        """What distinguishes these models from others, wherever the package is installed."""
-        weights = [guide.weight for guide in self.guides]
-        if self.bundled:
-            return {"bundled": True, "weights": weights}
-        return {"base": self.base, "guides": [list(guide) for guide in self.guides]}
+    def named(self) -> dict[str, str]:
+        """Path or hub id by what errors call the model."""
+        named = {"base": self.base}
+        for g, guide in enumerate(self.guides):
+            number = f" {g}" if len(self.guides) > 1 else ""
+            named |= {f"tuned{number}": guide.tuned, f"untuned{number}": guide.untuned}
+        return named
+
+
+def made_by(models: Models, device: str, dtype: str) -> MadeBy:
+    """What decides all answers, part by part, so that a later run can say what differs.
+
+    It is the models' contents, the guides' weights, the dtype, and the versions that compute. The
+    device, its attention and its memory are not in it: they are worth the last bits of a sum.
+
+    Raises:
+        InvalidRequest: the device or the dtype cannot be used.
+        OSError: names a file of a model that cannot be read.
+    """
+    quiet_transformers()
+    with note_console().status("looking at the models"):
+        from w2s_fast.models import pick_device, pick_dtype
+
+        found = {}
+        for role, source in models.named().items():
+            for part, value in model_identity(source).items():
+                found[f"{role} {part}"] = value
+        for g, guide in enumerate(models.guides):
+            found["guide weight" if len(models.guides) == 1 else f"guide {g} weight"] = str(
+                float(guide.weight)
+            )
+        picked = pick_dtype(dtype, pick_device(device))
+        found["dtype"] = "checkpoint's" if picked is None else str(picked).removeprefix("torch.")
+        found["w2s-fast"] = __version__
+        for package in ("torch", "transformers"):
+            found[package] = version(package).split("+")[0]  # behind it: for which device
+    return found
 
 
 def name_models(

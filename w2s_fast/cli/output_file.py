@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import io
-import json
 import os
-from collections.abc import Iterable, Mapping, Set
+import shutil
+from collections.abc import Iterable, Set
+from contextlib import suppress
 from pathlib import Path
+from tempfile import mkstemp
 from types import TracebackType
-from typing import BinaryIO, NamedTuple
 
-from w2s_fast.cli.jsonl import RECORD_START, BadLine, Record, Request, encode_record
-from w2s_fast.errors import InvalidRequest
-
-
-class Answer(NamedTuple):
-    """What an output line says about an input line."""
-
-    fingerprint: str
-    failed: bool
+from w2s_fast.cli.answered import check_same_run, read_answers
+from w2s_fast.cli.jsonl import BadLine, MadeBy, Record, Request, encode_record, parse_json
+from w2s_fast.cli.paths import already_there
+from w2s_fast.errors import InvalidRequest, WriteFailed
 
 
 class OutputFile:
@@ -33,12 +29,17 @@ class OutputFile:
 
     def __init__(
         self,
-        file: BinaryIO,
+        path: Path,
+        file: io.FileIO,
         done: frozenset[int] = frozenset(),
         failed_before: int = 0,
         cut_bytes: int = 0,
+        *,
+        is_new: bool = False,
     ) -> None:
+        self._path = path
         self._file = file
+        self._is_new = is_new
         self.done = done
         self.failed_before = failed_before
         self.cut_bytes = cut_bytes
@@ -47,23 +48,29 @@ class OutputFile:
     def create(cls, path: Path) -> OutputFile:
         """A new file. InvalidRequest if it exists: an answer is never overwritten."""
         try:
-            file = path.open("xb")
+            file = path.open("xb", buffering=0)
         except FileExistsError as error:
             raise already_there(path) from error
         _lock(file, path)
-        return cls(file)
+        return cls(path, file, is_new=True)
 
     @classmethod
     def resume(
-        cls, path: Path, requests: Iterable[Request | BadLine], retry_errors: bool = False
+        cls,
+        path: Path,
+        requests: Iterable[Request | BadLine],
+        made_by: MadeBy,
+        retry_errors: bool = False,
     ) -> OutputFile:
         """An existing file to go on with, or a new one if there is none.
 
-        A crash can leave half a line at the end of a file; it is cut off.
+        A crash can leave half a line at the end of a file, and one of the whole machine zeros
+        behind it; they are cut off.
 
         Args:
             path: the output of an earlier run.
             requests: all of the input; each answer in the file must belong to one of them.
+            made_by: what answers now; it must be what made the answers in the file.
             retry_errors: drop error records, so that their lines are tried again.
 
         Raises:
@@ -71,24 +78,40 @@ class OutputFile:
         """
         if not path.exists():
             return cls.create(path)
-        file: BinaryIO = path.open("r+b")
-        _lock(file, path)
-        answers, whole_bytes = _read_answers(file, path)
-        _check_same_run(answers, requests)
-        cut_bytes = path.stat().st_size - whole_bytes
-        file.truncate(whole_bytes)
-        failed = {index for index, answer in answers.items() if answer.failed}
-        if retry_errors and failed:
-            file = _without(file, path, failed)
-            answers = {index: answer for index, answer in answers.items() if not answer.failed}
-            failed = set()
-        file.seek(0, io.SEEK_END)
-        return cls(file, frozenset(answers), len(failed), cut_bytes)
+        path = path.resolve()
+        file = path.open("r+b", buffering=0)
+        try:
+            _lock(file, path)
+            answers, whole_bytes = read_answers(path, made_by)
+            check_same_run(answers, requests)
+            cut_bytes = path.stat().st_size - whole_bytes
+            file.truncate(whole_bytes)
+            failed = {index for index, answer in answers.items() if answer.failed}
+            if retry_errors and failed:
+                file = _without(file, path, failed)
+                answers = {index: answer for index, answer in answers.items() if not answer.failed}
+                failed = set()
+            file.seek(0, io.SEEK_END)
+        except BaseException:
+            file.close()
+            raise
+        return cls(path, file, frozenset(answers), len(failed), cut_bytes)
 
     def write(self, record: Record) -> None:
-        """Appends one record and hands it to the operating system."""
-        self._file.write(encode_record(record))
-        self._file.flush()
+        """Appends one record and hands it to the operating system.
+
+        Raises:
+            WriteFailed: the disk is full, or the like. Nothing of the record is in the file.
+        """
+        whole_bytes = self._file.tell()
+        try:
+            _write_all(self._file, encode_record(record))
+        except OSError as error:
+            with suppress(OSError):  # if it stays, it is half a line, which --resume cuts off
+                self._file.truncate(whole_bytes)
+                self._file.seek(whole_bytes)
+            raise self._failed(error) from error
+        self._is_new = False
 
     def __enter__(self) -> OutputFile:
         return self
@@ -99,72 +122,64 @@ class OutputFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
-
-
-def already_there(path: Path) -> InvalidRequest:
-    """The error for an output that exists when nothing is to be resumed."""
-    return InvalidRequest(f"{path} exists: --resume goes on with it, another --output spares it")
-
-
-def _read_answers(file: BinaryIO, path: Path) -> tuple[dict[int, Answer], int]:
-    """The answers by line index, and the bytes they take; half a line at the end is left out."""
-    answers: dict[int, Answer] = {}
-    whole_bytes = 0
-    for number, line in enumerate(file, start=1):
-        if not line.endswith(b"\n"):
-            # Only what looks like the start of a record may be cut off later.
-            if not (line.startswith(RECORD_START) or RECORD_START.startswith(line)):
-                raise _not_ours(path, number)
-            break
+        if error is not None and self._is_new:
+            with suppress(OSError):  # an empty file would be in the way of the next attempt
+                self._path.unlink()
         try:
-            record = json.loads(line)
-            answers[int(record["index"])] = Answer(str(record["fingerprint"]), "error" in record)
-        except (ValueError, TypeError, KeyError) as error:
-            raise _not_ours(path, number) from error
-        whole_bytes += len(line)
-    return answers, whole_bytes
+            self._file.close()
+        except OSError as closing:
+            if error is None:
+                raise self._failed(closing) from closing
+
+    def _failed(self, error: OSError) -> WriteFailed:
+        return WriteFailed(
+            f"{self._path}: {error.strerror}; what was written before is whole, "
+            "and --resume goes on with it"
+        )
 
 
-def _without(file: BinaryIO, path: Path, dropped: Set[int]) -> BinaryIO:
+def _without(file: io.FileIO, path: Path, dropped: Set[int]) -> io.FileIO:
     """Takes the records of some lines out of the file at `path`.
 
     A new file takes the old one's place in one step, so that a crash leaves one of them whole.
     """
-    draft = path.with_name(path.name + ".part")
-    copy = draft.open("wb")
-    _lock(copy, draft)
-    with file:
-        file.seek(0)
-        copy.writelines(line for line in file if json.loads(line)["index"] not in dropped)
-        copy.flush()
-        os.replace(draft, path)
+    handle, name = mkstemp(dir=path.parent, prefix=path.name)
+    copy, draft = io.FileIO(handle, "r+b"), Path(name)
+    try:
+        with path.open("rb") as old:
+            for line in old:
+                if parse_json(line)["index"] not in dropped:
+                    _write_all(copy, line)
+        os.fsync(copy.fileno())
+        shutil.copymode(path, draft)
+        _lock(copy, draft)
+        draft.replace(path)
+    except BaseException as error:
+        copy.close()
+        draft.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise WriteFailed(f"{path}: {error.strerror}; its answers are all there") from error
+        raise
+    file.close()
     return copy
 
 
-def _not_ours(path: Path, number: int) -> InvalidRequest:
-    return InvalidRequest(f"cannot resume: line {number} of {path} is no record of w2s-fast")
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
-def _check_same_run(answers: Mapping[int, Answer], requests: Iterable[Request | BadLine]) -> None:
-    """Half-matching files are refused as a whole: mixing two runs in one file helps nobody."""
-    unmatched = {index: answer.fingerprint for index, answer in answers.items()}
-    for request in requests if unmatched else ():
-        if unmatched.pop(request.index, request.fingerprint) != request.fingerprint:
-            raise InvalidRequest(
-                f"cannot resume: the answer to line index {request.index} was made with another "
-                "prompt, other parameters or other models; use the same, or another --output"
-            )
-    if unmatched:
-        raise InvalidRequest(
-            f"cannot resume: line index {min(unmatched)} is answered, but not in the input"
-        )
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
+def _lock(file: io.FileIO, path: Path) -> None:
     """Released by the operating system when the process ends, however it ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        # Another process may have put a new file there between our opening and our lock.
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise BlockingIOError
+    except BlockingIOError as error:
         file.close()
         raise InvalidRequest(f"{path} is being written by another process") from error
+    except OSError as error:
+        file.close()
+        raise InvalidRequest(f"{path} cannot be locked: {error.strerror}") from error

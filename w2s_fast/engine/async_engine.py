@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +38,9 @@ class AsyncEngine:
 
     Args:
         base: an :class:`Engine`, or what one is made of, together with ``guides`` and ``options``.
+
+    Raises:
+        EngineFailure: the :class:`Engine` was made before ``os.fork``, by the parent.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class AsyncEngine:
     ) -> None:
         self.engine = base if isinstance(base, Engine) else Engine(base, guides, **options)
         self._runner = self.engine.runner
+        self._runner.process.check()
         self._lock = threading.Lock()  # guards what follows
         self._callers: set[_Caller] = set()  # of requests that have not ended
         self._end: W2SFastError | None = None  # why nothing more is taken on
@@ -63,6 +68,7 @@ class AsyncEngine:
             InvalidRequest: the prompt or its parameters are not allowed.
             NumericalError: a model produced NaN or infinity.
             Aborted: the engine was closed.
+            EngineFailure: its thread has ended, or belongs to the parent of this process.
         """
         caller = await self._submit(prompt, params, priority, streams=False)
         try:
@@ -102,12 +108,18 @@ class AsyncEngine:
     async def close(self) -> None:
         """Give up what is under way here, with :class:`Aborted`, and end the thread.
 
-        Requests that others have submitted to the same :class:`Engine` go on.
+        Requests that others have submitted to the same :class:`Engine` go on. In a child by
+        ``os.fork`` there is nothing to end.
         """
+        if not self._runner.process.is_here:
+            return
         with self._lock:
             self._end = self._end or Aborted("the engine was closed")
         self._work.set()
-        await asyncio.to_thread(self._thread.join)
+        try:
+            await asyncio.to_thread(self._thread.join)
+        except RuntimeError:  # no thread is lent any more: the interpreter is shutting down
+            self._thread.join()
 
     async def __aenter__(self) -> AsyncEngine:
         return self
@@ -123,16 +135,22 @@ class AsyncEngine:
     async def _submit(
         self, prompt: Prompt, params: SearchParams | None, priority: int, *, streams: bool
     ) -> _Caller:
+        self._runner.process.check()
         # Long prompts take a while to tokenise: not in the loop's own thread.
-        request = await asyncio.to_thread(
-            self.engine.make_request, prompt, params or SearchParams(), priority
-        )
+        encode = partial(self.engine.make_request, prompt, params or SearchParams(), priority)
+        try:
+            encoding = asyncio.get_running_loop().run_in_executor(None, encode)
+        except RuntimeError as error:  # the interpreter, or the loop, is shutting down
+            raise EngineFailure(f"nothing more is taken on: {error}") from error
+        request = await encoding
         request.streams = streams
         caller = _Caller(request)
         request.listener = caller.listen
         with self._lock:  # so that nobody comes in after the thread's last look
             if self._end is not None:
                 raise _again(self._end)
+            if not self._thread.is_alive():
+                raise EngineFailure("the engine's thread has ended; make a new AsyncEngine")
             self._callers.add(caller)
             self._runner.submit(request)
         self._work.set()
@@ -148,6 +166,8 @@ class AsyncEngine:
 
     def _leave(self, caller: _Caller) -> None:
         """Nobody waits for this request any longer."""
+        if not self._runner.process.is_here:
+            return  # a copy of the parent's task; the lock may be a copy of a locked one
         with self._lock:
             self._callers.discard(caller)
         if not caller.over:

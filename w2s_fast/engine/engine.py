@@ -60,6 +60,9 @@ class Engine:
         prompt_template: text around every plain prompt of the base, ``{prompt}`` in it; guides
             have their own. Chat messages go through each model's own chat template.
 
+    It serves the process that made it. In a child by ``os.fork`` every way to ask raises
+    :class:`EngineFailure` at once; make another one there, or start children with ``spawn``.
+
     Raises:
         UnsupportedModel: a model cannot be loaded or served.
         MismatchedVocabulary: a guide does not share the base's vocabulary.
@@ -203,6 +206,7 @@ class Engine:
         ``prompts`` is read as room becomes free, so it may be longer than memory. A failed
         request's result carries its ``error``.
         """
+        self.runner.process.check()
         source = enumerate(pair(prompts, params))
         own: dict[Request, int] = {}
         try:
@@ -294,6 +298,7 @@ class Engine:
                 that is longer than the KV cache of a guide. Nothing is scored then.
             NumericalError: a model gave NaN or infinity for a text; says which one, and where.
         """
+        self.runner.process.check()
         given = self._intake.given(prompts, responses)
         scores = [
             score_given(self.runner, guide, texts) for guide, texts in zip(self.guides, given)
@@ -302,6 +307,7 @@ class Engine:
 
     def make_request(self, prompt: Prompt, params: SearchParams, priority: int = 0) -> Request:
         """Check and encode one prompt, for :attr:`runner`. InvalidRequest, and nothing is held."""
+        self.runner.process.check()
         return self._intake.request(prompt, params, priority)
 
     def pieces(self, request: Request) -> Pieces:

@@ -7,7 +7,7 @@ The room knows no sampling, no beams and no text.
 
 from w2s_fast.models.body import run_body
 from w2s_fast.models.limits import main_memory
-from w2s_fast.models.load import ModelSource, load_model, load_tokenizer, pick_device
+from w2s_fast.models.load import ModelSource, load_model, load_tokenizer, pick_device, pick_dtype
 from w2s_fast.models.memory import kv_tokens_that_fit
 from w2s_fast.models.model import PagedModel
 
@@ -19,5 +19,6 @@ __all__ = [
     "load_tokenizer",
     "main_memory",
     "pick_device",
+    "pick_dtype",
     "run_body",
 ]

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from w2s_fast.cache import PagePool
 from w2s_fast.errors import Aborted, EngineFailure, OutOfPages, W2SFastError
+from w2s_fast.scheduling.process import OwnProcess
 from w2s_fast.scheduling.scheduler import Room, Scheduler
 from w2s_fast.search import Request, Search
 from w2s_fast.stats import EngineStats, PoolStats
@@ -24,11 +25,15 @@ class Runner:
     Whoever waits for a request takes steps until it has ended, and so serves all the others as
     well; several threads take turns. Requests may be submitted and given up at any time from any
     thread, and both take effect between two steps.
+
+    Attributes:
+        process: the only one in which steps are taken.
     """
 
     def __init__(self, search: Search, scheduler: Scheduler) -> None:
         self._search = search
         self._scheduler = scheduler
+        self.process = OwnProcess()
         self._turn = threading.Lock()
         self._next_turn = threading.Lock()
         self._arrived: deque[Request] = deque()
@@ -46,7 +51,8 @@ class Runner:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Nobody else takes a step meanwhile. Not reentrant."""
+        """Nobody else takes a step meanwhile. Not reentrant. EngineFailure in another process."""
+        self.process.check()
         # A thread that takes one turn after the other would get a lock again before those who wait
         # for it woke up: so the next one in line is chosen while the turn is still under way.
         with self._next_turn:
@@ -96,9 +102,10 @@ class Runner:
         """Let abortions take effect, now or when the turn under way is over. Never waits.
 
         So it can be called where generators are closed: by the garbage collector, which may come
-        in the middle of a step, in the thread that takes it.
+        in the middle of a step, in the thread that takes it. In another process nothing is left
+        to be freed.
         """
-        while self._given_up and self._turn.acquire(blocking=False):
+        while self.process.is_here and self._given_up and self._turn.acquire(blocking=False):
             try:
                 self._settle()
             finally:
