@@ -9,6 +9,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
+from w2s_fast._pages import Hold
 from w2s_fast.engine.engine import Engine
 from w2s_fast.engine.stream import StreamPiece
 from w2s_fast.errors import Aborted, EngineFailure, W2SFastError
@@ -100,7 +101,7 @@ class AsyncEngine:
 
         Requests that others have submitted to the same :class:`Engine` go on.
         """
-        with self._lock:
+        with Hold(self._lock):
             self._end = self._end or Aborted("the engine was closed")
         self._work.set()
         await asyncio.to_thread(self._thread.join)
@@ -126,7 +127,7 @@ class AsyncEngine:
         request.streams = streams
         caller = _Caller(request)
         request.listener = caller.listen
-        with self._lock:  # so that nobody comes in after the thread's last look
+        with Hold(self._lock):  # so that nobody comes in after the thread's last look
             if self._end is not None:
                 raise _again(self._end)
             self._callers.add(caller)
@@ -144,7 +145,7 @@ class AsyncEngine:
 
     def _leave(self, caller: _Caller) -> None:
         """Nobody waits for this request any longer."""
-        with self._lock:
+        with Hold(self._lock):
             self._callers.discard(caller)
         if not caller.over:
             self._runner.give_up(caller.request)
@@ -162,7 +163,7 @@ class AsyncEngine:
             end = EngineFailure(f"the engine's thread ended: {type(error).__name__}: {error}")
             end.__cause__ = error
         finally:
-            with self._lock:
+            with Hold(self._lock):
                 self._end = end = end or self._end
                 callers = list(self._callers)
             assert end is not None
@@ -173,7 +174,7 @@ class AsyncEngine:
             self._runner.settle()
 
     def _under_way(self) -> bool:
-        with self._lock:
+        with Hold(self._lock):
             return any(not caller.request.ended for caller in self._callers)
 
 

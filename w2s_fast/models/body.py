@@ -67,6 +67,13 @@ def attention_switched(model: PreTrainedModel, implementation: str) -> Iterator[
             config._attn_implementation = before
 
 
+def switch_back(model: PreTrainedModel, implementation: str | None) -> None:
+    """What :func:`attention_switched` does in the end, where it did not come to it."""
+    config: Any = model.config
+    if config._attn_implementation == ATTENTION_NAME:
+        config._attn_implementation = implementation
+
+
 def probe_ids(model: PreTrainedModel, count: int) -> Tensor:
     size = int(model.config.get_text_config().vocab_size)
     return torch.arange(1, count + 1, device=model.device) * 7 % size

@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 from w2s_fast.attention import RowTree, choose_backend
 from w2s_fast.cache import Ints, PagePool
 from w2s_fast.errors import InvalidRequest
-from w2s_fast.models.body import PROBE_TOKENS, eager_logits, probe_ids, refuse, run_body
+from w2s_fast.models.body import (
+    PROBE_TOKENS,
+    eager_logits,
+    probe_ids,
+    refuse,
+    run_body,
+    switch_back,
+)
 from w2s_fast.models.lm_head import LMHead
 from w2s_fast.models.probe import kv_shape
 
@@ -72,6 +79,7 @@ class PagedModel:
         nn.Module.eval(model)
         self.model = model
         self.name = name
+        self._own_attention = model.config._attn_implementation
         shape = kv_shape(model, name)
         self.max_positions = shape.max_positions
         least = 2 * -(-PROBE_TOKENS // page_size) * page_size
@@ -135,6 +143,10 @@ class PagedModel:
             hidden = run_body(self.model, tokens, plan.positions, plan)
         self.pool.extend(slots, counts)
         return hidden
+
+    def restore_attention(self) -> None:
+        """The model object with the attention that it came with, after a pass that was cut off."""
+        switch_back(self.model, self._own_attention)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

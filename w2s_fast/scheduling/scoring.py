@@ -62,11 +62,9 @@ def score_given(runner: Runner, guide: PagedGuide, texts: Sequence[Given]) -> li
         ]
         with runner.turn_with(rooms):
             slots = guide.prefill([text.prompt for text in batch])
-            try:
-                before = [text.prompt[-1] for text in batch]
-                tuned, untuned = guide.append(slots, before, [text.response for text in batch])
-            finally:
-                guide.release(slots)
+            before = [text.prompt[-1] for text in batch]
+            tuned, untuned = guide.append(slots, before, [text.response for text in batch])
+            guide.release(slots)
         counts = [len(text.response) for text in batch]
         for model, logprobs in zip(guide.models, (tuned, untuned)):
             for own in torch.split(logprobs.cpu(), counts):

@@ -13,7 +13,7 @@ from w2s_fast.decoding import DecodeGraphs
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel
 from w2s_fast.search.base_side import BaseSide
-from w2s_fast.search.beam import Beam
+from w2s_fast.search.beam import Beam, forget_slots
 from w2s_fast.search.guide import PagedGuide
 from w2s_fast.search.guide_side import GuideSide
 from w2s_fast.search.request import Request
@@ -80,16 +80,29 @@ class Search:
 
     def set_aside(self, request: Request) -> None:
         """Give back all slots of a request between two rounds; its next step recomputes them."""
+        request.aside = True  # first: from here on it holds nothing, see keep_only
         self._release(request.beams)
-        request.aside = True
 
     def abort(self, request: Request) -> None:
         """Give back all slots of a request."""
-        # Within a round the kept beams are the parents of its families.
-        parents = [family.parent for family in request.families] or request.beams
-        self._release([*parents, *request.candidates])
+        self._release(request.holders)
         request.families = []
         request.aside = False
+
+    def keep_only(self, requests: Sequence[Request]) -> None:
+        """Give back every slot that none of these requests holds, whoever took it.
+
+        For when something was interrupted: who took slots may not have come to saying so, and who
+        gave some back may still name them. Models whose pass was cut off are as before it.
+        """
+        for model in self.models:
+            model.restore_attention()
+        for request in requests:
+            if request.aside:
+                forget_slots(request.beams)
+        beams = [beam for request in requests for beam in request.holders]
+        self.base.keep_only(beams)
+        self.guides.keep_only(beams)
 
     def _score(self, requests: Sequence[Request]) -> None:
         """Score the tokens that the round brought, and keep the best candidates."""
