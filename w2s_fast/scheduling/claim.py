@@ -41,4 +41,5 @@ class Claim:
         self._runner.settle()
 
     def __del__(self) -> None:
-        self.let_go()
+        if getattr(self, "_requests", None):  # it may be gone before it was made
+            self.let_go()
