@@ -121,6 +121,7 @@ class GuideSide:
         """Give back every slot of the guides that none of these beams holds."""
         held = [beam.guide_slots for beam in beams if len(beam.guide_slots)]
         for g, guide in enumerate(self.guides):
+            guide.join()
             for m, model in enumerate(guide.models):
                 own = [int(slots[g, m]) for slots in held]
                 model.pool.release_others([slot for slot in own if slot != NO_SLOT])
