@@ -256,7 +256,7 @@ def test_the_next_turn_mends_what_a_second_interrupt_left() -> None:
     assert raised[2] > raised[1]
 
 
-OPERATIONS = ("allocate", "adopt", "reserve", "extend", "fork", "remember", "release")
+OPERATIONS = ("allocate", "reserve", "extend", "fork", "release")
 
 
 @pytest.mark.usefixtures("repeatable")
