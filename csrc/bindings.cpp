@@ -1,5 +1,6 @@
 // w2s_fast._pages: PageManager for Python. int32 numpy arrays go in and come out; the tables are
 // read-only views of the manager's own memory. The errors are the classes of w2s_fast.errors.
+// And Hold, for the locks of those who use it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -9,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "hold.h"
 #include "page_manager.h"
 
 namespace py = pybind11;
@@ -77,6 +79,16 @@ PYBIND11_MODULE(_pages, module) {
         .def_readonly("lookup_tokens", &CacheStatistics::lookup_tokens)
         .def_readonly("hit_tokens", &CacheStatistics::hit_tokens)
         .def_readonly("evictions", &CacheStatistics::evictions);
+
+    using w2s::Hold;
+    py::class_<Hold>(module, "Hold")
+        .def(py::init<py::object, py::object, bool, py::object, py::object, py::object>(),
+             py::arg("lock"), py::kw_only(), py::arg("queue") = py::none(),
+             py::arg("wait") = true, py::arg("begin") = py::none(),
+             py::arg("end") = py::none(), py::arg("after") = py::none())
+        .def("__enter__", &Hold::enter)
+        .def("__exit__", [](Hold& self, const py::object&, const py::object& error,
+                            const py::object&) { self.exit(error); });
 
     py::class_<PageManager>(module, "PageManager")
         .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool, int>(),

@@ -4,10 +4,30 @@ Every array is one-dimensional unless a shape is given; arguments must be contig
 (anything else is a TypeError). Operations raise PageMisuse or OutOfPages and then change nothing.
 """
 
+from collections.abc import Callable
+from threading import Lock
+
 import numpy as np
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
+
+class Hold:
+    """A lock held for a block, whatever interrupts it; csrc/hold.h says what the arguments are."""
+
+    def __init__(
+        self,
+        lock: Lock,
+        *,
+        queue: Lock | None = None,
+        wait: bool = True,
+        begin: Callable[[], object] | None = None,
+        end: Callable[[BaseException | None], object] | None = None,
+        after: Callable[[], object] | None = None,
+    ) -> None: ...
+    def __enter__(self) -> bool:
+        """Whether the lock is held: always, if it was to be waited for."""
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None: ...
 
 class CacheStatistics:
     @property

@@ -42,7 +42,9 @@ class RequestStats:
 
     def enter(self) -> None:
         """It waits no longer."""
-        self.queue_s += time.perf_counter() - self.waiting_since
+        now = time.perf_counter()
+        self.queue_s += now - self.waiting_since
+        self.waiting_since = now
 
     def wait(self) -> None:
         """It waits again."""

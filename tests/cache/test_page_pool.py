@@ -247,3 +247,16 @@ assert grown < 64 * 1024, f"{grown} KiB"
 @pytest.mark.alone
 def test_memory_is_touched_only_where_tokens_are_written():
     subprocess.run([sys.executable, "-c", LARGE_POOL], check=True)
+
+
+def test_every_slot_but_those_named_is_released(pool) -> None:
+    slots = pool.allocate(4)
+    write(pool, slots, [tokens(5, seed) for seed in range(4)])
+    pool.release_others(slots[1:3])
+    assert pool.free_slots == 6
+    assert torch.equal(read(pool, slots[1]), tokens(5, 1))
+    with pytest.raises(PageMisuse):
+        pool.release_others(slots[:1])
+    pool.release_others([])
+    assert pool.free_pages == pool.num_pages
+    pool.manager.check()

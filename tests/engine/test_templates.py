@@ -241,7 +241,9 @@ def test_a_token_that_a_model_has_no_place_for_is_refused_by_name(folders_of: Fo
         byte_tokenizer(), None, untuned, prompt_template=("{prompt}", "[PAD]{prompt}")
     )
     for ask in (lambda: e.generate(["Hi"], SHORT), lambda: e.score(["Hi"], ["a"])):
-        with pytest.raises(InvalidRequest, match=r"untuned .* holds token .*, whose id 258 .* to 257$"):
+        with pytest.raises(
+            InvalidRequest, match=r"untuned .* holds token .*, whose id 258 .* to 257$"
+        ):
             ask()
 
 

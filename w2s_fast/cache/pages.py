@@ -150,6 +150,11 @@ class PagePool:
         """Gives up the slots, and with them their references to pages."""
         self.manager.release(as_int32(slots))
 
+    def release_others(self, slots: Ints) -> None:
+        """Gives up every slot but these. PageMisuse if one of these is not in use."""
+        kept = self._live(slots)
+        self.release(np.setdiff1d(np.flatnonzero(self._held >= 0), kept))
+
     def match(self, prompts: Sequence[Ints]) -> Int32Array:
         """How many tokens of each prompt `adopt` would find, int32 [len(prompts)].
 

@@ -10,6 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from w2s_fast._pages import Hold
 from w2s_fast.engine.engine import Engine
 from w2s_fast.engine.stream import StreamPiece
 from w2s_fast.errors import Aborted, EngineFailure, W2SFastError
@@ -113,7 +114,7 @@ class AsyncEngine:
         """
         if not self._runner.process.is_here:
             return
-        with self._lock:
+        with Hold(self._lock):
             self._end = self._end or Aborted("the engine was closed")
         self._work.set()
         try:
@@ -146,7 +147,7 @@ class AsyncEngine:
         request.streams = streams
         caller = _Caller(request)
         request.listener = caller.listen
-        with self._lock:  # so that nobody comes in after the thread's last look
+        with Hold(self._lock):  # so that nobody comes in after the thread's last look
             if self._end is not None:
                 raise _again(self._end)
             if not self._thread.is_alive():
@@ -168,7 +169,7 @@ class AsyncEngine:
         """Nobody waits for this request any longer."""
         if not self._runner.process.is_here:
             return  # a copy of the parent's task; the lock may be a copy of a locked one
-        with self._lock:
+        with Hold(self._lock):
             self._callers.discard(caller)
         if not caller.over:
             self._runner.give_up(caller.request)
@@ -186,7 +187,7 @@ class AsyncEngine:
             end = EngineFailure(f"the engine's thread ended: {type(error).__name__}: {error}")
             end.__cause__ = error
         finally:
-            with self._lock:
+            with Hold(self._lock):
                 self._end = end = end or self._end
                 callers = list(self._callers)
             assert end is not None
@@ -197,7 +198,7 @@ class AsyncEngine:
             self._runner.settle()
 
     def _under_way(self) -> bool:
-        with self._lock:
+        with Hold(self._lock):
             return any(not caller.request.ended for caller in self._callers)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
+from contextlib import closing
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from w2s_fast.errors import InvalidRequest, W2SFastError
 from w2s_fast.models import ModelSource, PagedModel, pick_device
 from w2s_fast.params import SearchParams
 from w2s_fast.result import SearchResult
-from w2s_fast.scheduling import Runner, Scheduler, score_given
+from w2s_fast.scheduling import Claim, Runner, Scheduler, score_given
 from w2s_fast.search import Guide, PagedGuide, Request, Search
 from w2s_fast.stats import EngineStats
 from w2s_fast.text import Prompt
@@ -183,8 +184,10 @@ class Engine:
         many = not isinstance(prompts, str)
         total = len(prompts) if many and isinstance(prompts, Sized) else None
         found = {}
-        with progress_bar(total, show=progress and many) as advance:
-            for index, result in self.as_completed(prompts, params, priority=priority):
+        # Closed here, even where an exception, and with it this frame, is kept.
+        completing = closing(self.as_completed(prompts, params, priority=priority))
+        with progress_bar(total, show=progress and many) as advance, completing as completed:
+            for index, result in completed:
                 found[index] = result
                 advance(result.usage.completion_tokens)
         results = [found[i] for i in range(len(found))]
@@ -200,7 +203,7 @@ class Engine:
         params: SearchParams | Iterable[SearchParams] | None = None,
         *,
         priority: int = 0,
-    ) -> Iterator[tuple[int, SearchResult]]:
+    ) -> Generator[tuple[int, SearchResult], None, None]:
         """Like :meth:`generate`, but yields (index of the prompt, result) as results come.
 
         ``prompts`` is read as room becomes free, so it may be longer than memory. A failed
@@ -208,7 +211,8 @@ class Engine:
         """
         self.runner.process.check()
         source = enumerate(pair(prompts, params))
-        own: dict[Request, int] = {}
+        own = Claim(self.runner)
+        indices: dict[Request, int] = {}
         try:
             while True:
                 for index, (prompt, params_of) in source:
@@ -217,19 +221,16 @@ class Engine:
                     except W2SFastError as error:
                         yield index, failed(error)
                         continue
-                    self.runner.submit(request)
-                    own[request] = index
+                    indices[request] = index
+                    own.submit(request)
                     if len(own) >= self._read_ahead:
                         break
                 if not own:
                     return
-                self.runner.advance(own)
-                for request in [request for request in own if request.ended]:
-                    yield own.pop(request), self.result(request)
+                for request in own.advance():
+                    yield indices.pop(request), self.result(request)
         finally:
-            for request in own:
-                self.runner.give_up(request)
-            self.runner.settle()
+            own.let_go()
 
     def stream(
         self, prompt: Prompt, params: SearchParams | None = None, *, priority: int = 0
@@ -249,10 +250,11 @@ class Engine:
     def _stream(self, request: Request) -> Iterator[StreamPiece]:
         pieces = self.pieces(request)
         request.streams = True
-        self.runner.submit(request)
+        own = Claim(self.runner)
         try:
+            own.submit(request)
             while not request.ended:
-                self.runner.advance([request])
+                own.advance()
                 piece = pieces.next(request.agreed)
                 if piece is not None:
                     yield piece
@@ -261,8 +263,7 @@ class Engine:
                 raise result.error
             yield pieces.last(result)
         finally:
-            self.runner.give_up(request)
-            self.runner.settle()
+            own.let_go()
 
     def weights_changed(self) -> None:
         """Say that weights of loaded models were changed in place.

@@ -8,6 +8,7 @@ from itertools import repeat
 
 import numpy as np
 
+from w2s_fast._pages import Hold
 from w2s_fast.engine.served import ServedModels
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
@@ -35,7 +36,7 @@ class Intake:
             raise InvalidRequest(f"method {params.method!r} needs guides; the engine has none")
         if isinstance(priority, bool) or not isinstance(priority, (int, np.integer)):
             raise InvalidRequest(f"priority is {priority!r}; allowed: an integer")
-        with self._encoding:
+        with Hold(self._encoding):
             ids = models.encoder.encode(prompt)
             guide_ids = [
                 (tuned.encode(prompt), untuned.encode(prompt))
@@ -69,7 +70,7 @@ class Intake:
         ]
 
     def _given(self, g: int, prompt: Prompt, response: str | Sequence[int]) -> Given:
-        with self._encoding:
+        with Hold(self._encoding):
             text = _encode_given(*self._models.guide_encoders[g], prompt, response)
         models = self._models.guides[g].models
         for model, own in zip(models, text.prompts):

@@ -46,40 +46,49 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._kind = _kind(model)
-        self._look()
+        self._known = self._now = _Look(model)
 
     def change(self) -> Change:
-        """What has changed since the last call. Some 100 us for a model of 160 modules."""
-        if self._as_before():
+        """What has changed since the last :meth:`accept`. Some 100 us for 160 modules."""
+        known = self._known
+        if known.still_holds():
             return Change.NOTHING
-        settings, addresses, versions = self._settings, self._addresses, self._versions
-        self._look()
+        self._now = now = _Look(self._model)
         if _kind(self._model) != self._kind:
             return Change.KIND
-        if addresses != self._addresses or not _equal(settings, self._settings):
+        if known.addresses != now.addresses or not _equal(known.settings, now.settings):
             return Change.PLACES
-        return Change.VALUES if versions != self._versions else Change.NOTHING
+        return Change.VALUES if known.versions != now.versions else Change.NOTHING
 
-    def _as_before(self) -> bool:
-        return (
-            _versions(self._counted) == self._versions
-            and _addresses(self._stored) == self._addresses
-            and _equal(self._held, self._seen)
-        )
+    def accept(self) -> None:
+        """All that follows from the last :meth:`change` has been done; until then it is said
+        again."""
+        self._known = self._now
 
-    def _look(self) -> None:
-        modules = list(self._model.modules())
+
+class _Look:
+    """What a model's modules held when it was looked at."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
         self._held = [held for module in modules for held in _dicts(module)]
         self._seen = [dict(held) for held in self._held]
-        self._settings = [
+        self.settings = [
             {name: value for name, value in seen.items() if name not in _OF_TRAINING}
             for seen in self._seen
         ]
         tensors = [t for module in modules for t in _tensors(module)]
         self._counted = [t for t in tensors if not t.is_inference()]
         self._stored = [t for t in tensors if _has_address(t)]
-        self._versions = _versions(self._counted)
-        self._addresses = _addresses(self._stored)
+        self.versions = _versions(self._counted)
+        self.addresses = _addresses(self._stored)
+
+    def still_holds(self) -> bool:
+        return (
+            _versions(self._counted) == self.versions
+            and _addresses(self._stored) == self.addresses
+            and _equal(self._held, self._seen)
+        )
 
 
 def _dicts(module: nn.Module) -> Iterator[dict[str, Any]]:

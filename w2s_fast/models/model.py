@@ -206,6 +206,7 @@ class PagedModel:
             except Exception as error:  # a caller may have put anything into a module
                 self._broken = refuse(self.model, self.name, f"it was changed: {error}")
         self.pool.drop_cache()
+        self._watch.accept()
         return True
 
     def compare_with_eager(self) -> tuple[int, int]:

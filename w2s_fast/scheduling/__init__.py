@@ -5,8 +5,9 @@ turn in which steps are taken. Requests are set aside and go on later; nothing i
 does is the search's business.
 """
 
+from w2s_fast.scheduling.claim import Claim
 from w2s_fast.scheduling.runner import Runner
 from w2s_fast.scheduling.scheduler import Scheduler
 from w2s_fast.scheduling.scoring import Given, check_room, score_given
 
-__all__ = ["Given", "Runner", "Scheduler", "check_room", "score_given"]
+__all__ = ["Claim", "Given", "Runner", "Scheduler", "check_room", "score_given"]

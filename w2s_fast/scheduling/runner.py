@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import NamedTuple
 
+from w2s_fast._pages import Hold
 from w2s_fast.cache import PagePool
 from w2s_fast.errors import Aborted, EngineFailure, OutOfPages, W2SFastError
 from w2s_fast.scheduling.process import OwnProcess
@@ -16,7 +17,20 @@ from w2s_fast.scheduling.scheduler import Room, Scheduler
 from w2s_fast.search import Request, Search
 from w2s_fast.stats import EngineStats, PoolStats
 
-T = TypeVar("T")
+
+class _Outcomes(NamedTuple):
+    """How many requests ended in which way."""
+
+    finished: int = 0
+    failed: int = 0
+    aborted: int = 0
+
+    def add(self, request: Request) -> _Outcomes:
+        aborted = isinstance(request.error, Aborted)
+        failed = request.error is not None and not aborted
+        return _Outcomes(
+            self.finished + (request.error is None), self.failed + failed, self.aborted + aborted
+        )
 
 
 class Runner:
@@ -25,6 +39,12 @@ class Runner:
     Whoever waits for a request takes steps until it has ended, and so serves all the others as
     well; several threads take turns. Requests may be submitted and given up at any time from any
     thread, and both take effect between two steps.
+
+    A turn may be interrupted at any place, by Ctrl-C as by an error. Nobody cleans up where that
+    happens: the turn ends by :meth:`_mend`, which asks what the requests that go on hold and frees
+    everything else, and if that is interrupted, too, the next turn begins with it. So that it can
+    tell, whatever a request is or holds changes by one assignment, before anything that follows
+    from it is done.
 
     Attributes:
         process: the only one in which steps are taken.
@@ -39,9 +59,13 @@ class Runner:
         self._arrived: deque[Request] = deque()
         self._given_up: deque[tuple[Request, W2SFastError]] = deque()
         self._weights_changed = threading.Event()  # somebody said so
-        self._finished = 0
-        self._failed = 0
-        self._aborted = 0
+        self._following = (
+            False  # whether changed weights are being followed, or were not to the end
+        )
+        self._under_way: dict[Request, None] = {}  # arrived, and not ended or not told so
+        self._stepping: Sequence[Request] = ()  # those in the step that is being taken
+        self._whole = True  # whether the last turn came to its end
+        self._outcomes = _Outcomes()
         self._set_aside = 0
         self._steps = 0
         self._rounds = 0
@@ -49,42 +73,35 @@ class Runner:
         self._sampled_tokens = 0
         self._scored_tokens = 0
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Nobody else takes a step meanwhile. Not reentrant. EngineFailure in another process."""
+    def turn(self) -> Hold:
+        """For ``with``: nobody else takes a step meanwhile. Not reentrant.
+
+        Raises:
+            EngineFailure: this is another process.
+        """
+        return self.turn_with(())
+
+    def turn_with(self, rooms: Sequence[Room]) -> Hold:
+        """For ``with``: a turn in which so many pages and slots are free.
+
+        Running requests are set aside for it, the least urgent first, and go on afterwards. Those
+        in the middle of a round end it before that, in steps in which nobody begins another. What
+        an exception leaves behind in the pools is given back.
+
+        Raises:
+            OutOfPages: on entering: there would not be so much if nothing ran.
+            EngineFailure: this is another process.
+        """
         self.process.check()
         # A thread that takes one turn after the other would get a lock again before those who wait
         # for it woke up: so the next one in line is chosen while the turn is still under way.
-        with self._next_turn:
-            self._turn.acquire()
-        try:
-            yield
-        finally:
-            self._turn.release()
-            self.settle()
-
-    @contextmanager
-    def turn_with(self, rooms: Sequence[Room]) -> Iterator[None]:
-        """A turn in which so many pages and slots are free; they are to be free again at its end.
-
-        Running requests are set aside for it, the least urgent first, and go on afterwards. Those
-        in the middle of a round end it before that, in steps in which nobody begins another.
-
-        Raises:
-            OutOfPages: there would not be so much if nothing ran.
-        """
-        with self.turn():
-            self._settle()
-            self._follow_models()
-            while not all(room.there for room in rooms):
-                if (request := self._scheduler.set_aside_for(rooms)) is not None:
-                    self._put_aside([request])
-                elif in_round := self._scheduler.in_round:
-                    self._run(in_round)
-                else:
-                    raise OutOfPages("more pages or slots are wanted than the KV cache has")
-                self._settle()  # a request may have been given up meanwhile
-            yield
+        return Hold(
+            self._turn,
+            queue=self._next_turn,
+            begin=partial(self._begin_turn, rooms),
+            end=self._end_turn,
+            after=self.settle,
+        )
 
     def submit(self, request: Request) -> None:
         """Take a request on; it has been checked. It enters with the next step."""
@@ -105,11 +122,11 @@ class Runner:
         in the middle of a step, in the thread that takes it. In another process nothing is left
         to be freed.
         """
-        while self.process.is_here and self._given_up and self._turn.acquire(blocking=False):
-            try:
-                self._settle()
-            finally:
-                self._turn.release()
+        had = self.process.is_here
+        while had and self._given_up:
+            with Hold(self._turn, wait=False, begin=self._begin_turn, end=self._end_turn) as had:
+                if had:
+                    self._settle()
 
     def advance(self, awaited: Collection[Request]) -> None:
         """Take a step when it is our turn, unless one of the awaited requests ended before."""
@@ -126,9 +143,9 @@ class Runner:
         return EngineStats(
             waiting=len(self._scheduler.waiting) + len(self._arrived),
             running=len(self._scheduler.running),
-            finished=self._finished,
-            failed=self._failed,
-            aborted=self._aborted,
+            finished=self._outcomes.finished,
+            failed=self._outcomes.failed,
+            aborted=self._outcomes.aborted,
             set_aside=self._set_aside,
             steps=self._steps,
             rounds=self._rounds,
@@ -140,17 +157,46 @@ class Runner:
             pools={model.name: _pool_stats(model.pool) for model in self._search.models},
         )
 
+    def _begin_turn(self, rooms: Sequence[Room] = ()) -> None:
+        if not self._whole:
+            self._mend(None)
+        self._whole = False
+        if rooms:
+            self._make_room(rooms)
+
+    def _end_turn(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._mend(error)
+        self._whole = True
+
+    def _make_room(self, rooms: Sequence[Room]) -> None:
+        self._settle()
+        self._follow_models()
+        while not all(room.there for room in rooms):
+            if (request := self._scheduler.set_aside_for(rooms)) is not None:
+                self._put_aside([request])
+            elif in_round := self._scheduler.in_round:
+                self._run(in_round)
+            else:
+                raise OutOfPages("more pages or slots are wanted than the KV cache has")
+            self._settle()  # a request may have been given up meanwhile
+
     def _settle(self) -> None:
-        # In this order: who is given up now has arrived before.
-        given_up = list(_drain(self._given_up))
-        for request in _drain(self._arrived):
-            self._scheduler.submit(request)
-        for request, error in given_up:
-            if not request.ended:
+        # Nobody leaves a queue before it is dealt with: who is interrupted does it again.
+        given_up = len(self._given_up)  # before the arrivals: who is given up has arrived before
+        while self._arrived:
+            request = self._arrived[0]
+            if request not in self._under_way:
+                self._scheduler.submit(request)
+                self._under_way[request] = None
+            self._arrived.popleft()
+        for _ in range(given_up):
+            request, error = self._given_up[0]
+            if request in self._under_way and not request.ended:
                 request.error = error
                 self._search.abort(request)
                 self._leave(request)
-                self._tell(request)
+            self._given_up.popleft()
 
     def _step(self) -> None:
         """Bring those requests a step further whose turn it is."""
@@ -166,18 +212,18 @@ class Runner:
         What a request drew and kept before stays; the round under way begins again. One that has
         given out tokens of that round cannot take them back, and ends with an error.
         """
-        announced = self._weights_changed.is_set()
+        # Who was interrupted here does not know how far that came, and does it all again.
+        announced = self._weights_changed.is_set() or self._following
+        self._following = True
         self._weights_changed.clear()
         changed = [model.name for model in self._search.models if model.follow(announced)]
-        if not changed:
-            return
-        for request in list(self._scheduler.running):
+        for request in list(self._scheduler.running) if changed else ():
             self._search.start_over(request)
             if len(request.agreed) > len(request.agreed_tokens()):
                 why = "in the middle of a round of which tokens had been streamed"
                 request.error = EngineFailure(f"weights of {', '.join(changed)} changed {why}")
                 self._leave(request)
-                self._tell(request)
+        self._following = False
 
     def _put_aside(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -192,12 +238,11 @@ class Runner:
         """
         before = _counts(chosen)
         begin = time.perf_counter()
+        self._stepping = chosen
         try:
             self._search.step(chosen)
-        except BaseException as error:
-            self._fail(chosen, error)
-            if not isinstance(error, Exception):  # the user's interrupt
-                raise
+        except Exception as error:
+            self._mend(error)
         finally:
             self._steps += bool(chosen)
             self._busy_s += time.perf_counter() - begin
@@ -205,27 +250,40 @@ class Runner:
             self._rounds += rounds
             self._sampled_tokens += sampled
             self._scored_tokens += scored
-            for request in chosen:
-                if request.done:
-                    self._leave(request)
-                elif request.streams:
+        self._stepping = ()
+        for request in chosen:
+            if request.done:
+                self._leave(request)
+            else:
+                if request.streams:
                     request.agreed = request.agreed_tokens()
                 self._tell(request)
 
-    def _fail(self, requests: Sequence[Request], error: BaseException) -> None:
+    def _mend(self, error: BaseException | None) -> None:
+        """Bring back order after an interruption, wherever it was; None: by what is not known.
+
+        Who took part in a step ends, since its models may be anywhere. Afterwards every slot is
+        held by a request that goes on, or free. May itself be interrupted, and begun again.
+        """
+        for request in self._stepping:
+            if not request.done:  # each its own error: callers raise it, and add to it
+                request.error = _failure(error)
+        self._stepping = ()
+        requests = list(self._under_way)
+        alive = [request for request in requests if not request.done]
+        self._search.keep_only(alive)
+        self._scheduler.restore(alive)
         for request in requests:
-            if request.error is None:  # each its own: callers raise it, and add to it
-                request.error = EngineFailure(f"{type(error).__name__}: {error}")
-                request.error.__cause__ = error
-        for request in requests:
-            self._search.abort(request)
+            if request.done:
+                self._leave(request)
 
     def _leave(self, request: Request) -> None:
+        """Let a request go that is done, and holds nothing. May be interrupted, and begun again."""
         self._scheduler.remove(request)
-        self._finished += request.error is None
-        self._aborted += isinstance(request.error, Aborted)
-        self._failed += request.error is not None and not isinstance(request.error, Aborted)
-        request.ended = True
+        if not request.ended:  # counted once: nothing comes between the two
+            request.ended, self._outcomes = True, self._outcomes.add(request)
+        self._tell(request)
+        self._under_way.pop(request, None)
 
     def _tell(self, request: Request) -> None:
         if request.listener is None:
@@ -258,6 +316,10 @@ def _counts(requests: Sequence[Request]) -> tuple[int, int, int]:
     )
 
 
-def _drain(queue: deque[T]) -> Iterator[T]:
-    while queue:
-        yield queue.popleft()
+def _failure(error: BaseException | None) -> EngineFailure:
+    if error is None:
+        return EngineFailure("the step was interrupted")
+    failure = EngineFailure(f"{type(error).__name__}: {error}")
+    if isinstance(error, Exception):  # an interrupt is its receiver's, with all that it refers to
+        failure.__cause__ = error
+    return failure

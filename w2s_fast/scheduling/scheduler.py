@@ -106,8 +106,16 @@ class Scheduler:
         self._wait(request)
 
     def remove(self, request: Request) -> None:
-        """Forget a request that has ended, or is given up."""
-        (self.running if request in self.running else self.waiting).remove(request)
+        """Forget a request that has ended, or is given up; nothing if it is forgotten already."""
+        for requests in (self.running, self.waiting):
+            if request in requests:
+                requests.remove(request)
+
+    def restore(self, requests: Iterable[Request]) -> None:
+        """After an interruption: these have come and not ended. Those that hold pages run."""
+        found = list(requests)
+        self.running = [request for request in found if request.holds]
+        self.waiting = sorted((r for r in found if not r.holds), key=_urgency)
 
     def choose(self) -> Choice:
         """Decide who takes part in the next step; ``running`` and ``waiting`` follow."""

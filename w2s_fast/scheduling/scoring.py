@@ -69,11 +69,9 @@ def score_given(runner: Runner, guide: PagedGuide, texts: Sequence[Given]) -> li
         prompts = list(zip(*(text.prompts for text in batch)))
         with runner.turn_with(rooms):
             slots = guide.prefill(prompts)
-            try:
-                before = [[prompt[-1] for prompt in own] for own in prompts]
-                tuned, untuned = guide.append(slots, before, [text.response for text in batch])
-            finally:
-                guide.release(slots)
+            before = [[prompt[-1] for prompt in own] for own in prompts]
+            tuned, untuned = guide.append(slots, before, [text.response for text in batch])
+            guide.release(slots)
         counts = [len(text.response) for text in batch]
         for model, logprobs in zip(guide.models, (tuned, untuned)):
             for own in torch.split(logprobs.cpu(), counts):

@@ -192,3 +192,7 @@ class BaseSide:
         self.model.pool.release([beam.slot for beam in held])
         for beam in held:
             beam.slot = NO_SLOT
+
+    def keep_only(self, beams: Sequence[Beam]) -> None:
+        """Give back every slot of the base that none of these beams holds."""
+        self.model.pool.release_others([b.slot for b in beams if b.slot != NO_SLOT])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,6 +61,12 @@ class Beam:
             self.finish_reason,
             self.total,
         )
+
+
+def forget_slots(beams: Iterable[Beam]) -> None:
+    """They hold none any longer; whether these are given back is the caller's to know."""
+    for beam in beams:
+        beam.slot, beam.guide_slots = NO_SLOT, NO_GUIDE_SLOTS
 
 
 @dataclass

@@ -124,6 +124,10 @@ class PagedGuide:
         for model, own in zip(self.models, slots):
             model.pool.release(own)
 
+    def join(self) -> None:
+        """What runs from now on comes after all that was launched, also where that was cut off."""
+        self._lane.join()
+
     def _in_both(self, take: Callable[[PagedModel, int], Int32Array]) -> Int32Array:
         """New slots of the tuned and of the untuned model; in both, or in none."""
         tuned, untuned = self.models

@@ -116,6 +116,15 @@ class GuideSide:
         for beam in held:
             beam.guide_slots = NO_GUIDE_SLOTS
 
+    def keep_only(self, beams: Sequence[Beam]) -> None:
+        """Give back every slot of the guides that none of these beams holds."""
+        held = [beam.guide_slots for beam in beams if len(beam.guide_slots)]
+        for g, guide in enumerate(self.guides):
+            guide.join()
+            for m, model in enumerate(guide.models):
+                own = [int(slots[g, m]) for slots in held]
+                model.pool.release_others([slot for slot in own if slot != NO_SLOT])
+
     def _no_slots(self) -> Int32Array:
         return np.full((len(self.guides), 2), NO_SLOT, np.int32)
 

@@ -41,9 +41,8 @@ def recompute(model: PagedModel, groups: Sequence[SharedTexts]) -> list[Int32Arr
         For each group the slots of its texts.
 
     Raises:
-        OutOfPages: there is no room; nothing has changed.
+        OutOfPages: there is no room.
     """
-    held: list[int] = []
 
     def run(slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> None:
         rows = [i for i, chunk in enumerate(chunks) if chunk]
@@ -55,23 +54,14 @@ def recompute(model: PagedModel, groups: Sequence[SharedTexts]) -> list[Int32Arr
                 [len(chunks[i]) for i in rows],
             )
 
-    try:
-        roots = model.pool.allocate(len(groups)).tolist()
-        held += roots
-        texts = [group.texts[0][: group.shared] for group in groups]
-        cached = model.pool.adopt(roots, texts)
-        run(roots, [text[found:] for text, found in zip(texts, cached)])
-        others = model.pool.fork(roots, [len(group.texts) - 1 for group in groups]).tolist()
-        held += others
-        rest = iter(others)
-        slots = [
-            [root, *(next(rest) for _ in group.texts[1:])] for root, group in zip(roots, groups)
-        ]
-        run(
-            [slot for own in slots for slot in own],
-            [text[group.shared :] for group in groups for text in group.texts],
-        )
-    except BaseException:
-        model.pool.release(held)
-        raise
+    roots = model.pool.allocate(len(groups)).tolist()
+    texts = [group.texts[0][: group.shared] for group in groups]
+    cached = model.pool.adopt(roots, texts)
+    run(roots, [text[found:] for text, found in zip(texts, cached)])
+    others = iter(model.pool.fork(roots, [len(group.texts) - 1 for group in groups]).tolist())
+    slots = [[root, *(next(others) for _ in group.texts[1:])] for root, group in zip(roots, groups)]
+    run(
+        [slot for own in slots for slot in own],
+        [text[group.shared :] for group in groups for text in group.texts],
+    )
     return [np.array(own, np.int32) for own in slots]

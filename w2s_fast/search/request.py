@@ -70,6 +70,17 @@ class Request:
             return True
         return not self.families and bool(self.beams) and all(b.finished for b in self.beams)
 
+    @property
+    def holds(self) -> bool:
+        """Whether it holds slots: it has begun, and was not set aside since."""
+        return bool(self.families) or (bool(self.beams) and not self.aside)
+
+    @property
+    def holders(self) -> list[Beam]:
+        """The beams that may hold slots. Within a round the kept are the families' parents."""
+        parents = [family.parent for family in self.families] or self.beams
+        return [*parents, *self.candidates] if self.holds else []
+
     def open_round(self) -> None:
         """Make the candidates of the next round from the kept beams, or from the prompt."""
         params = self.params

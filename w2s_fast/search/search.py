@@ -13,7 +13,7 @@ from w2s_fast.decoding import DecodeGraphs
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel
 from w2s_fast.search.base_side import BaseSide
-from w2s_fast.search.beam import Beam
+from w2s_fast.search.beam import Beam, forget_slots
 from w2s_fast.search.guide import PagedGuide
 from w2s_fast.search.guide_side import GuideSide
 from w2s_fast.search.request import Request
@@ -80,28 +80,41 @@ class Search:
 
     def set_aside(self, request: Request) -> None:
         """Give back all slots of a request between two rounds; its next step recomputes them."""
+        request.aside = True  # first: from here on it holds nothing, see keep_only
         self._release(request.beams)
-        request.aside = True
 
     def start_over(self, request: Request) -> None:
         """Give back all slots of a request, in whatever it is in the middle of.
 
         The round under way is drawn anew, from the beams that the last one kept.
         """
-        if request.families:
-            self.abort(request)
-            request.round_number -= 1
-        else:
-            self._release(request.beams)
-        request.aside = bool(request.beams)
+        held, begun = request.holders, bool(request.families)
+        # In one statement, and first: from here on it holds nothing, see keep_only.
+        request.families, request.round_number, request.aside = (
+            [],
+            request.round_number - begun,
+            bool(request.beams),
+        )
+        self._release(held)
 
     def abort(self, request: Request) -> None:
         """Give back all slots of a request."""
-        # Within a round the kept beams are the parents of its families.
-        parents = [family.parent for family in request.families] or request.beams
-        self._release([*parents, *request.candidates])
+        self._release(request.holders)
         request.families = []
         request.aside = False
+
+    def keep_only(self, requests: Sequence[Request]) -> None:
+        """Give back every slot that none of these requests holds, whoever took it.
+
+        For when something was interrupted: who took slots may not have come to saying so, and who
+        gave some back may still name them.
+        """
+        for request in requests:
+            if request.aside:
+                forget_slots(request.beams)
+        beams = [beam for request in requests for beam in request.holders]
+        self.base.keep_only(beams)
+        self.guides.keep_only(beams)
 
     def _score(self, requests: Sequence[Request]) -> None:
         """Score the tokens that the round brought, and keep the best candidates."""
