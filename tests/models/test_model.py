@@ -308,7 +308,7 @@ def test_a_huge_logit_neither_hides_a_wrong_model_nor_refuses_a_right_one(
     (logits,) = append(served, served.pool.allocate(1), [tokens_of(9)])
     assert float(logits[0, 3]) == pytest.approx(value)
     right = served.head.logits
-    served.head.logits = lambda hidden: right(hidden) + 1.0  # the huge one stays what it is
+    served.head.logits = lambda hidden, _own: right(hidden) + 1.0  # the huge one stays what it is
     with pytest.raises(UnsupportedModel, match="differ from its own eager forward"):
         served.compare_with_eager()
 
@@ -317,7 +317,7 @@ def test_infinities_must_stand_in_the_same_places() -> None:
     served = PagedModel(with_a_bias("llama", {3: -math.inf, 5: math.inf}), kv_cache_tokens=256)
     right = served.head.logits
     for wrong in ({"neginf": 0.0, "posinf": math.inf}, {"neginf": -math.inf, "posinf": 0.0}):
-        served.head.logits = lambda hidden, wrong=wrong: right(hidden).nan_to_num(**wrong)
+        served.head.logits = lambda hidden, _own, wrong=wrong: right(hidden).nan_to_num(**wrong)
         with pytest.raises(UnsupportedModel, match="differ from its own eager forward"):
             served.compare_with_eager()
 
