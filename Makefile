@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
+SPREAD := --numprocesses auto --maxprocesses 8 --dist worksteal
 TYPED := $(wildcard w2s_fast/*) kernels
 
 .PHONY: help demo test lint bench demo-models clean
@@ -16,7 +17,8 @@ demo: .venv/installed ## steer the bundled models, show the table and a search t
 	$(BIN)/w2s-fast demo
 
 test: .venv/installed ## run the tests, on all cores (at most 8); what needs quiet comes last, alone
-	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal -m "not alone"
+	W2S_FAST_BACKEND=interpret $(BIN)/pytest $(SPREAD) tests/interpret
+	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m "not alone"
 	$(BIN)/pytest -m alone
 
 lint: .venv/linters ## ruff, and mypy in strict mode

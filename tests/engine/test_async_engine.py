@@ -187,7 +187,10 @@ def test_texts_encoded_at_the_same_time_do_not_disturb_each_other() -> None:
     async def main() -> None:
         async with AsyncEngine(e) as a:
             params = SearchParams(method="sample", max_new_tokens=2)
-            await asyncio.gather(*(a.generate("<eos>", params) for _ in range(6)))
+            texts = ["a<eos>", "plain"] * 3
+            results = await asyncio.gather(*(a.generate(text, params) for text in texts))
+            for text, result in zip(texts, results):
+                assert result.usage.prompt_tokens == 1 + len(text)  # BOS, and bytes
 
     with mock.patch.object(type(tokenizer), "__call__", watched):
         run(main())

@@ -1,4 +1,8 @@
-"""The kernels are right where there is no GPU: tests/interpret runs in Triton's interpreter."""
+"""The kernels are right where there is no GPU: tests/interpret runs in Triton's interpreter.
+
+`make test` runs these files by themselves, spread over the cores test by test, and says so by
+W2S_FAST_INTERPRETED; a plain `pytest` runs them from here.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(path.name for path in (ROOT / "tests" / "interpret").glob("test_*.py"))
 
 
+@pytest.mark.skipif("W2S_FAST_INTERPRETED" in os.environ, reason="run by themselves")
 @pytest.mark.parametrize("file", FILES)
 def test_the_kernels_are_right_in_the_interpreter(file: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install 'w2s-fast[test]'")

@@ -252,12 +252,14 @@ class Runner:
             self._scored_tokens += scored
         self._stepping = ()
         for request in chosen:
+            if request.ended:  # it failed, and has been let go
+                continue
             if request.done:
                 self._leave(request)
-            else:
-                if request.streams:
-                    request.agreed = request.agreed_tokens()
-                self._tell(request)
+                continue
+            if request.streams:
+                request.agreed = request.agreed_tokens()
+            self._tell(request)
 
     def _mend(self, error: BaseException | None) -> None:
         """Bring back order after an interruption, wherever it was; None: by what is not known.
