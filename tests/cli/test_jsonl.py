@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from w2s_fast import Chat
 from w2s_fast.cli.jsonl import (
     BadLine,
     Request,
@@ -44,6 +45,22 @@ def record_of(request: Request | BadLine, text: str = "good") -> dict[str, Any]:
         return bad_line_record(request)
     hypothesis = Hypothesis(text, [1, 2], 0.5, "eos", [0.25, 0.25], [-1.0, -1.0])
     return answer_record(request, SearchResult([hypothesis], USAGE))
+
+
+def test_a_chat_may_have_tools_and_variables_of_its_template_beside_it() -> None:
+    line: dict[str, Any] = {"prompt": [{"role": "user", "content": "Hi"}], "seed": 3}
+    options: dict[str, Any] = {
+        "tools": [{"name": "f"}],
+        "chat_template_kwargs": {"deep": False},
+        "continue_final_message": True,
+    }
+    plain, chat = read(json.dumps(line), json.dumps({**line, **options}))
+    assert isinstance(plain, Request) and isinstance(chat, Request)
+    assert plain.for_engine == line["prompt"] and plain.params == chat.params
+    assert chat.for_engine == Chat(line["prompt"], **options)
+    assert plain.fingerprint != chat.fingerprint
+    bad = read_one('{"prompt": "Hi", "tools": []}')
+    assert isinstance(bad, BadLine) and "'tools' beside a prompt that is no list" in str(bad.error)
 
 
 @pytest.mark.parametrize(

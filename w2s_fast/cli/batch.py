@@ -144,7 +144,8 @@ def _run(engine: Engine, requests: Iterator[Request | BadLine], write: Write) ->
 
         for_prompts, for_params = itertools.tee(usable())
         results = engine.as_completed(
-            (request.prompt for request in for_prompts), (request.params for request in for_params)
+            (request.for_engine for request in for_prompts),
+            (request.params for request in for_params),
         )
         for position, result in results:
             tally.add(answer_record(running.pop(position), result))

@@ -1,9 +1,11 @@
 """JSONL in and out: one request a line, one record a line, and nothing lost on interruption.
 
 An input line is ``{"prompt": ..., "id": ..., <any SearchParams field>: ...}``; only the prompt is
-needed. It is a string, a list of token ids, or a list of chat messages. Blank lines are skipped,
-but count as lines. A line that cannot be used gives an error record and harms no other: what is no
-JSON (``NaN`` and ``Infinity`` are none), a key that comes twice, more than 100 levels, 32 MiB.
+needed. It is a string, a list of token ids, or a list of chat messages; beside messages there may
+be ``"tools"``, ``"chat_template_kwargs"`` and ``"continue_final_message"``, as
+:class:`w2s_fast.Chat` has them. Blank lines are skipped, but count as lines. A line that cannot be
+used gives an error record and harms no other: what is no JSON (``NaN`` and ``Infinity`` are none),
+a key that comes twice, more than 100 levels, 32 MiB.
 
 An output record has the ``index`` of its line (from 0), a ``fingerprint`` of everything that
 decides the answer, and ``made_by``, that part of it which is the same for all lines: so a later run
@@ -17,18 +19,22 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from w2s_fast.cli.lines import MAX_LINE_BYTES, LongLine
 from w2s_fast.errors import InvalidRequest, W2SFastError
 from w2s_fast.params import SearchParams
 from w2s_fast.result import Hypothesis, SearchResult
 
+if TYPE_CHECKING:
+    from w2s_fast import Chat
+
 Prompt = str | list[int] | list[dict[str, Any]]
 Record = dict[str, Any]
 MadeBy = dict[str, str]  # what answers all lines, part by part: see w2s_fast.cli.models
 
+CHAT_NAMES = frozenset(("tools", "chat_template_kwargs", "continue_final_message"))
 PARAM_NAMES = frozenset(field.name for field in fields(SearchParams))
 RECORD_START = b'{"index": '  # of every output line: `index` comes first
 # Python's own limit depends on how deep the stack is at the moment, and is another for writing.
@@ -46,6 +52,17 @@ class Request:
     made_by: MadeBy
     prompt: Prompt
     params: SearchParams
+    chat_options: Record = field(default_factory=dict)
+
+    @property
+    def for_engine(self) -> Prompt | Chat:
+        """The prompt as an engine takes it."""
+        if not self.chat_options:
+            return self.prompt
+        from w2s_fast import Chat  # which imports what takes seconds
+
+        messages: Any = self.prompt
+        return Chat(messages, **self.chat_options)
 
 
 @dataclass(frozen=True)
@@ -81,13 +98,14 @@ def _read_line(
     try:
         given = _parse_object(line)
         prompt = _checked_prompt(given)
+        options = _chat_options(given, prompt)
         params = _merged(defaults, given)
     except InvalidRequest as error:
         bad = line.digest if isinstance(line, LongLine) else line.strip().decode("utf-8", "replace")
         print_ = _hash({"line": bad, "models": made_by, **asdict(defaults)})
         return BadLine(index, print_, given.get("id"), made_by, error)
-    print_ = fingerprint(made_by, given.get("id"), prompt, params)
-    return Request(index, print_, given.get("id"), made_by, prompt, params)
+    print_ = fingerprint(made_by, given.get("id"), prompt, params, options)
+    return Request(index, print_, given.get("id"), made_by, prompt, params, options)
 
 
 def _parse_object(line: bytes | LongLine) -> Record:
@@ -101,9 +119,9 @@ def _parse_object(line: bytes | LongLine) -> Record:
         raise InvalidRequest(f"not a line of JSON in UTF-8: {error}") from error
     if not isinstance(given, dict):
         raise InvalidRequest(f"a line must be an object, not {type(given).__name__}")
-    unknown = sorted(set(given) - PARAM_NAMES - {"prompt", "id"})
+    unknown = sorted(set(given) - PARAM_NAMES - CHAT_NAMES - {"prompt", "id"})
     if unknown:
-        allowed = ", ".join(["prompt", "id", *sorted(PARAM_NAMES)])
+        allowed = ", ".join(["prompt", "id", *sorted(CHAT_NAMES), *sorted(PARAM_NAMES)])
         raise InvalidRequest(f"unknown keys: {', '.join(map(repr, unknown))}; allowed: {allowed}")
     return given
 
@@ -154,7 +172,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
 
 
 def _checked_prompt(given: Record) -> Prompt:
-    """The prompt; keys that belong to one of its kinds would be looked up beside it here."""
     if "prompt" not in given:
         raise InvalidRequest("the line has no prompt")
     prompt = given["prompt"]
@@ -163,12 +180,22 @@ def _checked_prompt(given: Record) -> Prompt:
     if isinstance(prompt, list) and prompt:
         if all(isinstance(part, int) and not isinstance(part, bool) for part in prompt):
             return prompt
-        if all(isinstance(part, dict) and {"role", "content"} <= set(part) for part in prompt):
+        # One that calls tools may have no content.
+        if all(isinstance(part, dict) and "role" in part and len(part) > 1 for part in prompt):
             return prompt
     raise InvalidRequest(
         "prompt must be a string, a list of token ids, or a list of chat messages "
         '({"role": ..., "content": ...}), not empty'
     )
+
+
+def _chat_options(given: Record, prompt: Prompt) -> Record:
+    """What a line says about its chat beside the messages; checked further by the engine."""
+    options = {name: value for name, value in given.items() if name in CHAT_NAMES}
+    if options and not (isinstance(prompt, list) and isinstance(prompt[0], dict)):
+        names = ", ".join(map(repr, sorted(options)))
+        raise InvalidRequest(f"{names} beside a prompt that is no list of chat messages")
+    return options
 
 
 def _merged(defaults: SearchParams, given: Record) -> SearchParams:
@@ -179,9 +206,16 @@ def _merged(defaults: SearchParams, given: Record) -> SearchParams:
         raise InvalidRequest(f"cannot use {own}: {error}") from error
 
 
-def fingerprint(made_by: MadeBy, id: Any, prompt: Prompt, params: SearchParams) -> str:
+def fingerprint(
+    made_by: MadeBy,
+    id: Any,
+    prompt: Prompt,
+    params: SearchParams,
+    chat_options: Mapping[str, Any] | None = None,
+) -> str:
     """Short hash of everything that decides a record; device and memory do not."""
-    return _hash({"models": made_by, "id": id, "prompt": prompt, **asdict(params)})
+    parts = {"models": made_by, "id": id, "prompt": prompt, **asdict(params)}
+    return _hash(parts | dict(chat_options or {}))
 
 
 def _hash(parts: Mapping[str, Any]) -> str:
