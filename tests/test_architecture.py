@@ -64,7 +64,12 @@ def imported(path: Path) -> Iterator[tuple[str, ...]]:
 
 # Public names that the package itself hands on.
 ENGINE, WORDS = ("Engine", "AsyncEngine", "StreamPiece"), ("SearchParams", "SearchResult")
-HANDED_ON = {"Guide": "search", **dict.fromkeys(ENGINE, "engine"), **dict.fromkeys(WORDS, "words")}
+HANDED_ON = {
+    "Guide": "search",
+    "Chat": "text",
+    **dict.fromkeys(ENGINE, "engine"),
+    **dict.fromkeys(WORDS, "words"),
+}
 
 
 def room_of(module: tuple[str, ...]) -> str | None:

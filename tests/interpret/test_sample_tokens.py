@@ -151,8 +151,8 @@ def test_different_logits_of_equal_weight_are_a_tie() -> None:
     row = torch.full((200,), -5e8)
     row[torch.randperm(200)[:40]] = -torch.rand(40)
     row[50] = 0.0
-    warps = [Warp(1e8, top_p=p) for p in (0.05, 0.1, 0.3)] * 4
-    check(row.expand(12, -1), warps)
+    warps = [Warp(1e8, top_p=p) for p in (0.05, 0.1, 0.3)] * 2
+    check(row.expand(6, -1), warps)
     assert len(set(kernel_weights(row[None], torch.tensor([1e8]))[0].tolist())) == 2
 
 
