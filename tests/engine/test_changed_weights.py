@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from transformers import PreTrainedModel
 from tests.support.engines import SEARCH, assert_all_pages_free, found, make_engine, quiet
 from tests.support.tiny_models import Triple, tiny_triple
 from w2s_fast import AsyncEngine, Engine, SearchParams
+from w2s_fast.cache import PagePool
 from w2s_fast.errors import EngineFailure, UnsupportedModel
-from w2s_fast.search import Request
+from w2s_fast.search import Request, Search
 
 PROMPTS = [[p % 18 + 1 for p in range(9 + 5 * i)] for i in range(3)]
 SLOW = SearchParams(method="bon", successors=3, max_new_tokens=40, ignore_eos=True, seed=2)
@@ -78,6 +80,35 @@ def test_prompts_that_were_kept_are_computed_anew(
     after = found(engine.generate(PROMPTS, SEARCH))
     assert after == found(make_engine(*own).generate(PROMPTS, SEARCH))
     assert after != before
+    assert_all_pages_free(engine)
+
+
+@pytest.mark.parametrize("announced", [False, True])
+@pytest.mark.parametrize("place", [(PagePool, "drop_cache"), (Search, "start_over")])
+def test_who_is_interrupted_while_following_a_change_follows_it_again(
+    place: tuple[Any, str], announced: bool
+) -> None:
+    own = models()
+    engine = make_engine(*own)
+    engine.generate(PROMPTS, SEARCH)
+    request = engine.make_request(PROMPTS[0], SLOW)
+    engine.runner.submit(request)
+    engine.runner.advance([request])  # it is in the middle of its round
+    if announced:
+        middle(own.tuned).data.mul_(-1)
+        engine.weights_changed()
+    else:
+        by_an_optimizer(own.tuned)
+    with mock.patch.object(*place, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS, SEARCH)
+    after = found(engine.generate(PROMPTS, SEARCH))
+    fresh = make_engine(*own)
+    assert after == found(fresh.generate(PROMPTS, SEARCH))
+    while not request.ended:
+        engine.runner.advance([request])
+    # What was drawn before it was interrupted counts as sampled, too.
+    (ours,), (wanted,) = found([engine.result(request)]), found(fresh.generate([PROMPTS[0]], SLOW))
+    assert ours[:2] == wanted[:2]
     assert_all_pages_free(engine)
 
 
