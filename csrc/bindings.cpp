@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings_beams.h"
 #include "hold.h"
 #include "page_manager.h"
 
@@ -166,4 +167,6 @@ PYBIND11_MODULE(_pages, module) {
                 const auto& manager = self.cast<const PageManager&>();
                 return view(self, manager.references(), {manager.num_pages()});
             });
+
+    w2s::bind_beams(module);
 }

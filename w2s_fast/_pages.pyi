@@ -1,4 +1,4 @@
-"""Types of the compiled module; csrc/page_manager.h says what each operation does.
+"""Types of the compiled module; csrc/page_manager.h, beams.h and rounds.h say what each does.
 
 Every array is one-dimensional unless a shape is given; arguments must be contiguous int32 arrays
 (anything else is a TypeError). Operations raise PageMisuse or OutOfPages and then change nothing.
@@ -6,11 +6,16 @@ Every array is one-dimensional unless a shape is given; arguments must be contig
 
 from collections.abc import Callable
 from threading import Lock
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Bool = NDArray[np.bool_]
 
 class Hold:
     """A lock held for a block, whatever interrupts it; csrc/hold.h says what the arguments are."""
@@ -107,3 +112,152 @@ class PageManager:
     @property
     def reference_counts(self) -> Int32:
         """Read-only live view [num_pages]: the slots with the page, plus one if it is cached."""
+
+Levels = tuple[tuple[Int32, Int32], tuple[Int32, Int32]]
+# (request's index, token's index among the new ones or -1, position in the response)
+Broken = list[tuple[int, int, int]]
+
+class Beam:
+    """A beam of a request, as it was when it was asked for."""
+
+    @property
+    def parent(self) -> int | None:
+        """Index of its parent among the kept of the round before; None in round 1."""
+    @property
+    def tokens(self) -> list[int]:
+        """The whole response so far."""
+    @property
+    def logprobs(self) -> list[float]:
+        """The base's log-prob of each token, at temperature 1."""
+    @property
+    def token_scores(self) -> list[float]:
+        """Each token's weighted log-ratio, added over the guides; of those that were scored."""
+    @property
+    def total(self) -> float:
+        """Sum of the token scores, as the selection computed it."""
+    @property
+    def finish_reason(self) -> Literal["eos", "stop", "length"] | None: ...
+    @property
+    def slots(self) -> list[int]:
+        """Its slot in the base, and in each guide's tuned and untuned model; -1: none."""
+
+class BeamsOfRound:
+    @property
+    def candidates(self) -> list[Beam]: ...
+    @property
+    def kept(self) -> list[int]:
+        """Indices of candidates, best first."""
+
+class Beams:
+    """The beams of one request; csrc/beams.h says what each operation does."""
+
+    def __init__(
+        self,
+        prompt: list[int],
+        guide_prompts: list[tuple[int, int]],
+        *,
+        first_candidates: int,
+        width: int,
+        successors: int,
+        chunk: int,
+        max_new_tokens: int,
+        hold: bool,
+        mean: bool,
+        dedup: bool,
+        uses_guides: bool,
+        trace: bool,
+        eos_ids: list[int],
+        stop_ids: list[int],
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        seed: int,
+    ) -> None:
+        """`guide_prompts`: length and last token, of each guide's tuned and untuned model."""
+    @property
+    def round(self) -> int:
+        """The one under way, or the last one; 0 before the first."""
+    @property
+    def open(self) -> bool:
+        """Whether a round is under way."""
+    @property
+    def forked(self) -> bool:
+        """Whether its candidates have slots of their own in the base."""
+    @property
+    def aside(self) -> bool:
+        """Whether its slots were given up between two rounds."""
+    @property
+    def holds(self) -> bool:
+        """Whether it holds slots: it has begun, and was not set aside since."""
+    @property
+    def done(self) -> bool:
+        """Whether all hypotheses are finished, and no round is under way."""
+    @property
+    def sampled(self) -> int:
+        """Tokens sampled so far."""
+    @property
+    def scored(self) -> int:
+        """Tokens scored so far, by each guide."""
+    @property
+    def shared(self) -> int:
+        """First tokens that all hypotheses that go on have from the same ancestor."""
+    @property
+    def tokens_left(self) -> int: ...
+    def agreed(self) -> list[int]: ...
+    @property
+    def kept(self) -> list[Beam]:
+        """The hypotheses, best first; within a round they are the candidates' parents."""
+    @property
+    def candidates(self) -> list[Beam]: ...
+    def trace(self) -> list[BeamsOfRound]: ...
+    def slot_of_first(self, model: int) -> int:
+        """The first candidate's slot, which has the pages of its parent."""
+    def set_root_slot(self, model: int, slot: int) -> None: ...
+    def set_kept_slots(self, model: int, slots: Int32) -> None: ...
+    def resume(self) -> None: ...
+    def set_aside(self, managers: list[PageManager]) -> None: ...
+    def start_over(self, managers: list[PageManager]) -> None: ...
+    def abort(self, managers: list[PageManager]) -> None: ...
+
+# csrc/rounds.h says what these do. Rows and candidates stand request by request.
+
+def begin_rounds(requests: list[Beams]) -> None: ...
+def tokens_left(requests: list[Beams]) -> Int32: ...
+def lay_out_sources(
+    requests: list[Beams], base: PageManager
+) -> tuple[Int32, Int32, Int32, Int64, Levels]:
+    """Returns slots, counts and children [N], tokens [T], and what they share."""
+
+def fork_beams(requests: list[Beams], manager: PageManager, model: int) -> Int32:
+    """Returns page copies, as PageManager.fork does."""
+
+def lay_out_rows(
+    requests: list[Beams],
+) -> tuple[Int32, tuple[Float32, Int64, Float64, Float64, Int64, Int64, Int64], Levels]:
+    """Returns slots [S], sampling columns [S] each, and what the rows share."""
+
+def take_tokens(
+    requests: list[Beams], tokens: Int64, logprobs: Float32, steps: int
+) -> Broken: ...
+def release_finished(requests: list[Beams], manager: PageManager, model: int) -> None: ...
+def lay_out_chunks(requests: list[Beams]) -> tuple[Int32, Int64]:
+    """Returns counts [S] and tokens [T]."""
+
+def lay_out_chunk_rows(requests: list[Beams], model: int) -> tuple[Int32, Int64, Levels]:
+    """Returns slots [S], inputs [T], and what the rows share."""
+
+def lay_out_candidates(
+    requests: list[Beams],
+) -> tuple[Int64, Float64, Int64, Int32, Int64, Int64, Int64, Bool, Bool, int, int]:
+    """Returns the columns of select_beams from `cu_tokens` on, and the two bounds."""
+
+def take_scores(
+    requests: list[Beams], token_scores: Float64, scores: Float64, broken: Int32
+) -> Broken: ...
+def end_rounds(requests: list[Beams], kept: Int32, managers: list[PageManager]) -> None: ...
+def keep_all(requests: list[Beams], managers: list[PageManager]) -> None: ...
+def round_pages(requests: list[Beams], page_sizes: list[int]) -> Int64:
+    """Returns pages [R, models], 0 where a model runs not."""
+
+def held_slots(requests: list[Beams], model: int) -> Int32: ...

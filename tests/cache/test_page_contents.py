@@ -30,25 +30,24 @@ def test_what_a_search_leaves_in_the_pages_is_what_a_recomputation_gives() -> No
     def checked(requests: Any) -> None:
         step(requests)
         for request in requests:
-            for beam in [*request.beams, *request.candidates]:
-                for g, text, model, slot in _held(engine, request, beam):
+            for beam in [*request.beams.kept, *request.beams.candidates]:
+                for name, text, model, slot in _held(engine, request, beam):
                     assert_recomputed(model, slot, text, fresh[model.name])
-                    compared["base" if g is None else "guides"] += 1
+                    compared[name] += 1
 
     with mock.patch.object(engine._search, "step", checked):
         engine.generate([LONG_PROMPTS[0], *PROMPTS[:2], LONG_PROMPTS[1]], MIXED[:4])
     assert all(count > 20 for count in compared.values()), compared
 
 
-def _held(engine: Any, request: Any, beam: Any) -> Iterator[tuple[Any, list[int], Any, int]]:
-    """(guide, text, model, slot) of the sequences that a beam holds."""
-    if beam.slot >= 0:
-        yield None, [*request.prompt, *beam.tokens][:-1], engine.base, beam.slot
-    for g, own in enumerate(beam.guide_slots):
+def _held(engine: Any, request: Any, beam: Any) -> Iterator[tuple[str, list[int], Any, int]]:
+    """("base" or "guides", text, model, slot) of the sequences that a beam holds."""
+    prompts = [request.prompt, *(own for both in request.guide_prompts for own in both)]
+    for i, (model, slot, prompt) in enumerate(zip(models_of(engine), beam.slots, prompts)):
         # Candidates' new tokens reach the guides at the end of the round.
-        tokens = beam.tokens[: len(beam.token_scores)]
-        for model, slot, prompt in zip(engine.guides[g].models, own, request.guide_prompts[g]):
-            yield g, [*prompt, *tokens][:-1], model, int(slot)
+        tokens = beam.tokens[: len(beam.token_scores)] if i else beam.tokens
+        if slot >= 0:
+            yield "guides" if i else "base", [*prompt, *tokens][:-1], model, slot
 
 
 @settings(max_examples=25)

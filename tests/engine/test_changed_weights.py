@@ -177,7 +177,7 @@ def test_a_request_in_its_first_round_begins_again_with_the_new_weights() -> Non
     request = engine.make_request(PROMPTS[1], SLOW)
     engine.runner.submit(request)
     steps(engine, request, 2)
-    assert request.candidates and request.candidates[0].tokens
+    assert request.beams.candidates[0].tokens
     by_an_optimizer(own.base)
     (after,) = finish(engine, request)
     (expected,) = found(make_engine(*own).generate([PROMPTS[1]], SLOW))
@@ -192,9 +192,9 @@ def test_a_request_keeps_its_hypotheses_and_goes_on_with_the_new_weights() -> No
     engine = make_engine(*own)
     request = engine.make_request(PROMPTS[1], params)
     engine.runner.submit(request)
-    while not (request.round_number == 2 and request.candidates):
+    while not (request.beams.round == 2 and request.in_round):
         steps(engine, request, 1)
-    kept = [list(beam.tokens) for beam in request.beams]
+    kept = [list(beam.tokens) for beam in request.beams.kept]
     for model in own:
         by_an_optimizer(model)
     calls = engine.base.pool.cache_statistics.lookup_tokens

@@ -256,12 +256,13 @@ def test_the_next_turn_mends_what_a_second_interrupt_left() -> None:
     assert raised[2] > raised[1]
 
 
-OPERATIONS = ("allocate", "reserve", "extend", "fork", "release")
+OPERATIONS = ("allocate", "reserve", "extend", "fork_beams", "take_tokens", "release_finished")
+OPERATIONS += ("begin_rounds", "set_root_slot", "take_scores", "end_rounds")
 
 
 @pytest.mark.usefixtures("repeatable")
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_what_the_page_manager_has_done_may_stay_unknown(operation: str) -> None:
+def test_what_was_done_in_one_call_may_stay_unknown(operation: str) -> None:
     """A signal that comes while it works is met behind it, before anybody has its result."""
     e = small_engine()
     answer = found(e.generate([OTHER], CBS))

@@ -26,10 +26,9 @@ from tests.support.engines import (
 )
 from tests.support.tiny_models import tiny_model, tiny_triple
 from w2s_fast import Engine, SearchParams
+from w2s_fast._pages import begin_rounds, end_rounds, round_pages, take_tokens
 from w2s_fast.models.model import PagedModel
-from w2s_fast.scheduling.footprint import OfGuide, round_pages
 from w2s_fast.scheduling.scheduler import ROUNDS_PER_PRIORITY, Scheduler
-from w2s_fast.search.beam import Beam
 from w2s_fast.search.guide_side import GuideSide
 from w2s_fast.search.request import Request
 from w2s_fast.search.search import Search, _step_tokens
@@ -105,38 +104,47 @@ def request(
 ) -> Request:
     """A request; after a round if it has tokens, with as many hypotheses as it keeps."""
     made = Request([1] * prompt, [([1] * prompt, [1] * prompt)], params, priority)
+    if shared:
+        _grow(made, shared, 1)
     if tokens:
-        made.open_round()
-        made.beams = [Beam(0, shared, i, [2] * tokens, [], [], None) for i in range(params.kept)]
-        made.families = []
-        made._common = np.full((params.kept, params.kept), shared, np.int32)
+        _grow(made, tokens - shared, params.kept)
     return made
 
 
-GUIDE = (0, 0)
+def _grow(request: Request, tokens: int, kept: int) -> None:
+    """A round in which every candidate grows by so many tokens, and the first ones are kept."""
+    begin_rounds([request.beams])
+    rows = len(request.beams.candidates)
+    drawn = np.full((rows, tokens), 2)
+    assert not take_tokens([request.beams], drawn, np.zeros((rows, tokens), np.float32), tokens)
+    end_rounds([request.beams], np.arange(kept, dtype=np.int32)[None], [])
+
+
+BASE, GUIDE = 0, 1  # among the models of a request
 
 
 def test_the_pages_of_a_round() -> None:
     params = SearchParams(beam_width=2, successors=3, chunk_length=5, max_new_tokens=20)
 
-    def pages(guide: OfGuide | None, tokens: int = 0, shared: int = 0, prompt: int = 9) -> int:
-        return round_pages(request(prompt, params, tokens=tokens, shared=shared), guide, 4)
+    def pages(model: int, tokens: int = 0, shared: int = 0, prompt: int = 9) -> int:
+        one = request(prompt, params, tokens=tokens, shared=shared)
+        return int(round_pages([one.beams], [4, 4, 4])[0, model])
 
     # Round 1: the prompt's 2 full pages, and 1 + 4 tokens of each candidate behind them.
-    assert pages(None) == 2 + 6 * 2
-    assert pages(None, prompt=8) == 2 + 6 * 1
+    assert pages(BASE) == 2 + 6 * 2
+    assert pages(BASE, prompt=8) == 2 + 6 * 1
     # 8 tokens of the prompt, and the last one with the chunk but its last: 5 tokens.
     assert pages(GUIDE) == 2 + 6 * 2
     assert pages(GUIDE, prompt=8) == 1 + 6 * 2
     # 9 + 7 tokens: two pages of the prompt, two more of each history, and 4 tokens a candidate.
-    assert pages(None, 7) == 2 + 2 * 2 + 6 * 1
+    assert pages(BASE, 7) == 2 + 2 * 2 + 6 * 1
     assert pages(GUIDE, 7) == 2 + 2 * 1 + 6 * 2
     # With 5 tokens of the response in common, the third page is shared, too.
-    assert pages(None, 7, shared=3) == 3 + 2 * 1 + 6 * 1
-    assert pages(None, 7, shared=2) == 2 + 2 * 2 + 6 * 1
+    assert pages(BASE, 7, shared=3) == 3 + 2 * 1 + 6 * 1
+    assert pages(BASE, 7, shared=2) == 2 + 2 * 2 + 6 * 1
     # The last rounds are shorter.
-    assert pages(None, 18) == 2 + 2 * 4 + 6 * 1
-    assert pages(None, 19) == 2 + 2 * 5 + 6 * 0
+    assert pages(BASE, 18) == 2 + 2 * 4 + 6 * 1
+    assert pages(BASE, 19) == 2 + 2 * 5 + 6 * 0
 
 
 def scheduler(tokens: int, max_rows: int = 64) -> Scheduler:
@@ -156,8 +164,7 @@ def test_the_youngest_is_set_aside_and_comes_back_first() -> None:
     assert s.choose().run == [first, second, third]  # 2 + 4 * 1 pages each
 
     def after(r: Request, tokens: int) -> None:
-        done = request(9, params, tokens=tokens)
-        r.beams, r._common = done.beams, done._common
+        r.beams = request(9, params, tokens=tokens).beams
 
     for r in (first, second, third):
         after(r, 4)
@@ -251,9 +258,9 @@ def test_nobody_waits_for_ever(
         assert urgent is None or urgent in chosen.run  # every round ends with its step here
         for r in chosen.run:
             left[id(r)] -= 1
-            tokens = len(r.beams[0].tokens) + 4 if r.beams else 4
-            done = request(len(r.prompt), r.params, tokens=tokens)
-            r.beams, r._common = done.beams, done._common
+            kept = r.beams.kept
+            tokens = len(kept[0].tokens) + 4 if kept else 4
+            r.beams = request(len(r.prompt), r.params, tokens=tokens).beams
             if left[id(r)] == 0:
                 s.remove(r)
                 del left[id(r)]

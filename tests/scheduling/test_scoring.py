@@ -74,16 +74,16 @@ def test_a_round_under_way_ends_before_its_pages_are_given_up(number: int) -> No
     params = replace(LONG, beam_width=1, successors=2, chunk_length=20, max_new_tokens=50, n=1)
     request = e.make_request([1, 2], params)
     e.runner.submit(request)
-    while not request.families or request.round_number < number:
+    while not request.in_round or request.beams.round < number:
         e.runner.advance([request])
-    before = len(request.candidates[0].tokens)
+    before = len(request.beams.candidates[0].tokens)
     assert score(e, *WHOLE) == pytest.approx(score(roomy(), *WHOLE), abs=1e-4)
     if number == 1:  # in the first round the guides hold nothing yet
-        assert len(request.candidates[0].tokens) == before
-        assert not request.aside
+        assert len(request.beams.candidates[0].tokens) == before
+        assert not request.beams.aside
     else:
-        assert not request.families
-        assert request.aside
+        assert not request.in_round
+        assert request.beams.aside
     while not request.ended:
         e.runner.advance([request])
     assert found([e.result(request)]) == found(roomy().generate([[1, 2]], params))
@@ -103,8 +103,8 @@ def test_the_least_urgent_give_up_their_pages_and_no_more_than_have_to() -> None
         rooms = [Room(pool, pool.num_pages - left, 1)]
         with e.runner.turn_with(rooms):
             assert rooms[0].there
-        assert [i for i, r in enumerate(requests) if r.aside] == aside
-        assert not plain.aside  # it holds nothing there
+        assert [i for i, r in enumerate(requests) if r.beams.aside] == aside
+        assert not plain.beams.aside  # it holds nothing there
     with pytest.raises(OutOfPages), e.runner.turn_with([Room(pool, pool.num_pages + 1, 1)]):
         pass
     for request in [*requests, plain]:

@@ -12,7 +12,7 @@ from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.pass_graphs import PassGraphs
 from w2s_fast.decoding.record import can_record, record_passes, refuse_compile
 from w2s_fast.decoding.recorder import CudaRecorder, Recorder
-from w2s_fast.decoding.sampling import SamplingBatch
+from w2s_fast.decoding.sampling import SamplingBatch, SamplingColumns
 
 __all__ = [
     "CudaRecorder",
@@ -23,6 +23,7 @@ __all__ = [
     "PassGraphs",
     "Recorder",
     "SamplingBatch",
+    "SamplingColumns",
     "can_record",
     "record_passes",
     "refuse_compile",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from w2s_fast.kernels.noise import seed_bits
 from w2s_fast.kernels.sample_tokens import sample_tokens
-from w2s_fast.params import SearchParams
 
 # Of the settings, in their order.
 _DTYPES = (
@@ -25,6 +24,18 @@ class Draw(NamedTuple):
 
     tokens: Tensor
     logprobs: Tensor
+
+
+class SamplingColumns(NamedTuple):
+    """The columns of a :class:`SamplingBatch` on the host, in its order and dtypes."""
+
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int64]
+    top_p: NDArray[np.float64]
+    min_p: NDArray[np.float64]
+    seed: NDArray[np.int64]
+    candidate: NDArray[np.int64]
+    position: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -44,33 +55,12 @@ class SamplingBatch:
     position: Tensor
 
     @classmethod
-    def of(
-        cls,
-        params: Sequence[SearchParams],
-        candidates: Sequence[int],
-        positions: Sequence[int],
-        device: torch.device,
-    ) -> SamplingBatch:
-        """The settings of S rows.
-
-        Args:
-            params: of the request that each row belongs to.
-            candidates: each row's index among the candidates of its request.
-            positions: how many tokens each row's response has.
-        """
-        values: list[Sequence[Any]] = [
-            [p.temperature for p in params],
-            [p.top_k for p in params],
-            [p.top_p for p in params],
-            [p.min_p for p in params],
-            [seed_bits(p.seed) for p in params],
-            candidates,
-            positions,
-        ]
+    def of(cls, columns: SamplingColumns, device: torch.device) -> SamplingBatch:
+        """The settings of S rows, on their device."""
         return cls(
             *(
-                torch.tensor(column, dtype=dtype, device=device)
-                for column, dtype in zip(values, _DTYPES, strict=True)
+                torch.from_numpy(column).to(device, dtype, non_blocking=True)
+                for column, dtype in zip(columns, _DTYPES, strict=True)
             )
         )
 

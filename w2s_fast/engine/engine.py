@@ -122,9 +122,7 @@ class Engine:
                 max_rows=max_rows,
                 compile=compile,
             )
-        self._search = Search(
-            self.base, self.guides, self._models.vocab_size, self.eos_token_ids, graphs
-        )
+        self._search = Search(self.base, self.guides, self._models.vocab_size, graphs)
         scheduler = Scheduler(self.base, [guide.models for guide in self.guides], max_rows)
         self._intake = Intake(self._models, scheduler)
         self.runner = Runner(self._search, scheduler)

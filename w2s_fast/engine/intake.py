@@ -52,7 +52,7 @@ class Intake:
                 raise InvalidRequest(
                     f"stop_token_ids holds {token}; allowed: below {models.vocab_size}"
                 )
-        request = Request(ids, guide_ids, params, int(priority))
+        request = Request(ids, guide_ids, params, int(priority), models.eos_token_ids)
         self._scheduler.check(request)
         return request
 

@@ -16,14 +16,14 @@ def result_of(request: Request, tokenizer: PreTrainedTokenizerBase | None) -> Se
     """The result of a request that has ended; carries its error if it failed."""
     if request.error is not None:
         return failed(request.error, request)
-    beams = request.beams[: request.params.n]
+    beams = request.beams.kept[: request.params.n]
     try:
         hypotheses = [_hypothesis(request, beam, tokenizer) for beam in beams]
     except Exception as error:  # a tokenizer may raise anything
         failure = EngineFailure(f"the response cannot be decoded: {error}")
         failure.__cause__ = error
         return failed(failure, request)
-    trace = Trace(request.rounds) if request.params.trace else None
+    trace = Trace(request.rounds()) if request.params.trace else None
     return SearchResult(hypotheses, _usage(request, beams), trace, stats=request.stats)
 
 
@@ -56,6 +56,6 @@ def _usage(request: Request, beams: Sequence[Beam]) -> Usage:
     return Usage(
         prompt_tokens=len(request.prompt),
         completion_tokens=sum(len(beam.tokens) for beam in beams),
-        sampled_tokens=request.sampled_tokens,
-        scored_tokens=request.scored_tokens,
+        sampled_tokens=request.beams.sampled,
+        scored_tokens=request.beams.scored,
     )

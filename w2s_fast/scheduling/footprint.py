@@ -1,4 +1,4 @@
-"""How many rows and pages a request needs: in its next round, and at most."""
+"""How many rows and pages a request needs at most; in its next round: csrc/beams.h."""
 
 from __future__ import annotations
 
@@ -21,36 +21,18 @@ def rows_at_most(request: Request) -> int:
 def pages_at_most(request: Request, guide: OfGuide | None, page_size: int) -> int:
     """Pages that a request can hold in one model at one time, in any round; None: the base."""
     params = request.params
-    if params.tokens_per_round == params.max_new_tokens:
-        return round_pages(request, guide, page_size)
     prompt = _prompt_length(request, guide)
+    if params.tokens_per_round == params.max_new_tokens:
+        # The base forks when the prompt's last token has been run, the guides before that; both run
+        # the chunk's tokens but the last.
+        history = prompt - (guide is not None)
+        new = params.max_new_tokens - (guide is None)
+        chunk = -(-(history % page_size + new) // page_size)
+        return history // page_size + params.first_candidates * chunk
     longest = prompt + params.max_new_tokens
     histories = params.kept * (longest // page_size - prompt // page_size)
     chunk = -(-(page_size - 1 + params.tokens_per_round) // page_size)
     return prompt // page_size + histories + rows_at_most(request) * chunk
-
-
-def round_pages(request: Request, guide: OfGuide | None, page_size: int) -> int:
-    """Pages that a request can hold in one model during its next round; None: the base.
-
-    P + W h + W K L tokens' worth: the full pages that all rows share, the other full pages of each
-    hypothesis, and those of each candidate behind them.
-    """
-    params = request.params
-    prompt = _prompt_length(request, guide)
-    if request.beams:
-        alive = [beam for beam in request.beams if not beam.finished]
-        tokens, shared, hypotheses = len(alive[0].tokens), request.shared_tokens, len(alive)
-        rows = hypotheses * params.successors
-    else:
-        tokens, shared, hypotheses, rows = 0, 0, 1, params.first_candidates
-    # The base forks when the last token of the text has been run, the guides before that; both run
-    # the chunk's tokens but the last.
-    history = prompt + tokens - (guide is not None)
-    new = min(params.tokens_per_round, params.max_new_tokens - tokens) - (guide is None)
-    common = min(prompt + shared - (guide is not None), history) // page_size
-    histories = hypotheses * (history // page_size - common)
-    return common + histories + rows * -(-(history % page_size + new) // page_size)
 
 
 def _prompt_length(request: Request, guide: OfGuide | None) -> int:

@@ -313,8 +313,8 @@ def _counts(requests: Sequence[Request]) -> tuple[int, int, int]:
     """Rounds, tokens sampled and tokens scored so far."""
     return (
         sum(r.stats.rounds for r in requests),
-        sum(r.sampled_tokens for r in requests),
-        sum(r.scored_tokens for r in requests),
+        sum(r.beams.sampled for r in requests),
+        sum(r.beams.scored for r in requests),
     )
 
 

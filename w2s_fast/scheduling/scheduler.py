@@ -13,15 +13,19 @@ that are under way.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import merge
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from w2s_fast._pages import round_pages
 from w2s_fast.cache import PagePool
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
-from w2s_fast.scheduling.footprint import OfGuide, pages_at_most, round_pages, rows_at_most
+from w2s_fast.scheduling.footprint import OfGuide, pages_at_most, rows_at_most
 from w2s_fast.search import Request
 
 # How many steps a request of one priority waits for those of the next higher one.
@@ -114,33 +118,35 @@ class Scheduler:
     def restore(self, requests: Iterable[Request]) -> None:
         """After an interruption: these have come and not ended. Those that hold pages run."""
         found = list(requests)
-        self.running = [request for request in found if request.holds]
-        self.waiting = sorted((r for r in found if not r.holds), key=_urgency)
+        self.running = [request for request in found if request.beams.holds]
+        self.waiting = sorted((r for r in found if not r.beams.holds), key=_urgency)
 
     def choose(self) -> Choice:
         """Decide who takes part in the next step; ``running`` and ``waiting`` follow."""
         self._steps += 1
-        free = [share.model.pool.num_pages for share in self._shares]
-        rows = 0
-        chosen: list[Request] = []
-        for request in self.in_round:
-            chosen.append(request)
-            rows += rows_at_most(request)
-            free = [f - p for f, p in zip(free, request.promised)]
-        between = sorted((r for r in self.running if not r.families), key=_urgency)
+        free = np.array([share.model.pool.num_pages for share in self._shares])
+        chosen = self.in_round
+        rows = sum(rows_at_most(request) for request in chosen)
+        if chosen:
+            free -= np.sum([request.promised for request in chosen], axis=0)
+        between = sorted((r for r in self.running if not r.in_round), key=_urgency)
         set_aside: list[Request] = []
         entered: list[Request] = []
         misses = 0
-        for request in merge(between, self.waiting, key=_urgency):
-            waits = request not in self.running
+        running = set(between)
+        # All that may be looked at: the requests that run, and as many of the others as can enter
+        # or be missed.
+        asking = list(merge(between, self.waiting[: self.max_rows + _MOST_MISSES], key=_urgency))
+        headroom = np.array([share.model.pool.num_pages for share in self._shares]) // _HEADROOM
+        for request, needed in zip(asking, self._round_pages(asking)):
+            waits = request not in running
             if waits and misses == _MOST_MISSES:
                 continue
-            needed = self._round_pages(request)
-            spare = self._headroom() if waits and chosen else [0] * len(free)
-            fits = all(n == 0 or n + s <= f for n, s, f in zip(needed, spare, free))
+            spare = headroom if waits and chosen else 0
+            fits = ((needed == 0) | (needed + spare <= free)).all()
             if fits and (not chosen or rows + rows_at_most(request) <= self.max_rows):
                 request.promised = needed
-                free = [f - n for f, n in zip(free, needed)]
+                free -= needed
                 rows += rows_at_most(request)
                 chosen.append(request)
                 if waits:
@@ -161,7 +167,7 @@ class Scheduler:
     @property
     def in_round(self) -> list[Request]:
         """Those in the middle of a round: they keep what they were promised until it ends."""
-        return [request for request in self.running if request.families]
+        return [request for request in self.running if request.in_round]
 
     def set_aside_for(self, rooms: Iterable[Room]) -> Request | None:
         """Let one running request wait and give up its pages, so that others may have room.
@@ -173,7 +179,7 @@ class Scheduler:
         between = [
             request
             for request in self.running
-            if not request.families
+            if not request.in_round
             and any(
                 pages and any(share.model.pool is pool for pool in missing)
                 for pages, share in zip(request.promised, self._shares)
@@ -190,16 +196,10 @@ class Scheduler:
     def _wait(self, request: Request) -> None:
         insort(self.waiting, request, key=_urgency)
 
-    def _headroom(self) -> list[int]:
-        return [share.model.pool.num_pages // _HEADROOM for share in self._shares]
-
-    def _round_pages(self, request: Request) -> list[int]:
-        """Pages that the request holds at most in its next round, in every model; 0: runs not."""
-        served = self._shares_of(request)
-        return [
-            round_pages(request, share.guide, share.model.pool.page_size) if share in served else 0
-            for share in self._shares
-        ]
+    def _round_pages(self, requests: Sequence[Request]) -> NDArray[np.int64]:
+        """Pages that each holds at most in its next round: [R, models]; 0 where it runs not."""
+        sizes = [share.model.pool.page_size for share in self._shares]
+        return round_pages([request.beams for request in requests], sizes)
 
     def _shares_of(self, request: Request) -> list[_Share]:
         guides = request.params.uses_guides

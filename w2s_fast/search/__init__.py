@@ -1,11 +1,11 @@
 """Search: rounds of many requests at once: expand, score, select, fork.
 
-Owns a request's state (its beams, families and rounds), which slots beams hold in the base and in
-the guides, and what the guides say of new tokens. One step brings all given requests further; which
-requests these are, and whether their pages exist, is decided above.
+Owns requests with the beams of their searches (csrc/beams.h), which slots these hold in the base and
+in the guides, and what the guides say of new tokens. One step brings all given requests further;
+which requests these are, and whether their pages exist, is decided above.
 """
 
-from w2s_fast.search.beam import Beam
+from w2s_fast._pages import Beam
 from w2s_fast.search.guide import Guide, PagedGuide
 from w2s_fast.search.request import Request
 from w2s_fast.search.search import Search

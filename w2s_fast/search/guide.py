@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from w2s_fast.attention import RowTree
-from w2s_fast.cache import Int32Array
+from w2s_fast.cache import Int32Array, Ints
 from w2s_fast.decoding import Lane
 from w2s_fast.models import ModelSource, PagedModel
 from w2s_fast.search.beginnings import prefill
@@ -49,6 +50,19 @@ class TokenLogprobs(NamedTuple):
     untuned: Tensor
 
 
+class ChunkRows(NamedTuple):
+    """Chunks as one model runs them.
+
+    Attributes:
+        slots: int32 [S]. inputs: int64 [T], for each chunk the token before it, and its own but
+            the last. tree: which slots share which of their first tokens; None: none do.
+    """
+
+    slots: Int32Array
+    inputs: NDArray[np.int64]
+    tree: RowTree | None
+
+
 class PagedGuide:
     """A guide at work: its two models, each over its own pages.
 
@@ -78,11 +92,7 @@ class PagedGuide:
         return self._in_both(lambda model, m: prefill(model, texts[m]))
 
     def append(
-        self,
-        slots: Int32Array,
-        before: Sequence[Sequence[int]],
-        chunks: Sequence[Sequence[int]],
-        trees: Sequence[RowTree | None] = (None, None),
+        self, slots: Int32Array, before: Sequence[Sequence[int]], chunks: Sequence[Sequence[int]]
     ) -> TokenLogprobs:
         """Score new tokens, and append all but the last of each chunk to the KV.
 
@@ -90,21 +100,31 @@ class PagedGuide:
             slots: int32 [2, S].
             before: for each model S tokens, each the last one before its chunk (not in the KV yet).
             chunks: S chunks of at least one token, the same for both models.
-            trees: for each model, which slots share which of their first tokens; None: none do.
 
         Returns:
             The log-probs of the chunks' tokens, one chunk after the other.
         """
-        targets = self._tensor([token for chunk in chunks for token in chunk])
+        targets = np.array([token for chunk in chunks for token in chunk], np.int64)
         inputs = [
-            self._tensor([t for last, chunk in zip(own, chunks) for t in (last, *chunk[:-1])])
+            [token for last, chunk in zip(own, chunks) for token in (last, *chunk[:-1])]
             for own in before
         ]
-        counts = [len(chunk) for chunk in chunks]
+        rows = [
+            ChunkRows(own, np.array(tokens, np.int64), None) for own, tokens in zip(slots, inputs)
+        ]
+        return self.score(self._on_device(targets), [len(chunk) for chunk in chunks], rows)
+
+    def score(self, targets: Tensor, counts: Ints, rows: Sequence[ChunkRows]) -> TokenLogprobs:
+        """The same for chunks that are laid out already.
+
+        Args:
+            targets: int64 [T], the tokens of S chunks. counts: S, how many each has, at least one.
+            rows: for each model.
+        """
 
         def run(m: int) -> Tensor:
-            model = self.models[m]
-            hidden = model.forward(slots[m], inputs[m], counts, trees[m])
+            model, (slots, inputs, tree) = self.models[m], rows[m]
+            hidden = model.forward(slots, self._on_device(inputs), counts, tree)
             return model.token_logprobs(hidden, targets, self.vocab_size)
 
         try:
@@ -138,5 +158,5 @@ class PagedGuide:
             tuned.pool.release(first)
             raise
 
-    def _tensor(self, tokens: list[int]) -> Tensor:
-        return torch.tensor(tokens, dtype=torch.int64, device=self.models[0].device)
+    def _on_device(self, tokens: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(tokens).to(self.models[0].device, non_blocking=True)

@@ -3,46 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from w2s_fast.cache import Int32Array
 from w2s_fast.models import PagedModel
-from w2s_fast.search.beam import Beam
-
-
-class SharedTexts(NamedTuple):
-    """Texts of a few sequences that have their first ``shared`` tokens, at least one, in common."""
-
-    texts: list[list[int]]
-    shared: int
-
-
-def shared_texts(
-    prompts: Sequence[Sequence[int]], beams: Sequence[Sequence[Beam]], shared: Sequence[int]
-) -> list[SharedTexts]:
-    """What the beams of each request hold in a model: all but the last token of each text."""
-    return [
-        SharedTexts(
-            [[*prompt, *beam.tokens][:-1] for beam in own],
-            len(prompt) + min(tokens, len(own[0].tokens) - 1),
-        )
-        for prompt, own, tokens in zip(prompts, beams, shared)
-    ]
+from w2s_fast.search.request import Request
 
 
 @torch.inference_mode()
-def recompute(model: PagedModel, groups: Sequence[SharedTexts]) -> list[Int32Array]:
-    """New slots that hold given texts; what the texts of a group share is run once.
+def recompute(
+    model: PagedModel, requests: Sequence[Request], prompts: Sequence[Sequence[int]]
+) -> list[Int32Array]:
+    """New slots for the hypotheses that go on: all but the last token of each text.
+
+    Args:
+        requests: each with such a hypothesis, between two rounds.
+        prompts: theirs, of this model.
 
     Returns:
-        For each group the slots of its texts.
+        For each request the slots of those hypotheses, in their order.
 
     Raises:
         OutOfPages: there is no room.
     """
+    texts, shared = [], []
+    for request, prompt in zip(requests, prompts):
+        alive = [beam.tokens for beam in request.beams.kept if beam.finish_reason is None]
+        texts.append([[*prompt, *tokens][:-1] for tokens in alive])
+        shared.append(len(prompt) + min(request.beams.shared, len(alive[0]) - 1))
 
     def run(slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> None:
         rows = [i for i, chunk in enumerate(chunks) if chunk]
@@ -54,14 +44,14 @@ def recompute(model: PagedModel, groups: Sequence[SharedTexts]) -> list[Int32Arr
                 [len(chunks[i]) for i in rows],
             )
 
-    roots = model.pool.allocate(len(groups)).tolist()
-    texts = [group.texts[0][: group.shared] for group in groups]
-    cached = model.pool.adopt(roots, texts)
-    run(roots, [text[found:] for text, found in zip(texts, cached)])
-    others = iter(model.pool.fork(roots, [len(group.texts) - 1 for group in groups]).tolist())
-    slots = [[root, *(next(others) for _ in group.texts[1:])] for root, group in zip(roots, groups)]
+    roots = model.pool.allocate(len(texts)).tolist()
+    beginnings = [own[0][:count] for own, count in zip(texts, shared)]
+    cached = model.pool.adopt(roots, beginnings)
+    run(roots, [text[found:] for text, found in zip(beginnings, cached)])
+    others = iter(model.pool.fork(roots, [len(own) - 1 for own in texts]).tolist())
+    slots = [[root, *(next(others) for _ in own[1:])] for root, own in zip(roots, texts)]
     run(
         [slot for own in slots for slot in own],
-        [text[group.shared :] for group in groups for text in group.texts],
+        [text[count:] for own, count in zip(texts, shared) for text in own],
     )
     return [np.array(own, np.int32) for own in slots]

@@ -3,45 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from w2s_fast._pages import Beams, lay_out_candidates
+from w2s_fast.cache import Int32Array
 from w2s_fast.kernels.select_beams import select_beams
-from w2s_fast.search.beam import Beam
-from w2s_fast.search.request import Request
 
 
-class Broken(NamedTuple):
-    """A new token: its index among all, and within its candidate's chunk."""
-
-    token: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a selection found, on the host.
+class Choice(NamedTuple):
+    """What a selection of R requests with C candidates and T new tokens found, on the host.
 
     Attributes:
-        token_scores: one list a candidate: the scores of its new tokens.
-        scores: each candidate's sum over its whole response.
-        kept: for each request, indices of the candidates it keeps, best first.
-        broken: for each candidate its first new token whose score is not finite; None if all are.
+        token_scores: float64 [T].
+        scores: float64 [C], each candidate's sum over its whole response.
+        kept: int32 [R, W], indices of a request's candidates, best first; -1 where it has no more.
+        broken: int32 [C], each candidate's first new token, as an index into T, whose score is not
+            finite; -1 if all are.
     """
 
-    token_scores: list[list[float]]
-    scores: list[float]
-    kept: list[list[int]]
-    broken: list[Broken | None]
+    token_scores: NDArray[np.float64]
+    scores: NDArray[np.float64]
+    kept: Int32Array
+    broken: Int32Array
 
 
 def choose(
-    requests: Sequence[Request],
-    chunks: Sequence[Sequence[int]],
+    requests: Sequence[Beams],
+    tokens: Tensor,
     tuned: Tensor,
     untuned: Tensor,
     weights: Sequence[float],
@@ -50,62 +43,26 @@ def choose(
 
     Args:
         requests: each with a complete round.
-        chunks: new tokens of every candidate, request by request; none for a finished one.
-        tuned, untuned: float32 [guides, T], log-probs of those tokens in their order.
+        tokens: int64 [T], the new tokens of every candidate.
+        tuned, untuned: float32 [guides, T], log-probs of those tokens.
         weights: of the guides.
     """
     device = tuned.device
 
-    def column(values: Sequence[float] | Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+    def column(values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values).to(device, non_blocking=True)
 
-    def cumulative(counts: Sequence[int]) -> Tensor:
-        return column([0, *counts], torch.int64).cumsum(0)
-
-    beams = [beam for request in requests for beam in request.candidates]
-    counts = [len(request.candidates) for request in requests]
-    params = [request.params for request in requests]
+    cu_tokens, *columns, max_candidates, max_width = lay_out_candidates(requests)
     found = select_beams(
         tuned,
         untuned,
-        column(list(weights), torch.float64),
-        column([token for chunk in chunks for token in chunk], torch.int64),
-        cumulative([len(chunk) for chunk in chunks]),
-        column([beam.total for beam in beams], torch.float64),
-        column([len(beam.tokens) for beam in beams], torch.int64),
-        column([-1 if beam.parent is None else beam.parent for beam in beams], torch.int32),
-        column(_siblings(requests), torch.int64),
-        cumulative(counts),
-        column([p.kept for p in params], torch.int64),
-        column([p.score == "mean" for p in params], torch.bool),
-        column([p.dedup for p in params], torch.bool),
-        max(counts),
-        max(p.kept for p in params),
+        column(np.array(weights, np.float64)),
+        tokens,
+        column(cu_tokens),
+        *(column(values) for values in columns),
+        max_candidates,
+        max_width,
     )
-    flat = iter(found.token_scores.tolist())
-    starts = accumulate((len(chunk) for chunk in chunks), initial=0)
     return Choice(
-        token_scores=[[next(flat) for _ in chunk] for chunk in chunks],
-        scores=found.scores.tolist(),
-        kept=[[c for c in row if c >= 0] for row in found.kept.tolist()],
-        broken=[
-            Broken(token, token - start) if token >= 0 else None
-            for token, start in zip(found.broken.tolist(), starts)
-        ],
+        *(x.cpu().numpy() for x in (found.token_scores, found.scores, found.kept, found.broken))
     )
-
-
-def _siblings(requests: Sequence[Request]) -> list[int]:
-    """For each candidate, which of its request's parents is the first with its parent's tokens."""
-    found = []
-    for request in requests:
-        first: dict[tuple[int, ...], int] = {}
-        for family in request.families:
-            kind = first.setdefault(tuple(family.parent.tokens), len(first))
-            found += [kind] * len(family.children)
-    return found
-
-
-def new_tokens(beam: Beam) -> list[int]:
-    """The tokens of a candidate that no guide has scored yet."""
-    return beam.tokens[len(beam.token_scores) :]

@@ -1,0 +1,412 @@
+#include "beams.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+namespace w2s {
+
+namespace {
+
+// A step of decoding brings no more tokens than this, see w2s_fast/search/search.py: a longer block
+// would stay empty where responses end early.
+constexpr std::int32_t kMostInBlock = 16;
+
+// The finalizer of SplitMix64: every bit of the input moves about half of the output's.
+std::uint64_t mixed(std::uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+    return x ^ (x >> 31);
+}
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+bool contains(const std::vector<std::int32_t>& ids, std::int32_t token) {
+    return std::ranges::find(ids, token) != ids.end();
+}
+
+}  // namespace
+
+Beams::Beams(SearchSettings settings, std::vector<std::int32_t> prompt,
+             const std::vector<PromptEnd>& guide_prompts)
+    : settings_(std::move(settings)),
+      prompt_(std::move(prompt)),
+      block_size_(std::min(settings_.chunk, kMostInBlock)) {
+    if (prompt_.empty()) throw std::invalid_argument("a prompt has at least one token");
+    if (block_size_ < 1 || settings_.first_candidates < 1 || settings_.successors < 1) {
+        throw std::invalid_argument("a round has candidates, and they grow");
+    }
+    prompt_ends_.push_back({static_cast<std::int32_t>(prompt_.size()), prompt_.back()});
+    prompt_ends_.insert(prompt_ends_.end(), guide_prompts.begin(), guide_prompts.end());
+}
+
+// ---- blocks ----
+
+std::int32_t Beams::new_block(std::int32_t before) {
+    std::int32_t block = free_block_;
+    if (block == Beam::kNone) {
+        block = static_cast<std::int32_t>(blocks_.size());
+        const std::size_t size = (blocks_.size() + 1) * static_cast<std::size_t>(block_size_);
+        tokens_.resize(size);
+        logprobs_.resize(size);
+        if (settings_.uses_guides) scores_.resize(size);
+        blocks_.push_back({});
+    } else {
+        free_block_ = blocks_[block].free_after;
+    }
+    blocks_[block] = {before, 1, 0, Beam::kNone};
+    return block;
+}
+
+void Beams::hold_block(std::int32_t block) {
+    if (block != Beam::kNone) ++blocks_[block].references;
+}
+
+void Beams::drop_block(std::int32_t block) {
+    while (block != Beam::kNone && --blocks_[block].references == 0) {
+        blocks_[block].free_after = std::exchange(free_block_, block);
+        block = blocks_[block].before;
+    }
+}
+
+void Beams::drop(const std::vector<Beam>& beams) {
+    for (const Beam& beam : beams) drop_block(beam.block);
+}
+
+bool Beams::same_tokens(const Beam& a, const Beam& b) const {
+    if (a.length != b.length || a.hash != b.hash) return false;
+    if (a.block == b.block) return true;
+    std::vector<std::int32_t> left(static_cast<std::size_t>(a.length)), right(left.size());
+    copy_tokens(a, 0, left.data());
+    copy_tokens(b, 0, right.data());
+    return left == right;
+}
+
+// ---- the state of the search ----
+
+bool Beams::done() const {
+    return !open_ && !kept_.empty() &&
+           std::ranges::all_of(kept_, [](const Beam& beam) { return beam.finished(); });
+}
+
+std::int32_t Beams::tokens_left() const {
+    for (const Beam& beam : candidates_) {
+        if (!beam.finished()) {
+            const std::int32_t end =
+                std::min(beam.inherited + settings_.chunk, settings_.max_new_tokens);
+            return end - beam.length;
+        }
+    }
+    return 0;
+}
+
+std::vector<std::int32_t> Beams::agreed() const {
+    const std::vector<Beam>& beams = open_ ? candidates_ : kept_;
+    if (beams.empty()) return {};
+    const Beam& first = beams.front();
+    std::int32_t agreed = first.length;
+    std::vector<std::int32_t> left, right;
+    for (const Beam& other : beams) {
+        // Back to where both have the same block: from there on they are one.
+        std::int32_t a = first.block, b = other.block;
+        std::int32_t a_end = first.length, b_end = other.length;
+        while (a != b) {
+            if (a_end >= b_end) {
+                a_end -= blocks_[a].count;
+                a = blocks_[a].before;
+            } else {
+                b_end -= blocks_[b].count;
+                b = blocks_[b].before;
+            }
+        }
+        const std::int32_t shared = std::min(a_end, b_end);
+        left.resize(static_cast<std::size_t>(first.length - shared));
+        right.resize(static_cast<std::size_t>(other.length - shared));
+        copy_tokens(first, shared, left.data());
+        copy_tokens(other, shared, right.data());
+        const auto differ = std::ranges::mismatch(left, right).in1;
+        agreed = std::min(agreed, shared + static_cast<std::int32_t>(differ - left.begin()));
+    }
+    std::vector<std::int32_t> tokens(static_cast<std::size_t>(first.length));
+    copy_tokens(first, 0, tokens.data());
+    tokens.resize(static_cast<std::size_t>(agreed));
+    return tokens;
+}
+
+std::int32_t Beams::first_alike(std::size_t beam) const {
+    std::size_t first = 0;
+    while (!same_tokens(kept_[first], kept_[beam])) ++first;
+    return static_cast<std::int32_t>(first);
+}
+
+BeamContents Beams::contents(const Beam& beam, const std::int32_t* slots, bool scored) const {
+    BeamContents found{beam.parent, {}, {}, {}, beam.total, beam.finish, {}};
+    const auto length = static_cast<std::size_t>(beam.length);
+    found.tokens.resize(length);
+    found.logprobs.resize(length);
+    copy_tokens(beam, 0, found.tokens.data());
+    copy_elements(logprobs_, beam.block, beam.length, 0, found.logprobs.data());
+    if (settings_.uses_guides) {
+        found.token_scores.resize(length);
+        copy_elements(scores_, beam.block, beam.length, 0, found.token_scores.data());
+        if (!scored) found.token_scores.resize(static_cast<std::size_t>(beam.inherited));
+    }
+    if (slots != nullptr) found.slots.assign(slots, slots + models());
+    return found;
+}
+
+BeamContents Beams::contents(bool of_kept, std::size_t beam) const {
+    const std::vector<std::int32_t>& slots = of_kept ? kept_slots_ : slots_;
+    return contents((of_kept ? kept_ : candidates_).at(beam),
+                    slots.data() + beam * prompt_ends_.size(), of_kept);
+}
+
+std::vector<RoundContents> Beams::trace() const {
+    std::vector<RoundContents> rounds;
+    for (const Recorded& recorded : recorded_) {
+        RoundContents& round = rounds.emplace_back();
+        round.kept = recorded.kept;
+        for (const Beam& beam : recorded.candidates) {
+            round.candidates.push_back(contents(beam, nullptr, true));
+        }
+    }
+    return rounds;
+}
+
+// P + W h + W K L tokens' worth: the full pages that all rows share, the other full pages of each
+// hypothesis, and those of each candidate behind them.
+std::int64_t Beams::round_pages(int model, std::int64_t page_size) const {
+    std::int64_t tokens = 0, shared = 0, hypotheses = 1, rows = settings_.first_candidates;
+    if (!kept_.empty() && !(open_ && round_ == 1)) {
+        hypotheses = 0;
+        for (const Beam& beam : kept_) {
+            if (beam.finished()) continue;
+            tokens = beam.length;
+            ++hypotheses;
+        }
+        shared = shared_;
+        rows = hypotheses * settings_.successors;
+    }
+    // The base forks when the last token of the text has been run, the guides before that; both run
+    // the chunk's tokens but the last.
+    const std::int64_t prompt = prompt_ends_[model].length - (model != 0);
+    const std::int64_t history = prompt + tokens;
+    const std::int64_t chunk = std::min<std::int64_t>(settings_.chunk,
+                                                      settings_.max_new_tokens - tokens);
+    const std::int64_t common = std::min(prompt + shared, history) / page_size;
+    const std::int64_t histories = hypotheses * (history / page_size - common);
+    return common + histories +
+           rows * ceil_div(history % page_size + chunk - (model == 0), page_size);
+}
+
+// ---- what a round does ----
+
+void Beams::begin_round() {
+    if (open_) throw std::logic_error("a round is under way");
+    if (kept_.empty()) {
+        kept_.emplace_back();
+        kept_slots_.assign(prompt_ends_.size(), kNoSlot);
+    }
+    candidates_.clear();
+    first_child_.assign(1, 0);
+    for (std::size_t p = 0; p < kept_.size(); ++p) {
+        const Beam& parent = kept_[p];
+        Beam child = parent;
+        child.parent = round_ == 0 ? Beam::kNone : static_cast<std::int32_t>(p);
+        child.inherited = parent.length;
+        child.before_token = parent.last_token;
+        const std::int32_t count = round_ == 0 ? settings_.first_candidates
+                                   : parent.finished() && settings_.hold ? 1
+                                                                         : settings_.successors;
+        for (std::int32_t i = 0; i < count; ++i) {
+            hold_block(child.block);
+            candidates_.push_back(child);
+        }
+        first_child_.push_back(static_cast<std::int32_t>(candidates_.size()));
+    }
+    slots_.assign(candidates_.size() * prompt_ends_.size(), kNoSlot);
+    ++round_;
+    forked_ = false;
+    open_ = true;
+}
+
+void Beams::set_root_slot(int model, std::int32_t slot) { kept_slots_.at(model) = slot; }
+
+void Beams::set_kept_slots(int model, std::span<const std::int32_t> slots) {
+    auto next = slots.begin();
+    for (std::size_t i = 0; i < kept_.size(); ++i) {
+        if (kept_[i].finished()) continue;
+        if (next == slots.end()) throw std::invalid_argument("a slot for each beam that goes on");
+        kept_slots_[i * prompt_ends_.size() + model] = *next++;
+    }
+}
+
+std::size_t Beams::give_slots(int model, const std::int32_t* next) {
+    const std::int32_t* const begin = next;
+    const std::size_t models = prompt_ends_.size();
+    for (std::size_t p = 0; p < kept_.size(); ++p) {
+        if (kept_[p].finished()) continue;
+        for (std::int32_t c = first_child_[p]; c < first_child_[p + 1]; ++c) {
+            slots_[c * models + model] = c == first_child_[p]
+                                             ? std::exchange(kept_slots_[p * models + model], kNoSlot)
+                                             : *next++;
+        }
+    }
+    return static_cast<std::size_t>(next - begin);
+}
+
+Finish Beams::finish_of(std::int32_t token, std::int32_t length) const {
+    if (contains(settings_.eos_ids, token)) return Finish::eos;
+    if (contains(settings_.stop_ids, token)) return Finish::stop;
+    return length == settings_.max_new_tokens ? Finish::length : Finish::no;
+}
+
+bool Beams::take(std::size_t candidate, std::span<const std::int64_t> tokens,
+                 std::span<const float> logprobs) {
+    Beam& beam = candidates_[candidate];
+    for (std::size_t i = 0; i < tokens.size() && !beam.finished(); ++i) {
+        if (!std::isfinite(logprobs[i])) return false;
+        const auto token = static_cast<std::int32_t>(tokens[i]);
+        // What is inherited ends in a block that siblings have, too.
+        if (beam.length == beam.inherited || blocks_[beam.block].count == block_size_) {
+            beam.block = new_block(beam.block);
+        }
+        const std::int64_t at = std::int64_t{beam.block} * block_size_ + blocks_[beam.block].count++;
+        tokens_[at] = token;
+        logprobs_[at] = logprobs[i];
+        beam.last_token = token;
+        beam.hash = mixed(beam.hash + static_cast<std::uint64_t>(token) + 1);
+        beam.finish = finish_of(token, ++beam.length);
+        ++sampled_;
+    }
+    return true;
+}
+
+void Beams::set_scores(std::size_t candidate, std::span<const double> token_scores, double total) {
+    Beam& beam = candidates_[candidate];
+    beam.total = total;
+    scored_ += std::ssize(token_scores);
+    auto next = token_scores.end();
+    std::int32_t block = beam.block;
+    while (next != token_scores.begin()) {
+        double* const scores = scores_.data() + std::int64_t{block} * block_size_;
+        for (std::int32_t i = blocks_[block].count; i > 0;) scores[--i] = *--next;
+        block = blocks_[block].before;
+    }
+}
+
+void Beams::end_round(std::vector<std::int32_t> winners, const Managers& managers) {
+    const std::size_t models = prompt_ends_.size(), width = winners.size();
+    std::vector<std::int32_t> common(width * width);
+    const std::size_t parents = kept_.size();
+    for (std::size_t i = 0; i < width; ++i) {
+        const Beam& a = candidates_.at(static_cast<std::size_t>(winners[i]));
+        for (std::size_t j = 0; j < width; ++j) {
+            const Beam& b = candidates_.at(static_cast<std::size_t>(winners[j]));
+            // Beams of the same parent share what they inherited, others what their parents did.
+            common[i * width + j] = i == j                 ? a.length
+                                    : a.parent == b.parent ? a.inherited
+                                                           : common_[a.parent * parents + b.parent];
+        }
+    }
+    std::vector<bool> goes_on(candidates_.size(), false);
+    std::vector<Beam> kept;
+    std::vector<std::int32_t> kept_slots(width * models, kNoSlot);
+    for (std::size_t i = 0; i < width; ++i) {
+        const auto winner = static_cast<std::size_t>(winners[i]);
+        kept.push_back(candidates_[winner]);
+        hold_block(candidates_[winner].block);
+        if (candidates_[winner].finished()) continue;
+        goes_on[winner] = true;
+        std::copy_n(slots_.begin() + winner * models, models, kept_slots.begin() + i * models);
+    }
+    std::vector<std::int32_t> released;
+    for (std::size_t m = 0; m < models; ++m) {
+        released.clear();
+        for (std::size_t c = 0; c < candidates_.size(); ++c) {
+            const std::int32_t slot = slots_[c * models + m];
+            if (slot != kNoSlot && !goes_on[c]) released.push_back(slot);
+        }
+        if (!released.empty()) managers.at(m)->release(released);
+    }
+    if (settings_.trace) {
+        recorded_.push_back({candidates_, winners});  // it takes over their blocks
+    } else {
+        drop(candidates_);
+    }
+    drop(kept_);
+    kept_ = std::move(kept);
+    kept_slots_ = std::move(kept_slots);
+    common_ = std::move(common);
+    candidates_.clear();
+    slots_.clear();
+    open_ = false;
+
+    shared_ = INT32_MAX;
+    bool any = false;
+    for (std::size_t i = 0; i < width; ++i) {
+        for (std::size_t j = 0; j < width; ++j) {
+            if (kept_[i].finished() || kept_[j].finished()) continue;
+            shared_ = std::min(shared_, common_[i * width + j]);
+            any = true;
+        }
+    }
+    if (!any) shared_ = 0;
+}
+
+void Beams::collect_finished(int model, std::vector<std::int32_t>& released) {
+    for (std::size_t c = 0; c < candidates_.size(); ++c) {
+        std::int32_t& slot = slots_[c * prompt_ends_.size() + model];
+        if (slot == kNoSlot || !candidates_[c].finished()) continue;
+        released.push_back(std::exchange(slot, kNoSlot));
+    }
+}
+
+// ---- interruptions ----
+
+void Beams::collect_held(int model, std::vector<std::int32_t>& out) {
+    const std::size_t models = prompt_ends_.size();
+    if (aside_) std::ranges::fill(kept_slots_, kNoSlot);
+    if (!holds()) return;
+    for (const std::vector<std::int32_t>* slots : {&kept_slots_, &slots_}) {
+        for (std::size_t i = static_cast<std::size_t>(model); i < slots->size(); i += models) {
+            if ((*slots)[i] != kNoSlot) out.push_back((*slots)[i]);
+        }
+    }
+}
+
+void Beams::release_all(const Managers& managers) {
+    std::vector<std::int32_t> held;
+    for (int m = 0; m < models(); ++m) {
+        held.clear();
+        collect_held(m, held);
+        if (!held.empty()) managers.at(static_cast<std::size_t>(m))->release(held);
+    }
+    std::ranges::fill(kept_slots_, kNoSlot);
+    std::ranges::fill(slots_, kNoSlot);
+}
+
+void Beams::set_aside(const Managers& managers) {
+    release_all(managers);
+    aside_ = true;
+}
+
+void Beams::start_over(const Managers& managers) {
+    release_all(managers);
+    drop(candidates_);
+    candidates_.clear();
+    slots_.clear();
+    if (open_ && --round_ == 0) {
+        drop(kept_);
+        kept_.clear();
+    }
+    open_ = false;
+    aside_ = !kept_.empty();
+}
+
+void Beams::abort(const Managers& managers) {
+    start_over(managers);
+    aside_ = false;
+}
+
+}  // namespace w2s

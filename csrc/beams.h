@@ -1,0 +1,250 @@
+// The beams of one request: what its search holds between two rounds, and within one.
+//
+// It knows tokens, scores and slots, and nothing of models; the tokens of many requests at once are
+// laid out for their passes in rounds.h.
+//
+// Terms
+//   beam        a hypothesis (kept) or a candidate, with a slot in each model that has run it
+//   model       0 is the base; 1 + 2 g and 2 + 2 g are the tuned and the untuned model of guide g
+//   growing     said of a candidate that is not finished; all of a request have the same length
+//   block       tokens of a beam, stored once; it points to the block before it, and siblings point
+//               to the same one. So a candidate costs its own tokens, however long the response is.
+//
+// Between two rounds `kept` are the hypotheses, best first, and there are no candidates. Within a
+// round they are the candidates' parents; in round 1 the only parent is the root, which has no
+// tokens. Every model's KV holds the prompt and a beam's tokens without the last one; a finished
+// beam holds no slot, since nothing will be appended to it.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "page_manager.h"
+
+namespace w2s {
+
+enum class Finish : std::int8_t { no, eos, stop, length };
+
+// What a request asks for; see w2s_fast/params.py for the meaning of each.
+struct SearchSettings {
+    std::int32_t first_candidates, width, successors, chunk, max_new_tokens;
+    bool hold, mean, dedup, uses_guides, trace;
+    std::vector<std::int32_t> eos_ids, stop_ids;  // what ends a response, and why
+    float temperature;
+    std::int64_t top_k;
+    double top_p, min_p;
+    std::int64_t seed;
+};
+
+// The prompt of one model: the base's whole, of the guides only what is asked for here.
+struct PromptEnd {
+    std::int32_t length;
+    std::int32_t last_token;
+};
+
+struct Beam {
+    static constexpr std::int32_t kNone = -1;
+
+    std::int32_t parent = kNone;     // among the kept of the round before; kNone in round 1
+    std::int32_t inherited = 0;      // tokens that it has in common with its siblings
+    std::int32_t length = 0;         // tokens of the response so far
+    std::int32_t last_token = kNone;
+    std::int32_t before_token = kNone;  // the last one of those that are inherited
+    std::int32_t block = kNone;      // with its last tokens
+    Finish finish = Finish::no;
+    double total = 0.0;              // sum of the scores, as the selection computed it
+    std::uint64_t hash = 0;          // of all tokens
+
+    bool finished() const { return finish != Finish::no; }
+};
+
+// A beam as its request's owner sees it: all that is known of it, copied.
+struct BeamContents {
+    std::int32_t parent;
+    std::vector<std::int32_t> tokens;
+    std::vector<float> logprobs;       // the base's, at temperature 1
+    std::vector<double> token_scores;  // of those that were scored
+    double total;
+    Finish finish;
+    std::vector<std::int32_t> slots;   // in each model; kNoSlot
+};
+
+struct RoundContents {
+    std::vector<BeamContents> candidates;
+    std::vector<std::int32_t> kept;
+};
+
+class Beams {
+public:
+    static constexpr std::int32_t kNoSlot = -1;
+    using Managers = std::vector<PageManager*>;
+
+    // `prompt`: the base's tokens; `guide_prompts`: of each guide's tuned and untuned model.
+    Beams(SearchSettings settings, std::vector<std::int32_t> prompt,
+          const std::vector<PromptEnd>& guide_prompts);
+    Beams(const Beams&) = delete;
+    Beams& operator=(const Beams&) = delete;
+
+    const SearchSettings& settings() const { return settings_; }
+    const std::vector<std::int32_t>& prompt() const { return prompt_; }
+    const PromptEnd& prompt_end(int model) const { return prompt_ends_[model]; }
+    int models() const { return static_cast<int>(prompt_ends_.size()); }
+
+    // ---- the state of the search ----
+
+    std::int32_t round() const { return round_; }  // the one under way, or the last one
+    bool open() const { return open_; }            // whether a round is under way
+    bool forked() const { return forked_; }        // whether candidates have slots of their own
+    bool aside() const { return aside_; }          // its slots were given up between two rounds
+    bool holds() const { return open_ || (!kept_.empty() && !aside_); }
+    bool done() const;                             // all hypotheses are finished
+    std::int64_t sampled() const { return sampled_; }
+    std::int64_t scored() const { return scored_; }
+    // How many of their first tokens all kept beams that are not finished have in common, by
+    // descent: tokens that came out equal by chance do not count, their keys may differ in the last
+    // bits. 0 in the first round.
+    std::int32_t shared() const { return shared_; }
+    // How many tokens each growing candidate samples until the selection; 0: none is growing.
+    std::int32_t tokens_left() const;
+    // The longest common prefix of all hypotheses.
+    std::vector<std::int32_t> agreed() const;
+
+    const std::vector<Beam>& kept() const { return kept_; }
+    const std::vector<Beam>& candidates() const { return candidates_; }
+    // Candidates first_child(p) : first_child(p + 1) come from the kept beam p.
+    std::int32_t first_child(std::size_t parent) const { return first_child_[parent]; }
+    std::int32_t kept_slot(std::size_t beam, int model) const {
+        return kept_slots_[beam * prompt_ends_.size() + model];
+    }
+    std::int32_t slot(std::size_t candidate, int model) const {
+        return slots_[candidate * prompt_ends_.size() + model];
+    }
+    // Which kept beam is the first with the same tokens as this one.
+    std::int32_t first_alike(std::size_t beam) const;
+    // The tokens that a candidate has got in this round, appended to `out`.
+    template <typename Out>
+    void append_new_tokens(const Beam& candidate, Out& out) const {
+        const std::size_t begin = out.size();
+        out.resize(begin + candidate.length - candidate.inherited);
+        copy_tokens(candidate, candidate.inherited, out.data() + begin);
+    }
+
+    BeamContents contents(bool of_kept, std::size_t beam) const;
+    std::vector<RoundContents> trace() const;
+
+    // Pages that it can hold in one model at most during its next round.
+    std::int64_t round_pages(int model, std::int64_t page_size) const;
+
+    // ---- what a round does ----
+
+    // Make the candidates of the next round from the kept beams, or from the prompt.
+    void begin_round();
+    // Give the root, or the kept beams that are not finished, slots that hold their tokens.
+    void set_root_slot(int model, std::int32_t slot);
+    void set_kept_slots(int model, std::span<const std::int32_t> slots);
+    void resume() { aside_ = false; }
+    // Every child of a parent that goes on gets a slot; the first one its parent's. `next` are the
+    // slots for the others, in their order; returns how many of them were taken.
+    std::size_t give_slots(int model, const std::int32_t* next);
+    void set_forked() { forked_ = true; }
+    // Append sampled tokens to a growing candidate, up to where it ends. Returns whether all log-
+    // probs up to there are finite; what comes from the first one on that is not, is left out.
+    bool take(std::size_t candidate, std::span<const std::int64_t> tokens,
+              std::span<const float> logprobs);
+    // Scores of a candidate's new tokens, and of its whole response.
+    void set_scores(std::size_t candidate, std::span<const double> token_scores, double total);
+    // Keep these candidates, best first, and give back what only others hold.
+    void end_round(std::vector<std::int32_t> kept, const Managers& managers);
+    // Give back the slots of finished candidates in one model.
+    void collect_finished(int model, std::vector<std::int32_t>& released);
+
+    // ---- interruptions ----
+
+    // Between two rounds: give up all slots; they are to be computed again.
+    void set_aside(const Managers& managers);
+    // Give up all slots in whatever is under way; that round begins again from the kept beams.
+    void start_over(const Managers& managers);
+    // Give up all slots for good.
+    void abort(const Managers& managers);
+    // The slots that it holds in one model, appended to `out`. Who is set aside holds none,
+    // whatever is still written down, and forgets it.
+    void collect_held(int model, std::vector<std::int32_t>& out);
+
+private:
+    struct Block {
+        std::int32_t before;
+        std::int32_t references;  // by beams, and by blocks that come after it
+        std::int32_t count;       // tokens in it
+        std::int32_t free_after;  // in the list of free blocks
+    };
+
+    std::int32_t new_block(std::int32_t before);
+    void hold_block(std::int32_t block);
+    void drop_block(std::int32_t block);
+    void drop(const std::vector<Beam>& beams);
+    template <typename Element, typename Out>
+    void copy_elements(const std::vector<Element>& from, std::int32_t block, std::int32_t length,
+                       std::int32_t begin, Out* out) const;
+    template <typename Out>
+    void copy_tokens(const Beam& beam, std::int32_t begin, Out* out) const;
+    BeamContents contents(const Beam& beam, const std::int32_t* slots, bool scored) const;
+    bool same_tokens(const Beam& a, const Beam& b) const;
+    void release_all(const Managers& managers);
+    Finish finish_of(std::int32_t token, std::int32_t length) const;
+
+    SearchSettings settings_;
+    std::vector<std::int32_t> prompt_;
+    std::vector<PromptEnd> prompt_ends_;  // of every model
+
+    std::int32_t round_ = 0;
+    bool open_ = false;
+    bool forked_ = false;
+    bool aside_ = false;
+    std::int32_t shared_ = 0;
+    std::int64_t sampled_ = 0;
+    std::int64_t scored_ = 0;
+    std::vector<Beam> kept_;
+    std::vector<Beam> candidates_;
+    std::vector<std::int32_t> first_child_;  // [kept + 1]
+    std::vector<std::int32_t> kept_slots_;   // [kept, models]
+    std::vector<std::int32_t> slots_;        // [candidates, models]
+    // [kept, kept]: up to where two of them have the same ancestor.
+    std::vector<std::int32_t> common_;
+
+    struct Recorded {
+        std::vector<Beam> candidates;
+        std::vector<std::int32_t> kept;
+    };
+    std::vector<Recorded> recorded_;  // with a trace; it holds the blocks
+
+    std::int32_t block_size_;
+    std::int32_t free_block_ = Beam::kNone;
+    std::vector<Block> blocks_;
+    std::vector<std::int32_t> tokens_;  // [blocks, block_size]
+    std::vector<float> logprobs_;
+    std::vector<double> scores_;
+};
+
+template <typename Element, typename Out>
+void Beams::copy_elements(const std::vector<Element>& from, std::int32_t block, std::int32_t length,
+                          std::int32_t begin, Out* out) const {
+    // From the last block back, for each knows only the one before it.
+    for (std::int32_t end = length; end > begin; block = blocks_[block].before) {
+        const std::int32_t count = blocks_[block].count;
+        const std::int32_t first = end - count;
+        const Element* elements = from.data() + std::int64_t{block} * block_size_;
+        for (std::int32_t i = std::max(first, begin); i < end; ++i) {
+            out[i - begin] = static_cast<Out>(elements[i - first]);
+        }
+        end = first;
+    }
+}
+
+template <typename Out>
+void Beams::copy_tokens(const Beam& beam, std::int32_t begin, Out* out) const {
+    copy_elements(tokens_, beam.block, beam.length, begin, out);
+}
+
+}  // namespace w2s

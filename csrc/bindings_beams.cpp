@@ -1,0 +1,238 @@
+// Beams and rounds for Python: NumPy arrays come out, laid out for passes and operators.
+#include "bindings_beams.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "arrays.h"
+#include "rounds.h"
+
+namespace py = pybind11;
+using w2s::BeamContents;
+using w2s::Beams;
+using w2s::Finish;
+using w2s::move_to_numpy;
+using w2s::Requests;
+using w2s::RoundContents;
+
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <typename T>
+std::span<const T> span(const Array<T>& array) {
+    return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+const char* name(Finish finish) {
+    switch (finish) {
+        case Finish::eos: return "eos";
+        case Finish::stop: return "stop";
+        case Finish::length: return "length";
+        default: return nullptr;
+    }
+}
+
+py::tuple levels(w2s::RowLevels&& levels) {
+    return py::make_tuple(
+        py::make_tuple(move_to_numpy(std::move(levels.requests)),
+                       move_to_numpy(std::move(levels.together))),
+        py::make_tuple(move_to_numpy(std::move(levels.families)),
+                       move_to_numpy(std::move(levels.inherited))));
+}
+
+py::list broken(const std::vector<w2s::BrokenNumber>& numbers) {
+    py::list found;
+    for (const auto& [request, token, position] : numbers) {
+        found.append(py::make_tuple(request, token, position));
+    }
+    return found;
+}
+
+py::array_t<std::int32_t> copies(const std::vector<w2s::PageCopy>& pages) {
+    std::vector<std::int32_t> flat;
+    flat.reserve(2 * pages.size());
+    for (const auto [source, destination] : pages) {
+        flat.push_back(source);
+        flat.push_back(destination);
+    }
+    const auto rows = static_cast<py::ssize_t>(pages.size());
+    return move_to_numpy(std::move(flat), {rows, 2});
+}
+
+std::optional<std::int32_t> parent_of(const BeamContents& beam) {
+    if (beam.parent < 0) return std::nullopt;
+    return beam.parent;
+}
+
+}  // namespace
+
+namespace w2s {
+
+void bind_beams(py::module_& module) {
+    py::class_<BeamContents>(module, "Beam")
+        .def_property_readonly("parent", &parent_of)
+        .def_property_readonly("finish_reason",
+                               [](const BeamContents& self) { return name(self.finish); })
+        .def_readonly("tokens", &BeamContents::tokens)
+        .def_readonly("logprobs", &BeamContents::logprobs)
+        .def_readonly("token_scores", &BeamContents::token_scores)
+        .def_readonly("total", &BeamContents::total)
+        .def_readonly("slots", &BeamContents::slots);
+
+    py::class_<RoundContents>(module, "BeamsOfRound")
+        .def_readonly("candidates", &RoundContents::candidates)
+        .def_readonly("kept", &RoundContents::kept);
+
+    py::class_<Beams>(module, "Beams")
+        .def(py::init([](std::vector<std::int32_t> prompt,
+                         const std::vector<std::pair<std::int32_t, std::int32_t>>& guide_prompts,
+                         std::int32_t first_candidates, std::int32_t width,
+                         std::int32_t successors, std::int32_t chunk, std::int32_t max_new_tokens,
+                         bool hold, bool mean, bool dedup, bool uses_guides, bool trace,
+                         std::vector<std::int32_t> eos_ids, std::vector<std::int32_t> stop_ids,
+                         float temperature, std::int64_t top_k, double top_p, double min_p,
+                         std::int64_t seed) {
+                 std::vector<w2s::PromptEnd> ends;
+                 for (const auto& [length, last] : guide_prompts) ends.push_back({length, last});
+                 return std::make_unique<Beams>(
+                     w2s::SearchSettings{first_candidates, width, successors, chunk,
+                                         max_new_tokens, hold, mean, dedup, uses_guides, trace,
+                                         std::move(eos_ids), std::move(stop_ids), temperature,
+                                         top_k, top_p, min_p, seed},
+                     std::move(prompt), ends);
+             }),
+             py::arg("prompt"), py::arg("guide_prompts"), py::kw_only(),
+             py::arg("first_candidates"), py::arg("width"), py::arg("successors"),
+             py::arg("chunk"), py::arg("max_new_tokens"), py::arg("hold"), py::arg("mean"),
+             py::arg("dedup"), py::arg("uses_guides"), py::arg("trace"), py::arg("eos_ids"),
+             py::arg("stop_ids"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+             py::arg("min_p"), py::arg("seed"))
+        .def_property_readonly("round", &Beams::round)
+        .def_property_readonly("open", &Beams::open)
+        .def_property_readonly("forked", &Beams::forked)
+        .def_property_readonly("aside", &Beams::aside)
+        .def_property_readonly("holds", &Beams::holds)
+        .def_property_readonly("done", &Beams::done)
+        .def_property_readonly("sampled", &Beams::sampled)
+        .def_property_readonly("scored", &Beams::scored)
+        .def_property_readonly("shared", &Beams::shared)
+        .def_property_readonly("tokens_left", &Beams::tokens_left)
+        .def("agreed", &Beams::agreed)
+        .def_property_readonly("kept", [](const Beams& self) {
+                std::vector<BeamContents> beams;
+                if (self.open() && self.round() == 1) return beams;  // the root is no hypothesis
+                for (std::size_t i = 0; i < self.kept().size(); ++i) {
+                    beams.push_back(self.contents(true, i));
+                }
+                return beams;
+            })
+        .def_property_readonly("candidates", [](const Beams& self) {
+                std::vector<BeamContents> beams;
+                for (std::size_t i = 0; i < self.candidates().size(); ++i) {
+                    beams.push_back(self.contents(false, i));
+                }
+                return beams;
+            })
+        .def("trace", &Beams::trace)
+        .def("slot_of_first", [](const Beams& self, int model) {
+                if (self.candidates().empty()) throw py::index_error("no round is under way");
+                return self.slot(0, model);
+            }, py::arg("model"))
+        .def("set_root_slot", &Beams::set_root_slot, py::arg("model"), py::arg("slot"))
+        .def("set_kept_slots", [](Beams& self, int model, const Array<std::int32_t>& slots) {
+                self.set_kept_slots(model, span(slots));
+            }, py::arg("model"), py::arg("slots").noconvert())
+        .def("resume", &Beams::resume)
+        .def("set_aside", &Beams::set_aside, py::arg("managers"))
+        .def("start_over", &Beams::start_over, py::arg("managers"))
+        .def("abort", &Beams::abort, py::arg("managers"));
+
+    module.def("begin_rounds", &w2s::begin_rounds, py::arg("requests"));
+    module.def("tokens_left", [](const Requests& requests) {
+        return move_to_numpy(w2s::tokens_left(requests));
+    }, py::arg("requests"));
+    module.def("lay_out_sources", [](const Requests& requests, const PageManager& base) {
+        w2s::Sources found = w2s::lay_out_sources(requests, base);
+        return py::make_tuple(move_to_numpy(std::move(found.slots)),
+                              move_to_numpy(std::move(found.counts)),
+                              move_to_numpy(std::move(found.children)),
+                              move_to_numpy(std::move(found.tokens)),
+                              levels(std::move(found.levels)));
+    }, py::arg("requests"), py::arg("base"));
+    module.def("fork_beams", [](const Requests& requests, PageManager& manager, int model) {
+        return copies(w2s::fork_beams(requests, manager, model));
+    }, py::arg("requests"), py::arg("manager"), py::arg("model"));
+    module.def("lay_out_rows", [](const Requests& requests) {
+        w2s::GrowingRows rows = w2s::lay_out_rows(requests);
+        return py::make_tuple(
+            move_to_numpy(std::move(rows.slots)),
+            py::make_tuple(move_to_numpy(std::move(rows.temperature)),
+                           move_to_numpy(std::move(rows.top_k)),
+                           move_to_numpy(std::move(rows.top_p)),
+                           move_to_numpy(std::move(rows.min_p)),
+                           move_to_numpy(std::move(rows.seed)),
+                           move_to_numpy(std::move(rows.candidate)),
+                           move_to_numpy(std::move(rows.position))),
+            levels(std::move(rows.levels)));
+    }, py::arg("requests"));
+    module.def("take_tokens", [](const Requests& requests, const Array<std::int64_t>& tokens,
+                                 const Array<float>& logprobs, std::int64_t steps) {
+        return broken(w2s::take_tokens(requests, span(tokens), span(logprobs), steps));
+    }, py::arg("requests"), py::arg("tokens").noconvert(), py::arg("logprobs").noconvert(),
+               py::arg("steps"));
+    module.def("release_finished", &w2s::release_finished, py::arg("requests"),
+               py::arg("manager"), py::arg("model"));
+    module.def("lay_out_chunks", [](const Requests& requests) {
+        w2s::Chunks chunks = w2s::lay_out_chunks(requests);
+        return py::make_tuple(move_to_numpy(std::move(chunks.counts)),
+                              move_to_numpy(std::move(chunks.tokens)));
+    }, py::arg("requests"));
+    module.def("lay_out_chunk_rows", [](const Requests& requests, int model) {
+        w2s::ChunkRows rows = w2s::lay_out_chunk_rows(requests, model);
+        return py::make_tuple(move_to_numpy(std::move(rows.slots)),
+                              move_to_numpy(std::move(rows.inputs)),
+                              levels(std::move(rows.levels)));
+    }, py::arg("requests"), py::arg("model"));
+    module.def("lay_out_candidates", [](const Requests& requests) {
+        w2s::CandidateColumns columns = w2s::lay_out_candidates(requests);
+        return py::make_tuple(move_to_numpy(std::move(columns.cu_tokens)),
+                              move_to_numpy(std::move(columns.previous)),
+                              move_to_numpy(std::move(columns.lengths)),
+                              move_to_numpy(std::move(columns.parents)),
+                              move_to_numpy(std::move(columns.siblings)),
+                              move_to_numpy(std::move(columns.cu_candidates)),
+                              move_to_numpy(std::move(columns.width)),
+                              move_to_numpy(std::move(columns.mean)).attr("view")("bool"),
+                              move_to_numpy(std::move(columns.dedup)).attr("view")("bool"),
+                              columns.max_candidates, columns.max_width);
+    }, py::arg("requests"));
+    module.def("take_scores", [](const Requests& requests, const Array<double>& token_scores,
+                                 const Array<double>& scores, const Array<std::int32_t>& first) {
+        return broken(w2s::take_scores(requests, span(token_scores), span(scores), span(first)));
+    }, py::arg("requests"), py::arg("token_scores").noconvert(), py::arg("scores").noconvert(),
+               py::arg("broken").noconvert());
+    module.def("end_rounds", [](const Requests& requests, const Array<std::int32_t>& kept,
+                                const Beams::Managers& managers) {
+        w2s::end_rounds(requests, span(kept), managers);
+    }, py::arg("requests"), py::arg("kept").noconvert(), py::arg("managers"));
+    module.def("keep_all", &w2s::keep_all, py::arg("requests"), py::arg("managers"));
+    module.def("round_pages", [](const Requests& requests,
+                                 const std::vector<std::int64_t>& page_sizes) {
+        const auto rows = static_cast<py::ssize_t>(requests.size());
+        const auto models = static_cast<py::ssize_t>(page_sizes.size());
+        return move_to_numpy(w2s::round_pages(requests, page_sizes), {rows, models});
+    }, py::arg("requests"), py::arg("page_sizes"));
+    module.def("held_slots", [](const Requests& requests, int model) {
+        return move_to_numpy(w2s::held_slots(requests, model));
+    }, py::arg("requests"), py::arg("model"));
+}
+
+}  // namespace w2s

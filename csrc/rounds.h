@@ -1,0 +1,125 @@
+// A step of many requests at once: what their passes are given, and what becomes of what they find.
+//
+// Rows and candidates stand request by request, and within a request in the order of their
+// candidates. Nothing here waits, and each call happens as a whole: an exception of Python's comes
+// before or after it.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "beams.h"
+#include "page_manager.h"
+
+namespace w2s {
+
+using Requests = std::vector<Beams*>;
+using Int32s = std::vector<std::int32_t>;
+using Int64s = std::vector<std::int64_t>;
+
+// What the rows of a pass share, as the levels of a RowTree (w2s_fast/attention/row_tree.py): rows
+// of a request the first `together` tokens, siblings what they `inherited`; prompts are counted.
+struct RowLevels {
+    Int32s requests, together, families, inherited;
+};
+
+// Beams whose KV stands, the tokens to append to it, and how many candidates go on from each.
+struct Sources {
+    Int32s slots, counts, children;
+    Int64s tokens;  // one source's after the other
+    RowLevels levels;
+};
+
+// The growing candidates, with their sampling settings; see SamplingBatch.
+struct GrowingRows {
+    Int32s slots;
+    std::vector<float> temperature;
+    Int64s top_k;
+    std::vector<double> top_p, min_p;
+    Int64s seed, candidate, position;
+    RowLevels levels;
+};
+
+// New tokens of the candidates whose parents are not finished.
+struct Chunks {
+    Int32s counts;
+    Int64s tokens;
+};
+
+// How those are run in one model: each chunk's last token only gives the target of the one before.
+struct ChunkRows {
+    Int32s slots;
+    Int64s inputs;
+    RowLevels levels;
+};
+
+// What select_beams (kernels/select_beams.py) is given of all candidates.
+struct CandidateColumns {
+    Int64s cu_tokens;
+    std::vector<double> previous;
+    Int64s lengths;
+    Int32s parents;
+    Int64s siblings, cu_candidates, width;
+    std::vector<std::uint8_t> mean, dedup;
+    std::int64_t max_candidates = 0, max_width = 0;
+};
+
+// Where a model gave a number that is not finite.
+struct BrokenNumber {
+    std::int32_t request;
+    std::int32_t token;     // index among the new tokens of all candidates; of take_tokens: -1
+    std::int32_t position;  // in its response
+};
+
+// Open a round where none is under way.
+void begin_rounds(const Requests& requests);
+
+Int32s tokens_left(const Requests& requests);
+
+// What the base runs before the first tokens of these requests are drawn.
+Sources lay_out_sources(const Requests& requests, const PageManager& base);
+
+// Slots for all children of parents that go on, in one model; the first one takes its parent's.
+// Throws OutOfPages, and then nothing has changed. In the base, candidates that have slots of their
+// own stay as they are.
+std::vector<PageCopy> fork_beams(const Requests& requests, PageManager& manager, int model);
+
+GrowingRows lay_out_rows(const Requests& requests);
+
+// Append `steps` drawn tokens to each growing candidate, [rows, steps], up to where it ends. The
+// first broken log-prob of a request is reported.
+std::vector<BrokenNumber> take_tokens(const Requests& requests,
+                                      std::span<const std::int64_t> tokens,
+                                      std::span<const float> logprobs, std::int64_t steps);
+
+// Give back what finished candidates hold in one model.
+void release_finished(const Requests& requests, PageManager& manager, int model);
+
+Chunks lay_out_chunks(const Requests& requests);
+ChunkRows lay_out_chunk_rows(const Requests& requests, int model);
+CandidateColumns lay_out_candidates(const Requests& requests);
+
+// Take over what the selection computed: scores of the new tokens [T] and of all candidates [C],
+// and the first broken token of each candidate [C], -1 where there is none. The first of a request
+// is reported.
+std::vector<BrokenNumber> take_scores(const Requests& requests,
+                                      std::span<const double> token_scores,
+                                      std::span<const double> scores,
+                                      std::span<const std::int32_t> broken);
+
+// Keep the candidates [R, width] of each request, best first, up to the first -1, and give back
+// what only others hold.
+void end_rounds(const Requests& requests, std::span<const std::int32_t> kept,
+                const Beams::Managers& managers);
+
+// End rounds without a selection: all candidates are kept.
+void keep_all(const Requests& requests, const Beams::Managers& managers);
+
+// Pages that each request can hold at most in its next round: [R, models], 0 where it runs not.
+Int64s round_pages(const Requests& requests, std::span<const std::int64_t> page_sizes);
+
+// All slots that these requests hold in one model.
+Int32s held_slots(const Requests& requests, int model);
+
+}  // namespace w2s
