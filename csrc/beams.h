@@ -102,6 +102,8 @@ public:
     bool done() const;                             // all hypotheses are finished
     std::int64_t sampled() const { return sampled_; }
     std::int64_t scored() const { return scored_; }
+    // Blocks that there is room for: those in use, and those that were given up.
+    std::int64_t blocks() const { return std::ssize(blocks_); }
     // How many of their first tokens all kept beams that are not finished have in common, by
     // descent: tokens that came out equal by chance do not count, their keys may differ in the last
     // bits. 0 in the first round.

@@ -125,6 +125,7 @@ void bind_beams(py::module_& module) {
         .def_property_readonly("scored", &Beams::scored)
         .def_property_readonly("shared", &Beams::shared)
         .def_property_readonly("tokens_left", &Beams::tokens_left)
+        .def_property_readonly("blocks", &Beams::blocks)
         .def("agreed", &Beams::agreed)
         .def_property_readonly("kept", [](const Beams& self) {
                 std::vector<BeamContents> beams;
@@ -203,16 +204,17 @@ void bind_beams(py::module_& module) {
     }, py::arg("requests"), py::arg("model"));
     module.def("lay_out_candidates", [](const Requests& requests) {
         w2s::CandidateColumns columns = w2s::lay_out_candidates(requests);
-        return py::make_tuple(move_to_numpy(std::move(columns.cu_tokens)),
-                              move_to_numpy(std::move(columns.previous)),
-                              move_to_numpy(std::move(columns.lengths)),
-                              move_to_numpy(std::move(columns.parents)),
-                              move_to_numpy(std::move(columns.siblings)),
-                              move_to_numpy(std::move(columns.cu_candidates)),
-                              move_to_numpy(std::move(columns.width)),
-                              move_to_numpy(std::move(columns.mean)).attr("view")("bool"),
-                              move_to_numpy(std::move(columns.dedup)).attr("view")("bool"),
-                              columns.max_candidates, columns.max_width);
+        py::dict found;
+        found["cu_tokens"] = move_to_numpy(std::move(columns.cu_tokens));
+        found["previous"] = move_to_numpy(std::move(columns.previous));
+        found["lengths"] = move_to_numpy(std::move(columns.lengths));
+        found["parents"] = move_to_numpy(std::move(columns.parents));
+        found["siblings"] = move_to_numpy(std::move(columns.siblings));
+        found["cu_candidates"] = move_to_numpy(std::move(columns.cu_candidates));
+        found["width"] = move_to_numpy(std::move(columns.width));
+        found["mean"] = move_to_numpy(std::move(columns.mean)).attr("view")("bool");
+        found["dedup"] = move_to_numpy(std::move(columns.dedup)).attr("view")("bool");
+        return py::make_tuple(found, columns.max_candidates, columns.max_width);
     }, py::arg("requests"));
     module.def("take_scores", [](const Requests& requests, const Array<double>& token_scores,
                                  const Array<double>& scores, const Array<std::int32_t>& first) {

@@ -4,7 +4,7 @@ Every array is one-dimensional unless a shape is given; arguments must be contig
 (anything else is a TypeError). Operations raise PageMisuse or OutOfPages and then change nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Literal
 
@@ -15,7 +15,7 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-Bool = NDArray[np.bool_]
+Columns = NDArray[np.int64 | np.int32 | np.float64 | np.bool_]
 
 class Hold:
     """A lock held for a block, whatever interrupts it; csrc/hold.h says what the arguments are."""
@@ -153,8 +153,8 @@ class Beams:
 
     def __init__(
         self,
-        prompt: list[int],
-        guide_prompts: list[tuple[int, int]],
+        prompt: Sequence[int],
+        guide_prompts: Sequence[tuple[int, int]],
         *,
         first_candidates: int,
         width: int,
@@ -166,8 +166,8 @@ class Beams:
         dedup: bool,
         uses_guides: bool,
         trace: bool,
-        eos_ids: list[int],
-        stop_ids: list[int],
+        eos_ids: Sequence[int],
+        stop_ids: Sequence[int],
         temperature: float,
         top_k: int,
         top_p: float,
@@ -200,6 +200,9 @@ class Beams:
     def scored(self) -> int:
         """Tokens scored so far, by each guide."""
     @property
+    def blocks(self) -> int:
+        """Blocks of tokens that there is room for."""
+    @property
     def shared(self) -> int:
         """First tokens that all hypotheses that go on have from the same ancestor."""
     @property
@@ -216,48 +219,48 @@ class Beams:
     def set_root_slot(self, model: int, slot: int) -> None: ...
     def set_kept_slots(self, model: int, slots: Int32) -> None: ...
     def resume(self) -> None: ...
-    def set_aside(self, managers: list[PageManager]) -> None: ...
-    def start_over(self, managers: list[PageManager]) -> None: ...
-    def abort(self, managers: list[PageManager]) -> None: ...
+    def set_aside(self, managers: Sequence[PageManager]) -> None: ...
+    def start_over(self, managers: Sequence[PageManager]) -> None: ...
+    def abort(self, managers: Sequence[PageManager]) -> None: ...
 
 # csrc/rounds.h says what these do. Rows and candidates stand request by request.
 
-def begin_rounds(requests: list[Beams]) -> None: ...
-def tokens_left(requests: list[Beams]) -> Int32: ...
+def begin_rounds(requests: Sequence[Beams]) -> None: ...
+def tokens_left(requests: Sequence[Beams]) -> Int32: ...
 def lay_out_sources(
-    requests: list[Beams], base: PageManager
+    requests: Sequence[Beams], base: PageManager
 ) -> tuple[Int32, Int32, Int32, Int64, Levels]:
     """Returns slots, counts and children [N], tokens [T], and what they share."""
 
-def fork_beams(requests: list[Beams], manager: PageManager, model: int) -> Int32:
+def fork_beams(requests: Sequence[Beams], manager: PageManager, model: int) -> Int32:
     """Returns page copies, as PageManager.fork does."""
 
 def lay_out_rows(
-    requests: list[Beams],
+    requests: Sequence[Beams],
 ) -> tuple[Int32, tuple[Float32, Int64, Float64, Float64, Int64, Int64, Int64], Levels]:
     """Returns slots [S], sampling columns [S] each, and what the rows share."""
 
 def take_tokens(
-    requests: list[Beams], tokens: Int64, logprobs: Float32, steps: int
+    requests: Sequence[Beams], tokens: Int64, logprobs: Float32, steps: int
 ) -> Broken: ...
-def release_finished(requests: list[Beams], manager: PageManager, model: int) -> None: ...
-def lay_out_chunks(requests: list[Beams]) -> tuple[Int32, Int64]:
+def release_finished(requests: Sequence[Beams], manager: PageManager, model: int) -> None: ...
+def lay_out_chunks(requests: Sequence[Beams]) -> tuple[Int32, Int64]:
     """Returns counts [S] and tokens [T]."""
 
-def lay_out_chunk_rows(requests: list[Beams], model: int) -> tuple[Int32, Int64, Levels]:
+def lay_out_chunk_rows(requests: Sequence[Beams], model: int) -> tuple[Int32, Int64, Levels]:
     """Returns slots [S], inputs [T], and what the rows share."""
 
 def lay_out_candidates(
-    requests: list[Beams],
-) -> tuple[Int64, Float64, Int64, Int32, Int64, Int64, Int64, Bool, Bool, int, int]:
+    requests: Sequence[Beams],
+) -> tuple[dict[str, Columns], int, int]:
     """Returns the columns of select_beams from `cu_tokens` on, and the two bounds."""
 
 def take_scores(
-    requests: list[Beams], token_scores: Float64, scores: Float64, broken: Int32
+    requests: Sequence[Beams], token_scores: Float64, scores: Float64, broken: Int32
 ) -> Broken: ...
-def end_rounds(requests: list[Beams], kept: Int32, managers: list[PageManager]) -> None: ...
-def keep_all(requests: list[Beams], managers: list[PageManager]) -> None: ...
-def round_pages(requests: list[Beams], page_sizes: list[int]) -> Int64:
+def end_rounds(requests: Sequence[Beams], kept: Int32, managers: Sequence[PageManager]) -> None: ...
+def keep_all(requests: Sequence[Beams], managers: Sequence[PageManager]) -> None: ...
+def round_pages(requests: Sequence[Beams], page_sizes: Sequence[int]) -> Int64:
     """Returns pages [R, models], 0 where a model runs not."""
 
-def held_slots(requests: list[Beams], model: int) -> Int32: ...
+def held_slots(requests: Sequence[Beams], model: int) -> Int32: ...

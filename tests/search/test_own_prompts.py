@@ -58,7 +58,7 @@ class Asked(NamedTuple):
 
 
 def search(e: Engine, asked: Sequence[Asked]) -> list[SearchResult]:
-    requests = [Request(*one) for one in asked]
+    requests = [Request(*one, eos_ids=e.eos_token_ids) for one in asked]
     for request in requests:
         e.runner.submit(request)
     while left := [request for request in requests if not request.ended]:
@@ -152,7 +152,7 @@ def test_each_model_finds_its_own_prompt_in_the_prefix_cache(page_size: int) -> 
 @pytest.mark.parametrize("page_size", [1, 3])
 def test_a_model_is_promised_pages_for_its_own_prompt(page_size: int) -> None:
     e = engine(page_size, 4000, ())
-    request = Request(*SEEDS[0])
+    request = Request(*SEEDS[0], eos_ids=e.eos_token_ids)
     e.runner.submit(request)
     held, promised = [], []
     while not request.ended:

@@ -1,8 +1,8 @@
 """Search: rounds of many requests at once: expand, score, select, fork.
 
-Owns requests with the beams of their searches (csrc/beams.h), which slots these hold in the base and
-in the guides, and what the guides say of new tokens. One step brings all given requests further;
-which requests these are, and whether their pages exist, is decided above.
+Owns requests with the beams of their searches (csrc/beams.h), which slots these hold in the base
+and in the guides, and what the guides say of new tokens. One step brings all given requests
+further; which requests these are, and whether their pages exist, is decided above.
 """
 
 from w2s_fast._pages import Beam

@@ -80,9 +80,7 @@ class BaseSide:
         slots, counts, children, tokens, levels = lay_out_sources(
             _beams(requests), self.model.pool.manager
         )
-        hidden = self.model.forward(
-            slots, self._on_device(tokens), counts, family_tree(levels)
-        )
+        hidden = self.model.forward(slots, self._on_device(tokens), counts, family_tree(levels))
         self.rows += len(slots)
         self.passes += 1
         last = np.cumsum(counts, dtype=np.int64) - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,19 +49,18 @@ def choose(
     """
     device = tuned.device
 
-    def column(values: NDArray[np.generic]) -> Tensor:
+    def column(values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True)
 
-    cu_tokens, *columns, max_candidates, max_width = lay_out_candidates(requests)
+    columns, max_candidates, max_width = lay_out_candidates(requests)
     found = select_beams(
         tuned,
         untuned,
         column(np.array(weights, np.float64)),
         tokens,
-        column(cu_tokens),
-        *(column(values) for values in columns),
-        max_candidates,
-        max_width,
+        **{name: column(values) for name, values in columns.items()},
+        max_candidates=max_candidates,
+        max_width=max_width,
     )
     return Choice(
         *(x.cpu().numpy() for x in (found.token_scores, found.scores, found.kept, found.broken))

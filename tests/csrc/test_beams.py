@@ -1,0 +1,416 @@
+"""Beams and rounds in C++ do what lists of tokens say, and hold the slots that they should."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.csrc.beams_model import ModelRequest
+from w2s_fast import SearchParams
+from w2s_fast._pages import (
+    PageManager,
+    begin_rounds,
+    end_rounds,
+    fork_beams,
+    held_slots,
+    keep_all,
+    lay_out_candidates,
+    lay_out_chunk_rows,
+    lay_out_chunks,
+    lay_out_rows,
+    lay_out_sources,
+    release_finished,
+    take_scores,
+    take_tokens,
+    tokens_left,
+)
+from w2s_fast.errors import OutOfPages
+from w2s_fast.search import Beam, Request
+
+EOS = {0}
+PAGE = 4
+
+
+def seen(beam: Beam) -> tuple[Any, ...]:
+    return (
+        beam.parent,
+        beam.tokens,
+        beam.logprobs,
+        beam.token_scores,
+        beam.total,
+        beam.finish_reason,
+    )
+
+
+@st.composite
+def some_params(draw: st.DrawFn) -> SearchParams:
+    method = draw(st.sampled_from(["cbs", "cbs", "bon", "sample"]))
+    width, successors = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    most = {"cbs": width, "bon": successors, "sample": 4}[method]
+    return SearchParams(
+        method=method,
+        beam_width=width,
+        successors=successors,
+        n=draw(st.integers(1, most)),
+        chunk_length=draw(st.sampled_from([1, 2, 3, 5, 17, 20])),
+        max_new_tokens=draw(st.sampled_from([1, 4, 9, 40])),
+        finished=draw(st.sampled_from(["hold", "replicate"])),
+        score=draw(st.sampled_from(["sum", "mean"])),
+        stop_token_ids=draw(st.sampled_from([(), (5,)])),
+        ignore_eos=draw(st.booleans()),
+        trace=draw(st.booleans()),
+    )
+
+
+class World:
+    """Requests in C++ and their models, over page managers of a base and one guide."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.draw = data.draw
+        self.managers = [PageManager(4000, PAGE, 400, 40) for _ in range(3)]
+        self.requests: list[Request] = []
+        self.models: list[ModelRequest] = []
+        self.traces: list[list[Any]] = []
+        for _ in range(self.draw(st.integers(1, 3))):
+            params = self.draw(some_params())
+            prompt = self.draw(st.lists(st.integers(1, 9), min_size=1, max_size=9))
+            other = self.draw(st.lists(st.integers(1, 9), min_size=1, max_size=9))
+            guides = [(prompt, other)] if params.uses_guides else []
+            self.requests.append(Request(prompt, guides, params, eos_ids=EOS))
+            self.models.append(ModelRequest(params, EOS))
+            self.traces.append([])
+
+    def beams(self, which: list[int]) -> list[Any]:
+        return [self.requests[i].beams for i in which]
+
+    def prompts(self, i: int) -> list[list[int]]:
+        request = self.requests[i]
+        return [request.prompt, *(own for both in request.guide_prompts for own in both)]
+
+    def check(self) -> None:
+        for request, model in zip(self.requests, self.models):
+            beams = request.beams
+            assert [seen(beam) for beam in beams.candidates] == [b.seen() for b in model.candidates]
+            if beams.round > 1 or not beams.open:
+                assert [seen(beam) for beam in beams.kept] == [b.seen() for b in model.kept]
+            assert beams.tokens_left == model.left()
+            assert beams.agreed() == model.agreed
+            assert beams.shared == model.shared
+            assert (beams.sampled, beams.scored) == (model.sampled, model.scored)
+            assert beams.done == (
+                not model.families
+                and bool(model.kept)
+                and all(b.reason is not None for b in model.kept)
+            )
+        for m, manager in enumerate(self.managers):
+            manager.check()
+            held = held_slots([request.beams for request in self.requests], m).tolist()
+            used = np.flatnonzero(manager.held_pages >= 0).tolist()
+            assert sorted(held) == used
+
+    def begin(self, which: list[int]) -> None:
+        for i in which:
+            if not self.models[i].families:
+                self.models[i].begin()
+        begin_rounds(self.beams(which))
+        for i in which:
+            request = self.requests[i]
+            if request.begins and request.beams.candidates[0].slots[0] < 0:
+                (slot,) = self.managers[0].allocate(1)
+                self._grow(0, [slot], [self.draw(st.integers(0, len(request.prompt) - 1))])
+                request.beams.set_root_slot(0, slot)
+
+    def _grow(self, m: int, slots: Any, counts: Any) -> None:
+        slots, counts = np.array(slots, np.int32), np.array(counts, np.int32)
+        self.managers[m].reserve(slots, counts)
+        self.managers[m].extend(slots, counts)
+
+    def expand(self, which: list[int]) -> None:
+        """What the base does: sources, forks, and some tokens for every growing candidate."""
+        left = tokens_left(self.beams(which))
+        which = [i for i, more in zip(which, left) if more]
+        if not which:
+            return
+        steps = self.draw(st.integers(1, min(int(left[left > 0].min()), 16)))
+        self._check_sources(which)
+        slots, counts, *_ = lay_out_sources(self.beams(which), self.managers[0])
+        self._grow(0, slots, counts)
+        fork_beams(self.beams(which), self.managers[0], 0)
+        self._check_rows(which)
+        slots, *_ = lay_out_rows(self.beams(which))
+        self._grow(0, slots, [steps - 1] * len(slots))
+        rows = [(i, beam) for i in which for beam in self.models[i].growing]
+        assert len(rows) == len(slots)
+        tokens = np.array(
+            [[self.draw(st.integers(0, 9)) for _ in range(steps)] for _ in rows], np.int64
+        )
+        logprobs = -np.arange(tokens.size, dtype=np.float32).reshape(tokens.shape)
+        assert take_tokens(self.beams(which), tokens, logprobs, steps) == []
+        for (i, beam), new, own in zip(rows, tokens.tolist(), logprobs.tolist()):
+            self.models[i].take(beam, new, own)
+        release_finished(self.beams(which), self.managers[0], 0)
+
+    def _check_sources(self, which: list[int]) -> None:
+        slots, counts, children, tokens, levels = lay_out_sources(
+            self.beams(which), self.managers[0]
+        )
+        lengths = self.managers[0].lengths
+        expected_tokens, expected_children, ends = [], [], []
+        for i in which:
+            model, beams, prompt = self.models[i], self.requests[i].beams, self.requests[i].prompt
+            if beams.forked:
+                sources = [(beam, 1) for beam in model.growing]
+            else:
+                sources = [(b, len(c)) for b, c in model.families if b.reason is None]
+            for beam, count in sources:
+                expected_children.append(count)
+                if beam.tokens:
+                    expected_tokens += [beam.tokens[-1:]]
+                    ends.append(len(prompt) + min(model.shared, beam.inherited))
+                else:
+                    held = int(lengths[slots[len(expected_tokens)]])
+                    expected_tokens += [prompt[held:]]
+                    ends.append(0)
+        assert counts.tolist() == [len(own) for own in expected_tokens]
+        assert tokens.tolist() == [token for own in expected_tokens for token in own]
+        assert children.tolist() == expected_children
+        assert levels[0][1].tolist() == ends
+
+    def _check_rows(self, which: list[int]) -> None:
+        _, columns, ((groups, together), (families, inherited)) = lay_out_rows(self.beams(which))
+        rows = [(i, beam) for i in which for beam in self.models[i].growing]
+        indices = [
+            c for i in which for c, b in enumerate(self.models[i].candidates) if b.reason is None
+        ]
+        assert columns[5].tolist() == indices
+        assert columns[6].tolist() == [len(beam.tokens) for _, beam in rows]
+        assert columns[1].tolist() == [self.models[i].params.top_k for i, _ in rows]
+        prompts = [len(self.requests[i].prompt) for i, _ in rows]
+        assert inherited.tolist() == [p + b.inherited for p, (_, b) in zip(prompts, rows)]
+        assert together.tolist() == [
+            p + min(self.models[i].shared, b.inherited) for p, (i, b) in zip(prompts, rows)
+        ]
+        for a in range(1, len(rows)):
+            same = rows[a][0] == rows[a - 1][0]
+            assert (groups[a] == groups[a - 1]) == same
+            siblings = same and rows[a][1].parent == rows[a - 1][1].parent
+            assert (families[a] == families[a - 1]) == siblings
+
+    def close(self, which: list[int]) -> None:
+        """What the guides and the selection do where a round is complete."""
+        which = [i for i in which if self.models[i].families and not self.models[i].left()]
+        guided = [i for i in which if self.models[i].params.uses_guides]
+        if guided:
+            self._score(guided)
+        rest = [i for i in which if i not in guided]
+        for i in rest:
+            self._record(i, list(range(len(self.models[i].candidates))))
+        keep_all(self.beams(rest), self.managers)
+
+    def _score(self, which: list[int]) -> None:
+        for m in (1, 2):
+            for i in which:
+                if self.requests[i].beams.round == 1:
+                    (slot,) = self.managers[m].allocate(1)
+                    self._grow(m, [slot], [len(self.prompts(i)[m]) - 1])
+                    self.requests[i].beams.set_root_slot(m, slot)
+            fork_beams(self.beams(which), self.managers[m], m)
+        counts, tokens = lay_out_chunks(self.beams(which))
+        drawn = [
+            (i, beam)
+            for i in which
+            for parent, children in self.models[i].families
+            if parent.reason is None
+            for beam in children
+        ]
+        new = [beam.tokens[beam.inherited :] for _, beam in drawn]
+        assert counts.tolist() == [len(own) for own in new]
+        assert tokens.tolist() == [token for own in new for token in own]
+        for m in (1, 2):
+            slots, inputs, (_, (_, inherited)) = lay_out_chunk_rows(self.beams(which), m)
+            before = [
+                beam.tokens[beam.inherited - 1] if beam.inherited else self.prompts(i)[m][-1]
+                for i, beam in drawn
+            ]
+            expected = [t for last, own in zip(before, new) for t in (last, *own[:-1])]
+            assert inputs.tolist() == expected
+            lengths = [len(self.prompts(i)[m]) - 1 + beam.inherited for i, beam in drawn]
+            assert self.managers[m].lengths[slots].tolist() == lengths == inherited.tolist()
+            self._grow(m, slots, counts)
+        self._select(which, len(tokens))
+
+    def _select(self, which: list[int], count: int) -> None:
+        columns, _, _ = lay_out_candidates(self.beams(which))
+        cu_tokens, previous, lengths, parents, siblings, cu_candidates, width, _, _ = (
+            columns.values()
+        )
+        candidates = [(i, beam) for i in which for beam in self.models[i].candidates]
+        assert previous.tolist() == [beam.total for _, beam in candidates]
+        assert lengths.tolist() == [len(beam.tokens) for _, beam in candidates]
+        assert parents.tolist() == [-1 if b.parent is None else b.parent for _, b in candidates]
+        assert width.tolist() == [self.models[i].params.kept for i in which]
+        begins = [b.tokens[: b.inherited] for _, b in candidates]
+        for first, end in pairwise(cu_candidates):
+            for a in range(first, end):
+                for b in range(first, end):
+                    assert (siblings[a] == siblings[b]) == (begins[a] == begins[b])
+        scores = np.arange(count, dtype=np.float64)
+        totals = previous + np.add.reduceat(np.append(scores, 0), cu_tokens[:-1]) * np.diff(
+            cu_tokens
+        ).astype(bool)
+        sound = np.full(len(candidates), -1, np.int32)
+        assert take_scores(self.beams(which), scores, totals, sound) == []
+        for c, (i, beam) in enumerate(candidates):
+            own = scores[cu_tokens[c] : cu_tokens[c + 1]].tolist()
+            self.models[i].score(beam, own, float(totals[c]))
+        kept = np.full((len(which), int(width.max())), -1, np.int32)
+        for r, i in enumerate(which):
+            most = min(self.models[i].params.kept, len(self.models[i].candidates))
+            order = self.draw(st.permutations(range(len(self.models[i].candidates))))
+            kept[r, :most] = order[:most]
+            self._record(i, order[:most])
+        end_rounds(self.beams(which), kept, self.managers)
+
+    def _record(self, i: int, winners: list[int]) -> None:
+        model = self.models[i]
+        self.traces[i].append(([b.seen() for b in model.candidates], list(winners)))
+        model.close(list(winners))
+
+    def interrupt(self, i: int) -> None:
+        """Its round begins again, or it is set aside between two rounds; then it holds nothing."""
+        beams, model = self.requests[i].beams, self.models[i]
+        if model.families:
+            beams.start_over(self.managers)
+            model.families = []
+            assert beams.aside == bool(model.kept)
+        else:
+            beams.set_aside(self.managers)
+        if not beams.aside:
+            return
+        alive = [b for b in model.kept if b.reason is None]
+        for m, prompt in enumerate(self.prompts(i)):
+            slots = self.managers[m].allocate(len(alive))
+            self._grow(m, slots, [len(prompt) + len(b.tokens) - 1 for b in alive])
+            beams.set_kept_slots(m, slots)
+        beams.resume()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_rounds_of_many_requests_are_what_lists_of_tokens_say(data: st.DataObject) -> None:
+    world = World(data)
+    for _ in range(data.draw(st.integers(1, 12))):
+        live = [i for i, r in enumerate(world.requests) if not r.beams.done]
+        if not live:
+            break
+        which = data.draw(st.lists(st.sampled_from(live), unique=True, min_size=1))
+        world.begin(which)
+        world.check()
+        world.expand(which)
+        world.check()
+        world.close(which)
+        world.check()
+        if data.draw(st.integers(0, 5)) == 0:
+            world.interrupt(data.draw(st.sampled_from(which)))
+            world.check()
+    for request, trace in zip(world.requests, world.traces):
+        if request.params.trace:
+            rounds = request.beams.trace()
+            found = [([seen(c) for c in one.candidates], one.kept) for one in rounds]
+            assert found == trace
+        request.beams.abort(world.managers)
+    for m, manager in enumerate(world.managers):
+        assert manager.free_slots == manager.max_slots, m
+        assert manager.free_pages == manager.num_pages
+
+
+def request(**params: Any) -> Request:
+    options = {"beam_width": 2, "successors": 2, "chunk_length": 3, "max_new_tokens": 9, **params}
+    return Request([1, 2], [([1, 2], [1, 2])], SearchParams(**options), eos_ids=EOS)
+
+
+def test_a_broken_log_prob_is_named_once_and_nothing_behind_it_counts() -> None:
+    one = request()
+    begin_rounds([one.beams])
+    logprobs = np.zeros((4, 3), np.float32)
+    logprobs[1, 2], logprobs[2, 0], logprobs[3] = np.nan, np.inf, -np.inf
+    assert take_tokens([one.beams], np.full((4, 3), 7), logprobs, 3) == [(0, -1, 2)]
+    assert [beam.tokens for beam in one.beams.candidates] == [[7, 7, 7], [7, 7], [], []]
+    assert one.beams.sampled == 5
+
+
+def test_a_broken_number_behind_the_end_of_a_response_is_nobodys() -> None:
+    one = request()
+    begin_rounds([one.beams])
+    tokens = np.full((4, 3), 7)
+    tokens[:, 1] = 0
+    logprobs = np.zeros((4, 3), np.float32)
+    logprobs[:, 2] = np.nan
+    assert take_tokens([one.beams], tokens, logprobs, 3) == []
+    assert {beam.finish_reason for beam in one.beams.candidates} == {"eos"}
+
+
+def test_the_first_broken_score_of_a_request_is_named() -> None:
+    one, two = request(), request()
+    beams = [one.beams, two.beams]
+    begin_rounds(beams)
+    take_tokens(beams, np.full((8, 2), 7), np.zeros((8, 2), np.float32), 2)
+    broken = np.array([-1, -1, -1, -1, -1, 11, 13, -1], np.int32)
+    found = take_scores(beams, np.zeros(16), np.zeros(8), broken)
+    assert found == [(1, 11, 1)]
+
+
+def test_no_slot_changes_hands_where_there_is_no_room() -> None:
+    manager = PageManager(8, PAGE, 3, 4)
+    one = request()
+    begin_rounds([one.beams])
+    (slot,) = manager.allocate(1)
+    one.beams.set_root_slot(0, slot)
+    with pytest.raises(OutOfPages):
+        fork_beams([one.beams], manager, 0)
+    assert held_slots([one.beams], 0).tolist() == [slot]
+    assert not one.beams.forked
+
+
+def test_a_history_is_stored_once() -> None:
+    """What a round adds does not depend on how long the response is."""
+    one = request(max_new_tokens=30_000, chunk_length=10)
+    sizes = []
+    for _ in range(3000):
+        begin_rounds([one.beams])
+        rows = len(one.beams.candidates) if not sizes else 4
+        take_tokens([one.beams], np.full((rows, 10), 7), np.zeros((rows, 10), np.float32), 10)
+        take_scores([one.beams], np.zeros(rows * 10), np.zeros(rows), np.full(rows, -1, np.int32))
+        end_rounds([one.beams], np.array([[1, 3]], np.int32), [])
+        sizes.append(one.beams.blocks)
+    # Two histories, each block of them once, and those of losers are used again.
+    assert sizes[-1] <= 2 * 3000 + 4
+    assert [len(beam.tokens) for beam in one.beams.kept] == [30_000] * 2
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    one = request()
+    with pytest.raises(ValueError, match="rows, steps"):
+        take_tokens([one.beams], np.zeros((1, 1), np.int64), np.zeros((1, 1), np.float32), 1)
+    begin_rounds([one.beams])
+    with pytest.raises(ValueError, match="scores must be"):
+        take_scores([one.beams], np.zeros(1), np.zeros(4), np.full(4, -1, np.int32))
+
+
+def test_equal_tokens_of_other_parents_are_siblings() -> None:
+    """They are told by their tokens, not by where these come from."""
+    one = request(chunk_length=1)
+    begin_rounds([one.beams])
+    zeros = np.zeros((4, 1), np.float32)
+    sound = np.full(4, -1, np.int32)
+    for tokens, kept in (([3, 4, 3, 5], [0, 2]), ([6, 7, 6, 7], [1, 3])):
+        take_tokens([one.beams], np.array(tokens)[:, None], zeros, 1)
+        take_scores([one.beams], np.zeros(4), np.zeros(4), sound)
+        end_rounds([one.beams], np.array([kept], np.int32), [])
+        begin_rounds([one.beams])
+        assert set(lay_out_candidates([one.beams])[0]["siblings"].tolist()) == {0}
