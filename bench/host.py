@@ -164,10 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def show(found: Sequence[tuple[Sequence[At], Counts]], console: Console) -> None:
     """Times by length, and counts, which do not depend on it."""
-    times = Table("requests", "chunk", "length", box=box.ROUNDED, title="The host's time of a round")
+    sized = ("requests", "chunk")
+    times = Table(*sized, "length", box=box.ROUNDED, title="The host's time of a round")
     for heading in ("ms", "smallest", "us a row", "x the shortest", "by hand"):
         times.add_column(heading, justify="right")
-    counts = Table("requests", "chunk", box=box.ROUNDED, title="What a round asks of the device")
+    counts = Table(*sized, box=box.ROUNDED, title="What a round asks of the device")
     for heading in ("waits", "reads", "copies to it", "replays", "other launches"):
         counts.add_column(heading, justify="right")
     for measured, counted in found:

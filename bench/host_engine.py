@@ -27,7 +27,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import w2s_fast.kernels
-from tests.support.device import DEVICE, Device, set_up_as_on_cuda
+from tests.support.device import DEVICE, Device
+from tests.support.recorder import set_up_as_on_cuda
 from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.search import Request
 
@@ -216,7 +217,9 @@ class HostEngine:
         sampled = self.engine.stats().sampled_tokens - before.sampled_tokens
         took_part = rounds - before.rounds
         if (took_part, sampled) != (self.size.requests, self.size.rows * self.size.chunk):
-            raise RuntimeError(f"{took_part} requests sampled {sampled} tokens; wanted: {self.size}")
+            raise RuntimeError(
+                f"{took_part} requests sampled {sampled} tokens; wanted: {self.size}"
+            )
         return seconds
 
 
