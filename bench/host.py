@@ -146,19 +146,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             profile(size, lengths[0], args.rounds)
         return 0
     start = machine_seconds()
+    said = {"command": " ".join(["python -m bench.host", *arguments]), "quick": args.quick}
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     found: list[tuple[list[At], Counts]] = []
     for size in sizes:
         print(f"{size.requests} requests, chunks of {size.chunk}", file=sys.stderr, flush=True)
         found.append((list(measure(size, lengths, args.rounds, args.seconds)), count(size)))
+        others = share_of_others(start, machine_seconds())
+        if args.out is not None:  # after every size: the larger ones take long
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(said | report(found, others), indent=1) + "\n")
         gc.collect()
-    others = share_of_others(start, machine_seconds())
-    show(found, Console(width=None if sys.stdout.isatty() else 110, highlight=False))
+    show(found, console)
     if others is not None:
-        print(f"Other programs took {100 * others:.0f} % of this machine's time meanwhile.")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        said = {"command": " ".join(["python -m bench.host", *arguments]), "quick": args.quick}
-        args.out.write_text(json.dumps(said | report(found, others), indent=1) + "\n")
+        console.print(f"Other programs took {100 * others:.0f} % of this machine's time meanwhile.")
     return 0
 
 

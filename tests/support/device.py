@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -74,7 +73,7 @@ class Device:
         self.counts = Counts()
         # Kept, so that no other storage is ever taken for one of them.
         self._storages: dict[int, Any] = {}
-        self._pending: set[int] = set()  # host storages that reads are on their way to
+        self._pending: dict[int, Any] = {}  # of the host, that reads are on their way to
         self._born: bool | None = None  # where new storages belong; None: with what they come from
         self._modes = ExitStack()
 
@@ -119,6 +118,14 @@ class Device:
         for tensor in _tensors(tree):
             self._storages[_key(tensor)] = tensor.untyped_storage()
 
+    def _bearing(self, born: bool | None, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call a function whose new storages belong there."""
+        before, self._born = self._born, born
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._born = before
+
     @contextmanager
     def _away(self) -> Iterator[None]:
         """Nothing is seen within: in a recording everything is on the device."""
@@ -140,7 +147,7 @@ class Device:
         if to is None:
             self.counts.waits += 1
         else:
-            self._pending.add(_key(to))
+            self._pending[_key(to)] = to.untyped_storage()
 
     def _looked_at(self, tensor: Tensor) -> None:
         """The host looks at a tensor of its own: then all that was under way has arrived."""
@@ -173,8 +180,7 @@ class _Calls(TorchFunctionMode):
         if named is not None:
             born = torch.device(named) == DEVICE
             kwargs = {**kwargs, "device": "cpu"}
-        with mock.patch.object(device, "_born", born):
-            out = func(*args, **kwargs)
+        out = device._bearing(born, func, args, kwargs)
         if born and name in _FROM_DATA:
             device._copied(blocks=True)
             device._take(out)
@@ -198,18 +204,16 @@ class _Calls(TorchFunctionMode):
             there = torch.device("cpu")
         here = device.holds(tensor)
         goes = here if there is None else torch.device(there) == DEVICE
-        with mock.patch.object(device, "_born", goes):
-            out: Tensor = func(*args, **kwargs)
-            if goes == here:
-                return out
-            if _key(out) == _key(tensor):
-                out = out.clone()
+        out: Tensor = device._bearing(goes, func, args, kwargs)
+        if goes == here:
+            return out
+        if _key(out) == _key(tensor):
+            out = device._bearing(goes, Tensor.clone, (out,), {})
         blocks = not kwargs.get("non_blocking", False)
         if goes:
             device._copied(blocks)
             device._take(out)
         else:
-            device._storages.pop(_key(out), None)
             device._read(None if blocks else out)
         return out
 
