@@ -34,6 +34,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench.machine import cores, machine_seconds, processor, share_of_others
 from bench.search_cases import RELEASED, Bench, Case, Ratio, cases
 from bench.search_memory import Memory, measure
 from bench.search_profile import profile
@@ -99,20 +100,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.repeats < 1:
         parser.error("--repeats is at least 1")
     # Tiny operators on several threads would only wait for each other.
-    torch.set_num_threads(1 if args.quick else _cores())
+    torch.set_num_threads(1 if args.quick else cores())
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     chosen = [case for case in cases(args.quick) if not args.only or case.name in args.only]
     if args.profile:
         for case in chosen:
             profile(case, console)
         return 0
-    start = _machine_seconds()
+    start = machine_seconds()
     outcomes = []
     for case in chosen:
         memory = None if args.no_memory else measure(case, args.quick)
         outcomes.append(Outcome(case, time_case(case, args.repeats), memory))
         show(outcomes[-1], console)
-    others = _share_of_others(start, _machine_seconds())
+    others = share_of_others(start, machine_seconds())
     if others is not None:
         console.print(f"Other programs took {100 * others:.0f} % of this machine's time meanwhile.")
     if args.out is not None:
@@ -187,8 +188,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def report(outcomes: Sequence[Outcome], others: float | None) -> dict[str, Any]:
     """Everything a reader needs to trust a number, or not."""
     return {
-        "cpu": _cpu(),
-        "cores": _cores(),
+        "cpu": processor(),
+        "cores": cores(),
         "machine": platform.machine(),
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
@@ -243,42 +244,6 @@ def _case_report(outcome: Outcome) -> dict[str, Any]:
             "met": memory.ratio <= MEMORY_TARGET,
         },
     }
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _machine_seconds() -> tuple[float, float, float] | None:
-    """Processor seconds so far: of all cores, busy ones, and this process with its children."""
-    try:
-        fields = [int(field) for field in Path("/proc/stat").read_text().split()[1:9]]
-    except OSError:
-        return None
-    ticks = os.sysconf("SC_CLK_TCK")
-    total, idle = sum(fields), fields[3] + fields[4]  # man 5 proc: idle, iowait
-    own = os.times()
-    ours = own.user + own.system + own.children_user + own.children_system
-    return total / ticks, (total - idle) / ticks, ours
-
-
-def _share_of_others(
-    start: tuple[float, float, float] | None, end: tuple[float, float, float] | None
-) -> float | None:
-    if start is None or end is None or end[0] == start[0]:
-        return None
-    total, busy, ours = (after - before for before, after in zip(start, end))
-    return max(0.0, busy - ours) / total
 
 
 if __name__ == "__main__":

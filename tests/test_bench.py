@@ -11,14 +11,17 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import bench.host
 import bench.search
 import bench.search_cases
 from bench.baselines import GuideModels, ReleasedResult, generate_rows, released_search
+from bench.host_engine import Clock
 from bench.search import Outcome, Timing
 from bench.search_cases import BATCH, ENGINE, GENERATE, Bench, cases
 from bench.search_memory import measure
@@ -229,3 +232,53 @@ def test_a_dry_run_times_the_cpus_attention_with_and_without_a_tree(tmp_path: Pa
         ("append", 2),
     ]
     assert all(min(row["tree_ms"], row["flat_ms"], row["dense_ms"]) > 0 for row in rows)
+
+
+def test_a_quick_run_times_the_host_and_counts_what_it_asks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "host.json"
+    assert bench.host.main(["--quick", "--rounds", "2", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert {"cpu", "cores", "threads", "torch", "transformers", "commit", "date"} <= set(found)
+    one, two = found["sizes"]
+    assert [one["requests"], two["requests"]] == [1, 2]
+    for size in (one, two):
+        short, long = size["lengths"]
+        assert short["length"] == 12 and long["length"] >= 24 and short["of_shortest"] == 1
+        assert all(len(at["seconds"]) == 2 and min(at["seconds"]) > 0 for at in size["lengths"])
+        assert short["us_per_row"] == pytest.approx(1e3 * short["ms"] / (16 * size["requests"]))
+        assert size["counts"]["replays"] >= 5 and size["counts"]["waits"] >= 1
+    same = ("waits", "reads", "copies", "replays")
+    assert [one["counts"][name] for name in same] == [two["counts"][name] for name in same]
+    printed = capsys.readouterr().out
+    assert "us a row" in printed and "other launches" in printed
+
+
+def test_the_hosts_clock_stands_still_where_a_device_would_compute() -> None:
+    clock = Clock()
+    busy = clock.stopped(lambda: [clock.stopped(spin)(), clock.now()])
+
+    def spin() -> None:
+        end = time.thread_time() + 0.02
+        while time.thread_time() < end:
+            pass
+
+    begin = clock.now()
+    _, within = busy()
+    assert within - begin < 0.01 and clock.now() - begin < 0.01
+    spin()
+    assert clock.now() - begin >= 0.02
+
+
+def test_a_profile_of_the_host_names_its_functions(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--quick", "--profile", "--requests", "1", "--rounds", "1"]
+    assert bench.host.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "(advance)" in printed and "cumulative" in printed
+
+
+def test_a_search_that_takes_too_long_is_measured_where_it_has_come_to() -> None:
+    size = bench.host.Size(requests=1, chunk=3, prompt=20, longest=60)
+    (at,) = bench.host.measure(size, [48, 51], rounds=1, budget=0)
+    assert (at.length, len(at.seconds)) == (0, 1)

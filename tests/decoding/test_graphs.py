@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -27,52 +27,15 @@ from tests.support.engines import (
     make_engine,
     models_of,
 )
-from tests.support.recorder import Recording
+from tests.support.recorded import Recorded, recorded, replays
 from tests.support.tiny_models import byte_tokenizer, tiny_triple
 from tests.support.tokenizers import with_gaps
-from w2s_fast import Engine
 from w2s_fast.attention.kernel import KernelPlan
 from w2s_fast.attention.static_plan import Bucket
-from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.decoding import Decoding
 from w2s_fast.decoding.graphs import round_up_rows, rows_recorded
-from w2s_fast.decoding.pass_graphs import PassGraphs
-from w2s_fast.decoding.record import record_passes
 from w2s_fast.decoding.sampling import SamplingBatch
 from w2s_fast.kernels.paged_attention import SharedSegments
-
-
-class Recorded(NamedTuple):
-    """An engine whose models run the operators' own CPU paths, from recordings."""
-
-    engine: Engine
-    steps: DecodeGraphs
-    passes: list[PassGraphs]
-
-    @classmethod
-    def of(cls, models: Any, max_rows: int = 64, compile: bool = False, **options: Any) -> Recorded:
-        engine = make_engine(*models, **options)
-        for model in models_of(engine):
-            model.backend = KernelPlan
-        steps = record_passes(
-            engine.base,
-            models_of(engine)[1:],
-            vocab_size=engine._models.vocab_size,
-            max_rows=max_rows,
-            compile=compile,
-            recorder_for=lambda _: Recording,
-        )
-        engine._search.base.decoder.graphs = steps
-        return cls(engine, steps, [model.replays for model in models_of(engine)])
-
-
-def replays(graphs: DecodeGraphs | PassGraphs) -> int:
-    """How often one of them was replayed."""
-    return sum(recording.replays for recording in recorded(graphs))
-
-
-def recorded(graphs: DecodeGraphs | PassGraphs) -> set[Any]:
-    return {graphs.recordings[bucket].replay for bucket in graphs.recordings}
 
 
 def steps_by_hand() -> Any:

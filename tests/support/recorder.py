@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tests.support.no_host import NoHost
+from w2s_fast.decoding import Recorder, record_passes
 
 
 class _Log(NoHost):
@@ -50,3 +54,18 @@ class Recording:
             for old, new in zip(tensors(out), tensors(again), strict=True):
                 if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                     old.copy_(new)
+
+
+@contextmanager
+def set_up_as_on_cuda(recorder_for: Callable[[torch.device], Recorder]) -> Iterator[None]:
+    """Engines made within attend through our operators, and replay what these recorders record."""
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        return record_passes(*args, **kwargs, recorder_for=recorder_for)
+
+    with (
+        mock.patch("w2s_fast.attention.backends.runs_triton", return_value=True),
+        mock.patch("w2s_fast.engine.engine.can_record", return_value=True),
+        mock.patch("w2s_fast.engine.engine.record_passes", record),
+    ):
+        yield

@@ -1,0 +1,231 @@
+"""The host's own time of a round on the GPU path, and what it asks of the device.
+
+    python -m bench.host --out bench/results/host.json      every size
+    python -m bench.host --requests 64 --chunks 5           some
+    python -m bench.host --requests 64 --profile            which functions take the time
+    python -m bench.host --quick                            tiny sizes: does it run?
+
+Models and operators take no time (``host_engine.py``); one core, and this thread's processor time.
+Each size is one search that samples whole responses, so that what is measured at a length has come
+there round by round. Where that takes too long, it is measured where the search has come to, and
+that length is reported. What crosses to the device and back is counted in a second, short search
+(tests/support/device.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import gc
+import json
+import platform
+import pstats
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench.host_engine import ROWS, HostEngine, Size
+from bench.machine import cores, machine_seconds, processor, share_of_others
+from bench.timing import commit
+from tests.support.device import Counts, Device
+
+# Rounds before the first that is measured: until then shapes come for the first time, and are
+# recorded when they come again.
+WARM_UP = 4
+COUNTED = 3  # rounds, of which the largest counts are kept: some copy pages, others need not
+FUNCTIONS_SHOWN = 25
+
+
+@dataclass(frozen=True)
+class At:
+    """Rounds of one size around one length.
+
+    Attributes:
+        length: tokens of the responses before the first of these rounds.
+        seconds: of the host, round by round.
+        by_hand: passes of a round that no recording served, on average. On a GPU the host would
+            run the model's own code there: that time is not in ``seconds``.
+    """
+
+    size: Size
+    length: int
+    seconds: list[float]
+    by_hand: float
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def measure(size: Size, lengths: Sequence[int], rounds: int, budget: float) -> Iterator[At]:
+    """Rounds at each of these lengths, in rising order, or as far as ``budget`` seconds go."""
+    host = HostEngine(size)
+    done = 0
+    with host.searching():
+        end = time.monotonic() + budget
+        for length in lengths:
+            while (done < WARM_UP or done * size.chunk < length) and time.monotonic() < end:
+                host.round()
+                done += 1
+            before = host.by_hand
+            seconds = [host.round() for _ in range(rounds)]
+            yield At(size, done * size.chunk, seconds, (host.by_hand - before) / rounds)
+            done += rounds
+            if time.monotonic() >= end:
+                return
+
+
+def count(size: Size) -> Counts:
+    """What one round asks of the device: of each number the largest of some rounds."""
+    with Device() as device:
+        host = HostEngine(replace(size, longest=(WARM_UP + COUNTED + 1) * size.chunk), device)
+        found = []
+        with host.searching():
+            for _ in range(WARM_UP):
+                host.round()
+            for _ in range(COUNTED):
+                with device.counting() as counts:
+                    host.round()
+                found.append(counts)
+    return Counts.largest(found)
+
+
+def profile(size: Size, length: int, rounds: int) -> None:
+    """Print the functions that take most of the host's time at a length, callees included."""
+    host = HostEngine(size)
+    with host.searching():
+        for _ in range(max(WARM_UP, -(-length // size.chunk))):
+            host.round()
+        profiler = cProfile.Profile(timer=host.clock.now)
+        profiler.enable()
+        for _ in range(rounds):
+            host.round()
+        profiler.disable()
+    print(f"{size}: {rounds} rounds from {length} tokens on; the tracing itself takes time, too")
+    pstats.Stats(profiler).sort_stats("cumulative").print_stats(FUNCTIONS_SHOWN)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--requests", type=int, nargs="+", help="at once; each has 16 rows")
+    parser.add_argument("--chunks", type=int, nargs="+", help="tokens of a round")
+    parser.add_argument("--lengths", type=int, nargs="+", help="of the responses, in tokens")
+    parser.add_argument("--rounds", type=int, default=9, help="measured at each length")
+    parser.add_argument("--seconds", type=float, default=60, help="to come to the longest length")
+    parser.add_argument("--out", type=Path, help="JSON of everything measured")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--profile", action="store_true", help="at the shortest length")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(arguments)
+    if args.rounds < 1:
+        parser.error("--rounds is at least 1")
+    torch.set_num_threads(1)
+    requests = args.requests or ([1, 2] if args.quick else [1, 16, 64, 256])
+    chunks = args.chunks or ([3] if args.quick else [5, 30])
+    lengths = sorted(args.lengths or ([12, 24] if args.quick else [50, 500, 4000]))
+    prompt = 20 if args.quick else 512
+    # Nobody comes to the end: a round that ends a search has other things to do.
+    over = WARM_UP + len(lengths) * args.rounds + 2
+    sizes = [
+        Size(count, chunk, prompt, lengths[-1] + over * chunk)
+        for chunk in chunks
+        for count in requests
+    ]
+    if args.profile:
+        for size in sizes:
+            profile(size, lengths[0], args.rounds)
+        return 0
+    start = machine_seconds()
+    said = {"command": " ".join(["python -m bench.host", *arguments]), "quick": args.quick}
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    found: list[tuple[list[At], Counts]] = []
+    for size in sizes:
+        print(f"{size.requests} requests, chunks of {size.chunk}", file=sys.stderr, flush=True)
+        found.append((list(measure(size, lengths, args.rounds, args.seconds)), count(size)))
+        others = share_of_others(start, machine_seconds())
+        if args.out is not None:  # after every size: the larger ones take long
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(said | report(found, others), indent=1) + "\n")
+        gc.collect()
+    show(found, console)
+    if others is not None:
+        console.print(f"Other programs took {100 * others:.0f} % of this machine's time meanwhile.")
+    return 0
+
+
+def show(found: Sequence[tuple[Sequence[At], Counts]], console: Console) -> None:
+    """Times by length, and counts, which do not depend on it."""
+    sized = ("requests", "chunk")
+    times = Table(*sized, "length", box=box.ROUNDED, title="The host's time of a round")
+    for heading in ("ms", "smallest", "us a row", "x the shortest", "by hand"):
+        times.add_column(heading, justify="right")
+    counts = Table(*sized, box=box.ROUNDED, title="What a round asks of the device")
+    for heading in ("waits", "reads", "copies to it", "replays", "other launches"):
+        counts.add_column(heading, justify="right")
+    for measured, counted in found:
+        for at in measured:
+            times.add_row(
+                *(str(n) for n in (at.size.requests, at.size.chunk, at.length)),
+                f"{1e3 * at.median:.2f}",
+                f"{1e3 * min(at.seconds):.2f}",
+                f"{1e6 * at.median / at.size.rows:.1f}",
+                f"{at.median / measured[0].median:.2f}",
+                f"{at.by_hand:.1f}",
+            )
+        size = measured[0].size
+        numbers = (counted.waits, counted.reads, counted.copies, counted.replays, counted.launches)
+        counts.add_row(str(size.requests), str(size.chunk), *(str(number) for number in numbers))
+    console.print(times)
+    console.print(counts)
+
+
+def report(found: Sequence[tuple[Sequence[At], Counts]], others: float | None) -> dict[str, Any]:
+    """Everything a reader needs to trust a number, or not."""
+    return {
+        "cpu": processor(),
+        "cores": cores(),
+        "machine": platform.machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "threads": torch.get_num_threads(),
+        "share_of_machine_taken_by_others": others,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rows_of_a_request": ROWS,
+        "sizes": [
+            {
+                "requests": measured[0].size.requests,
+                "chunk": measured[0].size.chunk,
+                "prompt": measured[0].size.prompt,
+                "counts": vars(counted),
+                "lengths": [
+                    {
+                        "length": at.length,
+                        "ms": 1e3 * at.median,
+                        "ms_smallest": 1e3 * min(at.seconds),
+                        "us_per_row": 1e6 * at.median / at.size.rows,
+                        "of_shortest": at.median / measured[0].median,
+                        "by_hand": at.by_hand,
+                        "seconds": at.seconds,
+                    }
+                    for at in measured
+                ],
+            }
+            for measured, counted in found
+        ],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

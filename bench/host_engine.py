@@ -1,0 +1,245 @@
+"""An engine on its GPU path of which only the host's part takes time.
+
+It is set up as on CUDA, over tiny models on the CPU. Once that is done, the models' bodies are
+taken out: they answer random hidden states that were drawn before. Replays, heads and operators do
+run, so that the search finds tokens, scores and survivors as ever, but on a stopped clock. What is
+left is what the host does on a GPU as well, with two differences: an operator of torch that is no
+part of a recording is computed here and launched there, and our own operators' launches are left
+out; ``bench.host`` counts both.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._ops
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import w2s_fast.kernels
+from tests.support.device import DEVICE, Device
+from tests.support.recorder import set_up_as_on_cuda
+from w2s_fast import Engine, Guide, SearchParams
+from w2s_fast.search import Request
+
+BEAM_WIDTH = SUCCESSORS = 4
+ROWS = BEAM_WIDTH * SUCCESSORS  # of a request
+WIDTH = 4  # of hidden states: as small as can be, for what torch computes is not the host's
+VOCABULARY = 64
+
+
+class Clock:
+    """Processor time of this thread, in seconds, without that of stand-ins.
+
+    The host has nothing to wait for here, so that on a quiet machine this is the time of the wall.
+    """
+
+    def __init__(self) -> None:
+        self._away = 0.0
+        self._stopped: float | None = None
+
+    def now(self) -> float:
+        """Seconds; only differences mean anything."""
+        return time.thread_time() - self._away if self._stopped is None else self._stopped
+
+    @property
+    def runs(self) -> bool:
+        """Whether this is the host's time."""
+        return self._stopped is None
+
+    def stopped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, which takes no time."""
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not self.runs:
+                return function(*args, **kwargs)
+            self._stopped = self.now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._away, self._stopped = time.thread_time() - self._stopped, None
+
+        return run
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is searched.
+
+    Attributes:
+        requests: all at once, each with :data:`ROWS` rows.
+        chunk: tokens that a round samples for a row.
+        prompt: tokens of each prompt.
+        longest: tokens that a response may have.
+    """
+
+    requests: int
+    chunk: int
+    prompt: int
+    longest: int
+
+    @property
+    def rows(self) -> int:
+        return self.requests * ROWS
+
+    @property
+    def params(self) -> SearchParams:
+        return SearchParams(
+            beam_width=BEAM_WIDTH,
+            successors=SUCCESSORS,
+            chunk_length=self.chunk,
+            max_new_tokens=self.longest,
+            top_k=0,
+            ignore_eos=True,
+        )
+
+
+class HostEngine:
+    """Requests of one size, a step of the engine after the other.
+
+    Attributes:
+        clock: the host's.
+        by_hand: passes of a model that no recording served, so far. The host would run the model's
+            own code there, whose time is not measured.
+    """
+
+    def __init__(self, size: Size, device: Device | None = None) -> None:
+        """``device``: where what crosses is counted; it must exist for all steps. None: nothing
+        is counted, and no time is lost by counting."""
+        self.size = size
+        self.clock = Clock()
+        self.by_hand = 0
+
+        def record(run: Callable[[], None]) -> Callable[[], None]:
+            run()
+            return self.clock.stopped(run)
+
+        recorder = self.clock.stopped(record)
+        if device is not None:
+            recorder = device.recorder(recorder)
+        with set_up_as_on_cuda(lambda _: recorder):
+            self.engine = Engine(
+                self._model(0),
+                Guide(self._model(1), self._model(2)),
+                device="cpu" if device is None else DEVICE,
+                kv_cache_tokens=self._tokens(),
+                max_rows=size.rows,
+            )
+        for model in (self.engine.base, *self.engine.guides[0].models):
+            self._take_out_body(model)
+        self._requests: list[Request] = []
+
+    def _model(self, seed: int) -> GPT2LMHeadModel:
+        torch.manual_seed(seed)
+        config = GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=self.size.prompt + self.size.longest,
+            n_embd=WIDTH,
+            n_layer=1,
+            n_head=1,
+            bos_token_id=None,
+            eos_token_id=None,
+            tie_word_embeddings=False,
+        )
+        model = GPT2LMHeadModel(config).eval()
+        model.lm_head.weight.data.normal_()  # scores then differ from candidate to candidate
+        return model
+
+    def _tokens(self) -> int:
+        """Room for every hypothesis by itself, and for a chunk and two pages of every row."""
+        size = self.size
+        page = 16
+        histories = size.prompt + BEAM_WIDTH * (size.longest + page)
+        own = histories + ROWS * (size.chunk + 2 * page)
+        return size.requests * own * 11 // 10  # the scheduler leaves some pages free
+
+    def _take_out_body(self, model: Any) -> None:
+        size = self.size
+        most = max(size.prompt, ROWS * (size.chunk + 1)) * size.requests
+        hidden = torch.randn(most, WIDTH, device=model.device)
+
+        def body(*, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+            return SimpleNamespace(last_hidden_state=hidden[None, : input_ids.shape[1]])
+
+        stopped = self.clock.stopped(body)
+
+        def forward(**given: Any) -> Any:
+            self.by_hand += self.clock.runs
+            return stopped(**given)
+
+        model.view.base_model.forward = forward
+        head = model.view.get_output_embeddings()
+        head.forward = self.clock.stopped(head.forward)
+
+    @contextmanager
+    def searching(self) -> Iterator[None]:
+        """For ``with``: all requests are under way, and operators take no time."""
+        size, engine = self.size, self.engine
+        with _operators_on(self.clock):
+            for i in range(size.requests):
+                prompt = [(i // VOCABULARY**j) % VOCABULARY for j in range(3)]  # begins like none
+                prompt += [j % VOCABULARY for j in range(size.prompt - len(prompt))]
+                self._requests.append(engine.make_request(prompt, size.params, 0))
+                engine.runner.submit(self._requests[-1])
+            try:
+                yield
+            finally:
+                for request in self._requests:
+                    engine.runner.give_up(request)
+                engine.runner.settle()
+                self._requests.clear()
+
+    def round(self) -> float:
+        """One round of all requests: the host's seconds.
+
+        Raises:
+            RuntimeError: not all requests took part, or they did not sample whole chunks.
+        """
+        seconds = 0.0
+        before = self.engine.stats()
+        rounds = before.rounds
+        while rounds == before.rounds:
+            begin = self.clock.now()
+            self.engine.runner.advance(self._requests)
+            seconds += self.clock.now() - begin
+            rounds = self.engine.stats().rounds
+        sampled = self.engine.stats().sampled_tokens - before.sampled_tokens
+        took_part = rounds - before.rounds
+        if (took_part, sampled) != (self.size.requests, self.size.rows * self.size.chunk):
+            raise RuntimeError(
+                f"{took_part} requests sampled {sampled} tokens; wanted: {self.size}"
+            )
+        return seconds
+
+
+@contextmanager
+def _operators_on(clock: Clock) -> Iterator[None]:
+    """Every operator of this package is called on the stopped clock.
+
+    Those that only write are left out: no body is there to read what stands in the pages.
+    """
+    with ExitStack() as patches:
+        for module in pkgutil.iter_modules(w2s_fast.kernels.__path__):
+            names = vars(importlib.import_module(f"w2s_fast.kernels.{module.name}"))
+            operators = {
+                name: clock.stopped(value) if value._schema.returns else _nothing
+                for name, value in names.items()
+                if isinstance(value, torch._ops.OpOverload) and value.namespace == "w2s_fast"
+            }
+            patches.enter_context(mock.patch.dict(names, operators))
+        yield
+
+
+def _nothing(*_: Any) -> None:
+    """In the place of an operator that only writes."""

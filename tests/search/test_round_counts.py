@@ -1,0 +1,200 @@
+"""What a round asks of the device: how often the host waits for it, copies to it, launches.
+
+A whole round, that is decoding, guides, selection and fork, from recordings, on a device in name
+only. The numbers must not depend on how many requests take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.device import DEVICE, Counts, Device
+from tests.support.engines import LONG_PROMPTS, SEARCH, found, make_engine
+from tests.support.recorded import Recorded
+from tests.support.recorder import Recording
+from tests.support.tiny_models import Triple, tiny_triple
+from w2s_fast import Engine
+
+# At most, in a round of any number of requests. To be lowered: 2 reads, 6 copies, 1 wait.
+READS = 7
+COPIES = 43
+WAITS = 31
+REPLAYS = 7  # the base's first tokens, 4 steps, and the two models of the guide
+LAUNCHES = 147
+
+PARAMS = replace(SEARCH, beam_width=4, successors=4, chunk_length=5, max_new_tokens=25)
+MOST = 3  # requests
+
+
+@pytest.fixture(scope="module")
+def models() -> Triple:
+    return tiny_triple(eos=(), layers=1)
+
+
+@pytest.fixture(scope="module")
+def expected(models: Triple) -> list[Any]:
+    """What a search finds anywhere; it is done before the device is there, which costs time."""
+    return found(make_engine(*models).generate(LONG_PROMPTS[:MOST], PARAMS))
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[Device]:
+    """Within which these tests run."""
+    with Device() as device:
+        yield device
+
+
+@pytest.fixture(scope="module")
+def engine(models: Triple, expected: list[Any], device: Device) -> Engine:
+    """One whose rounds are all replayed: every shape has come twice."""
+    recorder = device.recorder(Recording)
+    engine = Recorded.of(models, max_rows=16 * MOST, recorder=recorder, device=DEVICE).engine
+    for _ in range(2):
+        for count in (1, MOST):
+            engine.generate(LONG_PROMPTS[:count], PARAMS)
+    return engine
+
+
+def rounds(engine: Engine, device: Device, requests: int) -> list[Counts]:
+    """What each round of a search asks for, from the second one on."""
+    own = [engine.make_request(prompt, PARAMS, 0) for prompt in LONG_PROMPTS[:requests]]
+    for request in own:
+        engine.runner.submit(request)
+    counted: list[Counts] = []
+    ended = 0
+    while not all(request.ended for request in own):
+        before = engine.stats().rounds
+        with device.counting() as counts:
+            engine.runner.advance(own)
+        ended += engine.stats().rounds - before
+        assert ended == requests * (len(counted) + 1), "a step is a round here"
+        counted.append(counts)
+    return counted[1:]
+
+
+@pytest.mark.parametrize("requests", [1, MOST])
+def test_a_round_asks_for_little_whoever_takes_part(
+    engine: Engine, device: Device, requests: int
+) -> None:
+    counted = rounds(engine, device, requests)
+    assert len(counted) == 4
+    most = Counts.largest(counted)
+    assert most.reads <= READS, most.places
+    assert most.copies <= COPIES, most.places
+    assert most.waits <= WAITS, most.places
+    assert most.launches <= LAUNCHES
+    assert all(counts.replays == REPLAYS for counts in counted)
+
+
+def test_it_was_a_search_that_was_counted(engine: Engine, expected: list[Any]) -> None:
+    assert found(engine.generate(LONG_PROMPTS[:MOST], PARAMS)) == expected
+
+
+# The device in name only
+
+
+def host() -> Tensor:
+    return torch.ones(3)
+
+
+def copied_twice(x: Tensor) -> list[Tensor]:
+    return [host().copy_(x, non_blocking=True), torch.zeros(3).copy_(x, non_blocking=True)]
+
+
+@pytest.mark.parametrize(
+    ("ask", "reads", "copies", "waits"),
+    [
+        (lambda x: x.tolist(), 1, 0, 1),
+        (lambda x: int(x.sum()), 1, 0, 1),
+        (lambda x: x[0].item(), 1, 0, 1),
+        (lambda x: bool(x.any()), 1, 0, 1),
+        (lambda x: x.cpu(), 1, 0, 1),
+        (lambda x: x.to("cpu"), 1, 0, 1),
+        (lambda x: host().copy_(x), 1, 0, 1),
+        (lambda x: x.to(host()), 1, 0, 1),
+        (lambda x: x.nonzero(), 1, 0, 1),
+        (lambda x: x[x > 0], 1, 0, 1),
+        (lambda x: x.repeat_interleave(x.long()), 1, 0, 1),
+        (lambda x: torch.tensor([1, 2], device=x.device), 0, 1, 1),
+        (lambda x: x.new_tensor([1, 2]), 0, 1, 1),
+        (lambda x: host().to(x.device), 0, 1, 1),
+        (lambda x: host().to(x), 0, 1, 1),
+        (lambda x: torch.from_numpy(np.ones(3)).to(x.device, non_blocking=True), 0, 1, 0),
+        (lambda x: x.copy_(host()), 0, 1, 1),
+        (lambda x: x.copy_(host(), non_blocking=True), 0, 1, 0),
+        (lambda x: x[np.array([0, 2])], 0, 1, 1),
+        # Reads that do not block are waited for together: when the host looks, or later.
+        (lambda x: [y.tolist() for y in copied_twice(x)], 2, 0, 1),
+        (lambda x: copied_twice(x)[1].numpy(), 2, 0, 1),
+        (lambda x: copied_twice(x), 2, 0, 1),
+        # Nothing crosses.
+        (lambda x: x.add_(x).to(x.device).to(torch.float64), 0, 0, 0),
+        (lambda x: torch.stack([x, torch.zeros_like(x)]), 0, 0, 0),
+        (lambda x: x.repeat_interleave(x.long(), output_size=3), 0, 0, 0),
+        (lambda x: (host() + 1).to("cpu").tolist(), 0, 0, 0),
+        (lambda x: torch.tensor([1, 2]).numpy(), 0, 0, 0),
+    ],
+)
+def test_what_crosses_is_counted(
+    device: Device, ask: Callable[[Tensor], Any], reads: int, copies: int, waits: int
+) -> None:
+    x = torch.ones(3, device=DEVICE)
+    with device.counting() as counts:
+        ask(x)
+    assert (counts.reads, counts.copies, counts.waits) == (reads, copies, waits)
+    assert sum(counts.places.values()) == reads + copies
+
+
+@pytest.mark.parametrize(
+    ("ask", "launches"),
+    [
+        (lambda x: x + 1, 1),
+        (lambda x: x.zero_(), 1),
+        (lambda x: x.clone()[:2].fill_(0), 2),
+        (lambda x: torch.zeros(3, device=x.device), 1),
+        (lambda x: torch.empty(3, device=x.device), 0),
+        (lambda x: x[:2].view(2, 1).transpose(0, 1), 0),
+        (lambda x: x.copy_(host()), 0),
+        (lambda x: host() + 1, 0),
+    ],
+)
+def test_what_is_launched_is_counted(
+    device: Device, ask: Callable[[Tensor], Any], launches: int
+) -> None:
+    x = torch.ones(3, device=DEVICE)
+    with device.counting() as counts:
+        ask(x)
+    assert counts.launches == launches
+
+
+def test_a_replay_counts_as_one(device: Device) -> None:
+    x = torch.ones(3, device=DEVICE)
+    replay = device.recorder(Recording)(lambda: x.add_(x * 2).add_(1))  # type: ignore[arg-type, return-value]
+    with device.counting() as counts:
+        replay()
+        replay()
+    assert (counts.replays, counts.launches) == (2, 0)
+    assert x.tolist() == [1 + 3 + 9 + 27] * 3
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: x + host(),
+        lambda x: torch.cat([host(), x]),
+        lambda x: host().index_select(0, x.long()),
+        lambda x: x.numpy(),
+        lambda x: np.asarray(x),
+    ],
+)
+def test_what_a_device_refuses_is_refused(device: Device, ask: Callable[[Tensor], Any]) -> None:
+    x = torch.ones(3, device=DEVICE)
+    with pytest.raises(AssertionError, match="on the device"):
+        ask(x)
