@@ -49,6 +49,13 @@ def linear_logprob(
     Returns:
         float32 [N], in nats. At most a block of the [N, V] logits exists at a time.
     """
+    check_shapes(hidden, weight, tokens, bias)
+    logprobs: Tensor = _operator(hidden, weight, tokens, bias, softcap, scale, vocab_size)
+    return logprobs
+
+
+def check_shapes(hidden: Tensor, weight: Tensor, tokens: Tensor, bias: Tensor | None) -> None:
+    """ValueError where they do not fit together."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N, D], [V, D]"
@@ -57,8 +64,6 @@ def linear_logprob(
         raise ValueError(
             f"tokens {tuple(tokens.shape)} must be [N] = [{len(hidden)}], bias [V] or None"
         )
-    logprobs: Tensor = _operator(hidden, weight, tokens, bias, softcap, scale, vocab_size)
-    return logprobs
 
 
 def _torch(
@@ -99,6 +104,39 @@ def _fake(
     return hidden.new_empty(tokens.shape[0], dtype=torch.float32)
 
 
+def _triton(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    vocab_size: int | None,
+) -> Tensor:
+    if not is_fused(hidden, weight):
+        return _torch(hidden, weight, tokens, bias, softcap, scale, vocab_size)
+    return merge_splits(*split_vocabulary(hidden, weight, tokens, bias, softcap, scale, vocab_size))
+
+
+def is_fused(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the fused kernel serves this product where Triton runs; else torch multiplies."""
+    rows, width = hidden.shape
+    served = hidden.dtype == weight.dtype and hidden.dtype in _SERVED
+    return served and rows > 0 and not _product_pays(rows, width, hidden.element_size())
+
+
+def _product_pays(rows: int, width: int, element_size: int) -> bool:
+    """Whether torch's product and a one-pass gather are expected to beat the fused kernel.
+
+    A wide product of many rows is bound by arithmetic, where cuBLAS is ahead, and a block of
+    logits stays in the L2 cache; in float32 arithmetic is the bound far sooner. The thresholds
+    are estimates until a benchmark replaces them.
+    """
+    if element_size == 4:
+        return rows > 32
+    return width >= 4096 and rows >= 128
+
+
 class _Launch(NamedTuple):
     """A tile is [vocabulary, rows]; ``depth`` elements of D a step."""
 
@@ -125,19 +163,25 @@ def _launch(on: Gpu, rows: int, element_size: int) -> _Launch:
     return _Launch(128, block, depth=64, num_warps=warps, num_stages=stages)
 
 
-def _product_pays(rows: int, width: int, element_size: int) -> bool:
-    """Whether torch's product and a one-pass gather are expected to beat the fused kernel.
+def empty_partials(
+    hidden: Tensor, weight: Tensor, vocab_size: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`split_vocabulary` fills: float32 [N, splits] twice, and [N]."""
+    rows, vocab = hidden.shape[0], _vocabulary(weight, vocab_size)
+    launch = _launch(gpu(hidden.device), rows, hidden.element_size())
+    splits = -(-vocab // launch.vocabulary)
+    return (
+        hidden.new_empty((rows, splits), dtype=torch.float32),
+        hidden.new_empty((rows, splits), dtype=torch.float32),
+        hidden.new_empty(rows, dtype=torch.float32),
+    )
 
-    A wide product of many rows is bound by arithmetic, where cuBLAS is ahead, and a block of
-    logits stays in the L2 cache; in float32 arithmetic is the bound far sooner. The thresholds
-    are estimates until a benchmark replaces them.
-    """
-    if element_size == 4:
-        return rows > 32
-    return width >= 4096 and rows >= 128
+
+def _vocabulary(weight: Tensor, vocab_size: int | None) -> int:
+    return weight.shape[0] if vocab_size is None else min(vocab_size, weight.shape[0])
 
 
-def _triton(
+def split_vocabulary(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
@@ -145,31 +189,28 @@ def _triton(
     softcap: float | None,
     scale: float,
     vocab_size: int | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the product: the maximum and the sum of each split of a row, and the token's logit.
+
+    For those that :func:`is_fused` says. NaN is the logit of a token that is no id.
+    """
     rows, width = hidden.shape
-    served = hidden.dtype == weight.dtype and hidden.dtype in _SERVED
-    if rows == 0 or not served or _product_pays(rows, width, hidden.element_size()):
-        return _torch(hidden, weight, tokens, bias, softcap, scale, vocab_size)
+    vocab = _vocabulary(weight, vocab_size)
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     if weight.stride(1) != 1:  # a copy of the head: correct, and slow
         weight = weight.contiguous()
-    vocab = weight.shape[0] if vocab_size is None else min(vocab_size, weight.shape[0])
     launch = _launch(gpu(hidden.device), rows, hidden.element_size())
-    splits = -(-vocab // launch.vocabulary)
-    row_blocks = -(-rows // launch.rows)
-    partials = torch.empty(2, rows, splits, dtype=torch.float32, device=hidden.device)
-    target = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-    out = torch.empty_like(target)
-    _split_vocabulary[(row_blocks, splits)](
-        hidden, weight, bias, tokens, partials[0], partials[1], target,
+    largest, total, target = empty_partials(hidden, weight, vocab_size)
+    splits = largest.shape[1]
+    _split_vocabulary[(-(-rows // launch.rows), splits)](
+        hidden, weight, bias, tokens, largest, total, target,
         hidden.stride(0), weight.stride(0), width, rows, vocab, splits, scale, softcap or 0.0,
         SOFTCAP=softcap is not None, EVEN=width % launch.depth == 0,
         VOCABULARY=launch.vocabulary, ROWS=launch.rows, DEPTH=launch.depth,
         num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    merge_splits(partials[0], partials[1], target, tokens, out, vocab)
-    return out
+    return largest, total, target
 
 
 # hidden, weight, their strides and D are worth knowing to be multiples of 16, for vector loads.
@@ -237,6 +278,9 @@ def _split_vocabulary(
     place = tl.where((token >= first_id) & (token < last), token - first_id, -1).to(tl.int32)
     own = target + first_row + tl.broadcast_to(n[None, :], [VOCABULARY, ROWS])
     tl.store(own, x, mask=v[:, None] == place[None, :])
+    if split == 0:
+        unknown = (token < 0) | (token >= vocab_size)
+        tl.store(target + row, float("nan"), mask=inside & unknown)
 
 
 _operator = register(

@@ -14,13 +14,13 @@ NaN: a maximum may or may not pass it on, but every x also enters a sum, and the
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from w2s_fast.kernels.library import constexpr, jit, tl
 
 # Maxima start from the lowest float32 rather than from -inf: exp(-inf - -inf) would be NaN.
 LOWEST = constexpr(-3.4028234663852886e38)
-_BLOCK = 256
 
 
 @jit
@@ -48,13 +48,9 @@ def merge(largest, total, AXIS: tl.constexpr):
     return top, tl.sum(total * tl.exp(largest - tl.expand_dims(top, AXIS)), AXIS)
 
 
-# Where the buffers begin varies with the number of rows: no variant for multiples of 16.
-@jit(
-    do_not_specialize=["largest", "total", "target", "tokens", "out", "splits", "vocab_size"]
-)  # fmt: skip
-def _merge_splits(largest, total, target, tokens, out, splits, vocab_size, BLOCK: tl.constexpr):
-    """One row a program: out = target - logsumexp; NaN for a token that is no id."""
-    row = tl.program_id(0)
+@jit
+def logprob_of_row(largest, total, target, row, splits, BLOCK: tl.constexpr):
+    """target - logsumexp of a row, from its partials: in the same order whichever kernel asks."""
     start = row.to(tl.int64) * splits
     columns = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], LOWEST, tl.float32)
@@ -67,26 +63,33 @@ def _merge_splits(largest, total, target, tokens, out, splits, vocab_size, BLOCK
         s = s * tl.exp(m - top) + new_s * tl.exp(new_m - top)
         m = top
     top, sum_of_all = merge(m, s, 0)
-    token = tl.load(tokens + row)
-    known = (token >= 0) & (token < vocab_size)
-    x = tl.load(target + row, mask=known, other=float("nan"))
-    tl.store(out + row, x - top - tl.log(sum_of_all))
+    return tl.load(target + row) - top - tl.log(sum_of_all)
 
 
-def merge_splits(
-    largest: Tensor, total: Tensor, target: Tensor, tokens: Tensor, out: Tensor, vocab_size: int
-) -> None:
-    """Write target - logsumexp of each row into ``out``.
+# How a row is merged anywhere: block and warps decide the order of the sums, and a fused
+# multiply-add, left to the compiler, would decide their rounding.
+MERGE_BLOCK = 256
+MERGE_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
+
+
+# Where the buffers begin varies with the number of rows: no variant for multiples of 16.
+@jit(do_not_specialize=["largest", "total", "target", "out", "splits"])
+def _merge_splits(largest, total, target, out, splits, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    tl.store(out + row, logprob_of_row(largest, total, target, row, splits, BLOCK))
+
+
+def merge_splits(largest: Tensor, total: Tensor, target: Tensor) -> Tensor:
+    """target - logsumexp of each row, float32 [N].
 
     Args:
         largest, total: float32 [N, splits], contiguous: the maximum m of each split of a row, and
             the sum of exp(x - m).
-        target: float32 [N], the token's own logit; not read where the token is no id.
-        tokens: int64 [N]. An id below 0 or from ``vocab_size`` on gives NaN.
-        out: float32 [N].
+        target: float32 [N], the token's own logit; NaN where the token is no id.
     """
     rows, splits = largest.shape
+    out = torch.empty_like(target)
     _merge_splits[(rows,)](
-        largest, total, target, tokens, out, splits, vocab_size,
-        BLOCK=_BLOCK, num_warps=1, enable_fp_fusion=True,
+        largest, total, target, out, splits, BLOCK=MERGE_BLOCK, **MERGE_OPTIONS
     )  # fmt: skip
+    return out

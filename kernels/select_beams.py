@@ -79,7 +79,8 @@ def select_beams(
         width: int64 [R], how many a round keeps at most.
         mean: bool [R]; True ranks by score / length. The scores returned are sums all the same.
         dedup: bool [R]; True keeps only the first of several candidates with the same tokens.
-        max_candidates, max_width: the largest number of candidates of, and kept by, one round_of.
+        max_candidates, max_width: no round has, or keeps, more. The result has max_width columns;
+            nothing else in it depends on how far these bounds lie above.
     """
     return Selection(
         *_operator(
@@ -89,7 +90,7 @@ def select_beams(
     )  # fmt: skip
 
 
-def _torch(
+def select_in_torch(
     tuned: Tensor,
     untuned: Tensor,
     weights: Tensor,
@@ -106,6 +107,7 @@ def _torch(
     max_candidates: int,
     max_width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator in plain torch, on any device."""
     device = tokens.device
     candidates, rounds = len(previous), len(width)
     index = torch.arange(candidates, device=device)
@@ -210,16 +212,16 @@ def _triton(
         cu_candidates, width, mean, dedup, max_candidates, max_width,
     )  # fmt: skip
     if max_candidates > MAX_CANDIDATES:
-        return _torch(
+        return select_in_torch(
             tuned, untuned, weights, tokens, cu_tokens, previous, lengths, parents, siblings,
             cu_candidates, width, mean, dedup, max_candidates, max_width,
         )  # fmt: skip
     if len(width):
-        # Scratch that one program writes and all of its threads read: a hash of the new tokens.
-        hashes = torch.empty_like(siblings)
+        scratch = (lengths, siblings, previous)  # of their sizes and types: see the kernel
         one_round[(len(width),)](
             tuned, untuned, weights, tokens, cu_tokens, previous, lengths, parents, siblings,
-            cu_candidates, width, mean, dedup, hashes, *out, len(tokens), max_width,
+            cu_candidates, width, mean, dedup, *map(torch.empty_like, scratch), *out, len(tokens),
+            max_width,
             GUIDES=len(weights), **launch_options(max_candidates, max_width),
             enable_fp_fusion=False,  # the same roundings as torch's
         )  # fmt: skip
@@ -231,7 +233,7 @@ _operator = register(
     " Tensor previous, Tensor lengths, Tensor parents, Tensor siblings, Tensor cu_candidates,"
     " Tensor width, Tensor mean, Tensor dedup, int max_candidates, int max_width)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    torch_path=_torch,
+    torch_path=select_in_torch,
     triton_path=_triton,
     fake=_fake,
 )

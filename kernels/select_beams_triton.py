@@ -27,7 +27,7 @@ def launch_options(max_candidates: int, max_width: int) -> dict[str, int]:
 @jit(do_not_specialize=["num_tokens", "max_width"])
 def one_round(
     tuned, untuned, weights, tokens, cu_tokens, previous, lengths, parents, siblings,
-    cu_candidates, width, mean, dedup, hashes,
+    cu_candidates, width, mean, dedup, counts, hashes, values,
     token_scores, scores, kept, kept_parents, broken, num_tokens, max_width,
     GUIDES: tl.constexpr, CANDIDATES: tl.constexpr, OTHERS: tl.constexpr, TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -39,13 +39,7 @@ def one_round(
     real = own < count
     c = begin + own
     start = tl.load(cu_tokens + c, mask=real, other=0)
-    length = tl.load(cu_tokens + c + 1, mask=real, other=0) - start
-    length = tl.where(real, length, 0)
-
-    # 1. Sums, and hashes that say which candidates may have the same tokens.
-    total = tl.load(previous + c, mask=real, other=0.0)
-    bad = tl.zeros([CANDIDATES], tl.int64) + num_tokens
-    hashed = tl.zeros([CANDIDATES], tl.int64)
+    length = (tl.load(cu_tokens + c + 1, mask=real, other=0) - start).to(tl.int32)
     for first in range(0, tl.max(length, 0), TOKENS):
         step = first + tl.arange(0, TOKENS)
         inside = step[None, :] < length[:, None]
@@ -56,15 +50,50 @@ def one_round(
             below = tl.load(untuned + g * num_tokens + t, mask=inside, other=0.0).to(tl.float64)
             score += tl.load(weights + g) * (above - below)
         tl.store(token_scores + t, score, mask=inside)
-        finite = tl.abs(score) < float("inf")  # False for NaN, too
-        bad = tl.minimum(bad, tl.min(tl.where(inside & (finite == 0), t, num_tokens), 1))
-        total += tl.sum(score, 1)
-        token = tl.load(tokens + t, mask=inside, other=0)
+    choose(
+        r, begin, count, start, length, tokens, cu_tokens, previous, lengths, parents, siblings,
+        width, mean, dedup, counts, hashes, values, token_scores, scores, kept, kept_parents,
+        broken, max_width, False, CANDIDATES, OTHERS, TOKENS, WIDTH,
+    )  # fmt: skip
+
+
+@jit
+def choose(
+    r, begin, count, start, length, tokens, cu_tokens, previous, lengths, parents, siblings,
+    width, mean, dedup, counts, hashes, values, token_scores, scores, kept, kept_parents,
+    broken, max_width, LENGTHS_BEFORE: tl.constexpr,
+    CANDIDATES: tl.constexpr, OTHERS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Scores and ranks of round r's candidates, whose token_scores are stored.
+
+    start, length: blocks [CANDIDATES], where the new tokens begin (int64) and how many there are
+    (int32). LENGTHS_BEFORE: whether lengths are without them. counts, hashes, values: scratch [C]
+    that one program writes and all of its threads read.
+    """
+    own = tl.arange(0, CANDIDATES)
+    real = own < count
+    c = begin + own
+
+    # 1. Hashes that say which candidates may have the same tokens; and sums, token by token: how
+    # many candidates there are, and with it every tile, must not decide their rounding.
+    hashed = tl.zeros([CANDIDATES], tl.int64)
+    for first in range(0, tl.max(length, 0), TOKENS):
+        step = first + tl.arange(0, TOKENS)
+        inside = step[None, :] < length[:, None]
+        token = tl.load(tokens + start[:, None] + step[None, :], mask=inside, other=0)
         hashed += tl.sum(tl.where(inside, _mixed(token * 2097152 + step[None, :]), 0), 1)
-    tl.store(broken + c, tl.where(bad < num_tokens, bad, -1).to(tl.int32), mask=real)
+    tl.store(counts + c, length, mask=real)
     tl.store(hashes + c, hashed, mask=real)
-    tl.store(scores + c, total, mask=real)
     tl.debug_barrier()  # every thread reads what all have stored
+    added = tl.zeros([CANDIDATES], tl.float64)
+    bad = length
+    for t in range(0, tl.max(length, 0)):
+        score = tl.load(token_scores + start + t, mask=t < length, other=0.0)
+        added += score
+        bad = tl.where(tl.abs(score) < float("inf"), bad, tl.minimum(bad, t))  # NaN is bad, too
+    total = tl.load(previous + c, mask=real, other=0.0) + added
+    tl.store(scores + c, total, mask=real)
+    tl.store(broken + c, tl.where(bad < length, start + bad, -1), mask=real)
 
     # 2. The first candidate with the same tokens: the first of equal hash, if its tokens are equal.
     family = tl.load(siblings + c, mask=real, other=0)
@@ -73,8 +102,7 @@ def one_round(
         other = block + tl.arange(0, OTHERS)
         known = other < count
         o = begin + other
-        o_start = tl.load(cu_tokens + o, mask=known, other=0)
-        o_length = tl.load(cu_tokens + o + 1, mask=known, other=0) - o_start
+        o_length = tl.load(counts + o, mask=known, other=0)
         o_family = tl.load(siblings + o, mask=known, other=0)
         o_hash = tl.load(hashes + o, mask=known, other=0)
         same = (o_hash[None, :] == hashed[:, None]) & (o_family[None, :] == family[:, None])
@@ -89,34 +117,29 @@ def one_round(
         its = tl.load(tokens + twin_start[:, None] + step[None, :], mask=inside, other=0)
         differ = tl.maximum(differ, tl.max((mine != its).to(tl.int32), 1))
     twin = tl.where(differ > 0, own, twin)
+    tl.debug_barrier()
     total = tl.load(scores + begin + twin, mask=real, other=0.0)
+
+    # 3. Ranks. A duplicate to be dropped is NaN: it is ahead of nobody. A broken one loses to all
+    # sound ones.
+    by_mean = tl.load(mean + r).to(tl.int32) != 0
+    whole = tl.load(lengths + c, mask=real, other=1)
+    if LENGTHS_BEFORE:
+        whole += length
+    value = tl.where(by_mean, total / whole.to(tl.float64), total)
+    value = tl.where(tl.abs(value) < float("inf"), value, -float("inf"))
+    eligible = real & (tl.load(dedup + r).to(tl.int32) * (twin - own) == 0)
+    tl.store(values + c, tl.where(eligible, value, float("nan")), mask=real)
     tl.debug_barrier()  # all have read the scores before any is replaced
     tl.store(scores + c, total, mask=real)
-
-    # 3. Ranks. A candidate that is not eligible loses to all; a broken one to all sound ones.
-    by_mean = tl.load(mean + r).to(tl.int32) != 0
-    whole = tl.load(lengths + c, mask=real, other=1).to(tl.float64)
-    value = tl.where(by_mean, total / whole, total)
-    value = tl.where(tl.abs(value) < float("inf"), value, -float("inf"))
-    drop = tl.load(dedup + r).to(tl.int32) * (twin - own)  # 0, or a duplicate to be dropped
-    eligible = real & (drop == 0)
-    tl.debug_barrier()
-    # Ineligible ones are told apart by their hash scratch, which is not needed any more.
-    tl.store(hashes + c, eligible.to(tl.int64), mask=real)
-    tl.debug_barrier()
     rank = tl.zeros([CANDIDATES], tl.int32)
     for block in range(0, count, OTHERS):
         other = block + tl.arange(0, OTHERS)
-        known = other < count
-        o_total = tl.load(scores + begin + other, mask=known, other=0.0)
-        o_whole = tl.load(lengths + begin + other, mask=known, other=1).to(tl.float64)
-        o_value = tl.where(by_mean, o_total / o_whole, o_total)
-        o_value = tl.where(tl.abs(o_value) < float("inf"), o_value, -float("inf"))
-        o_eligible = tl.load(hashes + begin + other, mask=known, other=0) != 0
+        o_value = tl.load(values + begin + other, mask=other < count, other=float("nan"))
         ahead = (o_value[None, :] > value[:, None]) | (
             (o_value[None, :] == value[:, None]) & (other[None, :] < own[:, None])
         )
-        rank += tl.sum((ahead & o_eligible[None, :]).to(tl.int32), 1)
+        rank += tl.sum(ahead.to(tl.int32), 1)
     places = tl.minimum(tl.load(width + r).to(tl.int32), tl.sum(eligible.to(tl.int32), 0))
     wins = eligible & (rank < places)
     row = r.to(tl.int64) * max_width

@@ -111,9 +111,7 @@ def _triton(
         DEPTH=launch.depth, LANES=launch.lanes, VECTOR=launch.vector, num_warps=launch.num_warps,
         enable_fp_fusion=True,
     )  # fmt: skip
-    if splits > 1:
-        merge_splits(partials[0], partials[1], target, tokens, out, vocab)
-    return out
+    return merge_splits(partials[0], partials[1], target) if splits > 1 else out
 
 
 # Only the logits and their stride are worth knowing to be multiples of 16: they are loaded in
@@ -165,7 +163,7 @@ def _split_rows(
     x = tl.load(base + token, mask=known, other=float("nan"))
     x = soften(x, scale, softcap, SOFTCAP)
     if SPLIT:
-        tl.store(target + row, x, mask=known)
+        tl.store(target + row, x, mask=split == 0)
     else:
         tl.store(out + row, x - top - tl.log(sum_of_all))
 

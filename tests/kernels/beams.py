@@ -30,19 +30,32 @@ class RoundOfOne:
     dedup: bool
 
 
-def run(rounds: list[RoundOfOne], weights: list[float]) -> Selection:
-    """One call for all requests."""
+def run(
+    rounds: list[RoundOfOne],
+    weights: list[float],
+    above: tuple[int, int] = (0, 0),
+    logprobs: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Selection:
+    """One call for all requests.
+
+    ``above``: how far the bounds of candidates and width lie. ``logprobs``: tuned and untuned,
+    float32 [G, T], in place of the rounds' own.
+    """
     chunks = [chunk for r in rounds for chunk in r.chunks]
 
     def flat(guide: int, which: str) -> list[float]:
         return [x for r in rounds for row in getattr(r, which)[guide] for x in row]
 
+    if logprobs is None:
+        guides = range(len(weights))
+        tuned = torch.tensor([flat(g, "tuned") for g in guides])
+        logprobs = tuned, torch.tensor([flat(g, "untuned") for g in guides])
+
     def cumulative(counts: list[int]) -> torch.Tensor:
         return torch.tensor([0, *counts]).cumsum(0)
 
     arguments = (
-        torch.tensor([flat(g, "tuned") for g in range(len(weights))]),
-        torch.tensor([flat(g, "untuned") for g in range(len(weights))]),
+        *logprobs,
         torch.tensor(weights, dtype=torch.float64),
         torch.tensor([t for chunk in chunks for t in chunk], dtype=torch.int64),
         cumulative([len(chunk) for chunk in chunks]),
@@ -56,7 +69,8 @@ def run(rounds: list[RoundOfOne], weights: list[float]) -> Selection:
         torch.tensor([r.dedup for r in rounds]),
     )
     largest = max(len(r.chunks) for r in rounds), max(r.width for r in rounds)
-    found = select_beams(*(x.to(DEVICE) for x in arguments), *largest)
+    bounds = (bound + more for bound, more in zip(largest, above))
+    found = select_beams(*(x.to(DEVICE) for x in arguments), *bounds)
     return Selection(*(x.cpu() for x in found))
 
 

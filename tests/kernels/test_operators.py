@@ -15,8 +15,10 @@ from w2s_fast.kernels.choose_beta import choose_beta
 from w2s_fast.kernels.copy_pages import copy_pages
 from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.linear_logprob import linear_logprob
+from w2s_fast.kernels.linear_logprob_partials import Partials, linear_logprob_partials
 from w2s_fast.kernels.paged_attention import SharedSegments, paged_attention
 from w2s_fast.kernels.sample_tokens import sample_tokens
+from w2s_fast.kernels.score_select import score_select
 from w2s_fast.kernels.select_beams import select_beams
 from w2s_fast.kernels.token_logprob import token_logprob
 from w2s_fast.kernels.write_kv import write_kv
@@ -38,6 +40,11 @@ def operators() -> dict[str, Operator]:
         torch.arange(0, 9, 2), 0 * ones, torch.full((4,), 2), torch.zeros(4, dtype=torch.int32),
         torch.arange(4), torch.tensor([0, 2, 4]), torch.tensor([1, 2]), flags, flags, 2, 2,
     )  # fmt: skip
+    # The same as drawn, with two guides and a stop id each.
+    models = [Partials(-torch.rand(8, 3), torch.rand(8, 3), -torch.rand(8) - 1) for _ in range(4)]
+    guides = [(models[0], models[1]), (models[2], models[3])]
+    stops, cu_stops = torch.tensor([3, 5]), torch.tensor([0, 1, 2])
+    drawn = (ones[:2], round_[3], -torch.rand(8), *round_[4:10], stops, cu_stops, *round_[10:])
     # Three rows of 1, 2 and 0 new tokens in five pages of four.
     pages, q, sinks = torch.randn(2, 5, 4, 2, 8), torch.randn(3, 4, 8), torch.randn(4)
     table = torch.tensor([[3, 0], [1, 4], [2, -1]], dtype=torch.int32)
@@ -82,6 +89,12 @@ def operators() -> dict[str, Operator]:
             {},
             (hidden, weight, tokens, bias, 9.0, 0.5, 33),
         ),
+        "linear_logprob_partials": (
+            linear_logprob_partials,
+            (hidden, weight, tokens, bias, 9.0, 0.5, 33),
+            {},
+            (hidden, weight, tokens, bias, 9.0, 0.5, 33),
+        ),
         "sample_tokens": (sample_tokens, (logits, *sampling), {}, (logits, *sampling)),
         "fuse_logits": (
             fuse_logits,
@@ -91,6 +104,12 @@ def operators() -> dict[str, Operator]:
         ),
         "choose_beta": (choose_beta, (logits, tuned, untuned), {}, (logits, tuned, untuned)),
         "select_beams": (select_beams, round_, {}, round_),
+        "score_select": (
+            score_select,
+            (guides, *drawn),
+            {},
+            (drawn[1], *map(list, zip(*models)), drawn[0], *drawn[2:]),
+        ),
     }
 
 
