@@ -107,3 +107,35 @@ class PageManager:
     @property
     def reference_counts(self) -> Int32:
         """Read-only live view [num_pages]: the slots with the page, plus one if it is cached."""
+
+class PassLayout:
+    """One forward pass, laid out for the attention kernels; see csrc/plan.h."""
+
+    def __init__(
+        self,
+        pages: PageManager,
+        slots: Int32,
+        counts: Int32,
+        first: Int32,
+        count: Int32,
+        begin: Int32,
+        end: Int32,
+        own: Int32,
+        split_keys: int,
+        split_queries: int,
+        ahead: int = 0,
+    ) -> None: ...
+    @property
+    def bounds(self) -> tuple[int, int, int, int, int, int, int, int, int]:
+        """rows, tokens, splits, pages, max_q, max_k, max_own, max_tokens, max_parts."""
+    def write(
+        self,
+        buffer: NDArray[np.uint8],
+        offsets: NDArray[np.int64],
+        rows: int,
+        tokens: int,
+        splits: int,
+        pages: int,
+        back: bool = False,
+    ) -> None:
+        """Fill a buffer with room for so many; ``offsets``: of the fields in PassField's order."""

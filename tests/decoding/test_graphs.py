@@ -30,8 +30,9 @@ from tests.support.engines import (
 from tests.support.recorder import Recording
 from tests.support.tiny_models import byte_tokenizer, tiny_triple
 from tests.support.tokenizers import with_gaps
-from w2s_fast import Engine
-from w2s_fast.attention.kernel import KernelPlan
+from w2s_fast import Engine, SearchParams
+from w2s_fast.attention.kernel import Bounds, KernelPlan
+from w2s_fast.attention.row_tree import RowTree
 from w2s_fast.attention.static_plan import Bucket
 from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.decoding import Decoding
@@ -39,7 +40,7 @@ from w2s_fast.decoding.graphs import round_up_rows, rows_recorded
 from w2s_fast.decoding.pass_graphs import PassGraphs
 from w2s_fast.decoding.record import record_passes
 from w2s_fast.decoding.sampling import SamplingBatch
-from w2s_fast.kernels.paged_attention import SharedSegments
+from w2s_fast.kernels.paged_attention_triton import SPLIT_QUERIES
 
 
 class Recorded(NamedTuple):
@@ -205,25 +206,24 @@ def test_what_a_bucket_has_too_many_touches_no_page() -> None:
     # All rows of the bucket, for longer than a page, so that there is something to leave behind.
     many = pool.allocate(8)
     engine.base.forward(many, torch.arange(8), [1] * 8)
+    logits = torch.zeros(8, engine._models.vocab_size)
+    nothing = [RowTree.of([], rows) for rows in range(9)]
     chunk = Decoding(engine.base, many, 6)
-    assert steps.run(chunk.plan, settings(8), torch.arange(8), 6) is not None
+    assert steps.run(many, nothing[8], settings(8), logits, 7) is not None
     chunk.count(6)
 
-    decoding = Decoding(engine.base, slots, 6)
+    Decoding(engine.base, slots, 6)
     written = pool.places(slots, [6] * 5)
     before = pool.kv.clone().flatten(2, 3)
-    drawn = steps.run(decoding.plan, settings(5), torch.tensor([1, 2, 3, 4, 5]), 6)
-    assert drawn is not None and len(drawn) == 6
+    drawn = steps.run(slots, nothing[5], settings(5), logits[:5], 7)
+    assert drawn is not None and len(drawn) == 7
     assert places_written(before) == sorted(written.tolist())
     assert all(logprobs.isfinite().all() for _, logprobs in drawn)
 
 
 def settings(rows: int) -> SamplingBatch:
-    sampling = SamplingBatch.empty(rows, torch.device("cpu"))
-    sampling.temperature.fill_(0.8)
-    sampling.top_p.fill_(0.9)
-    sampling.candidate.copy_(torch.arange(rows))
-    return sampling
+    params = [SearchParams(temperature=0.8, top_p=0.9)] * rows
+    return SamplingBatch.of(params, range(rows), [0] * rows, torch.device("cpu"))
 
 
 def test_a_chunk_leaves_nothing_behind_for_the_next_one() -> None:
@@ -242,46 +242,40 @@ def test_a_chunk_leaves_nothing_behind_for_the_next_one() -> None:
 # Buckets
 
 
-def plan_of(
-    rows: int, max_q: int, shared: tuple[int, int, int, int] | None, max_k: int
-) -> KernelPlan:
-    """A plan of these bounds: splits, max_tokens, max_parts, max_own."""
-    nothing = torch.zeros(0)
-    splits, *bounds = shared or (0, 0, 0, 0)
-    segments = SharedSegments(nothing, nothing, nothing, torch.zeros(splits, 6), *bounds)
-    return KernelPlan(
-        pool=mock.sentinel.pool,
-        page_table=nothing,
-        positions=nothing,
-        write=nothing,
-        lengths=torch.zeros(rows),
-        cu_seqlens_q=nothing,
-        max_q=max_q,
-        max_k=max_k,
-        shared=None if shared is None else segments,
+def bounds_of(rows: int, max_q: int, shared: tuple[int, int, int, int], pages: int) -> Bounds:
+    """Bounds of a pass: splits, max_tokens, max_parts, max_own."""
+    splits, max_tokens, max_parts, max_own = shared
+    return Bounds(
+        rows, rows * max_q, splits, pages, max_q, 16 * pages, max_own, max_tokens, max_parts
     )
 
 
 @given(
-    rows=st.integers(1, 256),
-    max_q=st.integers(1, 16),
-    shared=st.none() | st.tuples(*[st.integers(1, 5000)] * 4),
-    max_k=st.integers(1, 20000),
+    rows=st.integers(1, 1500),
+    max_q=st.integers(1, 64),
+    shared=st.tuples(*[st.integers(1, 5000)] * 4)
+    | st.integers(0, 20000).map(lambda own: (0, 0, 0, own)),
+    pages=st.integers(1, 3000),
+    more_pages=st.integers(0, 3000),
 )
 def test_a_bucket_is_never_too_small(
-    rows: int, max_q: int, shared: tuple[int, int, int, int] | None, max_k: int
+    rows: int, max_q: int, shared: tuple[int, int, int, int], pages: int, more_pages: int
 ) -> None:
-    padded = round_up_rows(rows, 256)
-    bucket = Bucket.of(plan_of(rows, max_q, shared, max_k), padded, padded * max_q)
-    wanted = (rows, rows * max_q, max_q, *(shared or (0, 0, 0, max_k)))
+    padded = round_up_rows(rows, 1500)
+    most = pages + more_pages
+    bucket = Bucket.of(bounds_of(rows, max_q, shared, pages), padded, padded * max_q, most)
+    wanted = (rows, rows * max_q, max_q, *shared, pages)
     assert all(have >= want for have, want in zip(bucket, wanted, strict=True))
+    assert bucket.pages <= most
     # Not much too large either, once past the smallest.
-    smallest = Bucket.smallest(padded, padded * max_q, bucket.max_q)
+    smallest = Bucket.smallest(padded, padded * max_q, bucket.max_q, most)
     assert bucket.max_q < 2 * max_q
     assert all(
-        have < 4 * want or have == least
+        have < 4 * want or have == least or have == want == 0
         for have, want, least in zip(bucket[3:], wanted[3:], smallest[3:], strict=True)
     )
+    if max_q > SPLIT_QUERIES and not shared[0]:
+        assert bucket.splits == bucket.max_tokens == bucket.max_parts == 0
 
 
 @given(rows=st.integers(1, 300), max_rows=st.integers(1, 300))

@@ -40,8 +40,10 @@ _HUGE = 1e3  # times the median: such a logit is not compared with
 class Replays(Protocol):
     """Passes that are recorded: see :class:`w2s_fast.decoding.PassGraphs`."""
 
-    def run(self, plan: object, tokens: Tensor) -> Tensor | None:
-        """Last hidden states [T, D] of a planned pass over tokens [T]; None: not recorded."""
+    def run(
+        self, slots: Ints, tokens: Tensor | Ints, counts: Ints, tree: RowTree | None
+    ) -> Tensor | None:
+        """What :meth:`PagedModel.forward` returns; None: it has to run without."""
         ...
 
 
@@ -130,13 +132,14 @@ class PagedModel:
 
     @torch.inference_mode()
     def forward(
-        self, slots: Ints, tokens: Tensor, counts: Ints, tree: RowTree | None = None
+        self, slots: Ints, tokens: Tensor | Ints, counts: Ints, tree: RowTree | None = None
     ) -> Tensor:
         """Append ``counts[i]`` tokens to ``slots[i]``, all in one pass.
 
         Args:
             slots: S slots of the pool, each once.
-            tokens: int64 [T], the sequences' new tokens one after the other.
+            tokens: T, the sequences' new tokens one after the other. Numbers, or a tensor int64
+                on the host, travel with the plan; one on the device is taken from there.
             counts: S numbers >= 1 that sum to T.
             tree: which of the slots share which of their first tokens; None: none do.
 
@@ -150,10 +153,13 @@ class PagedModel:
         if self._broken is not None:
             raise self._broken
         self.pool.reserve(slots, counts)
-        plan = self.backend.make(self.pool, slots, counts, tree)
-        hidden = self.replays.run(plan, tokens) if self.replays is not None else None
+        hidden = None
+        if self.replays is not None:
+            hidden = self.replays.run(slots, tokens, counts, tree)
         if hidden is None:
-            hidden = run_body(self.view, tokens, plan.positions, plan)
+            plan = self.backend.make(self.pool, slots, counts, tree)
+            there = torch.as_tensor(tokens).to(self.device, torch.int64, non_blocking=True)
+            hidden = run_body(self.view, there, plan.positions, plan)
         self.pool.extend(slots, counts)
         return hidden
 
