@@ -327,7 +327,8 @@ def _queries(machine: Machine, tokens: int) -> torch.Tensor:
 def _attend(plan: KernelPlan, layer: int, q: torch.Tensor) -> torch.Tensor:
     return paged_attention(
         q, plan.pool.kv[layer], plan.page_table, plan.lengths, plan.cu_seqlens_q,
-        scale=q.shape[2] ** -0.5, max_q=plan.max_q, max_k=plan.max_k, shared=plan.shared,
+        scale=q.shape[2] ** -0.5, max_q=plan.max_q, max_k=plan.max_k,
+        max_own=plan.max_own, shared=plan.shared,
     )  # fmt: skip
 
 

@@ -139,6 +139,16 @@ std::int32_t Beams::first_alike(std::size_t beam) const {
     return static_cast<std::int32_t>(first);
 }
 
+void Beams::append_new(const Beam& candidate, std::vector<std::int32_t>& tokens,
+                       std::vector<float>& logprobs) const {
+    const auto count = static_cast<std::size_t>(candidate.length - candidate.inherited);
+    tokens.resize(tokens.size() + count);
+    logprobs.resize(logprobs.size() + count);
+    copy_tokens(candidate, candidate.inherited, tokens.data() + tokens.size() - count);
+    copy_elements(logprobs_, candidate.block, candidate.length, candidate.inherited,
+                  logprobs.data() + logprobs.size() - count);
+}
+
 BeamContents Beams::contents(const Beam& beam, const std::int32_t* slots, bool scored) const {
     BeamContents found{beam.parent, {}, {}, {}, beam.total, beam.finish, {}};
     const auto length = static_cast<std::size_t>(beam.length);

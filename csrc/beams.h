@@ -125,13 +125,9 @@ public:
     }
     // Which kept beam is the first with the same tokens as this one.
     std::int32_t first_alike(std::size_t beam) const;
-    // The tokens that a candidate has got in this round, appended to `out`.
-    template <typename Out>
-    void append_new_tokens(const Beam& candidate, Out& out) const {
-        const std::size_t begin = out.size();
-        out.resize(begin + candidate.length - candidate.inherited);
-        copy_tokens(candidate, candidate.inherited, out.data() + begin);
-    }
+    // The tokens that a candidate has got in this round, and their log-probs, appended.
+    void append_new(const Beam& candidate, std::vector<std::int32_t>& tokens,
+                    std::vector<float>& logprobs) const;
 
     BeamContents contents(bool of_kept, std::size_t beam) const;
     std::vector<RoundContents> trace() const;

@@ -1,11 +1,12 @@
 // w2s_fast._pages: PageManager for Python. int32 numpy arrays go in and come out; the tables are
 // read-only views of the manager's own memory. The errors are the classes of w2s_fast.errors.
-// And Hold, for the locks of those who use it.
+// PassLayout fills memory that it is given. And Hold, for the locks of those who use it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "bindings_beams.h"
 #include "hold.h"
 #include "page_manager.h"
+#include "plan.h"
 
 namespace py = pybind11;
 using w2s::PageManager;
@@ -29,6 +31,11 @@ PageManager::Ints ints(const IntArray& array) {
                               std::to_string(array.ndim()) + " dimensions");
     }
     return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+std::span<std::byte> bytes(py::array_t<std::uint8_t, py::array::c_style>& array) {
+    return {reinterpret_cast<std::byte*>(array.mutable_data()),
+            static_cast<std::size_t>(array.size())};
 }
 
 template <typename T>
@@ -167,6 +174,38 @@ PYBIND11_MODULE(_pages, module) {
                 const auto& manager = self.cast<const PageManager&>();
                 return view(self, manager.references(), {manager.num_pages()});
             });
+
+    using w2s::PassLayout;
+    py::class_<PassLayout>(module, "PassLayout")
+        .def(py::init([](const PageManager& pages, const IntArray& slots, const IntArray& counts,
+                         const IntArray& first, const IntArray& count, const IntArray& begin,
+                         const IntArray& end, const IntArray& own, std::int64_t split_keys,
+                         std::int64_t split_queries, std::int64_t ahead) {
+                const w2s::RowTree tree{ints(first), ints(count), ints(begin), ints(end),
+                                        ints(own)};
+                return std::make_unique<PassLayout>(pages, ints(slots), ints(counts), tree,
+                                                    split_keys, split_queries, ahead);
+            }), py::keep_alive<1, 2>(), py::arg("pages"), py::arg("slots").noconvert(),
+            py::arg("counts").noconvert(), py::arg("first").noconvert(),
+            py::arg("count").noconvert(), py::arg("begin").noconvert(),
+            py::arg("end").noconvert(), py::arg("own").noconvert(), py::arg("split_keys"),
+            py::arg("split_queries"), py::arg("ahead") = 0)
+        .def_property_readonly("bounds", [](const PassLayout& self) {
+                const w2s::PassShape& shape = self.shape();
+                return py::make_tuple(shape.rows, shape.tokens, shape.splits, shape.pages,
+                                      self.max_q(), self.max_k(), self.max_own(),
+                                      self.max_tokens(), self.max_parts());
+            })
+        .def("write", [](const PassLayout& self,
+                         py::array_t<std::uint8_t, py::array::c_style> buffer,
+                         const py::array_t<std::int64_t, py::array::c_style>& offsets,
+                         std::int64_t rows, std::int64_t tokens, std::int64_t splits,
+                         std::int64_t pages, bool back) {
+                self.write(bytes(buffer),
+                           {offsets.data(), static_cast<std::size_t>(offsets.size())},
+                           {rows, tokens, splits, pages}, back);
+            }, py::arg("buffer").noconvert(), py::arg("offsets").noconvert(), py::arg("rows"),
+            py::arg("tokens"), py::arg("splits"), py::arg("pages"), py::arg("back") = false);
 
     w2s::bind_beams(module);
 }

@@ -191,37 +191,42 @@ void bind_beams(py::module_& module) {
                py::arg("steps"));
     module.def("release_finished", &w2s::release_finished, py::arg("requests"),
                py::arg("manager"), py::arg("model"));
-    module.def("lay_out_chunks", [](const Requests& requests) {
-        w2s::Chunks chunks = w2s::lay_out_chunks(requests);
-        return py::make_tuple(move_to_numpy(std::move(chunks.counts)),
-                              move_to_numpy(std::move(chunks.tokens)));
-    }, py::arg("requests"));
-    module.def("lay_out_chunk_rows", [](const Requests& requests, int model) {
-        w2s::ChunkRows rows = w2s::lay_out_chunk_rows(requests, model);
-        return py::make_tuple(move_to_numpy(std::move(rows.slots)),
-                              move_to_numpy(std::move(rows.inputs)),
-                              levels(std::move(rows.levels)));
-    }, py::arg("requests"), py::arg("model"));
-    module.def("lay_out_candidates", [](const Requests& requests) {
-        w2s::CandidateColumns columns = w2s::lay_out_candidates(requests);
-        py::dict found;
-        found["cu_tokens"] = move_to_numpy(std::move(columns.cu_tokens));
-        found["previous"] = move_to_numpy(std::move(columns.previous));
-        found["lengths"] = move_to_numpy(std::move(columns.lengths));
-        found["parents"] = move_to_numpy(std::move(columns.parents));
-        found["siblings"] = move_to_numpy(std::move(columns.siblings));
-        found["cu_candidates"] = move_to_numpy(std::move(columns.cu_candidates));
-        found["width"] = move_to_numpy(std::move(columns.width));
-        found["mean"] = move_to_numpy(std::move(columns.mean)).attr("view")("bool");
-        found["dedup"] = move_to_numpy(std::move(columns.dedup)).attr("view")("bool");
-        return py::make_tuple(found, columns.max_candidates, columns.max_width);
-    }, py::arg("requests"));
-    module.def("take_scores", [](const Requests& requests, const Array<double>& token_scores,
-                                 const Array<double>& scores, const Array<std::int32_t>& first) {
-        return broken(w2s::take_scores(requests, span(token_scores), span(scores), span(first)));
-    }, py::arg("requests"), py::arg("token_scores").noconvert(), py::arg("scores").noconvert(),
-               py::arg("broken").noconvert());
-    module.def("end_rounds", [](const Requests& requests, const Array<std::int32_t>& kept,
+    module.def("lay_out_scoring", [](const Requests& requests, const Requests& drawing,
+                                     std::int64_t steps) {
+        w2s::Scoring found = w2s::lay_out_scoring(requests, drawing, steps);
+        w2s::CandidateColumns& own = found.columns;
+        py::dict columns;
+        columns["cu_tokens"] = move_to_numpy(std::move(own.cu_tokens));
+        columns["previous"] = move_to_numpy(std::move(own.previous));
+        columns["lengths"] = move_to_numpy(std::move(own.lengths));
+        columns["parents"] = move_to_numpy(std::move(own.parents));
+        columns["siblings"] = move_to_numpy(std::move(own.siblings));
+        columns["cu_candidates"] = move_to_numpy(std::move(own.cu_candidates));
+        columns["stops"] = move_to_numpy(std::move(own.stops));
+        columns["cu_stops"] = move_to_numpy(std::move(own.cu_stops));
+        columns["width"] = move_to_numpy(std::move(own.width));
+        columns["mean"] = move_to_numpy(std::move(own.mean)).attr("view")("bool");
+        columns["dedup"] = move_to_numpy(std::move(own.dedup)).attr("view")("bool");
+        py::list rows;
+        for (std::size_t m = 0; m < found.slots.size(); ++m) {
+            rows.append(py::make_tuple(move_to_numpy(std::move(found.slots[m])),
+                                       move_to_numpy(std::move(found.inputs[m])),
+                                       levels(std::move(found.levels[m]))));
+        }
+        return py::make_tuple(
+            move_to_numpy(std::move(found.known_tokens)),
+            move_to_numpy(std::move(found.known_logprobs)), move_to_numpy(std::move(found.counts)),
+            move_to_numpy(std::move(found.targets)), rows, columns, own.max_candidates,
+            own.max_width);
+    }, py::arg("requests"), py::arg("drawing"), py::arg("steps"));
+    module.def("take_scores", [](const Requests& requests, const Array<std::int64_t>& cu_tokens,
+                                 const Array<double>& token_scores, const Array<double>& scores,
+                                 const Array<std::int64_t>& first) {
+        return broken(w2s::take_scores(requests, span(cu_tokens), span(token_scores), span(scores),
+                                       span(first)));
+    }, py::arg("requests"), py::arg("cu_tokens").noconvert(), py::arg("token_scores").noconvert(),
+               py::arg("scores").noconvert(), py::arg("broken").noconvert());
+    module.def("end_rounds", [](const Requests& requests, const Array<std::int64_t>& kept,
                                 const Beams::Managers& managers) {
         w2s::end_rounds(requests, span(kept), managers);
     }, py::arg("requests"), py::arg("kept").noconvert(), py::arg("managers"));

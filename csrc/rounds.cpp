@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <unordered_map>
 
 namespace w2s {
 
@@ -40,21 +41,6 @@ void for_growing(const Requests& requests, Do do_with) {
         const std::vector<Beam>& candidates = request->candidates();
         for (std::size_t c = 0; c < candidates.size(); ++c) {
             if (!candidates[c].finished()) do_with(*request, c, candidates[c]);
-        }
-    }
-}
-
-// Calls do(request, candidate's index, candidate) for those whose parents are not finished: the
-// ones that had tokens to draw in this round, whether or not they have ended since.
-template <typename Do>
-void for_drawn(const Requests& requests, Do do_with) {
-    for (const Beams* request : requests) {
-        for (std::size_t p = 0; p < request->kept().size(); ++p) {
-            if (!request->open() || request->kept()[p].finished()) continue;
-            const auto end = static_cast<std::size_t>(request->first_child(p + 1));
-            for (auto c = static_cast<std::size_t>(request->first_child(p)); c < end; ++c) {
-                do_with(*request, c, request->candidates()[c]);
-            }
         }
     }
 }
@@ -186,95 +172,132 @@ void release_finished(const Requests& requests, PageManager& manager, int model)
     manager.release(released);
 }
 
-Chunks lay_out_chunks(const Requests& requests) {
-    Chunks chunks;
-    for_drawn(requests, [&](const Beams& request, std::size_t, const Beam& beam) {
-        chunks.counts.push_back(beam.length - beam.inherited);
-        request.append_new_tokens(beam, chunks.tokens);
-    });
-    return chunks;
-}
-
-ChunkRows lay_out_chunk_rows(const Requests& requests, int model) {
-    ChunkRows rows;
-    Leveller tree(rows.levels);
-    for_drawn(requests, [&](const Beams& request, std::size_t c, const Beam& beam) {
-        const PromptEnd& prompt = request.prompt_end(model);
-        rows.slots.push_back(request.slot(c, model));
-        // The guides' last token of the prompt is run with the first chunk.
-        rows.inputs.push_back(beam.inherited > 0 ? beam.before_token : prompt.last_token);
-        request.append_new_tokens(beam, rows.inputs);
-        rows.inputs.pop_back();
-        tree.add(request, beam, prompt.length - 1);
-    });
-    return rows;
-}
-
-CandidateColumns lay_out_candidates(const Requests& requests) {
-    CandidateColumns columns;
+Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::int64_t steps) {
+    std::unordered_map<const Beams*, std::int64_t> first_rows;
+    std::int64_t rows = 0;
+    for (const Beams* request : drawing) {
+        first_rows.emplace(request, rows);
+        for (const Beam& beam : request->candidates()) rows += !beam.finished();
+    }
+    Scoring found;
+    const int models = requests.empty() ? 1 : requests.front()->models();
+    for (int m = 1; m < models; ++m) {
+        found.inputs.emplace_back();
+        found.slots.emplace_back();
+        found.levels.emplace_back();
+    }
+    std::vector<Leveller> trees;
+    for (RowLevels& levels : found.levels) trees.emplace_back(levels);
+    const auto know = [&](std::int64_t token, float logprob) {
+        found.known_tokens.push_back(token);
+        found.known_logprobs.push_back(logprob);
+        return rows * steps + std::ssize(found.known_tokens) - 1;
+    };
+    CandidateColumns& columns = found.columns;
     columns.cu_tokens.push_back(0);
     columns.cu_candidates.push_back(0);
+    columns.cu_stops.push_back(0);
+    Int64s chunk;
+    std::vector<std::int32_t> tokens;
+    std::vector<float> logprobs;
     for (const Beams* request : requests) {
+        expect(request->open() && request->models() == models, "a round with all guides is open");
+        const auto drawn = first_rows.find(request);
+        std::int64_t row = drawn == first_rows.end() ? 0 : drawn->second;
         const SearchSettings& settings = request->settings();
         for (std::size_t p = 0; p < request->kept().size(); ++p) {
+            const bool runs = !request->kept()[p].finished();
             const std::int32_t alike = request->first_alike(p);
             const auto end = static_cast<std::size_t>(request->first_child(p + 1));
             for (auto c = static_cast<std::size_t>(request->first_child(p)); c < end; ++c) {
                 const Beam& beam = request->candidates()[c];
-                columns.cu_tokens.push_back(columns.cu_tokens.back() + beam.length -
-                                            beam.inherited);
+                chunk.clear();
+                tokens.clear();
+                logprobs.clear();
+                request->append_new(beam, tokens, logprobs);
+                for (std::size_t i = 0; i < tokens.size(); ++i) {
+                    chunk.push_back(know(tokens[i], logprobs[i]));
+                }
+                if (drawn != first_rows.end() && !beam.finished()) {
+                    for (std::int64_t step = 0; step < steps; ++step) {
+                        chunk.push_back(step * rows + row);
+                    }
+                    ++row;
+                }
+                columns.cu_tokens.push_back(columns.cu_tokens.back() + std::ssize(chunk));
                 columns.previous.push_back(beam.total);
-                columns.lengths.push_back(beam.length);
+                columns.lengths.push_back(beam.inherited);
                 columns.parents.push_back(beam.parent);
                 columns.siblings.push_back(alike);
+                if (!runs) continue;
+                found.counts.push_back(static_cast<std::int32_t>(chunk.size()));
+                found.targets.insert(found.targets.end(), chunk.begin(), chunk.end());
+                const std::int64_t before =
+                    beam.inherited > 0 ? know(beam.before_token, 0.0F) : std::int64_t{-1};
+                for (int m = 1; m < models; ++m) {
+                    const PromptEnd& prompt = request->prompt_end(m);
+                    Int64s& inputs = found.inputs[m - 1];
+                    // The guides' last token of the prompt is run with the first chunk.
+                    inputs.push_back(before >= 0 ? before : know(prompt.last_token, 0.0F));
+                    inputs.insert(inputs.end(), chunk.begin(), chunk.end() - 1);
+                    found.slots[m - 1].push_back(request->slot(c, m));
+                    trees[m - 1].add(*request, beam, prompt.length - 1);
+                }
             }
         }
         const auto count = std::ssize(request->candidates());
         columns.cu_candidates.push_back(columns.cu_candidates.back() + count);
+        for (const auto& ids : {settings.eos_ids, settings.stop_ids}) {
+            columns.stops.insert(columns.stops.end(), ids.begin(), ids.end());
+        }
+        columns.cu_stops.push_back(std::ssize(columns.stops));
         columns.width.push_back(settings.width);
         columns.mean.push_back(settings.mean);
         columns.dedup.push_back(settings.dedup);
         columns.max_candidates = std::max<std::int64_t>(columns.max_candidates, count);
         columns.max_width = std::max<std::int64_t>(columns.max_width, settings.width);
     }
-    return columns;
+    return found;
 }
 
 std::vector<BrokenNumber> take_scores(const Requests& requests,
+                                      std::span<const std::int64_t> cu_tokens,
                                       std::span<const double> token_scores,
                                       std::span<const double> scores,
-                                      std::span<const std::int32_t> broken) {
-    std::size_t tokens = 0, candidates = 0;
+                                      std::span<const std::int64_t> broken) {
+    std::size_t candidates = 0;
     for (const Beams* request : requests) {
-        candidates += request->candidates().size();
         for (const Beam& beam : request->candidates()) {
-            tokens += static_cast<std::size_t>(beam.length - beam.inherited);
+            expect(++candidates < cu_tokens.size() &&
+                       cu_tokens[candidates - 1] + beam.length - beam.inherited <=
+                           cu_tokens[candidates],
+                   "scores must be those of the new tokens");
         }
     }
-    expect(token_scores.size() == tokens && scores.size() == candidates &&
-               broken.size() == candidates,
+    expect(scores.size() == candidates && broken.size() == candidates &&
+               std::ssize(token_scores) >= cu_tokens[candidates],
            "scores must be [T], [C] and [C]");
     std::vector<BrokenNumber> found;
-    std::size_t candidate = 0, token = 0;
+    std::size_t candidate = 0;
     for (std::size_t r = 0; r < requests.size(); ++r) {
         bool sound = true;
         for (std::size_t c = 0; c < requests[r]->candidates().size(); ++c, ++candidate) {
             const Beam& beam = requests[r]->candidates()[c];
-            const auto count = static_cast<std::size_t>(beam.length - beam.inherited);
+            const auto begin = static_cast<std::size_t>(cu_tokens[candidate]);
             if (broken[candidate] >= 0 && sound) {
-                const auto offset = broken[candidate] - static_cast<std::int32_t>(token);
+                const auto offset = static_cast<std::int32_t>(broken[candidate] - cu_tokens[candidate]);
                 found.push_back({static_cast<std::int32_t>(r), broken[candidate],
                                  beam.inherited + offset});
                 sound = false;
             }
-            requests[r]->set_scores(c, token_scores.subspan(token, count), scores[candidate]);
-            token += count;
+            const auto count = static_cast<std::size_t>(beam.length - beam.inherited);
+            requests[r]->set_scores(c, token_scores.subspan(begin, count), scores[candidate]);
         }
     }
     return found;
 }
 
-void end_rounds(const Requests& requests, std::span<const std::int32_t> kept,
+void end_rounds(const Requests& requests, std::span<const std::int64_t> kept,
                 const Beams::Managers& managers) {
     if (requests.empty()) return;
     expect(kept.size() % requests.size() == 0, "kept must be [R, width]");

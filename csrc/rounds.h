@@ -41,34 +41,37 @@ struct GrowingRows {
     RowLevels levels;
 };
 
-// New tokens of the candidates whose parents are not finished.
-struct Chunks {
-    Int32s counts;
-    Int64s tokens;
-};
-
-// How those are run in one model: each chunk's last token only gives the target of the one before.
-struct ChunkRows {
-    Int32s slots;
-    Int64s inputs;
-    RowLevels levels;
-};
-
-// What select_beams (kernels/select_beams.py) is given of all candidates.
+// What score_select (kernels/score_select.py) is given of all candidates.
 struct CandidateColumns {
     Int64s cu_tokens;
     std::vector<double> previous;
-    Int64s lengths;
+    Int64s lengths;  // before the chunk
     Int32s parents;
-    Int64s siblings, cu_candidates, width;
+    Int64s siblings, cu_candidates, stops, cu_stops, width;
     std::vector<std::uint8_t> mean, dedup;
     std::int64_t max_candidates = 0, max_width = 0;
+};
+
+// The new tokens of candidates, and how each guide's models run them. Some tokens may still be on
+// the device, as they were drawn. So a token is named by its index among all that there are: first
+// those drawn, [steps, rows], and behind them those `known`.
+struct Scoring {
+    Int64s known_tokens;
+    std::vector<float> known_logprobs;  // 0 for tokens that are not new
+    Int32s counts;                      // new tokens of each candidate whose parent went on
+    Int64s targets;                     // those tokens, one candidate's after the other
+    // Of each model but the base: what it runs, each chunk's last token only gives a target; where;
+    // and what rows share.
+    std::vector<Int64s> inputs;
+    std::vector<Int32s> slots;
+    std::vector<RowLevels> levels;
+    CandidateColumns columns;
 };
 
 // Where a model gave a number that is not finite.
 struct BrokenNumber {
     std::int32_t request;
-    std::int32_t token;     // index among the new tokens of all candidates; of take_tokens: -1
+    std::int64_t token;     // as cu_tokens counts them; of take_tokens: -1
     std::int32_t position;  // in its response
 };
 
@@ -96,21 +99,22 @@ std::vector<BrokenNumber> take_tokens(const Requests& requests,
 // Give back what finished candidates hold in one model.
 void release_finished(const Requests& requests, PageManager& manager, int model);
 
-Chunks lay_out_chunks(const Requests& requests);
-ChunkRows lay_out_chunk_rows(const Requests& requests, int model);
-CandidateColumns lay_out_candidates(const Requests& requests);
+// The rounds of `requests`, which are complete when the growing rows of `drawing`, as lay_out_rows
+// has them, have got `steps` more tokens. Those of other requests have all of theirs.
+Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::int64_t steps);
 
-// Take over what the selection computed: scores of the new tokens [T] and of all candidates [C],
-// and the first broken token of each candidate [C], -1 where there is none. The first of a request
-// is reported.
+// Take over what the selection computed: scores of the new tokens, which begin for each candidate
+// where lay_out_scoring said; of all candidates [C]; and the first broken token of each [C], -1
+// where there is none. The first of a request is reported.
 std::vector<BrokenNumber> take_scores(const Requests& requests,
+                                      std::span<const std::int64_t> cu_tokens,
                                       std::span<const double> token_scores,
                                       std::span<const double> scores,
-                                      std::span<const std::int32_t> broken);
+                                      std::span<const std::int64_t> broken);
 
 // Keep the candidates [R, width] of each request, best first, up to the first -1, and give back
 // what only others hold.
-void end_rounds(const Requests& requests, std::span<const std::int32_t> kept,
+void end_rounds(const Requests& requests, std::span<const std::int64_t> kept,
                 const Beams::Managers& managers);
 
 // End rounds without a selection: all candidates are kept.

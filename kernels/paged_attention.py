@@ -39,7 +39,8 @@ class SharedSegments(NamedTuple):
             most SPLIT_KEYS keys, the row of the page table to find them by, and how many splits
             come before it in its rows. One of 0 tokens does nothing: room for launches in graphs.
         max_tokens, max_parts, max_own: bounds of the tokens of a split, the parts of a row, and
-            the keys of a row that no segment holds. Known to the host, see ``max_q``.
+            the keys that no segment holds, of a row of at most SPLIT_QUERIES new tokens: others'
+            keys are not cut. Known to the host, see ``max_q``.
     """
 
     own: Tensor
@@ -67,6 +68,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     max_q: int,
     max_k: int,
+    max_own: int | None = None,
     shared: SharedSegments | None = None,
 ) -> Tensor:
     """Causal attention of S rows, each with n new tokens, over all their keys.
@@ -95,6 +97,8 @@ def paged_attention(
         max_q, max_k: bounds of the new tokens and the keys of a row. They are known to the host
             and choose the launch; data on the device is never read for it, so that a launch can
             be captured in a graph and replayed for other lengths within the bounds.
+        max_own: where nothing is shared, what SharedSegments calls so: 0 if every row has more than
+            SPLIT_QUERIES new tokens, for then no keys are cut. None: ``max_k``.
         shared: which keys rows have in common; None: none, or it is not known. Rows of more than
             SPLIT_QUERIES new tokens share nothing. It changes how often keys are read, and the
             order of a row's sums, never their terms.
@@ -139,9 +143,10 @@ def paged_attention(
             f" {tuple(shared.token_rows.shape)} and splits {tuple(shared.splits.shape)} of shared"
             " must be [S], [S], [T] and [N, 6]"
         )
+    nothing = (*_NOTHING_SHARED[:-1], max_k if max_own is None else max_own)
     out: Tensor = _operator(
         q, pages, page_table, lengths, cu_seqlens_q, scale, window, softcap, sinks, max_q, max_k,
-        *(shared or _NOTHING_SHARED),
+        *(shared or nothing),
     )  # fmt: skip
     return out
 

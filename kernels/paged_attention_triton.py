@@ -115,7 +115,7 @@ def launch(
     entries = 0
     if splits is None or own is None or parts is None or token_rows is None:
         own = parts = token_rows = splits = None
-        max_parts, max_own, max_tokens = 0, max_k, 0
+        max_parts, max_tokens = 0, 0
     else:
         own, parts, token_rows = own.contiguous(), parts.contiguous(), token_rows.contiguous()
         splits = splits.contiguous()

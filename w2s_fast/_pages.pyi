@@ -113,6 +113,38 @@ class PageManager:
     def reference_counts(self) -> Int32:
         """Read-only live view [num_pages]: the slots with the page, plus one if it is cached."""
 
+class PassLayout:
+    """One forward pass, laid out for the attention kernels; see csrc/plan.h."""
+
+    def __init__(
+        self,
+        pages: PageManager,
+        slots: Int32,
+        counts: Int32,
+        first: Int32,
+        count: Int32,
+        begin: Int32,
+        end: Int32,
+        own: Int32,
+        split_keys: int,
+        split_queries: int,
+        ahead: int = 0,
+    ) -> None: ...
+    @property
+    def bounds(self) -> tuple[int, int, int, int, int, int, int, int, int]:
+        """rows, tokens, splits, pages, max_q, max_k, max_own, max_tokens, max_parts."""
+    def write(
+        self,
+        buffer: NDArray[np.uint8],
+        offsets: NDArray[np.int64],
+        rows: int,
+        tokens: int,
+        splits: int,
+        pages: int,
+        back: bool = False,
+    ) -> None:
+        """Fill a buffer with room for so many; ``offsets``: of the fields in PassField's order."""
+
 Levels = tuple[tuple[Int32, Int32], tuple[Int32, Int32]]
 # (request's index, token's index among the new ones or -1, position in the response)
 Broken = list[tuple[int, int, int]]
@@ -244,21 +276,23 @@ def take_tokens(
     requests: Sequence[Beams], tokens: Int64, logprobs: Float32, steps: int
 ) -> Broken: ...
 def release_finished(requests: Sequence[Beams], manager: PageManager, model: int) -> None: ...
-def lay_out_chunks(requests: Sequence[Beams]) -> tuple[Int32, Int64]:
-    """Returns counts [S] and tokens [T]."""
-
-def lay_out_chunk_rows(requests: Sequence[Beams], model: int) -> tuple[Int32, Int64, Levels]:
-    """Returns slots [S], inputs [T], and what the rows share."""
-
-def lay_out_candidates(
-    requests: Sequence[Beams],
-) -> tuple[dict[str, Columns], int, int]:
-    """Returns the columns of select_beams from `cu_tokens` on, and the two bounds."""
+def lay_out_scoring(
+    requests: Sequence[Beams], drawing: Sequence[Beams], steps: int
+) -> tuple[
+    Int64, Float32, Int32, Int64, list[tuple[Int32, Int64, Levels]], dict[str, Columns], int, int
+]:
+    """Returns known tokens and log-probs [K], counts [S], targets [T]; of each model of the guides
+    slots [S], inputs [T] and what rows share; the columns of score_select from `cu_tokens` on, and
+    its two bounds."""
 
 def take_scores(
-    requests: Sequence[Beams], token_scores: Float64, scores: Float64, broken: Int32
+    requests: Sequence[Beams],
+    cu_tokens: Int64,
+    token_scores: Float64,
+    scores: Float64,
+    broken: Int64,
 ) -> Broken: ...
-def end_rounds(requests: Sequence[Beams], kept: Int32, managers: Sequence[PageManager]) -> None: ...
+def end_rounds(requests: Sequence[Beams], kept: Int64, managers: Sequence[PageManager]) -> None: ...
 def keep_all(requests: Sequence[Beams], managers: Sequence[PageManager]) -> None: ...
 def round_pages(requests: Sequence[Beams], page_sizes: Sequence[int]) -> Int64:
     """Returns pages [R, models], 0 where a model runs not."""

@@ -64,11 +64,8 @@ def test_appended_and_decoded_rows_get_dense_attention(
     kept = data.draw(st.lists(st.booleans(), min_size=len(rows.slots), max_size=len(rows.slots)))
     if any(kept):
         rows = rows.only(kept)
-    if data.draw(st.booleans(), "shared"):
-        tree = rows.tree
-    else:
-        tree = rows.tree.only(np.zeros(len(rows.slots), bool))
     slots = rows.slots
+    tree = rows.tree if data.draw(st.booleans(), "shared") else RowTree.of([], len(slots))
     most = data.draw(st.sampled_from([1, 5]), "tokens")
     counts = data.draw(
         st.lists(st.integers(1, most), min_size=len(slots), max_size=len(slots)), "counts"

@@ -59,15 +59,6 @@ def test_short_and_unshared_pieces_stay_with_their_rows() -> None:
     assert not empty.shares and empty.keys_read([]) == 0
 
 
-def test_rows_can_be_taken_out() -> None:
-    tree = RowTree.of([Level([0] * 5, [40] * 5), Level([0, 0, 1, 1, 1], [60] * 5)], 5)
-    assert tree.only(np.ones(5, bool)) is tree
-    some = tree.only(np.array([True, False, False, True, True]))
-    assert segments(some) == [(0, 1, 0, 40), (3, 2, 0, 40), (0, 1, 40, 60), (3, 2, 40, 60)]
-    assert some.own.tolist() == [60, 0, 0, 60, 60]
-    assert not tree.only(np.zeros(5, bool)).shares
-
-
 @given(
     levels=st.lists(
         st.lists(st.tuples(st.integers(1, 3), st.integers(0, 40)), min_size=1, max_size=3),

@@ -19,10 +19,8 @@ from w2s_fast._pages import (
     fork_beams,
     held_slots,
     keep_all,
-    lay_out_candidates,
-    lay_out_chunk_rows,
-    lay_out_chunks,
     lay_out_rows,
+    lay_out_scoring,
     lay_out_sources,
     release_finished,
     take_scores,
@@ -63,6 +61,11 @@ def some_params(draw: st.DrawFn) -> SearchParams:
         score=draw(st.sampled_from(["sum", "mean"])),
         stop_token_ids=draw(st.sampled_from([(), (5,)])),
         ignore_eos=draw(st.booleans()),
+        temperature=draw(st.sampled_from([0.0, 0.7])),
+        top_k=draw(st.sampled_from([0, 50])),
+        top_p=draw(st.sampled_from([0.9, 1.0])),
+        min_p=draw(st.sampled_from([0.0, 0.1])),
+        seed=draw(st.integers(0, 99)),
         trace=draw(st.booleans()),
     )
 
@@ -149,11 +152,41 @@ class World:
         tokens = np.array(
             [[self.draw(st.integers(0, 9)) for _ in range(steps)] for _ in rows], np.int64
         )
-        logprobs = -np.arange(tokens.size, dtype=np.float32).reshape(tokens.shape)
+        logprobs = -np.arange(1, tokens.size + 1, dtype=np.float32).reshape(tokens.shape)
+        self._check_scoring(which, tokens, logprobs)
         assert take_tokens(self.beams(which), tokens, logprobs, steps) == []
         for (i, beam), new, own in zip(rows, tokens.tolist(), logprobs.tolist()):
             self.models[i].take(beam, new, own)
         release_finished(self.beams(which), self.managers[0], 0)
+
+    def _check_scoring(self, which: list[int], tokens: Any, logprobs: Any) -> None:
+        """What would be scored if all of what is drawn counted, before the host has read it."""
+        complete = [
+            i
+            for i in which
+            if self.models[i].params.uses_guides and self.models[i].left() == tokens.shape[1]
+        ]
+        if not complete:
+            return
+        found = lay_out_scoring(self.beams(complete), self.beams(which), tokens.shape[1])
+        pool = np.concatenate([tokens.T.ravel(), found[0]])
+        probs = np.concatenate([logprobs.T.ravel(), found[1]])
+        rows = {}
+        for i in which:
+            for beam in self.models[i].growing:
+                rows[id(beam)] = len(rows)
+        new, own = [], []
+        for i in complete:
+            for parent, children in self.models[i].families:
+                for beam in children if parent.reason is None else []:
+                    row = rows.get(id(beam))
+                    drawn = [] if row is None else tokens[row].tolist()
+                    new.append(beam.tokens[beam.inherited :] + drawn)
+                    drawn = [] if row is None else logprobs[row].tolist()
+                    own.append(beam.logprobs[beam.inherited :] + drawn)
+        assert found[2].tolist() == [len(chunk) for chunk in new]
+        assert pool[found[3]].tolist() == [token for chunk in new for token in chunk]
+        assert probs[found[3]].tolist() == [logprob for chunk in own for logprob in chunk]
 
     def _check_sources(self, which: list[int]) -> None:
         slots, counts, children, tokens, levels = lay_out_sources(
@@ -189,7 +222,9 @@ class World:
         ]
         assert columns[5].tolist() == indices
         assert columns[6].tolist() == [len(beam.tokens) for _, beam in rows]
-        assert columns[1].tolist() == [self.models[i].params.top_k for i, _ in rows]
+        for n, name in enumerate(("temperature", "top_k", "top_p", "min_p", "seed")):
+            wanted = [getattr(self.models[i].params, name) for i, _ in rows]
+            assert columns[n].tolist() == np.array(wanted, columns[n].dtype).tolist(), name
         prompts = [len(self.requests[i].prompt) for i, _ in rows]
         assert inherited.tolist() == [p + b.inherited for p, (_, b) in zip(prompts, rows)]
         assert together.tolist() == [
@@ -220,7 +255,8 @@ class World:
                     self._grow(m, [slot], [len(self.prompts(i)[m]) - 1])
                     self.requests[i].beams.set_root_slot(m, slot)
             fork_beams(self.beams(which), self.managers[m], m)
-        counts, tokens = lay_out_chunks(self.beams(which))
+        found = lay_out_scoring(self.beams(which), [], 0)
+        pool, logprobs, counts, targets, rows, columns, most, width = found
         drawn = [
             (i, beam)
             for i in which
@@ -230,30 +266,36 @@ class World:
         ]
         new = [beam.tokens[beam.inherited :] for _, beam in drawn]
         assert counts.tolist() == [len(own) for own in new]
-        assert tokens.tolist() == [token for own in new for token in own]
-        for m in (1, 2):
-            slots, inputs, (_, (_, inherited)) = lay_out_chunk_rows(self.beams(which), m)
+        assert pool[targets].tolist() == [token for own in new for token in own]
+        own = [logprob for _, beam in drawn for logprob in beam.logprobs[beam.inherited :]]
+        assert logprobs[targets].tolist() == own
+        for m, (slots, inputs, (_, (_, inherited))) in enumerate(rows, 1):
             before = [
                 beam.tokens[beam.inherited - 1] if beam.inherited else self.prompts(i)[m][-1]
                 for i, beam in drawn
             ]
             expected = [t for last, own in zip(before, new) for t in (last, *own[:-1])]
-            assert inputs.tolist() == expected
+            assert pool[inputs].tolist() == expected
             lengths = [len(self.prompts(i)[m]) - 1 + beam.inherited for i, beam in drawn]
             assert self.managers[m].lengths[slots].tolist() == lengths == inherited.tolist()
             self._grow(m, slots, counts)
-        self._select(which, len(tokens))
+        assert most == max(len(self.models[i].candidates) for i in which)
+        assert width == max(self.models[i].params.kept for i in which)
+        self._select(which, len(targets), columns)
 
-    def _select(self, which: list[int], count: int) -> None:
-        columns, _, _ = lay_out_candidates(self.beams(which))
-        cu_tokens, previous, lengths, parents, siblings, cu_candidates, width, _, _ = (
-            columns.values()
+    def _select(self, which: list[int], count: int, columns: dict[str, Any]) -> None:
+        cu_tokens, previous, lengths, parents, siblings, cu_candidates, stops, cu_stops, width = (
+            list(columns.values())[:9]
         )
         candidates = [(i, beam) for i in which for beam in self.models[i].candidates]
         assert previous.tolist() == [beam.total for _, beam in candidates]
-        assert lengths.tolist() == [len(beam.tokens) for _, beam in candidates]
+        assert lengths.tolist() == [beam.inherited for _, beam in candidates]
         assert parents.tolist() == [-1 if b.parent is None else b.parent for _, b in candidates]
         assert width.tolist() == [self.models[i].params.kept for i in which]
+        for r, i in enumerate(which):
+            params = self.models[i].params
+            ends = {*params.stop_token_ids, *(() if params.ignore_eos else EOS)}
+            assert set(stops[cu_stops[r] : cu_stops[r + 1]].tolist()) == ends
         begins = [b.tokens[: b.inherited] for _, b in candidates]
         for first, end in pairwise(cu_candidates):
             for a in range(first, end):
@@ -263,12 +305,12 @@ class World:
         totals = previous + np.add.reduceat(np.append(scores, 0), cu_tokens[:-1]) * np.diff(
             cu_tokens
         ).astype(bool)
-        sound = np.full(len(candidates), -1, np.int32)
-        assert take_scores(self.beams(which), scores, totals, sound) == []
+        sound = np.full(len(candidates), -1)
+        assert take_scores(self.beams(which), cu_tokens, scores, totals, sound) == []
         for c, (i, beam) in enumerate(candidates):
             own = scores[cu_tokens[c] : cu_tokens[c + 1]].tolist()
             self.models[i].score(beam, own, float(totals[c]))
-        kept = np.full((len(which), int(width.max())), -1, np.int32)
+        kept = np.full((len(which), int(width.max())), -1)
         for r, i in enumerate(which):
             most = min(self.models[i].params.kept, len(self.models[i].candidates))
             order = self.draw(st.permutations(range(len(self.models[i].candidates))))
@@ -334,6 +376,13 @@ def request(**params: Any) -> Request:
     return Request([1, 2], [([1, 2], [1, 2])], SearchParams(**options), eos_ids=EOS)
 
 
+def score(one: Request, chunk: int) -> None:
+    """Zeros, for chunks of so many tokens."""
+    rows = len(one.beams.candidates)
+    cu_tokens = np.arange(rows + 1) * chunk
+    take_scores([one.beams], cu_tokens, np.zeros(rows * chunk), np.zeros(rows), np.full(rows, -1))
+
+
 def test_a_broken_log_prob_is_named_once_and_nothing_behind_it_counts() -> None:
     one = request()
     begin_rounds([one.beams])
@@ -359,10 +408,17 @@ def test_the_first_broken_score_of_a_request_is_named() -> None:
     one, two = request(), request()
     beams = [one.beams, two.beams]
     begin_rounds(beams)
-    take_tokens(beams, np.full((8, 2), 7), np.zeros((8, 2), np.float32), 2)
-    broken = np.array([-1, -1, -1, -1, -1, 11, 13, -1], np.int32)
-    found = take_scores(beams, np.zeros(16), np.zeros(8), broken)
+    tokens = np.full((8, 2), 7)
+    tokens[:, 0] = [7, 7, 7, 7, 0, 7, 7, 7]
+    take_tokens(beams, tokens, np.zeros((8, 2), np.float32), 2)
+    broken = np.array([-1, -1, -1, -1, -1, 11, 13, -1])
+    found = take_scores(beams, np.arange(0, 18, 2), np.arange(16.0), np.zeros(8), broken)
     assert found == [(1, 11, 1)]
+    # What stands behind the end of a chunk is nobody's score.
+    assert [b.tokens for b in two.beams.candidates] == [[0], *[[7, 7]] * 3]
+    end_rounds(beams, np.array([[3, 1], [0, 3]]), [])
+    assert [b.token_scores for b in one.beams.kept] == [[6.0, 7.0], [2.0, 3.0]]
+    assert [b.token_scores for b in two.beams.kept] == [[8.0], [14.0, 15.0]]
 
 
 def test_no_slot_changes_hands_where_there_is_no_room() -> None:
@@ -383,10 +439,10 @@ def test_a_history_is_stored_once() -> None:
     sizes = []
     for _ in range(3000):
         begin_rounds([one.beams])
-        rows = len(one.beams.candidates) if not sizes else 4
+        rows = len(one.beams.candidates)
         take_tokens([one.beams], np.full((rows, 10), 7), np.zeros((rows, 10), np.float32), 10)
-        take_scores([one.beams], np.zeros(rows * 10), np.zeros(rows), np.full(rows, -1, np.int32))
-        end_rounds([one.beams], np.array([[1, 3]], np.int32), [])
+        score(one, 10)
+        end_rounds([one.beams], np.array([[1, 3]]), [])
         sizes.append(one.beams.blocks)
     # Two histories, each block of them once, and those of losers are used again.
     assert sizes[-1] <= 2 * 3000 + 4
@@ -399,7 +455,7 @@ def test_what_does_not_fit_is_refused() -> None:
         take_tokens([one.beams], np.zeros((1, 1), np.int64), np.zeros((1, 1), np.float32), 1)
     begin_rounds([one.beams])
     with pytest.raises(ValueError, match="scores must be"):
-        take_scores([one.beams], np.zeros(1), np.zeros(4), np.full(4, -1, np.int32))
+        take_scores([one.beams], np.zeros(5, np.int64), np.zeros(0), np.zeros(3), np.full(3, -1))
 
 
 def test_equal_tokens_of_other_parents_are_siblings() -> None:
@@ -407,10 +463,9 @@ def test_equal_tokens_of_other_parents_are_siblings() -> None:
     one = request(chunk_length=1)
     begin_rounds([one.beams])
     zeros = np.zeros((4, 1), np.float32)
-    sound = np.full(4, -1, np.int32)
     for tokens, kept in (([3, 4, 3, 5], [0, 2]), ([6, 7, 6, 7], [1, 3])):
         take_tokens([one.beams], np.array(tokens)[:, None], zeros, 1)
-        take_scores([one.beams], np.zeros(4), np.zeros(4), sound)
-        end_rounds([one.beams], np.array([kept], np.int32), [])
+        score(one, 1)
+        end_rounds([one.beams], np.array([kept]), [])
         begin_rounds([one.beams])
-        assert set(lay_out_candidates([one.beams])[0]["siblings"].tolist()) == {0}
+        assert set(lay_out_scoring([one.beams], [one.beams], 1)[5]["siblings"].tolist()) == {0}

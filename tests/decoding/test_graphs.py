@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.engines import (
     MIXED,
@@ -28,14 +32,19 @@ from tests.support.engines import (
     models_of,
 )
 from tests.support.recorded import Recorded, recorded, replays
+from tests.support.recorder import Recording, tensors
 from tests.support.tiny_models import byte_tokenizer, tiny_triple
 from tests.support.tokenizers import with_gaps
-from w2s_fast.attention.kernel import KernelPlan
+from w2s_fast.attention.kernel import Bounds
+from w2s_fast.attention.row_tree import Level, RowTree
+from w2s_fast.attention.staging import _NUMPY
 from w2s_fast.attention.static_plan import Bucket
+from w2s_fast.decoding.decoder import Decoder
 from w2s_fast.decoding.decoding import Decoding
 from w2s_fast.decoding.graphs import round_up_rows, rows_recorded
-from w2s_fast.decoding.sampling import SamplingBatch
-from w2s_fast.kernels.paged_attention import SharedSegments
+from w2s_fast.decoding.sampling import SamplingColumns, sampling_fields
+from w2s_fast.kernels.paged_attention_triton import SPLIT_QUERIES
+from w2s_fast.models.body import run_body
 
 
 def steps_by_hand() -> Any:
@@ -168,25 +177,37 @@ def test_what_a_bucket_has_too_many_touches_no_page() -> None:
     # All rows of the bucket, for longer than a page, so that there is something to leave behind.
     many = pool.allocate(8)
     engine.base.forward(many, torch.arange(8), [1] * 8)
+    logits = torch.zeros(8, engine._models.vocab_size)
+    nothing = [RowTree.of([], rows) for rows in range(9)]
     chunk = Decoding(engine.base, many, 6)
-    assert steps.run(chunk.plan, settings(8), torch.arange(8), 6) is not None
+    assert steps.run(many, nothing[8], settings(8), logits, 7) is not None
     chunk.count(6)
 
-    decoding = Decoding(engine.base, slots, 6)
+    Decoding(engine.base, slots, 6)
     written = pool.places(slots, [6] * 5)
     before = pool.kv.clone().flatten(2, 3)
-    drawn = steps.run(decoding.plan, settings(5), torch.tensor([1, 2, 3, 4, 5]), 6)
-    assert drawn is not None and len(drawn) == 6
+    drawn = steps.run(slots, nothing[5], settings(5), logits[:5], 7)
+    assert drawn is not None and len(drawn) == 7
     assert places_written(before) == sorted(written.tolist())
     assert all(logprobs.isfinite().all() for _, logprobs in drawn)
 
 
-def settings(rows: int) -> SamplingBatch:
-    sampling = SamplingBatch.empty(rows, torch.device("cpu"))
-    sampling.temperature.fill_(0.8)
-    sampling.top_p.fill_(0.9)
-    sampling.candidate.copy_(torch.arange(rows))
-    return sampling
+def settings(rows: int) -> SamplingColumns:
+    return columns(
+        temperature=[0.8] * rows,
+        top_k=[50] * rows,
+        top_p=[0.9] * rows,
+        min_p=[0.0] * rows,
+        seed=[0] * rows,
+        candidate=list(range(rows)),
+        position=[0] * rows,
+    )
+
+
+def columns(**values: list[Any]) -> SamplingColumns:
+    fields = sampling_fields(1)
+    arrays = {name: np.array(v, _NUMPY[fields[name].dtype]) for name, v in values.items()}
+    return SamplingColumns(**arrays)
 
 
 def test_a_chunk_leaves_nothing_behind_for_the_next_one() -> None:
@@ -202,49 +223,205 @@ def test_a_chunk_leaves_nothing_behind_for_the_next_one() -> None:
     )
 
 
+# What the host does for a pass
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operators that would launch or copy something on a device, and of replays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        places = [{t.untyped_storage().data_ptr() for t in tensors(x)} for x in (args, out)]
+        is_view = places[1] <= places[0] and not func._schema.is_mutable
+        if not is_view and name != "empty":
+            of_bytes = name == "copy_" and args[1].dtype == torch.uint8
+            self.found.append("staging" if of_bytes else name)
+        return out
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """What is launched meanwhile; what a recording repeats is one replay."""
+    replay = Recording.__call__
+    log = Launches()
+
+    def replayed(self: Recording) -> None:
+        before = len(log.found)
+        replay(self)
+        log.found[before:] = ["replay"]
+
+    with mock.patch.object(Recording, "__call__", replayed), log:
+        yield log.found
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_a_recorded_pass_is_one_copy_and_one_replay(as_tensor: bool) -> None:
+    engine, *_ = Recorded.of(tiny_triple(eos=()), max_rows=8)
+    model = engine.base
+    slots = model.pool.allocate(2)
+    for _ in range(3):
+        tokens = torch.tensor([3, 1, 4]) if as_tensor else [3, 1, 4]
+        with launches() as found:
+            model.forward(slots, tokens, [2, 1])
+    assert found == ["staging", "replay", "clone"]
+
+
+def test_a_recorded_decode_is_one_copy_and_a_replay_a_step() -> None:
+    engine, *_ = Recorded.of(tiny_triple(eos=()), max_rows=8)
+    model = engine.base
+    root = model.pool.allocate(1)
+    model.forward(root, list(range(1, 13)), [12])
+    slots = [*root, *model.pool.fork(root, [2])]
+    tree = RowTree.of([Level([0] * 3, [12] * 3)], 3)
+    model.pool.reserve(slots, [5] * 3)  # a shared page is copied here
+    logits = torch.randn(3, engine._models.vocab_size)
+    with launches() as found:
+        drawn = engine._search.base.decoder.run(slots, tree, settings(3), logits, 6)
+    assert found == ["staging", "sample_tokens", "copy_", "copy_", *["replay"] * 5, "clone"]
+    tokens, logprobs = drawn.read()
+    assert tokens.shape == logprobs.shape == (6, 3)
+    for step, draw in enumerate(drawn):
+        assert draw.tokens.tolist() == tokens[step].tolist()
+        assert draw.logprobs.tolist() == logprobs[step].tolist()
+    assert model.pool.lengths(slots).tolist() == [17] * 3
+    # The same, a step after the other and without recordings.
+    model.pool.truncate(slots, [12] * 3)
+    plain = Decoder(model, engine._models.vocab_size)
+    again = plain.run(slots, tree, settings(3), logits, 6).read()
+    assert (again[0] == tokens).all()
+    torch.testing.assert_close(torch.from_numpy(again[1]), torch.from_numpy(logprobs))
+
+
+def test_more_steps_than_are_kept_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("w2s_fast.decoding.decode_graphs._STEPS", 4)
+    models = tiny_triple(eos=())
+    engine, *_ = Recorded.of(models, max_rows=8)
+    for chunk in (4, 5, 6, 13):
+        long = replace(SEARCH, beam_width=2, successors=2, chunk_length=chunk, max_new_tokens=26)
+        with steps_by_hand() as by_hand:
+            results = engine.generate(PROMPTS[:1], long)
+        assert by_hand.call_count == 0
+        assert found(results) == found(make_engine(*models).generate(PROMPTS[:1], long))
+
+
+def test_a_shape_runs_on_the_same_tensors_before_it_is_recorded() -> None:
+    """In half precision other shapes may give other bits: the first run is the later ones'."""
+    engine, _, passes = Recorded.of(tiny_triple(eos=()), max_rows=8)
+    model, graphs = engine.guides[0].models[0], passes[1]
+    shapes: list[int] = []
+    before, hidden = len(graphs.recordings), []
+
+    def run(view: Any, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shapes.append(len(tokens))
+        return run_body(view, tokens, *rest)
+
+    with mock.patch("w2s_fast.decoding.pass_graphs.run_body", run):
+        for recorded in (0, 1, 1):
+            slots = model.pool.allocate(3)
+            hidden.append(model.forward(slots, torch.arange(1, 20), [9, 4, 6]))
+            model.pool.release(slots)
+            assert len(graphs.recordings) == before + recorded
+    assert shapes == [20, 20]  # run once, recorded once
+    assert torch.equal(hidden[0], hidden[1]) and torch.equal(hidden[0], hidden[2])
+
+
+@pytest.mark.parametrize("counts", [[30, 30, 30], [30, 4, 17], [64, 1, 1]])
+def test_rows_of_many_new_tokens_are_recorded(counts: list[int]) -> None:
+    engine, _, passes = Recorded.of(tiny_triple(eos=()), max_rows=8)
+    model = engine.guides[0].models[0]
+    root = model.pool.allocate(1)
+    model.forward(root, list(range(1, 13)), [12])
+    slots = [*root, *model.pool.fork(root, [2])]
+    tree = RowTree.of([Level([0] * 3, [12] * 3)], 3)
+    tokens = torch.arange(sum(counts)) % 18 + 1
+
+    def run() -> torch.Tensor:
+        hidden = model.forward(slots, tokens, counts, tree)
+        model.pool.truncate(slots, [12] * 3)
+        return hidden
+
+    before = replays(passes[1])
+    found = [run() for _ in range(3)]
+    assert replays(passes[1]) == before + 2
+    model.replays = None
+    for hidden in found:
+        torch.testing.assert_close(hidden, run())
+
+
+def test_longer_rows_are_not_recorded() -> None:
+    engine, _, passes = Recorded.of(tiny_triple(eos=()), max_rows=8)
+    model, before = engine.base, len(passes[0].recordings)
+    for _ in range(3):
+        slots = model.pool.allocate(1)
+        model.forward(slots, torch.ones(65, dtype=torch.int64), [65])
+        model.pool.release(slots)
+    assert len(passes[0].recordings) == before
+
+
+def test_settings_of_rows_travel_in_their_own_precision() -> None:
+    expected = {
+        "temperature": (torch.float32, [0.5, 0.0, 0.5]),
+        "top_k": (torch.int64, [7, 0, 7]),
+        "top_p": (torch.float64, [0.1, 1.0, 0.1]),
+        "min_p": (torch.float64, [0.3, 0.0, 0.3]),
+        "seed": (torch.int64, [-3, 5, -3]),
+        "candidate": (torch.int64, [4, 5, 6]),
+        "position": (torch.int64, [7, 8, 2**40]),
+    }
+    batch = columns(**{name: values for name, (_, values) in expected.items()})
+    there = batch.to(torch.device("cpu"))
+    there.advance()
+    for name, (dtype, values) in expected.items():
+        column = getattr(there, name)
+        assert column.dtype == dtype and column.data_ptr() % 16 == 0
+        assert column.tolist() == [v + (name == "position") for v in values]
+        assert getattr(batch, name).tolist() == values
+
+
 # Buckets
 
 
-def plan_of(
-    rows: int, max_q: int, shared: tuple[int, int, int, int] | None, max_k: int
-) -> KernelPlan:
-    """A plan of these bounds: splits, max_tokens, max_parts, max_own."""
-    nothing = torch.zeros(0)
-    splits, *bounds = shared or (0, 0, 0, 0)
-    segments = SharedSegments(nothing, nothing, nothing, torch.zeros(splits, 6), *bounds)
-    return KernelPlan(
-        pool=mock.sentinel.pool,
-        page_table=nothing,
-        positions=nothing,
-        write=nothing,
-        lengths=torch.zeros(rows),
-        cu_seqlens_q=nothing,
-        max_q=max_q,
-        max_k=max_k,
-        shared=None if shared is None else segments,
+def bounds_of(rows: int, max_q: int, shared: tuple[int, int, int, int], pages: int) -> Bounds:
+    """Bounds of a pass: splits, max_tokens, max_parts, max_own."""
+    splits, max_tokens, max_parts, max_own = shared
+    return Bounds(
+        rows, rows * max_q, splits, pages, max_q, 16 * pages, max_own, max_tokens, max_parts
     )
 
 
 @given(
-    rows=st.integers(1, 256),
-    max_q=st.integers(1, 16),
-    shared=st.none() | st.tuples(*[st.integers(1, 5000)] * 4),
-    max_k=st.integers(1, 20000),
+    rows=st.integers(1, 1500),
+    max_q=st.integers(1, 64),
+    shared=st.tuples(*[st.integers(1, 5000)] * 4)
+    | st.integers(0, 20000).map(lambda own: (0, 0, 0, own)),
+    pages=st.integers(1, 3000),
+    more_pages=st.integers(0, 3000),
 )
 def test_a_bucket_is_never_too_small(
-    rows: int, max_q: int, shared: tuple[int, int, int, int] | None, max_k: int
+    rows: int, max_q: int, shared: tuple[int, int, int, int], pages: int, more_pages: int
 ) -> None:
-    padded = round_up_rows(rows, 256)
-    bucket = Bucket.of(plan_of(rows, max_q, shared, max_k), padded, padded * max_q)
-    wanted = (rows, rows * max_q, max_q, *(shared or (0, 0, 0, max_k)))
+    padded = round_up_rows(rows, 1500)
+    most = pages + more_pages
+    bucket = Bucket.of(bounds_of(rows, max_q, shared, pages), padded, padded * max_q, most)
+    wanted = (rows, rows * max_q, max_q, *shared, pages)
     assert all(have >= want for have, want in zip(bucket, wanted, strict=True))
+    assert bucket.pages <= most
     # Not much too large either, once past the smallest.
-    smallest = Bucket.smallest(padded, padded * max_q, bucket.max_q)
+    smallest = Bucket.smallest(padded, padded * max_q, bucket.max_q, most)
     assert bucket.max_q < 2 * max_q
     assert all(
-        have < 4 * want or have == least
+        have < 4 * want or have == least or have == want == 0
         for have, want, least in zip(bucket[3:], wanted[3:], smallest[3:], strict=True)
     )
+    if max_q > SPLIT_QUERIES and not shared[0]:
+        assert bucket.splits == bucket.max_tokens == bucket.max_parts == 0
 
 
 @given(rows=st.integers(1, 300), max_rows=st.integers(1, 300))

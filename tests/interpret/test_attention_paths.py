@@ -69,6 +69,21 @@ def paths(forest: Forest, plan: KernelPlan, **rule: Any) -> set[str]:
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter tells what it runs")
+def test_no_split_is_launched_for_rows_that_have_none() -> None:
+    """A prompt's keys are not cut; those of a row of few new tokens beside it are."""
+    prompt, heads = Request(70, new=(17, 17), shares=False), 2
+    with launched():
+        for requests, splits in (([prompt], 1), ([prompt, Request(40, shares=False)], 2)):
+            forest = make_forest(requests)
+            plan = forest.plan()
+            assert plan.shared is None
+            tails = [x for name, x in launches(forest, plan, scale=0.25) if name == "_own_tail"]
+            blocks = -(-17 * 4 // heads // 16)
+            assert len(tails) == len(requests) * blocks * splits * heads
+            check(forest, plan, scale=0.25)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter tells what it runs")
 def test_every_path_is_taken_and_gives_the_definition() -> None:
     plain = Request(20, shares=False)
     taken: dict[str, set[str]] = {}

@@ -16,28 +16,23 @@ from hypothesis import strategies as st
 from tests.interpret.attention import launched, trees
 from tests.interpret.rule import DEVICE
 from tests.kernels.forests import Forest, Request, attend, make_forest
+from w2s_fast._pages import PassLayout
 from w2s_fast.attention.contract import LayerOptions
-from w2s_fast.attention.kernel import KernelPlan
+from w2s_fast.attention.kernel import Bounds, KernelPlan, lay_out
+from w2s_fast.attention.staging import Room
 from w2s_fast.attention.static_plan import Bucket, StaticPlan
 
-ROWS, TOKENS = 10, 40
 
-
-def loaded(room: StaticPlan, plan: KernelPlan, bucket: Bucket) -> StaticPlan:
-    static = room.cut(bucket)
-    # The same bucket keeps its splits; here they are full of what another plan may have left.
-    static.shared.splits.copy_(torch.tensor([0, 3, 0, 20, 0, 0], dtype=torch.int32))
-    static.load(plan)
+def loaded(
+    forest: Forest, room: Room, layout: PassLayout, padded: tuple[int, int], back: bool = False
+) -> StaticPlan:
+    """The plan of a bucket, in memory in which any plan may have been before."""
+    most = forest.pool.max_tokens_per_slot // forest.pool.page_size
+    bucket = Bucket.of(Bounds.of(layout), *padded, most)
+    static = StaticPlan.cut(bucket, forest.pool, room)
+    static.buffer.copy_(torch.randint(0, 256, static.buffer.shape, dtype=torch.uint8))
+    static.load(layout, back=back)
     return static
-
-
-def dirty(room: StaticPlan, draw: Callable[..., Any]) -> None:
-    """As if any plan had been there before."""
-    ours = room.plan
-    for tensor in (ours.positions, ours.lengths, ours.cu_seqlens_q, room.stride, ours.write):
-        tensor.fill_(draw(st.integers(0, 30)))
-    for tensor in (room.shared.own, room.shared.parts, room.shared.token_rows, ours.page_table):
-        tensor.fill_(draw(st.integers(0, 3)))
 
 
 def rows_of(forest: Forest, draw: Callable[..., Any]) -> np.ndarray[Any, Any]:
@@ -56,11 +51,11 @@ def test_attention_is_that_of_the_plan_itself(
         rows = rows_of(forest, data.draw)
         plan, queries = forest.plan(rows, shared), forest.queries_of(rows)
         expected = attend(forest, plan, queries, scale=0.25)
-        room = StaticPlan.room(forest.pool, ROWS, TOKENS)
-        dirty(room, data.draw)
+        tree = forest.tree(rows) if shared else None
+        layout = lay_out(forest.pool, forest.slots[rows], forest.counts[rows], tree)
         more = data.draw(st.tuples(st.integers(0, 2), st.integers(0, 5)))
         padded = (len(rows) + more[0], len(queries) + more[1])
-        static = loaded(room, plan, Bucket.of(plan, *padded))
+        static = loaded(forest, Room(forest.pool.device), layout, padded)
         padding = torch.full((padded[1] - len(queries), 4, 16), torch.nan, device=DEVICE)
         got = attend(forest, static.plan, torch.cat([queries, padding]), scale=0.25)
     assert torch.equal(got[: len(queries)], expected)
@@ -81,15 +76,12 @@ def test_steps_write_and_read_what_the_plans_own_steps_do(data: st.DataObject) -
     with launched():
         for forest, is_static in zip(forests, (False, True)):
             forest.pool.reserve(forest.slots, forest.counts * steps)
-            plan = KernelPlan.make(
-                forest.pool, forest.slots, forest.counts, forest.tree(), ahead=steps - 1
-            )
+            rows = (forest.pool, forest.slots, forest.counts, forest.tree(), steps - 1)
             if is_static:
-                room = StaticPlan.room(forest.pool, ROWS, ROWS)
-                dirty(room, data.draw)
-                static = loaded(room, plan, Bucket.of(plan, padded, padded))
-                static.step_back()
-                plan = static.plan
+                layout, room = lay_out(*rows), Room(forest.pool.device)
+                plan = loaded(forest, room, layout, (padded, padded), back=True).plan
+            else:
+                plan = KernelPlan.make(*rows)
             out = []
             for step in range(steps):
                 if step or is_static:

@@ -149,5 +149,5 @@ def attend(forest: Forest, plan: KernelPlan, queries: Tensor | None = None, **ru
     return paged_attention(
         forest.queries if queries is None else queries, forest.pool.kv[0], plan.page_table,
         plan.lengths, plan.cu_seqlens_q, **rule, max_q=plan.max_q, max_k=plan.max_k,
-        shared=plan.shared,
+        max_own=plan.max_own, shared=plan.shared,
     ).cpu()  # fmt: skip

@@ -170,7 +170,7 @@ def paged_attention_case(
             meta(rows, dtype=i32), meta(rows + 1, dtype=i32), 0.125, window, softcap,
             meta(heads, dtype=dtype) if sinks else None, max_q, max_k,
             *(meta(n, dtype=i32) if siblings else None for n in (rows, rows, rows * max_q)),
-            meta(24, 6, dtype=i32) if siblings else None, tokens, 9, 40,
+            meta(24, 6, dtype=i32) if siblings else None, tokens, 9, 40 if siblings else max_k,
         )  # fmt: skip
 
     # From 64 queries times heads on, a product is one of a whole warp group.

@@ -117,7 +117,7 @@ def _grow(request: Request, tokens: int, kept: int) -> None:
     rows = len(request.beams.candidates)
     drawn = np.full((rows, tokens), 2)
     assert not take_tokens([request.beams], drawn, np.zeros((rows, tokens), np.float32), tokens)
-    end_rounds([request.beams], np.arange(kept, dtype=np.int32)[None], [])
+    end_rounds([request.beams], np.arange(kept)[None], [])
 
 
 BASE, GUIDE = 0, 1  # among the models of a request
@@ -295,14 +295,14 @@ def test_guides_run_once_a_round_also_with_chunks_of_many_lengths() -> None:
     params = [replace(SEARCH, chunk_length=n, max_new_tokens=30) for n in lengths]
     prompts = [[1 + n, 2] for n in lengths]
     passes = 0
-    score = GuideSide.logprobs
+    score = GuideSide.score
 
-    def counted(self: Search, rows: Any) -> Any:
+    def counted(self: GuideSide, *args: Any) -> Any:
         nonlocal passes
         passes += 1
-        return score(self, rows)
+        return score(self, *args)
 
-    with mock.patch.object(GuideSide, "logprobs", counted):
+    with mock.patch.object(GuideSide, "score", counted):
         together = e.generate(prompts, params)
     assert passes <= 10  # and not 26, one for each different end of a chunk
     assert found(together) == found([e.generate([p], q)[0] for p, q in zip(prompts, params)])

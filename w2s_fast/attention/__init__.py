@@ -11,9 +11,10 @@ from w2s_fast.attention.dense import dense_attention
 from w2s_fast.attention.flash import FlashAttention
 from w2s_fast.attention.gathered import GatheredPlan
 from w2s_fast.attention.interface import ATTENTION_NAME
-from w2s_fast.attention.kernel import KernelPlan
+from w2s_fast.attention.kernel import Bounds, KernelPlan, lay_out
 from w2s_fast.attention.row_tree import Level, RowTree
-from w2s_fast.attention.static_plan import Bucket, StaticPlan, can_be_static
+from w2s_fast.attention.staging import Field, Fields, Reading, Room, host_buffer, to_device
+from w2s_fast.attention.static_plan import Bucket, StaticPlan
 
 __all__ = [
     "ATTENTION_NAME",
@@ -21,16 +22,23 @@ __all__ = [
     "Attends",
     "AttentionPlan",
     "Backend",
+    "Bounds",
     "Bucket",
+    "Field",
+    "Fields",
     "FlashAttention",
     "GatheredPlan",
     "KernelPlan",
     "LayerOptions",
     "Level",
+    "Reading",
+    "Room",
     "RowTree",
     "StaticPlan",
-    "can_be_static",
     "choose_backend",
     "dense_attention",
     "find_backend",
+    "host_buffer",
+    "lay_out",
+    "to_device",
 ]

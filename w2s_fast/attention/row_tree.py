@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from w2s_fast.cache import Int32Array, Ints
 
@@ -78,17 +77,6 @@ class RowTree:
             own = np.where(np.repeat(long, count), ends, own)
         first, count, begin, end = np.concatenate(found, axis=1)
         return cls(first, count, begin, end, own)
-
-    def only(self, rows: NDArray[np.bool_]) -> RowTree:
-        """The tree without sharing for those rows that are False; bool [S]."""
-        if rows.all():
-            return self
-        found = []
-        for first, count, begin, end in zip(self.first, self.count, self.begin, self.end):
-            edges = np.diff(rows[first : first + count], prepend=False, append=False).nonzero()[0]
-            found += [(first + a, b - a, begin, end) for a, b in edges.reshape(-1, 2)]
-        kept = np.array(found, np.int32).reshape(-1, 4)
-        return RowTree(kept[:, 0], kept[:, 1], kept[:, 2], kept[:, 3], np.where(rows, self.own, 0))
 
     @property
     def shares(self) -> bool:

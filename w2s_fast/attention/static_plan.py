@@ -1,4 +1,4 @@
-"""StaticPlan: a plan at fixed addresses and in fixed shapes, into which others are copied.
+"""StaticPlan: a plan at fixed addresses and in fixed shapes, to which passes are copied.
 
 What a recorded pass reads has to stay where it is. Shapes are rounded up to those of a bucket; the
 rows and tokens that a bucket has too many belong to nobody: they read no keys, and write nowhere.
@@ -6,27 +6,36 @@ rows and tokens that a bucket has too many belong to nobody: they read no keys, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from w2s_fast.attention.kernel import KernelPlan
+from w2s_fast._pages import PassLayout
+from w2s_fast.attention.kernel import Bounds, KernelPlan, PassFields, lay_out
+from w2s_fast.attention.staging import Field, Room, host_buffer
 from w2s_fast.cache import PagePool
-from w2s_fast.kernels.paged_attention import SharedSegments
 from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
+
+# Pages a row that most buckets have room for: 2,048 tokens with pages of 16.
+_PAGES = 128
+_NOTHING: NDArray[Any] = np.empty(0)
 
 
 class Bucket(NamedTuple):
-    """Bounds of the plans that one recording serves.
+    """Bounds of the passes that one recording serves.
 
     They choose how many programs are launched and never what is computed for a row: its attention
     is the same in every bucket.
 
     Attributes:
         rows, tokens: S and T. max_q: the most new tokens of a row.
-        splits, max_tokens, max_parts, max_own: of SharedSegments; N is ``splits``.
+        splits, max_tokens, max_parts: of SharedSegments; N is ``splits``. 0: nothing is shared.
+        max_own: see :class:`Bounds`.
+        pages: of a row. With those of all rows, the longest part of what is copied for a pass.
     """
 
     rows: int
@@ -36,42 +45,44 @@ class Bucket(NamedTuple):
     max_tokens: int
     max_parts: int
     max_own: int
+    pages: int
 
     @classmethod
-    def smallest(cls, rows: int, tokens: int, max_q: int) -> Bucket:
-        """The first bucket of so many rows and tokens.
+    def smallest(cls, rows: int, tokens: int, max_q: int, most_pages: int) -> Bucket:
+        """The first bucket of so many rows and tokens, of rows of ``most_pages`` at most.
 
         It is enough for 4 x 4 candidates with a prompt of 1,024 tokens. Such a request has a split
         for each 512 tokens of the prompt, one for what its hypotheses have in common, and one for
         each of their 4 histories; a row has up to 4 of them.
         """
-        return cls(rows, tokens, max_q, max(rows, 8), 16 * max_q, 4, SPLIT_KEYS)
+        sharing = 16 * min(max_q, SPLIT_QUERIES)
+        pages = min(_PAGES, most_pages)
+        return cls(rows, tokens, max_q, max(rows // 2, 8), sharing, 4, SPLIT_KEYS, pages)
 
     @classmethod
-    def of(cls, plan: KernelPlan, rows: int, tokens: int) -> Bucket:
-        """The first bucket of so many rows and tokens that is large enough for a plan."""
-        max_q = 1 << (plan.max_q - 1).bit_length()
-        least, shared = cls.smallest(rows, tokens, max_q), plan.shared
-        if shared is None:
-            return least._replace(max_own=_rung(plan.max_k, least.max_own))
+    def of(cls, bounds: Bounds, rows: int, tokens: int, most_pages: int) -> Bucket:
+        """The first bucket of so many rows and tokens that is large enough for a pass."""
+        max_q = 1 << max(0, bounds.max_q - 1).bit_length()
+        least = cls.smallest(rows, tokens, max_q, most_pages)
+        pages = min(_rung(bounds.pages, least.pages, 4), most_pages)
+        max_own = _rung(bounds.max_own, least.max_own, 4)
+        if max_q > SPLIT_QUERIES and not bounds.splits:
+            # Room for partial results of rows that have none would be most of a pass's memory.
+            return cls(rows, tokens, max_q, 0, 0, 0, max_own if bounds.max_own else 0, pages)
         return least._replace(
-            splits=_rung(len(shared.splits), least.splits),
-            max_tokens=_rung(shared.max_tokens, least.max_tokens),
-            max_parts=_rung(shared.max_parts, least.max_parts),
-            max_own=_rung(shared.max_own, least.max_own),
+            splits=_rung(bounds.splits, least.splits, 2),
+            max_tokens=_rung(bounds.max_tokens, least.max_tokens, 4),
+            max_parts=_rung(bounds.max_parts, least.max_parts, 4),
+            max_own=max_own,
+            pages=pages,
         )
 
 
-def _rung(value: int, first: int) -> int:
-    """The first of ``first``, 4 * ``first``, ... that is at least ``value``: few recordings."""
+def _rung(value: int, first: int, factor: int) -> int:
+    """The first of ``first``, ``factor * first``, ... that is at least ``value``."""
     while first < value:
-        first *= 4
+        first *= factor
     return first
-
-
-def can_be_static(plan: object) -> bool:
-    """Whether a StaticPlan can take this one over."""
-    return isinstance(plan, KernelPlan) and plan.max_q <= SPLIT_QUERIES
 
 
 @dataclass
@@ -79,104 +90,63 @@ class StaticPlan:
     """A plan that stays where it is.
 
     Attributes:
-        plan: what a pass attends by. Its tensors are those below, or never change.
-        stride: int64 [T], 1 for tokens of rows and 0 for others; see Placement.
-        shared: ``plan.shared``.
+        plan: what a pass attends by: views of ``buffer``.
+        more: what was asked for beside it, by name: views of it, too.
+        buffer: uint8 [n], on the pool's device.
     """
 
     plan: KernelPlan
-    stride: Tensor
-    shared: SharedSegments
+    more: dict[str, Tensor]
+    buffer: Tensor
+    _made: PassFields
 
     @classmethod
-    def room(cls, pool: PagePool, rows: int, tokens: int) -> StaticPlan:
-        """Room for ``rows`` rows and ``tokens`` tokens, of which :meth:`cut` makes plans."""
+    def cut(
+        cls, bucket: Bucket, pool: PagePool, room: Room, more: Mapping[str, Field] = {}
+    ) -> StaticPlan:
+        """The plan of a bucket, in the same memory as all others of the room.
 
-        def numbers(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=pool.device)
-
-        int32, int64 = torch.int32, torch.int64
-        shared = SharedSegments(
-            own=numbers(int32, rows),
-            parts=numbers(int32, rows),
-            token_rows=numbers(int32, tokens),
-            splits=numbers(int32, 0, 6),
-            max_tokens=0,
-            max_parts=0,
-            max_own=0,
+        What stands in it is not defined before the first :meth:`load` or :meth:`clear`, and no
+        longer when another plan of the room was loaded.
+        """
+        made = PassFields(
+            bucket.rows,
+            bucket.tokens,
+            bucket.splits,
+            bucket.pages,
+            shares=bucket.splits > 0,
+            spare=True,
+            more=more,
         )
-        stride = numbers(int64, tokens)
-        plan = KernelPlan(
-            pool=pool,
-            page_table=numbers(int32, rows, pool.max_tokens_per_slot // pool.page_size),
-            positions=numbers(int64, tokens),
-            write=numbers(int64, tokens),
-            stride=stride,
-            lengths=numbers(int32, rows),
-            cu_seqlens_q=numbers(int32, rows + 1),
-            max_q=0,
-            max_k=pool.max_tokens_per_slot,
-            shared=shared,
+        buffer = room.take(made.fields.nbytes)
+        max_k = bucket.pages * pool.page_size
+        bounds = Bounds(
+            *(bucket.rows, bucket.tokens, bucket.splits, bucket.pages, bucket.max_q, max_k),
+            *(bucket.max_own, bucket.max_tokens, bucket.max_parts),
         )
-        return cls(plan, stride, shared)
-
-    def cut(self, bucket: Bucket) -> StaticPlan:
-        """The plan of a bucket, in the same memory as all others; only its splits are its own."""
-        rows, tokens, whole = bucket.rows, bucket.tokens, self.plan
-        splits = self.shared.splits.new_zeros(bucket.splits, 6)
-        shared = SharedSegments(
-            self.shared.own[:rows],
-            self.shared.parts[:rows],
-            self.shared.token_rows[:tokens],
-            splits,
-            bucket.max_tokens,
-            bucket.max_parts,
-            bucket.max_own,
-        )
-        stride = self.stride[:tokens]
-        plan = KernelPlan(
-            pool=whole.pool,
-            page_table=whole.page_table[:rows],
-            positions=whole.positions[:tokens],
-            write=whole.write[:tokens],
-            stride=stride,
-            lengths=whole.lengths[:rows],
-            cu_seqlens_q=whole.cu_seqlens_q[: rows + 1],
-            max_q=bucket.max_q,
-            max_k=whole.max_k,
-            shared=shared,
-        )
-        return StaticPlan(plan, stride, shared)
+        tensors = made.fields.tensors(buffer)
+        plan = KernelPlan.over(pool, tensors, bounds)
+        return cls(plan, {name: tensors[name] for name in more}, buffer, made)
 
     def clear(self) -> None:
         """No row is left, and no token."""
-        ours, shared = self.plan, self.shared
-        for tensor in (
-            *(ours.positions, ours.lengths, ours.cu_seqlens_q, self.stride),
-            *(shared.own, shared.parts, shared.token_rows, shared.splits),
-        ):
-            tensor.zero_()
-        ours.write.fill_(-1)
-        ours.page_table[:, 0] = -1  # where a row without pages comes to: nowhere
+        self.load(lay_out(self.plan.pool, [], []))
 
-    def load(self, plan: KernelPlan) -> None:
-        """Take over a plan within the bucket."""
-        self.clear()
-        ours, rows, tokens = self.plan, len(plan.lengths), len(plan.positions)
-        ours.page_table[:rows, : plan.page_table.shape[1]].copy_(plan.page_table)
-        ours.positions[:tokens].copy_(plan.positions)
-        ours.write[:tokens].copy_(plan.write)
-        ours.lengths[:rows].copy_(plan.lengths)
-        ours.cu_seqlens_q[: rows + 1].copy_(plan.cu_seqlens_q)
-        ours.cu_seqlens_q[rows + 1 :].fill_(tokens)
-        self.stride[:tokens].fill_(1)
-        if plan.shared is not None:
-            self.shared.own[:rows].copy_(plan.shared.own)
-            self.shared.parts[:rows].copy_(plan.shared.parts)
-            self.shared.token_rows[:tokens].copy_(plan.shared.token_rows)
-            self.shared.splits[: len(plan.shared.splits)].copy_(plan.shared.splits)
+    def load(
+        self,
+        layout: PassLayout,
+        more: Mapping[str, NDArray[Any]] = {},
+        back: bool = False,
+    ) -> None:
+        """Take over a pass within the bucket, in one copy.
 
-    def step_back(self) -> None:
-        """What :meth:`KernelPlan.advance` undoes, but for ``write``; one token a row."""
-        self.plan.positions -= self.stride
-        self.plan.lengths -= self.stride
+        Args:
+            more: values for the first places of those fields; ``spare`` stands behind them.
+            back: rows stand one token behind, for steps that begin by moving on: the plan is right
+                after :meth:`KernelPlan.advance`.
+        """
+        host = host_buffer(len(self.buffer), self.buffer.device)
+        array = host.numpy()
+        self._made.write(layout, array, back)
+        self._made.fields.fill(array, {name: more.get(name, _NOTHING) for name in self.more})
+        self.buffer.copy_(host, non_blocking=True)

@@ -5,7 +5,7 @@ prompts that were run before. The room knows sequences of tokens by their slots;
 search is the business of those above.
 """
 
-from w2s_fast.cache.integers import Int32Array, Ints, as_int32
+from w2s_fast.cache.integers import NO_COPIES, Int32Array, Ints, as_int32
 from w2s_fast.cache.pages import PagePool
 
-__all__ = ["Int32Array", "Ints", "PagePool", "as_int32"]
+__all__ = ["NO_COPIES", "Int32Array", "Ints", "PagePool", "as_int32"]

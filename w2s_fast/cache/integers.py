@@ -12,6 +12,7 @@ from w2s_fast.errors import PageMisuse
 
 Int32Array: TypeAlias = NDArray[np.int32]
 Ints: TypeAlias = NDArray[np.integer] | Sequence[int]
+NO_COPIES: Int32Array = np.empty((0, 2), np.int32)
 
 
 def as_int32(values: Ints) -> Int32Array:

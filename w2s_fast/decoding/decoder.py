@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from w2s_fast.attention import RowTree
-from w2s_fast.cache import Ints
+from w2s_fast.cache import NO_COPIES, Int32Array, Ints
 from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.decoding import Decoding
-from w2s_fast.decoding.sampling import Draw, SamplingBatch
+from w2s_fast.decoding.draws import Draws
+from w2s_fast.decoding.sampling import SamplingColumns
 from w2s_fast.models import PagedModel
 
 
@@ -28,14 +29,21 @@ class Decoder:
         return self.model.logits(hidden)[:, : self._vocab_size]
 
     def run(
-        self, slots: Ints, tree: RowTree, sampling: SamplingBatch, logits: Tensor, steps: int
-    ) -> list[Draw]:
+        self,
+        slots: Ints,
+        tree: RowTree,
+        sampling: SamplingColumns,
+        logits: Tensor,
+        steps: int,
+        copies: Int32Array = NO_COPIES,
+    ) -> Draws:
         """Draw ``steps`` tokens for each slot; all but the last stand in the KV then.
 
         Args:
             slots: S slots. tree: what they share.
-            sampling: settings of S rows; it is moved on.
+            sampling: settings of S rows.
             logits: [S, V], from which the first tokens are drawn.
+            copies: pages to be copied before the second step; see :meth:`PagePool.copy_pages`.
 
         Returns:
             What each step drew, on the device: nothing has been waited for.
@@ -44,14 +52,17 @@ class Decoder:
             OutOfPages: there is no room for so many tokens; nothing has changed.
         """
         decoding = Decoding(self.model, slots, steps - 1, tree)
-        drawn = [sampling.draw(logits)]
-        sampling.advance()
         if steps > 1 and self.graphs is not None:
-            replayed = self.graphs.run(decoding.plan, sampling, drawn[0].tokens, steps - 1)
+            replayed = self.graphs.run(slots, tree, sampling, logits, steps, copies)
             if replayed is not None:
                 decoding.count(steps - 1)
-                return drawn + replayed
-        for _ in range(steps - 1):
-            drawn.append(sampling.draw(self.logits(decoding.step(drawn[-1].tokens))))
-            sampling.advance()
+                return replayed
+        self.model.pool.copy_pages(copies)
+        settings = sampling.to(self.model.device)
+        drawn = Draws.empty(steps, len(slots), self.model.device)
+        drawn.put(0, settings.draw(logits))
+        for step in range(1, steps):
+            settings.advance()
+            hidden = decoding.step(drawn.tokens[step - 1])
+            drawn.put(step, settings.draw(self.logits(hidden)))
         return drawn

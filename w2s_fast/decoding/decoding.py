@@ -31,20 +31,25 @@ class Decoding:
         self._model = model
         self._slots = as_int32(slots)
         self._one = np.ones(len(self._slots), np.int32)
+        self._tree = tree
         self._plan: AttentionPlan | None = None
         if steps > 0:
             model.pool.reserve(self._slots, self._one * steps)
-            self._plan = model.backend.make(
-                model.pool, self._slots, self._one, tree, ahead=steps - 1
-            )
         self._left = steps
         self._begun = False
 
     @property
     def plan(self) -> AttentionPlan:
-        """The plan of the pass that the last step made, or of the first one before any step."""
+        """The plan of the pass that the last step made, or of the first one before any step.
+
+        Made when it is first asked for: who runs all steps in our place has one of his own.
+        """
         if self._plan is None:
-            raise PageMisuse("this decoding has no steps")
+            if self._begun or not self._left:
+                raise PageMisuse("this decoding has no steps")
+            self._plan = self._model.backend.make(
+                self._model.pool, self._slots, self._one, self._tree, ahead=self._left - 1
+            )
         return self._plan
 
     @torch.inference_mode()

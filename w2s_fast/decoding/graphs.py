@@ -7,45 +7,58 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from w2s_fast.attention import Bucket
 from w2s_fast.decoding.recorder import Recorder
 from w2s_fast.models import PagedModel
 
-T = TypeVar("T")
-
 # Graphs of one model; each holds some memory of the driver's besides the pool that they share.
 # Shapes beyond run without: to throw one away for another could mean to record in every round.
 _MOST_RECORDINGS = 128
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_MORE_ROWS = 256
 
 
-class Recording(NamedTuple, Generic[T]):
-    """What is replayed, and the tensors that it reads and writes."""
+class Static(Protocol):
+    """What runs for a bucket, on tensors that stay where they are."""
+
+    def clear(self) -> None:
+        """Leave no rows, so that whatever runs writes nowhere."""
+        ...
+
+    def run(self) -> None:
+        """Run it once, for what was loaded."""
+        ...
+
+
+S = TypeVar("S", bound=Static)
+
+
+class Recording(NamedTuple, Generic[S]):
+    """What does the work, and the tensors that it reads and writes."""
 
     replay: Callable[[], None]
-    static: T
+    static: S
 
 
-class Recordings(Generic[T]):
+class Recordings(Generic[S]):
     """The recordings of one model, by bucket. They are used on one stream, one after the other.
 
     A bucket is recorded when it comes for the second time: a shape that comes once is not worth it.
+    The first time it runs on the same tensors, in the same shapes, so that both give the same bits.
     All are dropped when the model's weights have moved: recordings read fixed addresses.
     """
 
     def __init__(
-        self,
-        model: PagedModel,
-        recorder: Recorder,
-        prepare: Callable[[Bucket], tuple[T, Callable[[], None]]],
+        self, model: PagedModel, recorder: Recorder, prepare: Callable[[Bucket], S]
     ) -> None:
-        """``prepare``: makes the tensors of a bucket, without any rows, and what is to be run."""
+        """``prepare``: makes the tensors of a bucket."""
         self._model = model
         self._record = recorder
         self._prepare = prepare
-        self._made: dict[Bucket, Recording[T]] = {}
-        self._seen: set[Bucket] = set()
+        self._static: dict[Bucket, S] = {}
+        self._made: dict[Bucket, Recording[S]] = {}
         self._failed = False
         self._moves = model.moves
 
@@ -55,26 +68,34 @@ class Recordings(Generic[T]):
     def __iter__(self) -> Iterator[Bucket]:
         return iter(self._made)
 
-    def __getitem__(self, bucket: Bucket) -> Recording[T]:
+    def __getitem__(self, bucket: Bucket) -> Recording[S]:
         return self._made[bucket]
 
-    def find(self, bucket: Bucket) -> Recording[T] | None:
-        """The recording of a bucket; None if there is none yet, or never will be."""
+    def find(self, bucket: Bucket) -> Recording[S] | None:
+        """What runs for a bucket, recorded or not; None if this model cannot be recorded.
+
+        To be called before anything is loaded: it may record.
+        """
         if self._moves != self._model.moves:
             self._moves = self._model.moves
             self._made.clear()
-        if bucket not in self._made and bucket in self._seen:
+        if bucket in self._static:
             self.make(bucket)
-        self._seen.add(bucket)
-        return self._made.get(bucket)
+        if self._failed:
+            return None
+        if bucket in self._made:
+            return self._made[bucket]
+        static = self._static_of(bucket)
+        return Recording(static.run, static)
 
     def make(self, bucket: Bucket) -> None:
         """Record a bucket, unless there are too many, or this model cannot be recorded."""
         if self._failed or bucket in self._made or len(self._made) >= _MOST_RECORDINGS:
             return
-        static, run = self._prepare(bucket)
+        static = self._static_of(bucket)
+        static.clear()
         try:
-            self._made[bucket] = Recording(self._record(run), static)
+            self._made[bucket] = Recording(self._record(static.run), static)
         except Exception as error:  # a model's own code may do anything that cannot be recorded
             self._failed = True
             warnings.warn(
@@ -83,11 +104,16 @@ class Recordings(Generic[T]):
                 stacklevel=2,
             )
 
+    def _static_of(self, bucket: Bucket) -> S:
+        if bucket not in self._static:
+            self._static[bucket] = self._prepare(bucket)
+        return self._static[bucket]
+
 
 def rows_recorded(max_rows: int) -> list[int]:
     """Numbers of rows that are recorded. Padding costs little, since weights are read anyway."""
-    steps = [1, 2, 4, 8, 16, *range(32, max_rows, 32)]
-    return [rows for rows in steps if rows < max_rows] + [max_rows]
+    rungs = [*_ROWS, *range(_ROWS[-1] + _MORE_ROWS, max_rows, _MORE_ROWS)]
+    return [rows for rows in rungs if rows < max_rows] + [max_rows]
 
 
 def round_up_rows(rows: int, max_rows: int) -> int:

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from w2s_fast.attention import Bucket, KernelPlan, StaticPlan, can_be_static
+from w2s_fast.attention import Bounds, Bucket, Field, Room, RowTree, StaticPlan, lay_out
+from w2s_fast.cache import Int32Array, Ints, as_int32
 from w2s_fast.decoding.graphs import Recordings, round_up_rows
 from w2s_fast.decoding.recorder import Recorder
+from w2s_fast.kernels.copy_pages import copy_pages
 from w2s_fast.models import PagedModel, run_body
+
+# New tokens of a row: a longer one is a prompt, of a length that hardly comes again.
+_MOST_NEW = 64
+
+
+@dataclass
+class _Pass:
+    """A pass of one bucket. ``hidden``: [at least its tokens, D], what comes out."""
+
+    model: PagedModel
+    body: nn.Module
+    plan: StaticPlan
+    hidden: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [T], what goes in."""
+        return self.plan.more["tokens"]
+
+    def clear(self) -> None:
+        self.plan.clear()
+
+    def copy_pages(self, count: int) -> None:
+        """Copy the first of the pages that were loaded."""
+        if count:
+            copy_pages(self.model.pool.kv, self.plan.more["copies"].view(-1, 2)[:count])
+
+    def run(self) -> None:
+        plan = self.plan.plan
+        hidden = run_body(self.model.view, self.tokens, plan.positions, plan, self.body)
+        self.hidden[: len(hidden)].copy_(hidden)
 
 
 class PassGraphs:
@@ -25,7 +61,7 @@ class PassGraphs:
         max_rows: int,
         max_tokens: int,
     ) -> None:
-        """For plans of up to ``max_rows`` rows and ``max_tokens`` tokens.
+        """For up to ``max_rows`` rows and ``max_tokens`` tokens, under the kernels' attention.
 
         ``body``: the model's, maybe compiled.
         """
@@ -33,47 +69,57 @@ class PassGraphs:
         self._body = body
         self._max_rows = max_rows
         self._max_tokens = max_tokens
+        self._most_pages = model.pool.max_tokens_per_slot // model.pool.page_size
         with torch.inference_mode():
-            self._room = StaticPlan.room(model.pool, max_rows, max_tokens)
-            self._tokens = torch.zeros(max_tokens, dtype=torch.int64, device=model.device)
+            self._room = Room(model.device)
             self._hidden = torch.zeros(
                 max_tokens, model.hidden_size, dtype=model.model.dtype, device=model.device
             )
         self.recordings = Recordings(model, recorder, self._prepare)
 
-    def run(self, plan: object, tokens: Tensor) -> Tensor | None:
-        """The last hidden states [T, D] of one pass; None if it has no recording.
+    def run(
+        self,
+        slots: Ints,
+        tokens: Tensor | Ints,
+        counts: Ints,
+        tree: RowTree | None,
+        copies: Int32Array,
+    ) -> Tensor | None:
+        """The last hidden states [T, D] of one pass; None if it has to run without: too large.
 
-        Args:
-            plan: of the pass. tokens: int64 [T].
+        One copy to the device where the host has the tokens, and one replay. For the arguments see
+        :meth:`w2s_fast.models.PagedModel.forward`; room is reserved.
         """
-        if not isinstance(plan, KernelPlan) or not can_be_static(plan):
+        rows, count, new = len(slots), len(tokens), as_int32(counts)
+        if rows > self._max_rows or count > self._max_tokens or new.max(initial=0) > _MOST_NEW:
             return None
-        rows, count = len(plan.lengths), len(tokens)
-        if rows > self._max_rows or count > self._max_tokens:
-            return None
+        layout = lay_out(self._model.pool, slots, new, tree)
         padded = min(_round_up_tokens(count), self._max_tokens)
-        bucket = Bucket.of(plan, round_up_rows(rows, self._max_rows), padded)
+        bucket = Bucket.of(
+            Bounds.of(layout), round_up_rows(rows, self._max_rows), padded, self._most_pages
+        )
         recording = self.recordings.find(bucket)
         if recording is None:
             return None
-        recording.static.load(plan)
-        self._tokens[:count].copy_(tokens)
+        static = recording.static
+        more: dict[str, NDArray[Any]] = {"copies": copies.ravel()}
+        on_device = isinstance(tokens, Tensor) and tokens.device != torch.device("cpu")
+        if not on_device:
+            more["tokens"] = np.asarray(tokens)
+        static.plan.load(layout, more)
+        if isinstance(tokens, Tensor) and on_device:
+            static.tokens[:count].copy_(tokens)
+        static.copy_pages(len(copies))
         recording.replay()
         return self._hidden[:count].clone()
 
-    def _prepare(self, bucket: Bucket) -> tuple[StaticPlan, Callable[[], None]]:
-        static, count = self._room.cut(bucket), bucket.tokens
-        static.clear()
-        self._tokens.zero_()
-
-        def run() -> None:
-            plan = static.plan
-            tokens = self._tokens[:count]
-            hidden = run_body(self._model.view, tokens, plan.positions, plan, self._body)
-            self._hidden[:count].copy_(hidden)
-
-        return static, run
+    def _prepare(self, bucket: Bucket) -> _Pass:
+        more = {
+            "tokens": Field(torch.int64, (bucket.tokens,)),
+            "copies": Field(torch.int32, (2 * bucket.rows,)),
+        }
+        plan = StaticPlan.cut(bucket, self._model.pool, self._room, more)
+        return _Pass(self._model, self._body, plan, self._hidden)
 
 
 def _round_up_tokens(count: int) -> int:

@@ -1,8 +1,8 @@
-"""The sampling settings of many rows, as tensors: made once a step, on the device."""
+"""The sampling settings of many rows, as tensors: made once a step, for one copy to the device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -10,24 +10,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from w2s_fast.attention import Field, Fields, host_buffer
+from w2s_fast.decoding.draws import Draw
 from w2s_fast.kernels.sample_tokens import sample_tokens
 
-# Of the settings, in their order.
-_DTYPES = (
-    *(torch.float32, torch.int64, torch.float64, torch.float64),
-    *(torch.int64, torch.int64, torch.int64),
-)
 
+def sampling_fields(rows: int) -> dict[str, Field]:
+    """The settings of ``rows`` rows as fields of a buffer, in the order of sample_tokens.
 
-class Draw(NamedTuple):
-    """Tokens int64 [S], and their unwarped log-probs float32 [S], NaN for broken logits."""
-
-    tokens: Tensor
-    logprobs: Tensor
+    A spare row takes the most likely token: settings have to be allowed ones.
+    """
+    return {
+        "temperature": Field(torch.float32, (rows,)),
+        "top_k": Field(torch.int64, (rows,)),
+        "top_p": Field(torch.float64, (rows,), spare=1.0),
+        "min_p": Field(torch.float64, (rows,)),
+        "seed": Field(torch.int64, (rows,)),
+        "candidate": Field(torch.int64, (rows,)),
+        "position": Field(torch.int64, (rows,)),
+    }
 
 
 class SamplingColumns(NamedTuple):
-    """The columns of a :class:`SamplingBatch` on the host, in its order and dtypes."""
+    """The columns of a :class:`SamplingBatch` on the host, where they are made.
+
+    They travel with what is run for their rows, or by themselves.
+    """
 
     temperature: NDArray[np.float32]
     top_k: NDArray[np.int64]
@@ -36,6 +44,13 @@ class SamplingColumns(NamedTuple):
     seed: NDArray[np.int64]
     candidate: NDArray[np.int64]
     position: NDArray[np.int64]
+
+    def to(self, device: torch.device) -> SamplingBatch:
+        """On a device, in one copy; moved on there, they stay here what they were."""
+        fields = Fields(sampling_fields(len(self.position)))
+        here = host_buffer(fields.nbytes, device)
+        fields.fill(here.numpy(), self._asdict())
+        return SamplingBatch(**fields.tensors(here.to(device, non_blocking=True)))
 
 
 @dataclass(frozen=True)
@@ -54,33 +69,13 @@ class SamplingBatch:
     candidate: Tensor
     position: Tensor
 
-    @classmethod
-    def of(cls, columns: SamplingColumns, device: torch.device) -> SamplingBatch:
-        """The settings of S rows, on their device."""
-        return cls(
-            *(
-                torch.from_numpy(column).to(device, dtype, non_blocking=True)
-                for column, dtype in zip(columns, _DTYPES, strict=True)
-            )
-        )
-
-    @classmethod
-    def empty(cls, rows: int, device: torch.device) -> SamplingBatch:
-        """Room for the settings of ``rows`` rows."""
-        return cls(*(torch.zeros(rows, dtype=dtype, device=device) for dtype in _DTYPES))
-
-    @property
-    def columns(self) -> list[Tensor]:
-        """All tensors, in the order of the attributes."""
-        return [getattr(self, column.name) for column in fields(self)]
-
     def first(self, rows: int) -> SamplingBatch:
         """The first rows: views."""
-        return SamplingBatch(*(column[:rows] for column in self.columns))
+        return SamplingBatch(*(column[:rows] for column in vars(self).values()))
 
     def draw(self, logits: Tensor) -> Draw:
         """Sample from logits [S, V], for the positions that :meth:`advance` has come to."""
-        return Draw(*sample_tokens(logits, *self.columns))
+        return Draw(*sample_tokens(logits, *vars(self).values()))
 
     def advance(self) -> None:
         """Move on by one token, in place."""

@@ -122,7 +122,13 @@ class Engine:
                 max_rows=max_rows,
                 compile=compile,
             )
-        self._search = Search(self.base, self.guides, self._models.vocab_size, graphs)
+        self._search = Search(
+            self.base,
+            self.guides,
+            self._models.vocab_size,
+            graphs,
+            ahead=graphs is not None or where.type == "cuda",
+        )
         scheduler = Scheduler(self.base, [guide.models for guide in self.guides], max_rows)
         self._intake = Intake(self._models, scheduler)
         self.runner = Runner(self._search, scheduler)

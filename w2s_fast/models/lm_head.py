@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from w2s_fast.kernels.linear_logprob import linear_logprob
+from w2s_fast.kernels.linear_logprob_partials import Partials, linear_logprob_partials
 from w2s_fast.kernels.token_logprob import token_logprob
 from w2s_fast.models.body import refuse
 
@@ -44,9 +44,9 @@ class LMHead:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
-    def token_logprobs(self, hidden: Tensor, tokens: Tensor, vocab_size: int | None) -> Tensor:
+    def token_partials(self, hidden: Tensor, tokens: Tensor, vocab_size: int | None) -> Partials:
         if type(self.module) is nn.Linear and self.forbidden is None:
-            return linear_logprob(
+            return linear_logprob_partials(
                 hidden,
                 self.module.weight,
                 tokens,
@@ -61,4 +61,5 @@ class LMHead:
             token_logprob(self.logits(h), t, vocab_size=vocab_size)
             for h, t in zip(torch.split(hidden, 64), torch.split(tokens, 64))
         ]
-        return torch.cat(blocks) if blocks else hidden.new_zeros(0, dtype=torch.float32)
+        none = hidden.new_zeros(0, dtype=torch.float32)
+        return Partials.of_logprobs(torch.cat(blocks) if blocks else none)

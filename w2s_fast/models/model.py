@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from w2s_fast.attention import RowTree, choose_backend
-from w2s_fast.cache import Ints, PagePool
+from w2s_fast.cache import NO_COPIES, Int32Array, Ints, PagePool
 from w2s_fast.errors import InvalidRequest, UnsupportedModel, W2SFastError
+from w2s_fast.kernels.linear_logprob_partials import Partials
 from w2s_fast.models.body import (
     PROBE_TOKENS,
     eager_logits,
@@ -40,8 +41,15 @@ _HUGE = 1e3  # times the median: such a logit is not compared with
 class Replays(Protocol):
     """Passes that are recorded: see :class:`w2s_fast.decoding.PassGraphs`."""
 
-    def run(self, plan: object, tokens: Tensor) -> Tensor | None:
-        """Last hidden states [T, D] of a planned pass over tokens [T]; None: not recorded."""
+    def run(
+        self,
+        slots: Ints,
+        tokens: Tensor | Ints,
+        counts: Ints,
+        tree: RowTree | None,
+        copies: Int32Array,
+    ) -> Tensor | None:
+        """What :meth:`PagedModel.forward` returns; None: it has to run without."""
         ...
 
 
@@ -130,15 +138,22 @@ class PagedModel:
 
     @torch.inference_mode()
     def forward(
-        self, slots: Ints, tokens: Tensor, counts: Ints, tree: RowTree | None = None
+        self,
+        slots: Ints,
+        tokens: Tensor | Ints,
+        counts: Ints,
+        tree: RowTree | None = None,
+        copies: Int32Array = NO_COPIES,
     ) -> Tensor:
         """Append ``counts[i]`` tokens to ``slots[i]``, all in one pass.
 
         Args:
             slots: S slots of the pool, each once.
-            tokens: int64 [T], the sequences' new tokens one after the other.
+            tokens: T, the sequences' new tokens one after the other. Numbers, or a tensor int64
+                on the host, travel with the plan; one on the device is taken from there.
             counts: S numbers >= 1 that sum to T.
             tree: which of the slots share which of their first tokens; None: none do.
+            copies: pages to be copied before, for these slots; see :meth:`PagePool.copy_pages`.
 
         Returns:
             Last hidden states [T, D], in the model's dtype.
@@ -150,10 +165,14 @@ class PagedModel:
         if self._broken is not None:
             raise self._broken
         self.pool.reserve(slots, counts)
-        plan = self.backend.make(self.pool, slots, counts, tree)
-        hidden = self.replays.run(plan, tokens) if self.replays is not None else None
+        hidden = None
+        if self.replays is not None:
+            hidden = self.replays.run(slots, tokens, counts, tree, copies)
         if hidden is None:
-            hidden = run_body(self.view, tokens, plan.positions, plan)
+            self.pool.copy_pages(copies)
+            plan = self.backend.make(self.pool, slots, counts, tree)
+            there = torch.as_tensor(tokens).to(self.device, torch.int64, non_blocking=True)
+            hidden = run_body(self.view, there, plan.positions, plan)
         self.pool.extend(slots, counts)
         return hidden
 
@@ -172,12 +191,18 @@ class PagedModel:
             return self.head.logits(hidden, own)
 
     @torch.inference_mode()
+    def token_partials(
+        self, hidden: Tensor, tokens: Tensor, vocab_size: int | None = None
+    ) -> Partials:
+        """log p(tokens[i] | hidden[i]), N of them; ids from ``vocab_size`` on are padding."""
+        with outside_autocast(self.device):
+            return self.head.token_partials(hidden, tokens, vocab_size)
+
     def token_logprobs(
         self, hidden: Tensor, tokens: Tensor, vocab_size: int | None = None
     ) -> Tensor:
-        """log p(tokens[i] | hidden[i]), float32 [N]; ids from ``vocab_size`` on are padding."""
-        with outside_autocast(self.device):
-            return self.head.token_logprobs(hidden, tokens, vocab_size)
+        """The same, merged: float32 [N]."""
+        return self.token_partials(hidden, tokens, vocab_size).logprobs()
 
     def follow(self, announced: bool = False) -> bool:
         """Take note of what the caller has done to the model since; for between two passes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from w2s_fast._pages import (
     release_finished,
     take_tokens,
 )
-from w2s_fast.decoding import DecodeGraphs, Decoder, SamplingBatch, SamplingColumns
+from w2s_fast.decoding import DecodeGraphs, Decoder, Draws, SamplingColumns
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel
 from w2s_fast.search.beginnings import begin
@@ -27,6 +28,20 @@ from w2s_fast.search.request import Request
 from w2s_fast.stats import timed
 
 _BASE = 0  # among the models of a request's beams
+
+
+class Drawn(NamedTuple):
+    """Tokens that were drawn, on the device.
+
+    Attributes:
+        requests: whose growing candidates they belong to. begun: those of them whose prompt was
+            run for it.
+        draws: a step after the other, a row for each of those candidates.
+    """
+
+    requests: list[Request]
+    begun: list[Request]
+    draws: Draws
 
 
 class BaseSide:
@@ -45,11 +60,8 @@ class BaseSide:
         self.rows = 0
         self.passes = 0
 
-    def expand(self, requests: Sequence[Request], steps: int) -> None:
-        """Sample the next ``steps`` tokens of every growing candidate.
-
-        A request in which the base produced NaN or infinity gets its ``error``.
-        """
+    def draw(self, requests: Sequence[Request], steps: int) -> Drawn:
+        """Sample the next ``steps`` tokens of every growing candidate; the host waits for none."""
         begun = [request for request in requests if request.begins]
         new = [request.stats for request in begun]
         old = [request.stats for request in requests if not request.begins]
@@ -61,9 +73,24 @@ class BaseSide:
         with timed("prefill_s", new), timed("decode_s", old):
             logits = self._first_logits(requests)
         with timed("decode_s", new + old):
-            self._decode(requests, logits, steps)
-        self._remember([request for request in begun if request.error is None])
-        release_finished(_beams(requests), self.model.pool.manager, _BASE)
+            return Drawn(list(requests), begun, self._decode(requests, logits, steps))
+
+    def take(self, drawn: Drawn, memory: Tensor) -> None:
+        """Give candidates what was drawn for them, up to where they end.
+
+        A request in which the base produced NaN or infinity gets its ``error``.
+
+        Args:
+            memory: of the draws, on the host.
+        """
+        requests, beams = drawn.requests, _beams(drawn.requests)
+        columns = drawn.draws.on_host(memory)
+        tokens, logprobs = (np.ascontiguousarray(column.T) for column in columns)
+        for index, _, position in take_tokens(beams, tokens, logprobs, len(drawn.draws)):
+            request = requests[index]
+            request.error = request.error or NumericalError.at(self.model.name, position)
+        self._remember([request for request in drawn.begun if request.error is None])
+        release_finished(beams, self.model.pool.manager, _BASE)
 
     def _begin(self, requests: Sequence[Request]) -> None:
         """Give new requests slots, which hold what is cached or what several of them share."""
@@ -80,7 +107,7 @@ class BaseSide:
         slots, counts, children, tokens, levels = lay_out_sources(
             _beams(requests), self.model.pool.manager
         )
-        hidden = self.model.forward(slots, self._on_device(tokens), counts, family_tree(levels))
+        hidden = self.model.forward(slots, tokens, counts, family_tree(levels))
         self.rows += len(slots)
         self.passes += 1
         last = np.cumsum(counts, dtype=np.int64) - 1
@@ -89,20 +116,16 @@ class BaseSide:
             self._on_device(children), dim=0, output_size=int(children.sum())
         )
 
-    def _decode(self, requests: Sequence[Request], logits: Tensor, steps: int) -> None:
+    def _decode(self, requests: Sequence[Request], logits: Tensor, steps: int) -> Draws:
         """Fork the sources, and sample all their children's tokens from ``logits`` on."""
         beams, pool = _beams(requests), self.model.pool
-        pool.copy_pages(fork_beams(beams, pool.manager, _BASE))
+        copies = fork_beams(beams, pool.manager, _BASE)
         slots, columns, levels = lay_out_rows(beams)
-        sampling = SamplingBatch.of(SamplingColumns(*columns), self.model.device)
-        drawn = self.decoder.run(slots, family_tree(levels), sampling, logits, steps)
         self.rows += len(slots) * (steps - 1)
         self.passes += steps - 1
-        # The one place where the host waits for the device.
-        tokens, logprobs = (torch.stack(columns, 1).cpu().numpy() for columns in zip(*drawn))
-        for index, _, position in take_tokens(beams, tokens, logprobs, steps):
-            request = requests[index]
-            request.error = request.error or NumericalError.at(self.model.name, position)
+        return self.decoder.run(
+            slots, family_tree(levels), SamplingColumns(*columns), logits, steps, copies
+        )
 
     def _remember(self, requests: Sequence[Request]) -> None:
         """Let later requests find these prompts; not those that made a model fail."""

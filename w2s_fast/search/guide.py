@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from w2s_fast.attention import RowTree
-from w2s_fast.cache import Int32Array, Ints
+from w2s_fast.cache import NO_COPIES, Int32Array, Ints
 from w2s_fast.decoding import Lane
+from w2s_fast.kernels.linear_logprob_partials import Partials
 from w2s_fast.models import ModelSource, PagedModel
 from w2s_fast.search.beginnings import prefill
 
@@ -56,11 +56,17 @@ class ChunkRows(NamedTuple):
     Attributes:
         slots: int32 [S]. inputs: int64 [T], for each chunk the token before it, and its own but
             the last. tree: which slots share which of their first tokens; None: none do.
+        copies: pages that are copied before; see PagePool.copy_pages.
     """
 
     slots: Int32Array
-    inputs: NDArray[np.int64]
-    tree: RowTree | None
+    inputs: Tensor
+    tree: RowTree | None = None
+    copies: Int32Array = NO_COPIES
+
+
+# What the tuned and the untuned model leave of their log-probs.
+GuidePartials: TypeAlias = tuple[Partials, Partials]
 
 
 class PagedGuide:
@@ -104,28 +110,28 @@ class PagedGuide:
         Returns:
             The log-probs of the chunks' tokens, one chunk after the other.
         """
-        targets = np.array([token for chunk in chunks for token in chunk], np.int64)
+        device = self.models[0].device
+        targets = torch.tensor([token for chunk in chunks for token in chunk], device=device)
         inputs = [
-            [token for last, chunk in zip(own, chunks) for token in (last, *chunk[:-1])]
+            torch.tensor([t for last, chunk in zip(own, chunks) for t in (last, *chunk[:-1])])
             for own in before
         ]
-        rows = [
-            ChunkRows(own, np.array(tokens, np.int64), None) for own, tokens in zip(slots, inputs)
-        ]
-        return self.score(self._on_device(targets), [len(chunk) for chunk in chunks], rows)
+        rows = [ChunkRows(own, tokens) for own, tokens in zip(slots, inputs)]
+        partials = self.score(targets, [len(chunk) for chunk in chunks], rows)
+        return TokenLogprobs(*(own.logprobs() for own in partials))
 
-    def score(self, targets: Tensor, counts: Ints, rows: Sequence[ChunkRows]) -> TokenLogprobs:
-        """The same for chunks that are laid out already.
+    def score(self, targets: Tensor, counts: Ints, rows: Sequence[ChunkRows]) -> GuidePartials:
+        """The same for chunks that are laid out; what is left of their log-probs.
 
         Args:
             targets: int64 [T], the tokens of S chunks. counts: S, how many each has, at least one.
             rows: for each model.
         """
 
-        def run(m: int) -> Tensor:
-            model, (slots, inputs, tree) = self.models[m], rows[m]
-            hidden = model.forward(slots, self._on_device(inputs), counts, tree)
-            return model.token_logprobs(hidden, targets, self.vocab_size)
+        def run(m: int) -> Partials:
+            model, (slots, inputs, tree, copies) = self.models[m], rows[m]
+            hidden = model.forward(slots, inputs, counts, tree, copies)
+            return model.token_partials(hidden, targets, self.vocab_size)
 
         try:
             with self._lane.beside():
@@ -133,7 +139,7 @@ class PagedGuide:
             untuned = run(1)
         finally:
             self._lane.join()
-        return TokenLogprobs(tuned, untuned)
+        return tuned, untuned
 
     def fork(self, slots: Int32Array, counts: Sequence[int]) -> Int32Array:
         """``counts[i]`` new slots with the tokens of ``slots[:, i]``: int32 [2, sum(counts)]."""
@@ -157,6 +163,3 @@ class PagedGuide:
         except BaseException:
             tuned.pool.release(first)
             raise
-
-    def _on_device(self, tokens: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(tokens).to(self.models[0].device, non_blocking=True)

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from w2s_fast._pages import Beams, fork_beams, held_slots, lay_out_chunk_rows, lay_out_chunks
+from w2s_fast._pages import fork_beams, held_slots, lay_out_scoring
+from w2s_fast.attention import to_device
+from w2s_fast.decoding import Draws
 from w2s_fast.models import PagedModel
-from w2s_fast.search.guide import ChunkRows, PagedGuide
+from w2s_fast.search.guide import ChunkRows, GuidePartials, PagedGuide
 from w2s_fast.search.kinship import family_tree
 from w2s_fast.search.recompute import recompute
 from w2s_fast.search.request import Request
+from w2s_fast.search.selection import Selection, select
 
 _BOTH = (0, 1)  # the tuned and the untuned model of a guide
-
-
-class NewTokens(NamedTuple):
-    """The tokens that a round brought, and what the guides say of them.
-
-    Attributes:
-        tokens: int64 [T]. tuned, untuned: float32 [guides, T].
-    """
-
-    tokens: Tensor
-    tuned: Tensor
-    untuned: Tensor
 
 
 class GuideSide:
@@ -67,29 +58,68 @@ class GuideSide:
                 [request.guide_prompts[g][m][:-1] for request in requests],
             )
 
-    def logprobs(self, requests: Sequence[Request]) -> NewTokens:
-        """Give every candidate slots, and run its new tokens through all guides."""
-        beams = [request.beams for request in requests]
-        for _, _, index, model in self.models():
-            model.pool.copy_pages(fork_beams(beams, model.pool.manager, index))
-        counts, new = lay_out_chunks(beams)
-        device = self.guides[0].models[0].device
-        tokens = torch.from_numpy(new).to(device, non_blocking=True)
-        found = [
-            guide.score(tokens, counts, [_rows(beams, 1 + 2 * g + m) for m in _BOTH])
-            for g, guide in enumerate(self.guides)
-        ]
-        tuned, untuned = (torch.stack(logprobs) for logprobs in zip(*found))
-        return NewTokens(tokens, tuned, untuned)
+    def score(
+        self, requests: Sequence[Request], drawing: Sequence[Request], drawn: Draws | None
+    ) -> Selection:
+        """Give all candidates slots, run their new tokens through all guides, and select.
 
-    def first_broken(self, tuned: Tensor, untuned: Tensor) -> PagedModel:
-        """The first model whose log-prob, one for each guide, is not finite."""
-        finite = torch.stack([tuned, untuned], 1).isfinite().tolist()
+        Args:
+            requests: each with a round that is complete.
+            drawing: those whose growing candidates are the rows of ``drawn``, in their order.
+            drawn: tokens that complete these rounds, and that the host does not know yet; None: it
+                has them all.
+        """
+        beams = [request.beams for request in requests]
+        copies = [
+            fork_beams(beams, model.pool.manager, index) for _, _, index, model in self.models()
+        ]
+        steps = 0 if drawn is None else len(drawn)
+        tokens, logprobs, counts, targets, rows, columns, most, width = lay_out_scoring(
+            beams, [request.beams for request in drawing], steps
+        )
+        there = to_device(
+            {
+                "tokens": tokens,
+                "logprobs": logprobs,
+                "targets": targets,
+                **{f"inputs{m}": inputs for m, (_, inputs, _) in enumerate(rows)},
+                **columns,
+                "weights": np.array(self.weights, np.float64),
+            },
+            self.guides[0].models[0].device,
+        )
+        all_tokens, all_logprobs = there.pop("tokens"), there.pop("logprobs")
+        if drawn is not None:
+            all_tokens = torch.cat([drawn.tokens.flatten(), all_tokens])
+            all_logprobs = torch.cat([drawn.logprobs.flatten(), all_logprobs])
+        index = there.pop("targets")
+        new = all_tokens.index_select(0, index)
+        inputs = [all_tokens.index_select(0, there.pop(f"inputs{m}")) for m in range(len(rows))]
+        found = []
+        for g, guide in enumerate(self.guides):
+            own = [
+                ChunkRows(rows[m][0], inputs[m], family_tree(rows[m][2]), copies[m])
+                for m in (2 * g, 2 * g + 1)
+            ]
+            found.append(guide.score(new, counts, own))
+        return select(
+            found,
+            new,
+            all_logprobs.index_select(0, index),
+            there.pop("weights"),
+            there,
+            columns["cu_tokens"],
+            most,
+            width,
+        )
+
+    def first_broken(self, guides: Sequence[GuidePartials], token: int) -> PagedModel:
+        """The first model whose log-prob of a token is not finite."""
         return next(
             model
-            for guide, both in zip(self.guides, finite)
-            for model, sound in zip(guide.models, both)
-            if not sound
+            for guide, both in zip(self.guides, guides)
+            for model, partials in zip(guide.models, both)
+            if not math.isfinite(partials.logprobs()[token])
         )
 
     def recompute(self, requests: Sequence[Request]) -> None:
@@ -107,8 +137,3 @@ class GuideSide:
             guide.join()
         for _, _, index, model in self.models():
             model.pool.release_others(held_slots(beams, index))
-
-
-def _rows(beams: Sequence[Beams], index: int) -> ChunkRows:
-    slots, inputs, levels = lay_out_chunk_rows(beams, index)
-    return ChunkRows(slots, inputs, family_tree(levels))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from w2s_fast._pages import (
     Beams,
     begin_rounds,
@@ -17,14 +19,15 @@ from w2s_fast._pages import (
     take_scores,
     tokens_left,
 )
+from w2s_fast.attention import Reading
 from w2s_fast.decoding import DecodeGraphs
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel
-from w2s_fast.search.base_side import BaseSide
+from w2s_fast.search.base_side import BaseSide, Drawn
 from w2s_fast.search.guide import PagedGuide
 from w2s_fast.search.guide_side import GuideSide
 from w2s_fast.search.request import Request
-from w2s_fast.search.selection import choose
+from w2s_fast.search.selection import Choice, Selection
 from w2s_fast.stats import timed
 
 # A step samples no more tokens than this before the host looks at them; rows that met EOS are
@@ -44,10 +47,20 @@ class Search:
         guides: Sequence[PagedGuide],
         vocab_size: int,
         graphs: DecodeGraphs | None = None,
+        *,
+        ahead: bool = False,
     ) -> None:
-        """``vocab_size``: ids from here on are padding. ``graphs``: decoding steps of the base."""
+        """Over these models.
+
+        Args:
+            vocab_size: ids from here on are padding. graphs: decoding steps of the base.
+            ahead: launch all of a round before the host reads what was drawn. The guides then run
+                tokens behind an EOS, too, which count for nothing; it pays where the host would
+                have to wait for a device.
+        """
         self.base = BaseSide(base, vocab_size, graphs)
         self.guides = GuideSide(guides)
+        self._ahead = ahead
         self._managers = [model.pool.manager for model in self.models]
 
     @property
@@ -66,21 +79,30 @@ class Search:
         begin_rounds(_beams(requests))
         left = tokens_left(_beams(requests))
         tokens = _step_tokens(left.tolist())
+        drawn = None
         while tokens > 0 and (left > 0).any():
+            if drawn is not None:
+                self._take(drawn)
+                left = tokens_left(_beams(requests))
+                if not (left > 0).any():
+                    drawn = None
+                    break
             count = min(tokens, int(left[left > 0].min()))
-            growing = [request for request, more in zip(requests, left > 0) if more]
-            self.base.expand(growing, count)
-            self._abort_failed(growing)
+            drawn = self.base.draw([r for r, more in zip(requests, left > 0) if more], count)
             tokens -= count
-            left = tokens_left(_beams(requests))
+            # As far as is known: who ends before that is complete, too.
+            left = np.where(left > 0, left - count, 0)
+        if drawn is not None and not self._ahead:
+            self._take(drawn)
+            drawn, left = None, tokens_left(_beams(requests))
         complete = [r for r, more in zip(requests, left > 0) if r.error is None and not more]
         scored = [request for request in complete if request.params.uses_guides]
         new = [request for request in scored if request.beams.round == 1]
         with timed("prefill_s", [request.stats for request in new]):
             self.guides.prefill(new)
         with timed("scoring_s", [request.stats for request in scored]):
-            self._score(scored)
-        unscored = [request for request in complete if not request.params.uses_guides]
+            self._score(scored, drawn)
+        unscored = [r for r in complete if r.error is None and not r.params.uses_guides]
         keep_all(_beams(unscored), self._managers)
         _count_rounds(unscored)
 
@@ -108,24 +130,45 @@ class Search:
         self.base.keep_only(requests)
         self.guides.keep_only(requests)
 
-    def _score(self, requests: Sequence[Request]) -> None:
-        """Score the tokens that the round brought, and keep the best candidates."""
+    def _take(self, drawn: Drawn) -> None:
+        """Read what was drawn, and give it to the candidates."""
+        with timed("decode_s", [request.stats for request in drawn.requests]):
+            (memory,) = Reading(drawn.draws.memory).wait()
+            self.base.take(drawn, memory)
+        self._abort_failed(drawn.requests)
+
+    def _score(self, requests: Sequence[Request], drawn: Drawn | None) -> None:
+        """Score the tokens that the round brought, and keep the best candidates.
+
+        ``drawn``: the last of them, which the host has not read yet; of other requests, too.
+        """
         if not requests:
+            if drawn is not None:
+                self._take(drawn)
             return
-        beams = _beams(requests)
-        tokens, tuned, untuned = self.guides.logprobs(requests)
-        choice = choose(beams, tokens, tuned, untuned, self.guides.weights)
-        for index, token, position in take_scores(
-            beams, choice.token_scores, choice.scores, choice.broken
-        ):
-            model = self.guides.first_broken(tuned[:, token], untuned[:, token])
-            requests[index].error = NumericalError.at(model.name, position)
+        if drawn is None:
+            selection = self.guides.score(requests, [], None)
+            (packed,) = Reading(selection.packed).wait()
+        else:
+            selection = self.guides.score(requests, drawn.requests, drawn.draws)
+            # The one place where the host waits for the device.
+            memory, packed = Reading(drawn.draws.memory, selection.packed).wait()
+            self.base.take(drawn, memory)
+        self._close(requests, selection, selection.on_host(packed))
+        self._abort_failed(requests if drawn is None else [*requests, *drawn.requests])
+
+    def _close(self, requests: Sequence[Request], selection: Selection, choice: Choice) -> None:
+        """Keep the candidates that were chosen, of those requests that did not fail."""
+        scores = (selection.cu_tokens, choice.token_scores, choice.scores, choice.broken)
+        for index, token, position in take_scores(_beams(requests), *scores):
+            if requests[index].error is None:
+                model = self.guides.first_broken(selection.guides, token)
+                requests[index].error = NumericalError.at(model.name, position)
         sound = [i for i, request in enumerate(requests) if request.error is None]
         closed = [requests[i] for i in sound]
         self.guides.remember([request for request in closed if request.beams.round == 1])
         end_rounds(_beams(closed), choice.kept[sound], self._managers)
         _count_rounds(closed)
-        self._abort_failed(requests)
 
     def _restore(self, requests: Sequence[Request]) -> None:
         """Recompute what requests that were set aside held."""

@@ -1,4 +1,4 @@
-"""The candidates of many requests as tensors, and back: what select_beams is given and answers."""
+"""The selection of many rounds at once: what score_select is given, and what it answers."""
 
 from __future__ import annotations
 
@@ -6,62 +6,80 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2s_fast._pages import Beams, lay_out_candidates
-from w2s_fast.cache import Int32Array
-from w2s_fast.kernels.select_beams import select_beams
+from w2s_fast.kernels.score_select import ScoreSelection, score_select
+from w2s_fast.search.guide import GuidePartials
 
 
 class Choice(NamedTuple):
-    """What a selection of R requests with C candidates and T new tokens found, on the host.
+    """What a selection of R rounds with C candidates and T new tokens found, on the host.
 
     Attributes:
         token_scores: float64 [T].
         scores: float64 [C], each candidate's sum over its whole response.
-        kept: int32 [R, W], indices of a request's candidates, best first; -1 where it has no more.
-        broken: int32 [C], each candidate's first new token, as an index into T, whose score is not
+        kept: int64 [R, W], indices of a round's candidates, best first; -1 where it has no more.
+        broken: int64 [C], each candidate's first new token, as an index into T, whose score is not
             finite; -1 if all are.
     """
 
     token_scores: NDArray[np.float64]
     scores: NDArray[np.float64]
-    kept: Int32Array
-    broken: Int32Array
+    kept: NDArray[np.int64]
+    broken: NDArray[np.int64]
 
 
-def choose(
-    requests: Sequence[Beams],
+class Selection(NamedTuple):
+    """A selection that was launched.
+
+    Attributes:
+        packed: int64, on the device: all that the host has to know.
+        shape: R, C, T and W.
+        cu_tokens: int64 [C + 1], on the host: where each candidate's new tokens begin.
+        guides: what their models left of the log-probs of those tokens.
+    """
+
+    packed: Tensor
+    shape: tuple[int, int, int, int]
+    cu_tokens: NDArray[np.int64]
+    guides: list[GuidePartials]
+
+    def on_host(self, packed: Tensor) -> Choice:
+        """From a copy of ``packed`` that the host has."""
+        found = ScoreSelection.unpack(packed, *self.shape)
+        columns = (found.token_scores, found.scores, found.kept, found.broken)
+        return Choice(*(column.numpy() for column in columns))
+
+
+def select(
+    guides: Sequence[GuidePartials],
     tokens: Tensor,
-    tuned: Tensor,
-    untuned: Tensor,
-    weights: Sequence[float],
-) -> Choice:
-    """Score and rank all candidates of all requests in one call of the operator.
+    logprobs: Tensor,
+    weights: Tensor,
+    columns: dict[str, Tensor],
+    cu_tokens: NDArray[Any],
+    max_candidates: int,
+    max_width: int,
+) -> Selection:
+    """Launch the selection of many rounds in one call of the operator.
 
     Args:
-        requests: each with a complete round.
-        tokens: int64 [T], the new tokens of every candidate.
-        tuned, untuned: float32 [guides, T], log-probs of those tokens.
-        weights: of the guides.
+        guides: what their models leave of the log-probs of ``tokens``.
+        tokens, logprobs: int64 and float32 [T], new tokens as drawn from the base.
+        weights: float64 [G].
+        columns: of score_select from ``cu_tokens`` on, by name.
+        cu_tokens: the same, on the host.
+        max_candidates, max_width: as in score_select.
     """
-    device = tuned.device
-
-    def column(values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values).to(device, non_blocking=True)
-
-    columns, max_candidates, max_width = lay_out_candidates(requests)
-    found = select_beams(
-        tuned,
-        untuned,
-        column(np.array(weights, np.float64)),
+    shape = (len(columns["width"]), len(columns["previous"]), len(tokens), max_width)
+    packed = score_select(
+        guides,
+        weights,
         tokens,
-        **{name: column(values) for name, values in columns.items()},
+        logprobs,
+        **columns,
         max_candidates=max_candidates,
         max_width=max_width,
     )
-    return Choice(
-        *(x.cpu().numpy() for x in (found.token_scores, found.scores, found.kept, found.broken))
-    )
+    return Selection(packed, shape, cu_tokens, list(guides))

@@ -1,0 +1,201 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <string>
+
+namespace w2s {
+namespace {
+
+// A field of a buffer: `used` items that the caller writes, and spare ones up to `size`.
+template <typename T>
+T* field(std::span<std::byte> buffer, PassLayout::Offsets offsets, PassField which,
+         std::int64_t size) {
+    const std::int64_t offset = offsets[static_cast<std::size_t>(which)];
+    if (offset < 0) return nullptr;
+    const std::int64_t bytes = size * static_cast<std::int64_t>(sizeof(T));
+    if (offset > static_cast<std::int64_t>(buffer.size()) - bytes) {
+        throw PageMisuse("a field of a pass ends behind its buffer");
+    }
+    std::byte* const begin = buffer.data() + offset;
+    if (reinterpret_cast<std::uintptr_t>(begin) % alignof(T) != 0) {
+        throw PageMisuse("a field of a pass lies at an odd address");
+    }
+    return reinterpret_cast<T*>(begin);
+}
+
+// `values`, and `spare` for the rest of `size` items.
+template <typename T>
+void fill(T* target, const std::vector<T>& values, std::int64_t size, T spare) {
+    if (target == nullptr) return;
+    std::fill(std::copy(values.begin(), values.end(), target), target + size, spare);
+}
+
+}  // namespace
+
+PassLayout::PassLayout(const PageManager& pages, Ints slots, Ints counts, const RowTree& tree,
+                       std::int64_t split_keys, std::int64_t split_queries, std::int64_t ahead)
+    : pages_(pages),
+      slots_(slots.begin(), slots.end()),
+      places_(pages.places(slots, counts)) {  // checks slots and counts
+    if (split_keys < 1) throw PageMisuse("a split has at least one key");
+    const std::size_t rows = slots.size();
+    old_.reserve(rows);
+    starts_.reserve(rows + 1);
+    starts_.push_back(0);
+    for (std::size_t i = 0; i < rows; ++i) {
+        old_.push_back(pages.lengths()[slots[i]]);
+        starts_.push_back(starts_.back() + counts[i]);
+        max_q_ = std::max<std::int64_t>(max_q_, counts[i]);
+        max_k_ = std::max<std::int64_t>(max_k_, std::int64_t{old_[i]} + counts[i] + ahead);
+        shape_.pages = std::max<std::int64_t>(shape_.pages, pages.held()[slots[i]]);
+    }
+    own_.assign(rows, 0);
+    parts_.assign(rows, 0);
+    check(tree);
+    cut(tree, split_keys, split_queries);
+    for (std::size_t i = 0; i < rows; ++i) {
+        if (counts[i] > split_queries) continue;
+        const std::int64_t own = std::int64_t{old_[i]} + counts[i] - own_[i] + ahead;
+        max_own_ = std::max(max_own_, own);
+    }
+    shape_.rows = static_cast<std::int64_t>(rows);
+    shape_.tokens = static_cast<std::int64_t>(places_.size());
+    shape_.splits = static_cast<std::int64_t>(splits_.size());
+}
+
+void PassLayout::check(const RowTree& tree) const {
+    const std::size_t segments = tree.first.size();
+    const auto expect = [](bool holds, const char* rule) {
+        if (!holds) throw PageMisuse(std::string("not a tree of these rows: ") + rule);
+    };
+    expect(tree.count.size() == segments && tree.begin.size() == segments &&
+               tree.end.size() == segments,
+           "its columns differ in length");
+    expect(tree.own.size() == slots_.size() || (tree.own.empty() && segments == 0),
+           "it is one of another number of rows");
+    const auto rows = static_cast<std::int64_t>(slots_.size());
+    std::vector<std::int32_t> reached(slots_.size(), 0);
+    for (std::size_t i = 0; i < segments; ++i) {
+        expect(tree.first[i] >= 0 && tree.count[i] >= 1 &&
+                   std::int64_t{tree.first[i]} + tree.count[i] <= rows,
+               "a segment has rows that do not exist");
+        expect(tree.begin[i] < tree.end[i], "a segment has no keys");
+        for (std::int32_t row = tree.first[i]; row < tree.first[i] + tree.count[i]; ++row) {
+            expect(tree.begin[i] == reached[row], "a segment does not begin where another ends");
+            reached[row] = tree.end[i];
+        }
+    }
+    for (std::size_t row = 0; row < tree.own.size(); ++row) {
+        expect(reached[row] == tree.own[row], "segments do not end where a row's own keys begin");
+        expect(reached[row] <= old_[row], "a row shares keys that it does not have yet");
+    }
+}
+
+// The splits of all segments, longest first. Rows of many new tokens are taken out of segments.
+void PassLayout::cut(const RowTree& tree, std::int64_t split_keys, std::int64_t split_queries) {
+    const auto shares = [&](std::int32_t row) {
+        return starts_[row + 1] - starts_[row] <= split_queries;
+    };
+    for (std::size_t i = 0; i < tree.first.size(); ++i) {
+        const std::int32_t last = tree.first[i] + tree.count[i];
+        for (std::int32_t row = tree.first[i]; row < last; ++row) {
+            if (!shares(row)) continue;
+            const std::int32_t first = row;
+            const std::int32_t before = parts_[first];
+            while (row < last && shares(row)) own_[row++] = tree.end[i];
+            const std::int32_t first_token = starts_[first];
+            std::int32_t part = before;
+            for (std::int64_t begin = tree.begin[i]; begin < tree.end[i]; begin += split_keys) {
+                const std::int64_t end = std::min<std::int64_t>(begin + split_keys, tree.end[i]);
+                splits_.push_back({first_token, starts_[row] - first_token,
+                                   static_cast<std::int32_t>(begin),
+                                   static_cast<std::int32_t>(end), first, part++});
+            }
+            max_tokens_ = std::max<std::int64_t>(max_tokens_, starts_[row] - first_token);
+            max_parts_ = std::max<std::int64_t>(max_parts_, part);
+            std::fill(parts_.begin() + first, parts_.begin() + row, part);
+        }
+    }
+    std::stable_sort(splits_.begin(), splits_.end(), [](const Split& a, const Split& b) {
+        return a.end - a.begin > b.end - b.begin;
+    });
+}
+
+void PassLayout::write(std::span<std::byte> buffer, Offsets offsets, const PassShape& room,
+                       bool back) const {
+    if (offsets.size() != static_cast<std::size_t>(PassField::kCount)) {
+        throw PageMisuse("a pass has " + std::to_string(static_cast<int>(PassField::kCount)) +
+                         " fields, and not " + std::to_string(offsets.size()));
+    }
+    if (room.rows < shape_.rows || room.tokens < shape_.tokens || room.splits < shape_.splits ||
+        room.pages < shape_.pages) {
+        throw PageMisuse("a pass does not fit into its buffer");
+    }
+    for (const std::int32_t slot : slots_) {
+        if (pages_.held()[slot] < 0 || pages_.held()[slot] > room.pages) {
+            throw PageMisuse("slot " + std::to_string(slot) + " has changed since its pass was laid out");
+        }
+    }
+    const auto int32s = [&](PassField which, std::int64_t size) {
+        return field<std::int32_t>(buffer, offsets, which, size);
+    };
+    const auto int64s = [&](PassField which, std::int64_t size) {
+        return field<std::int64_t>(buffer, offsets, which, size);
+    };
+    // All of them are looked for before any is written.
+    std::int64_t* const positions = int64s(PassField::kPositions, room.tokens);
+    std::int64_t* const write = int64s(PassField::kWrite, room.tokens);
+    std::int64_t* const stride = int64s(PassField::kStride, room.tokens);
+    std::int32_t* const table = int32s(PassField::kPageTable, room.rows * room.pages);
+    std::int32_t* const lengths = int32s(PassField::kLengths, room.rows);
+    std::int32_t* const starts = int32s(PassField::kStarts, room.rows + 1);
+    std::int32_t* const own = int32s(PassField::kOwn, room.rows);
+    std::int32_t* const parts = int32s(PassField::kParts, room.rows);
+    std::int32_t* const token_rows = int32s(PassField::kTokenRows, room.tokens);
+    std::int32_t* const splits = int32s(PassField::kSplits, 6 * room.splits);
+
+    fill(write, places_, room.tokens, std::int64_t{-1});
+    fill(starts, starts_, room.rows + 1, starts_.back());
+    fill(own, own_, room.rows, 0);
+    fill(parts, parts_, room.rows, 0);
+    if (stride != nullptr) {
+        std::fill(std::fill_n(stride, shape_.tokens, 1), stride + room.tokens, 0);
+    }
+    const std::int32_t behind = back ? 1 : 0;
+    for (std::int64_t row = 0; row < shape_.rows; ++row) {
+        const std::int32_t begin = starts_[row];
+        const std::int32_t end = starts_[row + 1];
+        if (lengths != nullptr) lengths[row] = old_[row] + (end - begin) - behind;
+        if (positions != nullptr) {
+            for (std::int32_t i = begin; i < end; ++i) positions[i] = old_[row] + i - begin - behind;
+        }
+        if (token_rows != nullptr) {
+            std::fill(token_rows + begin, token_rows + end, static_cast<std::int32_t>(row));
+        }
+        if (table != nullptr) {
+            const std::int32_t* const held = pages_.page_table() +
+                                             slots_[row] * pages_.max_pages_per_slot();
+            std::int32_t* const target = table + row * room.pages;
+            const std::int64_t count = pages_.held()[slots_[row]];
+            std::fill(std::copy_n(held, count, target), target + room.pages, -1);
+        }
+    }
+    if (lengths != nullptr) std::fill(lengths + shape_.rows, lengths + room.rows, 0);
+    if (positions != nullptr) std::fill(positions + shape_.tokens, positions + room.tokens, 0);
+    if (token_rows != nullptr) std::fill(token_rows + shape_.tokens, token_rows + room.tokens, 0);
+    if (table != nullptr) {
+        std::fill(table + shape_.rows * room.pages, table + room.rows * room.pages, -1);
+    }
+    if (splits != nullptr) {
+        std::int32_t* next = splits;
+        for (const Split& s : splits_) {
+            for (const std::int32_t value :
+                 {s.first_token, s.tokens, s.begin, s.end, s.table_row, s.part}) {
+                *next++ = value;
+            }
+        }
+        std::fill(next, splits + 6 * room.splits, 0);
+    }
+}
+
+}  // namespace w2s

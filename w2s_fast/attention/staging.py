@@ -1,0 +1,136 @@
+"""Staging: small tensors side by side in one buffer, filled by the host, for one copy to a device.
+
+A launch or a copy costs the host some microseconds, whatever its size, and a pass needs a dozen
+small tensors. So the host fills one buffer, and the tensors are views of its copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_ALIGNMENT = 16  # bytes; kernels may then load any field 16 bytes at a time
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.bool: np.dtype(np.bool_),
+}
+
+_TORCH = {array: tensor for tensor, array in _NUMPY.items()}
+
+
+class Field(NamedTuple):
+    """One tensor of a buffer. ``spare``: what stands where nothing was filled in."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    spare: float = 0
+
+
+class Fields:
+    """Where the tensors of a buffer lie: one behind the other, each at a multiple of 16 bytes.
+
+    Attributes:
+        offsets: in bytes, by name. nbytes: of the whole.
+    """
+
+    def __init__(self, fields: Mapping[str, Field]) -> None:
+        self._fields = dict(fields)
+        self.offsets: dict[str, int] = {}
+        self.nbytes = 0
+        for name, field in self._fields.items():
+            self.offsets[name] = self.nbytes
+            size = math.prod(field.shape) * field.dtype.itemsize
+            self.nbytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._fields
+
+    def tensors(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Views of a buffer uint8 [at least ``nbytes``]."""
+        whole = {dtype: buffer.view(dtype) for dtype in {f.dtype for f in self._fields.values()}}
+        views = {}
+        for name, (dtype, shape, _) in self._fields.items():
+            strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+            offset = buffer.storage_offset() + self.offsets[name]
+            views[name] = whole[dtype].as_strided(shape, strides, offset // dtype.itemsize)
+        return views
+
+    def fill(self, buffer: NDArray[np.uint8], values: Mapping[str, NDArray[Any]]) -> None:
+        """Put values first into the fields of these names, and what is spare behind them.
+
+        ``buffer``: uint8 [at least ``nbytes``]; the values have one dimension, as the fields.
+        """
+        for name, value in values.items():
+            dtype, (size,), spare = self._fields[name]
+            begin = self.offsets[name]
+            kind = _NUMPY[dtype]
+            array = buffer[begin : begin + size * kind.itemsize].view(kind)
+            array[: len(value)] = value
+            array[len(value) :] = spare
+
+
+def host_buffer(nbytes: int, device: torch.device) -> Tensor:
+    """Memory of the host for one copy to ``device``: uint8 [nbytes].
+
+    It may be dropped as soon as the copy is launched. For CUDA it is pinned, so that the copy waits
+    for nothing: torch keeps a ring of such memory, and an event for each copy that left it, which
+    it looks at before it gives the memory out again.
+    """
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def to_device(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+    """Arrays of one dimension as tensors on a device, in one copy."""
+    fields = Fields({name: Field(_TORCH[a.dtype], a.shape) for name, a in arrays.items()})
+    here = host_buffer(fields.nbytes, device)
+    fields.fill(here.numpy(), arrays)
+    return fields.tensors(here.to(device, non_blocking=True))
+
+
+class Reading:
+    """Tensors of a device on their way to the host, which goes on meanwhile."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        """All of one device."""
+        device = tensors[0].device
+        self._arrived = None
+        if device.type == "cuda":
+            self._here = [
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+                for t in tensors
+            ]
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record(torch.cuda.current_stream(device))
+        else:
+            self._here = [t.to("cpu", non_blocking=True) for t in tensors]
+
+    def wait(self) -> list[Tensor]:
+        """The tensors on the host, once they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._here
+
+
+class Room:
+    """Memory of a device that is used again and again, and grows: by one user after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._whole = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def take(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes]: the same memory as the last time, or new one where that was too small.
+
+        Who holds the old one keeps it.
+        """
+        if nbytes > len(self._whole):
+            self._whole = torch.empty(nbytes, dtype=torch.uint8, device=self._whole.device)
+        return self._whole[:nbytes]

@@ -1,0 +1,84 @@
+"""Draws: what several steps drew for the same rows, in one piece of memory, for one read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from w2s_fast.attention import Field, Fields
+
+
+class Draw(NamedTuple):
+    """Tokens int64 [S], and their unwarped log-probs float32 [S], NaN for broken logits."""
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+class Draws:
+    """What N steps drew for S rows.
+
+    Attributes:
+        memory: uint8 [N, n], a step after the other; the others are views of it.
+        tokens: int64 [N, S]. logprobs: float32 [N, S], NaN for broken logits.
+    """
+
+    def __init__(self, memory: Tensor, rows: int, room: int | None = None) -> None:
+        """``memory`` of :meth:`bytes_a_step` of ``room`` rows, of which the first are wanted."""
+        self.memory = memory
+        self._rows = rows
+        self._room = rows if room is None else room
+        fields = _fields(self._room)
+
+        def column(name: str, dtype: torch.dtype) -> Tensor:
+            begin = memory.storage_offset() + fields.offsets[name]
+            strides = (fields.nbytes // dtype.itemsize, 1)
+            shape = (len(memory), rows)
+            return memory.view(dtype).as_strided(shape, strides, begin // dtype.itemsize)
+
+        self.tokens = column("tokens", torch.int64)
+        self.logprobs = column("logprobs", torch.float32)
+
+    @classmethod
+    def empty(cls, steps: int, rows: int, device: torch.device) -> Draws:
+        """Room for so many."""
+        size = cls.bytes_a_step(rows)
+        return cls(torch.empty(steps, size, dtype=torch.uint8, device=device), rows)
+
+    @staticmethod
+    def bytes_a_step(rows: int) -> int:
+        return _fields(rows).nbytes
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    def __getitem__(self, step: int) -> Draw:
+        return Draw(self.tokens[step], self.logprobs[step])
+
+    def __iter__(self) -> Iterator[Draw]:
+        return (self[step] for step in range(len(self)))
+
+    def put(self, step: int, draw: Draw) -> None:
+        """Keep what a step drew."""
+        for ours, theirs in zip(self[step], draw):
+            ours.copy_(theirs)
+
+    def read(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Tokens and log-probs [N, S] on the host, which waits for the device once."""
+        return self.on_host(self.memory.cpu())
+
+    def on_host(self, memory: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The same from a copy of ``memory`` that the host has."""
+        here = Draws(memory, self._rows, self._room)
+        return here.tokens.numpy(), here.logprobs.numpy()
+
+
+def _fields(rows: int) -> Fields:
+    return Fields(
+        {"tokens": Field(torch.int64, (rows,)), "logprobs": Field(torch.float32, (rows,))}
+    )
