@@ -66,9 +66,9 @@ class SamplingBatch:
             positions: how many tokens each row's response has.
             device: where they will go.
         """
-        known: dict[int, int] = {}
-        which = [known.setdefault(id(own), len(known)) for own in params]
         different = list({id(own): own for own in params}.values())
+        index = {id(own): i for i, own in enumerate(different)}
+        which = np.array([index[id(own)] for own in params], np.int64)
         settings = {
             "temperature": [p.temperature for p in different],
             "top_k": [p.top_k for p in different],
