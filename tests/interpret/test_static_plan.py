@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,6 +60,22 @@ def test_attention_is_that_of_the_plan_itself(
         padding = torch.full((padded[1] - len(queries), 4, 16), torch.nan, device=DEVICE)
         got = attend(forest, static.plan, torch.cat([queries, padding]), scale=0.25)
     assert torch.equal(got[: len(queries)], expected)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_rows_of_many_new_tokens_get_what_their_plan_gives(beside: bool) -> None:
+    """Alone without shared segments, and without splits; beside rows of few with both."""
+    requests = [Request(40, ((2, 0, 9),), (17, 20)), Request(50, ((2, 17, 30),), (1, 2))]
+    forest = make_forest(requests[: 1 + beside], device=DEVICE)
+    with launched():
+        expected = attend(forest, forest.plan(), scale=0.25)
+        layout = lay_out(forest.pool, forest.slots, forest.counts, forest.tree())
+        padded = (len(forest.slots) + 1, len(forest.queries) + 3)
+        static = loaded(forest, Room(forest.pool.device), layout, padded).plan
+        padding = torch.full((3, 4, 16), torch.nan, device=DEVICE)
+        got = attend(forest, static, torch.cat([forest.queries, padding]), scale=0.25)
+    assert (static.shared is not None) == beside and (static.max_own > 0) == beside
+    assert torch.equal(got[: len(forest.queries)], expected)
 
 
 @settings(max_examples=3)

@@ -132,5 +132,6 @@ class Room:
         Who holds the old one keeps it.
         """
         if nbytes > len(self._whole):
-            self._whole = torch.empty(nbytes, dtype=torch.uint8, device=self._whole.device)
+            size = max(nbytes, 2 * len(self._whole))
+            self._whole = torch.empty(size, dtype=torch.uint8, device=self._whole.device)
         return self._whole[:nbytes]

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "page_manager.h"
+#include "plan.h"
 
 namespace {
 
@@ -147,6 +148,7 @@ struct World {
 
     void write(const Ints& slots, const Ints& counts, const Ints& written) {
         const std::vector<std::int64_t> where = manager.places(slots, counts);
+        lay_out(slots, counts, where);
         manager.extend(slots, counts);
         REQUIRE(where.size() == written.size());
         std::size_t next = 0;
@@ -160,6 +162,104 @@ struct World {
             }
         }
         ++happened["extend"];
+    }
+
+    // A tree of two levels over these slots: runs of rows, and runs of those.
+    struct Tree {
+        Ints first, count, begin, end, own;
+    };
+
+    Tree some_tree(const Ints& slots) {
+        Tree tree;
+        const std::int32_t rows = static_cast<std::int32_t>(slots.size());
+        tree.own.assign(slots.size(), 0);
+        std::vector<bool> border(slots.size() + 1, false);
+        border[slots.size()] = true;
+        for (int level = 0; level < 2; ++level) {
+            for (std::int32_t row = 0; row < rows; ++row) border[row] = border[row] || !pick(0, 2);
+            for (std::int32_t first = 0, last = 0; first < rows; first = last) {
+                std::int32_t shortest = manager.lengths()[slots[first]];
+                for (last = first + 1; !border[last]; ++last) {
+                    shortest = std::min(shortest, manager.lengths()[slots[last]]);
+                }
+                const std::int32_t end = pick(tree.own[first], shortest);
+                if (end == tree.own[first]) continue;
+                tree.first.push_back(first);
+                tree.count.push_back(last - first);
+                tree.begin.push_back(tree.own[first]);
+                tree.end.push_back(end);
+                std::fill(tree.own.begin() + first, tree.own.begin() + last, end);
+            }
+        }
+        return tree;
+    }
+
+    // A pass over these slots, in a buffer that is just large enough.
+    void lay_out(const Ints& slots, const Ints& counts, const std::vector<std::int64_t>& where) {
+        Tree tree = some_tree(slots);
+        const bool spoilt = !tree.first.empty() && pick(0, 4) == 0;
+        if (spoilt) {  // refused, or a tree all the same
+            Ints* const columns[] = {&tree.first, &tree.count, &tree.begin, &tree.end, &tree.own};
+            Ints& column = *columns[pick(0, 4)];
+            column[static_cast<std::size_t>(pick(0, std::ssize(column) - 1))] += pick(-3, 3);
+            if (pick(0, 3) == 0) column.pop_back();
+        }
+        const std::int32_t split_queries = pick(0, 2 * page_size);
+        try {
+            const w2s::RowTree shared{tree.first, tree.count, tree.begin, tree.end, tree.own};
+            const w2s::PassLayout layout(manager, slots, counts, shared, pick(1, 5), split_queries,
+                                         pick(0, 3));
+            fill_in(layout, slots, counts, where);
+        } catch (const w2s::PageMisuse&) {
+            REQUIRE(spoilt);
+            ++happened["tree refused"];
+        }
+    }
+
+    void fill_in(const w2s::PassLayout& layout, const Ints& slots, const Ints& counts,
+                 const std::vector<std::int64_t>& where) {
+        w2s::PassShape room = layout.shape();
+        REQUIRE(room.rows == std::ssize(slots) && room.tokens == std::ssize(where));
+        room.rows += pick(0, 3);
+        room.tokens += pick(0, 3);
+        room.splits += pick(0, 3);
+        room.pages += pick(0, 3);
+        const std::vector<std::int64_t> sizes{
+            8 * room.tokens, 8 * room.tokens, 8 * room.tokens, 4 * room.rows * room.pages,
+            4 * room.rows, 4 * (room.rows + 1), 4 * room.rows, 4 * room.rows, 4 * room.tokens,
+            24 * room.splits};
+        std::vector<std::int64_t> offsets;
+        std::int64_t bytes = 0;
+        for (std::size_t i = 0; i < sizes.size(); ++i) {
+            const bool left_out = i != 1 && i != 3 && pick(0, 5) == 0;
+            offsets.push_back(left_out ? -1 : bytes);
+            if (!left_out) bytes += (sizes[i] + 7) / 8 * 8;
+        }
+        std::vector<std::byte> buffer(static_cast<std::size_t>(bytes));
+        layout.write(buffer, offsets, room, pick(0, 1));
+        const auto* write = reinterpret_cast<const std::int64_t*>(buffer.data() + offsets[1]);
+        for (std::int64_t i = 0; i < room.tokens; ++i) {
+            REQUIRE(write[i] == (i < std::ssize(where) ? where[i] : -1));
+        }
+        const auto* table = reinterpret_cast<const std::int32_t*>(buffer.data() + offsets[3]);
+        for (std::int64_t i = 0; i < room.rows * room.pages; ++i) {
+            const std::int64_t row = i / room.pages;
+            const std::int64_t page = i % room.pages;
+            const bool held = row < std::ssize(slots) && page < manager.held()[slots[row]];
+            REQUIRE(table[i] == (held ? manager.page_table()[slots[row] *
+                                                             manager.max_pages_per_slot() + page]
+                                      : -1));
+        }
+        for (const std::int32_t count : counts) REQUIRE(count <= layout.max_q());
+        happened["pass laid out"] += 1;
+        happened["splits"] += layout.shape().splits;
+        room.tokens = layout.shape().tokens - 1;
+        try {
+            layout.write(buffer, offsets, room, false);
+        } catch (const w2s::PageMisuse&) {
+            return;
+        }
+        REQUIRE(!"a pass was laid out where it has no room");
     }
 
     // Tokens that begin like a slot's, or like nothing, and have room in a slot.
