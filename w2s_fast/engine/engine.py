@@ -19,7 +19,7 @@ from w2s_fast.engine.progress import progress_bar
 from w2s_fast.engine.served import serve_models
 from w2s_fast.engine.stream import Pieces, StreamPiece
 from w2s_fast.errors import InvalidRequest, W2SFastError
-from w2s_fast.models import ModelSource, PagedModel, pick_device
+from w2s_fast.models import ModelSource, PagedModel, pick_device, total_bytes, usual_rows
 from w2s_fast.params import SearchParams
 from w2s_fast.result import SearchResult
 from w2s_fast.scheduling import Claim, Runner, Scheduler, score_given
@@ -45,7 +45,9 @@ class Engine:
         guides: a guide, several whose scores are added, or None (then only ``"sample"`` runs).
         tokenizer: the base's, where it does not lie with the model.
         device: ``"auto"``, or anything torch accepts.
-        dtype: of weights and KV; ``"auto"`` is float32 on a CPU, the checkpoint's own elsewhere.
+        dtype: of weights and KV; ``"auto"`` is float32 on a CPU. Elsewhere it is the checkpoint's
+            own, but that of a checkpoint in float32 is bfloat16 on CUDA from compute capability
+            8.0 on. A loaded model keeps its own.
         kv_cache_tokens: room for tokens in each model; None measures the free memory.
         page_size: tokens in a page.
         attention: what computes attention: ``"triton"`` (on CUDA), ``"flash"`` (on CUDA, where
@@ -57,7 +59,8 @@ class Engine:
             models. Off as long as no measurement says that it pays.
         prefix_cache: keep prompts' pages as long as nothing else needs them, for prompts to come
             that begin with the same tokens.
-        max_rows: candidates decoded in one step over all requests; one request may have more.
+        max_rows: candidates decoded in one step over all requests; one request may have more. None
+            is 1,024 on a GPU of 80 GB or more, and 256 elsewhere.
         prompt_template: text around every plain prompt of the base, ``{prompt}`` in it; guides
             have their own. Chat messages go through each model's own chat template.
 
@@ -83,14 +86,14 @@ class Engine:
         attention: str = "auto",
         cuda_graphs: bool = True,
         compile: bool = False,
-        max_rows: int = 256,
+        max_rows: int | None = None,
         prefix_cache: bool = True,
         prompt_template: str | None = None,
     ) -> None:
-        for name, value in (("page_size", page_size), ("max_rows", max_rows)):
-            _check_positive(name, value)
-        if kv_cache_tokens is not None:
-            _check_positive("kv_cache_tokens", kv_cache_tokens)
+        _check_positive("page_size", page_size)
+        for name, value in (("max_rows", max_rows), ("kv_cache_tokens", kv_cache_tokens)):
+            if value is not None:
+                _check_positive(name, value)
         guides = [guides] if isinstance(guides, Guide) else list(guides or ())
         for guide in guides:
             if not isinstance(guide.weight, (int, float)) or not math.isfinite(guide.weight):
@@ -100,6 +103,8 @@ class Engine:
         backend = find_backend(attention, where)
         if compile and not (cuda_graphs and can_record(where, backend)):
             raise refuse_compile()
+        if max_rows is None:
+            max_rows = usual_rows(where.type, total_bytes(where))
         self._models = serve_models(
             base,
             guides,

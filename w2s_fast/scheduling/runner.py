@@ -154,6 +154,7 @@ class Runner:
             scored_tokens=self._scored_tokens,
             rows=self._search.base.rows,
             passes=self._search.base.passes,
+            max_rows=self._scheduler.max_rows,
             pools={model.name: _pool_stats(model.pool) for model in self._search.models},
         )
 
