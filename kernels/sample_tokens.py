@@ -12,8 +12,8 @@ likeliest token's are zero.
 
 A GPU's exp(x) is 2^(x * log2 e) with the product rounded, and its weights differ in their last bits
 from a CPU's. Measured with that rounding, a draw without filters gives another token with
-probability 3.5e-4 (V = 128,256, logits of standard deviation 4), 1.3e-4 (V = 50,257, the same), 1e-5
-to 2e-5 (flat rows); with top-k 50 hardly ever.
+probability 3.5e-4 (V = 128,256, logits of standard deviation 4), 1.3e-4 (V = 50,257, the same), or
+1e-5 to 2e-5 (flat rows); with top-k 50 hardly ever.
 
 Warping, in this order, with ties always kept together (no order of equal tokens is better than
 another): temperature; top-k keeps the tokens with logit >= the k-th largest; top-p keeps the

@@ -13,12 +13,14 @@ from w2s_fast.decoding.pass_graphs import PassGraphs
 from w2s_fast.decoding.record import can_record, record_passes, refuse_compile
 from w2s_fast.decoding.recorder import CudaRecorder, Recorder
 from w2s_fast.decoding.sampling import SamplingBatch
+from w2s_fast.decoding.streams import HomeStream
 
 __all__ = [
     "CudaRecorder",
     "DecodeGraphs",
     "Decoder",
     "Decoding",
+    "HomeStream",
     "Lane",
     "PassGraphs",
     "Recorder",

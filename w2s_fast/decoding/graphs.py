@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 from w2s_fast.attention import Bucket
-from w2s_fast.decoding.recorder import Recorder
+from w2s_fast.decoding.recorder import NothingRecorded, Recorder
 from w2s_fast.models import PagedModel
 
 T = TypeVar("T")
@@ -72,9 +72,11 @@ class Recordings(Generic[T]):
         """Record a bucket, unless there are too many, or this model cannot be recorded."""
         if self._failed or bucket in self._made or len(self._made) >= _MOST_RECORDINGS:
             return
-        static, run = self._prepare(bucket)
         try:
+            static, run = self._prepare(bucket)
             self._made[bucket] = Recording(self._record(run), static)
+        except NothingRecorded:  # whoever met it first has said why
+            self._failed = True
         except Exception as error:  # a model's own code may do anything that cannot be recorded
             self._failed = True
             warnings.warn(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from w2s_fast._pages import Hold
 from w2s_fast.cache import PagePool
+from w2s_fast.decoding import HomeStream
 from w2s_fast.errors import Aborted, EngineFailure, OutOfPages, W2SFastError
 from w2s_fast.scheduling.process import OwnProcess
 from w2s_fast.scheduling.scheduler import Room, Scheduler
@@ -54,6 +55,7 @@ class Runner:
         self._search = search
         self._scheduler = scheduler
         self.process = OwnProcess()
+        self._home = HomeStream(search.base.model.device)
         self._turn = threading.Lock()
         self._next_turn = threading.Lock()
         self._arrived: deque[Request] = deque()
@@ -159,6 +161,7 @@ class Runner:
         )
 
     def _begin_turn(self, rooms: Sequence[Room] = ()) -> None:
+        self._home.enter()
         if not self._whole:
             self._mend(None)
         self._whole = False
@@ -166,9 +169,12 @@ class Runner:
             self._make_room(rooms)
 
     def _end_turn(self, error: BaseException | None) -> None:
-        if error is not None:
-            self._mend(error)
-        self._whole = True
+        try:
+            if error is not None:
+                self._mend(error)
+            self._whole = True
+        finally:
+            self._home.leave()
 
     def _make_room(self, rooms: Sequence[Room]) -> None:
         self._settle()
