@@ -35,11 +35,13 @@ from w2s_fast.attention.kernel import KernelPlan
 from w2s_fast.attention.static_plan import Bucket
 from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.decoding import Decoding
-from w2s_fast.decoding.graphs import round_up_rows, rows_recorded
+from w2s_fast.decoding.graphs import Recordings, round_up_rows, rows_recorded
 from w2s_fast.decoding.pass_graphs import PassGraphs
 from w2s_fast.decoding.record import record_passes
 from w2s_fast.decoding.sampling import SamplingBatch
 from w2s_fast.kernels.paged_attention import SharedSegments
+from w2s_fast.scheduling import Scheduler
+from w2s_fast.search import Request, Search
 
 
 class Recorded(NamedTuple):
@@ -88,8 +90,9 @@ def test_a_search_from_recordings_finds_the_same(family: str, prompts: list[list
     with steps_by_hand() as by_hand:
         assert found(engine.generate(prompts, MIXED)) == expected
     assert by_hand.call_count == 0 and replays(steps) >= 5
-    # Shapes that came once are recorded when they come again.
-    assert found(engine.generate(prompts, MIXED)) == expected
+    # Shapes are recorded when they have come twice, and with cached prompts others come.
+    for _ in range(2):
+        assert found(engine.generate(prompts, MIXED)) == expected
     before = [replays(graphs) for graphs in passes]
     with mock.patch("w2s_fast.models.model.run_body", side_effect=AssertionError("not recorded")):
         assert found(engine.generate(prompts, MIXED)) == expected
@@ -118,6 +121,74 @@ def test_a_shape_is_recorded_when_it_comes_again() -> None:
     for new in (0, 1, 1):
         engine.generate([RAGGED_PROMPTS[0]], large)
         assert len(steps.recordings) == before + new
+
+
+def test_nothing_is_recorded_in_the_middle_of_a_step() -> None:
+    """But after it, when nobody waits any more."""
+    engine, *_ = Recorded.of(tiny_triple(eos=()))
+    recorded = [own for model in models_of(engine) for own in model.recorded]
+    within, between = [], []
+
+    def watched(self: Any, requests: Any) -> None:
+        before = [len(own) for own in recorded]
+        step(self, requests)
+        within.append([len(own) for own in recorded] == before)
+
+    def waited(self: Recordings[Any], bucket: Bucket) -> None:
+        between.append(engine.stats().running + engine.stats().waiting)
+        make(self, bucket)
+
+    step, make = Search.step, Recordings.make
+    with mock.patch.object(Search, "step", watched), mock.patch.object(Recordings, "make", waited):
+        for _ in range(2):
+            engine.generate(RAGGED_PROMPTS, MIXED)
+    assert len(within) > 5 and all(within)
+    assert len(between) > 5 and not any(between)
+
+
+def test_while_others_wait_one_is_recorded_at_a_time_if_it_is_missed_often() -> None:
+    engine, *_ = Recorded.of(tiny_triple(eos=()))
+    recorded = [own for model in models_of(engine) for own in model.recorded]
+    made: list[tuple[int, int]] = []
+
+    def counted(self: Recordings[Any], least: int) -> bool:
+        times = max(self._missed.values(), default=0)
+        if done := record_missed(self, least):
+            made.append((engine.stats().steps, times))
+        return done
+
+    record_missed = Recordings.record_missed
+    # As on a server whose queue is never empty.
+    waiting = engine.make_request([1], SEARCH, priority=10**6)
+    with (
+        mock.patch.object(Recordings, "record_missed", counted),
+        mock.patch.object(Scheduler, "choose", without(waiting)),
+    ):
+        engine.runner.submit(waiting)
+        engine.generate(RAGGED_PROMPTS[:1], replace(SEARCH, max_new_tokens=90))
+        engine.generate(RAGGED_PROMPTS[:3], SEARCH)
+    assert len(made) > 1 and all(times >= 16 for _, times in made)
+    assert len({step for step, _ in made}) == len(made)
+    assert any(1 < times < 16 for own in recorded for times in own._missed.values())
+    while not waiting.ended:
+        engine.runner.advance([waiting])
+    assert all(times == 1 for own in recorded for times in own._missed.values())
+
+
+def without(request: Request) -> Any:
+    """Scheduler.choose that does not see a request."""
+    choose = Scheduler.choose
+
+    def chosen(self: Scheduler) -> Any:
+        if request in self.waiting:
+            self.waiting.remove(request)
+            try:
+                return choose(self)
+            finally:
+                self.waiting.append(request)
+        return choose(self)
+
+    return chosen
 
 
 def test_more_than_any_bucket_holds_is_run_without() -> None:

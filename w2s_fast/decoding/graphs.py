@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
+
+import torch
 
 from w2s_fast.attention import Bucket
 from w2s_fast.decoding.recorder import NothingRecorded, Recorder
@@ -30,7 +33,8 @@ class Recording(NamedTuple, Generic[T]):
 class Recordings(Generic[T]):
     """The recordings of one model, by bucket. They are used on one stream, one after the other.
 
-    A bucket is recorded when it comes for the second time: a shape that comes once is not worth it.
+    A bucket that came twice is recorded between two steps, see :meth:`record_missed`: a shape that
+    comes once is not worth it.
     All are dropped when the model's weights have moved: recordings read fixed addresses.
     """
 
@@ -45,9 +49,10 @@ class Recordings(Generic[T]):
         self._record = recorder
         self._prepare = prepare
         self._made: dict[Bucket, Recording[T]] = {}
-        self._seen: set[Bucket] = set()
+        self._missed: Counter[Bucket] = Counter()  # how often each came without a recording
         self._failed = False
         self._moves = model.moves
+        model.recorded.append(self)
 
     def __len__(self) -> int:
         return len(self._made)
@@ -62,11 +67,25 @@ class Recordings(Generic[T]):
         """The recording of a bucket; None if there is none yet, or never will be."""
         if self._moves != self._model.moves:
             self._moves = self._model.moves
+            self._missed.update(list(self._made))
             self._made.clear()
-        if bucket not in self._made and bucket in self._seen:
-            self.make(bucket)
-        self._seen.add(bucket)
+        if bucket not in self._made:
+            self._missed[bucket] += 1
         return self._made.get(bucket)
+
+    @torch.inference_mode()
+    def record_missed(self, least: int = 2) -> bool:
+        """Record the bucket that was missed most often, if that was ``least`` times.
+
+        Returns:
+            Whether there was one.
+        """
+        for bucket, times in self._missed.most_common(1):
+            if times >= least:
+                del self._missed[bucket]
+                self.make(bucket)
+                return True
+        return False
 
     def make(self, bucket: Bucket) -> None:
         """Record a bucket, unless there are too many, or this model cannot be recorded."""

@@ -22,7 +22,7 @@ from w2s_fast.errors import InvalidRequest, W2SFastError
 from w2s_fast.models import ModelSource, PagedModel, pick_device, total_bytes, usual_rows
 from w2s_fast.params import SearchParams
 from w2s_fast.result import SearchResult
-from w2s_fast.scheduling import Claim, Runner, Scheduler, score_given
+from w2s_fast.scheduling import Claim, Runner, Scheduler, rehearse, score_given
 from w2s_fast.search import Guide, PagedGuide, Request, Search
 from w2s_fast.stats import EngineStats
 from w2s_fast.text import Prompt
@@ -130,12 +130,14 @@ class Engine:
         self._search = Search(
             self.base, self.guides, self._models.vocab_size, self.eos_token_ids, graphs
         )
-        scheduler = Scheduler(self.base, [guide.models for guide in self.guides], max_rows)
-        self._intake = Intake(self._models, scheduler)
-        self.runner = Runner(self._search, scheduler)
+        self._scheduler = Scheduler(self.base, [guide.models for guide in self.guides], max_rows)
+        self._intake = Intake(self._models, self._scheduler)
+        self.runner = Runner(self._search, self._scheduler)
         # Requests that one iteration has under way: more than can run, so that none ever waits for
         # the caller's iterable to be read.
         self._read_ahead = max_rows + _READ_AHEAD
+        if graphs is not None:
+            self.warm_up()
 
     @property
     def base(self) -> PagedModel:
@@ -281,6 +283,17 @@ class Engine:
         step, that is, while another thread runs requests of this engine.
         """
         self.runner.weights_changed()
+
+    def warm_up(self) -> None:
+        """Do what the first requests would else wait for: compile kernels, record passes.
+
+        Runs a usual search (W=K=4, L=5, two rounds) on random tokens, which leaves no trace in
+        statistics or prefix caches. An engine that records passes does so when it is made;
+        on a CPU, and where there is no room for such a search, there is nothing to do.
+        """
+        self.runner.process.check()
+        if self.base.device.type != "cpu" or self.base.recorded:
+            rehearse(self.runner, self._search, self._scheduler, self._models.vocab_size)
 
     def stats(self) -> EngineStats:
         """What the engine has done since it was made, and what it is doing. Costs next to nothing:

@@ -18,6 +18,9 @@ from w2s_fast.scheduling.scheduler import Room, Scheduler
 from w2s_fast.search import Request, Search
 from w2s_fast.stats import EngineStats, PoolStats
 
+# A pass that was run so often without a recording gets one though others wait for it meanwhile.
+_MISSED_OFTEN = 16
+
 
 class _Outcomes(NamedTuple):
     """How many requests ended in which way."""
@@ -135,6 +138,19 @@ class Runner:
         with self.turn():
             if not any(request.ended for request in awaited):
                 self._step()
+                self.record_missed()
+
+    def record_missed(self) -> None:
+        """Within a turn, between two steps: record the passes that were missed.
+
+        As long as nobody waits for a step; else one that was missed often, if there is any.
+        """
+        recorded = [own for model in self._search.models for own in model.recorded]
+        while True:
+            idle = not self._under_way and not self._arrived
+            least = 2 if idle else _MISSED_OFTEN
+            if not any(own.record_missed(least) for own in recorded) or not idle:
+                return
 
     def weights_changed(self) -> None:
         """Nothing that was computed so far is used from the next step on. Never waits."""
