@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tests.support.cuda import DEVICE, PLACES, Cuda, cuda
 from tests.support.engines import MIXED, RAGGED_PROMPTS, found, make_engine, models_of
-from tests.support.tiny_models import tiny_model, tiny_triple
+from tests.support.tiny_models import tiny_model, tiny_rope, tiny_triple
 from w2s_fast import Engine
 from w2s_fast.attention.kernel import KernelPlan
 from w2s_fast.decoding import recorder as module
@@ -144,12 +145,15 @@ def test_the_modes_own_warning_is_not_passed_on(
 # Engines
 
 
-def recorded(base: str = "llama", hook: Callable[[], None] | None = None) -> tuple[Engine, Any]:
-    """An engine whose passes are recorded by CudaRecorder, and one where nothing is."""
-    models = [
-        tiny_model(family, seed=i, eos=(), instance="with hooks")
-        for i, family in enumerate((base, "llama", "gpt2"))
-    ]
+def recorded(
+    base: PreTrainedModel | None = None, hook: Callable[[], None] | None = None
+) -> tuple[Engine, Any]:
+    """An engine whose passes are recorded by CudaRecorder, and one where nothing is.
+
+    ``base``: None is a Llama. ``hook``: called in each of its layers while passes are recorded.
+    """
+    models = [base or tiny_model("llama", eos=(), instance="with hooks")]
+    models += [tiny_model(family, seed=1, eos=()) for family in ("llama", "gpt2")]
     plain = make_engine(*models)
     engine = make_engine(*models)
     for model in models_of(engine):
@@ -205,10 +209,12 @@ def test_a_model_whose_capture_fails_is_named_once_and_answers_stay_the_same(cud
     assert cuda.captures == 1 and made(other) == [0, 0, 0, 0]
 
 
-def test_a_model_that_waits_is_run_without_and_others_are_recorded(cuda: Cuda) -> None:
-    """Mixtral's own code asks on the host which experts were chosen."""
-    with pytest.warns(UserWarning, match="base runs without CUDA graphs: a pass of Mixtral"):
-        engine, plain = recorded("mixtral")
+@pytest.mark.parametrize("kind", ["Mixtral", "Llama"])
+def test_a_model_that_waits_is_run_without_and_others_are_recorded(kind: str, cuda: Cuda) -> None:
+    """Mixtral asks on the host which experts were chosen, dynamic rope how long a text is."""
+    waits = tiny_rope("dynamic") if kind == "Llama" else tiny_model("mixtral", eos=())
+    with pytest.warns(UserWarning, match=f"base runs without CUDA graphs: a pass of {kind}"):
+        engine, plain = recorded(waits)
     assert not module._failed_on
     steps, base, tuned, untuned = made(engine)
     assert steps == base == 0 and tuned and untuned

@@ -52,6 +52,10 @@ class Recorded(Protocol):
         """Record, between two steps, one shape that was missed ``least`` times; False: none."""
         ...
 
+    def __len__(self) -> int:
+        """How many shapes are recorded."""
+        ...
+
 
 class PagedModel:
     """One model over one pool of pages.
