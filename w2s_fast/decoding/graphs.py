@@ -69,7 +69,7 @@ class Recordings(Generic[T]):
             self._moves = self._model.moves
             self._missed.update(list(self._made))
             self._made.clear()
-        if bucket not in self._made:
+        if bucket not in self._made and not self._failed:
             self._missed[bucket] += 1
         return self._made.get(bucket)
 
