@@ -94,7 +94,10 @@ def launch(
     tokens, logprobs = empty(rows, dtype=torch.int64), empty(rows, dtype=torch.float32)
     if rows == 0:
         return tokens, logprobs
-    block_max, block_sum = empty(2, rows, blocks, dtype=torch.float32)
+    # Each by itself, where the allocator puts it: a half of one tensor may begin at an address that
+    # is no multiple of 16, for which Triton compiles all kernels that read it once more.
+    block_max = empty(rows, blocks, dtype=torch.float32)
+    block_sum = empty(rows, blocks, dtype=torch.float32)
     group_max = empty(rows, groups, dtype=torch.float32)
     block_weight = empty(rows, blocks, dtype=torch.int64)
     listed = empty(rows, groups, dtype=torch.int32)

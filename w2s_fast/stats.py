@@ -104,6 +104,7 @@ class EngineStats:
         scored_tokens: by each guide.
         passes: passes of the base.
         rows: rows of all those passes together; a prompt is one.
+        max_rows: candidates that take part in one step at most; one request may have more.
         pools: by the models' names.
     """
 
@@ -120,6 +121,7 @@ class EngineStats:
     scored_tokens: int
     rows: int
     passes: int
+    max_rows: int
     pools: dict[str, PoolStats]
 
     @property

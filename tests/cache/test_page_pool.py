@@ -260,3 +260,24 @@ def test_every_slot_but_those_named_is_released(pool) -> None:
     pool.release_others([])
     assert pool.free_pages == pool.num_pages
     pool.manager.check()
+
+
+def test_the_prefix_cache_can_be_left_aside() -> None:
+    pool = make(prefix_cache=True)
+    prompt = list(range(8))
+
+    def filled() -> int:
+        (slot,) = pool.allocate(1)
+        write(pool, [slot], [tokens(8, seed=0)])
+        return int(slot)
+
+    first = filled()
+    assert pool.remember([first], [prompt[:4]]) == 1
+    counted = pool.cache_statistics.lookup_tokens
+    with pool.without_cache():
+        second = filled()
+        (third,) = pool.allocate(1)
+        assert pool.match([prompt]).tolist() == pool.adopt([third], [prompt]).tolist() == [0]
+        assert pool.remember([second], [prompt]) == 0
+    assert pool.cached_pages == 1 and pool.cache_statistics.lookup_tokens == counted
+    assert pool.match([prompt]).tolist() == [4]  # what was there before still is

@@ -78,10 +78,10 @@ def test_the_machine_options_reach_the_engine(
 
     monkeypatch.setattr(w2s_fast, "Engine", engine)
     options = ["--attention", "torch", "--page-size", "8", "--kv-cache-tokens", "2048"]
-    options += ["--no-cuda-graphs"]
+    options += ["--no-cuda-graphs", "--max-rows", "48"]
     assert run("generate", "x", *options, *named(models), *SMALL).exit_code == 0
     assert (seen["attention"], seen["page_size"], seen["kv_cache_tokens"]) == ("torch", 8, 2048)
-    assert seen["cuda_graphs"] is False and seen["compile"] is False
+    assert seen["cuda_graphs"] is False and seen["compile"] is False and seen["max_rows"] == 48
 
 
 def test_compilation_without_recorded_passes_is_refused(models: DemoModels) -> None:
@@ -248,6 +248,8 @@ def test_doctor_finds_nothing_wrong(bundled: None) -> None:
     assert all(re.match(r"(ok|none) ", line) for line in lines[:-1])
     for name in ("cpu", "memory", "gpu", "torch", "page manager", "attention", "self-check"):
         assert any(line[5:].startswith(name) for line in lines), name
+    assert any(re.search("dtype +auto: float32, on cpu", line) for line in lines)
+    assert any(re.search("rows +auto: 256 candidates in a step", line) for line in lines)
     for backend in ("triton", "flash", "torch"):  # each with where it runs, or why it cannot
         assert any(re.match(rf"(ok|none) +attention {backend} +\w.* ", line) for line in lines)
 

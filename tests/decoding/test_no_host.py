@@ -8,6 +8,7 @@ tests/interpret/test_no_host.py.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -17,9 +18,10 @@ import torch
 
 from tests.support.engines import MIXED, PROMPTS, SEARCH, found, make_engine
 from tests.support.no_host import SEEN, NoHost
-from tests.support.tiny_models import FAMILIES, tiny_triple
+from tests.support.tiny_models import FAMILIES, tiny_model, tiny_triple
 from w2s_fast.decoding import Decoding
 from w2s_fast.decoding.decoder import Decoder
+from w2s_fast.models.model import PagedModel
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,18 @@ def test_decoding_never_waits_for_the_device(family: str) -> None:
         assert found(engine.generate(PROMPTS, MIXED)) == expected
     assert steps > 5
     assert "w2s_fast.sample_tokens" in SEEN
+
+
+def test_a_padding_token_is_not_looked_for() -> None:
+    """GPT-2's own code would look for it in every pass that is not recorded."""
+    theirs = copy.deepcopy(tiny_model("gpt2", dtype=torch.float32))
+    theirs.config.pad_token_id = 5
+    model = PagedModel(theirs, kv_cache_tokens=64, page_size=4)
+    slots = model.pool.allocate(1)
+    with NoHost():
+        model.forward(slots, torch.tensor([5, 1, 5]), [3])
+    assert theirs.config.pad_token_id == 5
+    assert model.view.config.pad_token_id is None
 
 
 def test_what_a_step_reads_stays_where_it_is() -> None:

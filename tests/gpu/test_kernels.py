@@ -72,7 +72,8 @@ def test_sample_tokens_draws_what_the_cpu_draws(dtype: torch.dtype, vocab: int) 
     )
     on_cpu, logprobs = sample_tokens(logits, *settings)
     on_gpu, found = sample_tokens(logits.cuda(), *(s.cuda() for s in settings))
-    # The two exponential functions differ in their last bit, which may move one draw in a million.
+    # The two exponential functions differ in their last bits. Without filters that moves 1e-5 to
+    # 4e-4 of the draws, as measured with a GPU's rounding: 0.1 of these 256 at most.
     assert int((on_cpu != on_gpu.cpu()).sum()) <= 1
     same = on_cpu == on_gpu.cpu()
     assert torch.allclose(logprobs[same], found.cpu()[same], atol=1e-4)

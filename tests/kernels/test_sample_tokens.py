@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -24,6 +25,7 @@ from tests.kernels.warps import (
 )
 from tests.support.reference import sample_token
 from w2s_fast.kernels import sample_tokens as sample_module
+from w2s_fast.kernels import sample_tokens_triton
 from w2s_fast.kernels.noise import uniform
 
 
@@ -216,3 +218,21 @@ def test_most_rows_with_filters_need_their_largest_logits_only() -> None:
         draw(logits, [Warp(0.0), Warp(top_k=50), Warp(top_p=0.9), Warp(0.7, 50, 0.95, 0.1)])
         with pytest.raises(AssertionError, match="the whole row"):
             draw(logits, Warp())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+def test_all_that_a_launch_allocates_begins_where_vectors_may(rows: int) -> None:
+    """Triton compiles a kernel anew where an address is no multiple of 16."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'w2s-fast[test]'")
+    given: list[torch.Tensor] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **_: given.extend(x for x in args if isinstance(x, torch.Tensor))
+
+    names = ("summarise", "block_weights", "draw", "search")
+    with mock.patch.multiple(sample_tokens_triton, **{name: Kernel() for name in names}):
+        keys = [torch.arange(rows)] * 3
+        sample_tokens_triton.launch(rows_of(rows, 50_257), *columns([Warp()] * rows), *keys)
+    assert len(given) > 4 * 3
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in given)

@@ -15,7 +15,7 @@ from tests.support.no_host import NoHost
 from w2s_fast.decoding import Recorder, record_passes
 
 
-class _Log(NoHost):
+class Log(NoHost):
     """Runs and keeps every operator call; fails on one that reads values on the host."""
 
     def __init__(self) -> None:
@@ -42,10 +42,17 @@ class Recording:
     """
 
     def __init__(self, run: Callable[[], None]) -> None:
-        with _Log() as log:
+        with Log() as log:
             run()
         self.calls = log.calls
         self.replays = 0
+
+    @classmethod
+    def of(cls, calls: list[Any]) -> Recording:
+        """From what was logged by somebody else."""
+        recording = cls(lambda: None)
+        recording.calls = calls
+        return recording
 
     def __call__(self) -> None:
         self.replays += 1

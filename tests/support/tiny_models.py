@@ -111,6 +111,26 @@ def tiny_model(
     return model.to(dtype).eval()
 
 
+def tiny_rope(kind: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A Phi-3 with ``"longrope"``, or a Llama with ``"dynamic"`` rope.
+
+    Their own code follows the longest text of a pass. For that the latter asks the device in every
+    pass, and the former does so up to some version of transformers after 5.17.
+    """
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    more: dict[str, Any] = {}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0, 1.0], "long_factor": [2.0, 4.0]}
+        more = {"original_max_position_embeddings": 64}
+    family = "phi3" if kind == "longrope" else "llama"
+    config = _config(
+        family, VOCABULARY, 2, rope_parameters=rope, bos_token_id=1, eos_token_id=None, **more
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    draw_weights(model, seed=0, peak=2.0)
+    return model.to(dtype).eval()
+
+
 def draw_weights(model: PreTrainedModel, seed: int, peak: float) -> None:
     """Activations of size one throughout, logits of size ``peak``; the same at every dtype."""
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,8 @@ outlive their request and are found again by their tokens are vLLM's automatic p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -77,6 +78,7 @@ class PagePool:
         self.kv = torch.empty(
             (layers, 2, num_pages, page_size, num_kv_heads, head_dim), dtype=dtype, device=device
         )
+        self._cache_aside = False
         self.num_pages = num_pages
         self.page_size = page_size
         self.max_tokens_per_slot = max_pages_per_slot * page_size
@@ -160,6 +162,8 @@ class PagePool:
 
         Changes nothing; it does not count as a use of the pages either.
         """
+        if self._cache_aside:
+            return np.zeros(len(prompts), np.int32)
         return self.manager.match(*ragged_int32(prompts))
 
     def adopt(self, slots: Ints, prompts: Sequence[Ints]) -> Int32Array:
@@ -170,6 +174,8 @@ class PagePool:
         `prompt[:-1]`. No page is taken, so there is no OutOfPages; PageMisuse if a slot holds
         pages. Pages that counted as free may no longer do so.
         """
+        if self._cache_aside:
+            return np.zeros(len(prompts), np.int32)
         return self.manager.adopt(as_int32(slots), *ragged_int32(prompts))
 
     def remember(self, slots: Ints, prompts: Sequence[Ints]) -> int:
@@ -185,7 +191,21 @@ class PagePool:
 
         Returns the number of pages that are new in the cache.
         """
+        if self._cache_aside:
+            return 0
         return self.manager.remember(as_int32(slots), *ragged_int32(prompts))
+
+    @contextmanager
+    def without_cache(self) -> Iterator[None]:
+        """Within, the prefix cache finds nothing, is given nothing and counts nothing.
+
+        Pages that it holds may still be taken, as always.
+        """
+        before, self._cache_aside = self._cache_aside, True
+        try:
+            yield
+        finally:
+            self._cache_aside = before
 
     def drop_cache(self) -> None:
         """Empties the prefix cache; slots keep what they hold. For when the model changes."""

@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 Verdict = Literal["ok", "none", "bad"]  # fine; absent, and nothing needs it; broken
 
@@ -44,6 +47,8 @@ def examine() -> Iterator[Finding]:
         ("flash-attn", lambda: _package("flash-attn")),
         ("page manager", _page_manager),
         ("page copies", _page_copies),
+        ("dtype", _dtype),
+        ("rows", _rows),
         ("attention", _attention),
         ("cuda graphs", _cuda_graphs),
         *((f"attention {name}", partial(_backend, name)) for name in ("triton", "flash", "torch")),
@@ -162,6 +167,34 @@ def _page_copies() -> Finding:
     return Finding("ok", "page copies", f"CUDA library {Path(path).name}")
 
 
+def _dtype() -> Finding:
+    import torch
+
+    from w2s_fast.models import pick_device, pick_dtype, read_as
+
+    device = pick_device("auto")
+    if (picked := pick_dtype("auto", device)) is not None:
+        return Finding("ok", "dtype", f"auto: {_name(picked)}, on {device}")
+    as_half = read_as(torch.float32, device)
+    return Finding(
+        "ok",
+        "dtype",
+        f"auto: the checkpoint's, float32 as {_name(as_half)}, on {device}",
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _rows() -> Finding:
+    from w2s_fast.models import pick_device, total_bytes, usual_rows
+
+    device = pick_device("auto")
+    rows = usual_rows(device.type, total_bytes(device))
+    return Finding("ok", "rows", f"auto: {rows} candidates in a step, by the memory of {device}")
+
+
 def _attention() -> Finding:
     from w2s_fast.attention import ATTENTION_NAME
     from w2s_fast.kernels.library import runs_triton
@@ -230,7 +263,8 @@ def _self_check() -> Finding:
 
     paths = demo_model_paths()
     guide = Guide(tuned=str(paths.tuned), untuned=str(paths.untuned))
-    engine = Engine(base=str(paths.base), guides=guide)
+    # In float32 everywhere: in half precision rounding would hide a mistake of this size.
+    engine = Engine(base=str(paths.base), guides=guide, dtype="float32")
     start = time.perf_counter()
     prompt = held_out_prompts(1, seed=0)[0]
     answer = engine.generate([prompt], SearchParams(max_new_tokens=20))[0]

@@ -130,6 +130,10 @@ def generate(
     page_size: Annotated[
         int, _option("--page-size", help="Tokens in a page of the KV cache", panel=MACHINE)
     ] = 16,
+    max_rows: Annotated[
+        int | None,
+        _option("--max-rows", help="Candidates in one step; default: by memory", panel=MACHINE),
+    ] = None,
     kv_cache_tokens: Annotated[
         int | None,
         _option("--kv-cache-tokens", help="Size of the KV cache; default: measured", panel=MACHINE),
@@ -177,6 +181,7 @@ def generate(
         cuda_graphs=cuda_graphs,
         compile=compile,
         page_size=page_size,
+        max_rows=max_rows,
     )
     if prompt is None:
         assert input is not None

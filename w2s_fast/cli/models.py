@@ -59,7 +59,9 @@ def made_by(models: Models, device: str, dtype: str) -> MadeBy:
     """
     quiet_transformers()
     with note_console().status("looking at the models"):
-        from w2s_fast.models import pick_device, pick_dtype
+        import torch
+
+        from w2s_fast.models import pick_device, pick_dtype, read_as
 
         found = {}
         for role, source in models.named().items():
@@ -69,8 +71,12 @@ def made_by(models: Models, device: str, dtype: str) -> MadeBy:
             found["guide weight" if len(models.guides) == 1 else f"guide {g} weight"] = str(
                 float(guide.weight)
             )
-        picked = pick_dtype(dtype, pick_device(device))
-        found["dtype"] = "checkpoint's" if picked is None else str(picked).removeprefix("torch.")
+        where = pick_device(device)
+        picked = pick_dtype(dtype, where)
+        found["dtype"] = str(picked).removeprefix("torch.")
+        if picked is None:
+            half = read_as(torch.float32, where) is not torch.float32
+            found["dtype"] = "checkpoint's, float32 as bfloat16" if half else "checkpoint's"
         found["w2s-fast"] = __version__
         for package in ("torch", "transformers"):
             found[package] = version(package).split("+")[0]  # behind it: for which device

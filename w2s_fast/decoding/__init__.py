@@ -14,6 +14,7 @@ from w2s_fast.decoding.pass_graphs import PassGraphs
 from w2s_fast.decoding.record import can_record, record_passes, refuse_compile
 from w2s_fast.decoding.recorder import CudaRecorder, Recorder
 from w2s_fast.decoding.sampling import SamplingBatch, SamplingColumns
+from w2s_fast.decoding.streams import HomeStream
 
 __all__ = [
     "CudaRecorder",
@@ -22,6 +23,7 @@ __all__ = [
     "Decoding",
     "Draw",
     "Draws",
+    "HomeStream",
     "Lane",
     "PassGraphs",
     "Recorder",

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
+import torch
+
 from w2s_fast.attention import Bucket
-from w2s_fast.decoding.recorder import Recorder
+from w2s_fast.decoding.recorder import NothingRecorded, Recorder
 from w2s_fast.models import PagedModel
 
 # Graphs of one model; each holds some memory of the driver's besides the pool that they share.
@@ -45,8 +48,9 @@ class Recording(NamedTuple, Generic[S]):
 class Recordings(Generic[S]):
     """The recordings of one model, by bucket. They are used on one stream, one after the other.
 
-    A bucket is recorded when it comes for the second time: a shape that comes once is not worth it.
-    The first time it runs on the same tensors, in the same shapes, so that both give the same bits.
+    The first time a bucket comes it runs on the same tensors, in the same shapes, as it will later,
+    so that both give the same bits. One that came twice is recorded between two steps, see
+    :meth:`record_missed`: a shape that comes once is not worth it.
     All are dropped when the model's weights have moved: recordings read fixed addresses.
     """
 
@@ -59,8 +63,10 @@ class Recordings(Generic[S]):
         self._prepare = prepare
         self._static: dict[Bucket, S] = {}
         self._made: dict[Bucket, Recording[S]] = {}
+        self._missed: Counter[Bucket] = Counter()  # how often each came without a recording
         self._failed = False
         self._moves = model.moves
+        model.recorded.append(self)
 
     def __len__(self) -> int:
         return len(self._made)
@@ -74,28 +80,44 @@ class Recordings(Generic[S]):
     def find(self, bucket: Bucket) -> Recording[S] | None:
         """What runs for a bucket, recorded or not; None if this model cannot be recorded.
 
-        To be called before anything is loaded: it may record.
+        To be called before anything is loaded.
         """
         if self._moves != self._model.moves:
             self._moves = self._model.moves
+            self._missed.update(list(self._made))
             self._made.clear()
-        if bucket in self._static:
-            self.make(bucket)
         if self._failed:
             return None
         if bucket in self._made:
             return self._made[bucket]
+        self._missed[bucket] += 1
         static = self._static_of(bucket)
         return Recording(static.run, static)
+
+    @torch.inference_mode()
+    def record_missed(self, least: int = 2) -> bool:
+        """Record the bucket that was missed most often, if that was ``least`` times.
+
+        Returns:
+            Whether there was one.
+        """
+        for bucket, times in self._missed.most_common(1):
+            if times >= least:
+                del self._missed[bucket]
+                self.make(bucket)
+                return True
+        return False
 
     def make(self, bucket: Bucket) -> None:
         """Record a bucket, unless there are too many, or this model cannot be recorded."""
         if self._failed or bucket in self._made or len(self._made) >= _MOST_RECORDINGS:
             return
-        static = self._static_of(bucket)
-        static.clear()
         try:
+            static = self._static_of(bucket)
+            static.clear()
             self._made[bucket] = Recording(self._record(static.run), static)
+        except NothingRecorded:  # whoever met it first has said why
+            self._failed = True
         except Exception as error:  # a model's own code may do anything that cannot be recorded
             self._failed = True
             warnings.warn(

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from w2s_fast.decoding.streams import own_stream
+
 
 class Lane:
     """Work that runs beside what the current stream does next.
@@ -19,7 +21,7 @@ class Lane:
         """On a device without streams, work is done at once."""
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream = own_stream(device)
 
     @contextmanager
     def beside(self) -> Iterator[None]:

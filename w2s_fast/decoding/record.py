@@ -62,8 +62,11 @@ def record_passes(
     base.replays = PassGraphs(base, body, recorder, max_rows=max_rows, max_tokens=max_rows)
     for model in (base, *guides):
         try:
-            model.compare_with_eager()  # its shapes come for the first time,
-            model.compare_with_eager()  # and are recorded
+            model.compare_with_eager()
+            for recorded in model.recorded:
+                while recorded.record_missed(1):
+                    pass
+            model.compare_with_eager()
         except UnsupportedModel as error:
             option = "compile" if compile else "cuda_graphs"
             raise UnsupportedModel(f"{error}; it is served with {option}=False") from error

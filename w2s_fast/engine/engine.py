@@ -19,10 +19,10 @@ from w2s_fast.engine.progress import progress_bar
 from w2s_fast.engine.served import serve_models
 from w2s_fast.engine.stream import Pieces, StreamPiece
 from w2s_fast.errors import InvalidRequest, W2SFastError
-from w2s_fast.models import ModelSource, PagedModel, pick_device
+from w2s_fast.models import ModelSource, PagedModel, pick_device, total_bytes, usual_rows
 from w2s_fast.params import SearchParams
 from w2s_fast.result import SearchResult
-from w2s_fast.scheduling import Claim, Runner, Scheduler, score_given
+from w2s_fast.scheduling import Claim, Runner, Scheduler, rehearse, score_given
 from w2s_fast.search import Guide, PagedGuide, Request, Search
 from w2s_fast.stats import EngineStats
 from w2s_fast.text import Prompt
@@ -45,7 +45,9 @@ class Engine:
         guides: a guide, several whose scores are added, or None (then only ``"sample"`` runs).
         tokenizer: the base's, where it does not lie with the model.
         device: ``"auto"``, or anything torch accepts.
-        dtype: of weights and KV; ``"auto"`` is float32 on a CPU, the checkpoint's own elsewhere.
+        dtype: of weights and KV; ``"auto"`` is float32 on a CPU. Elsewhere it is the checkpoint's
+            own, but that of a checkpoint in float32 is bfloat16 on CUDA from compute capability
+            8.0 on. A loaded model keeps its own.
         kv_cache_tokens: room for tokens in each model; None measures the free memory.
         page_size: tokens in a page.
         attention: what computes attention: ``"triton"`` (on CUDA), ``"flash"`` (on CUDA, where
@@ -57,7 +59,8 @@ class Engine:
             models. Off as long as no measurement says that it pays.
         prefix_cache: keep prompts' pages as long as nothing else needs them, for prompts to come
             that begin with the same tokens.
-        max_rows: candidates decoded in one step over all requests; one request may have more.
+        max_rows: candidates decoded in one step over all requests; one request may have more. None
+            is 1,024 on a GPU of 80 GB or more, and 256 elsewhere.
         prompt_template: text around every plain prompt of the base, ``{prompt}`` in it; guides
             have their own. Chat messages go through each model's own chat template.
 
@@ -83,14 +86,14 @@ class Engine:
         attention: str = "auto",
         cuda_graphs: bool = True,
         compile: bool = False,
-        max_rows: int = 256,
+        max_rows: int | None = None,
         prefix_cache: bool = True,
         prompt_template: str | None = None,
     ) -> None:
-        for name, value in (("page_size", page_size), ("max_rows", max_rows)):
-            _check_positive(name, value)
-        if kv_cache_tokens is not None:
-            _check_positive("kv_cache_tokens", kv_cache_tokens)
+        _check_positive("page_size", page_size)
+        for name, value in (("max_rows", max_rows), ("kv_cache_tokens", kv_cache_tokens)):
+            if value is not None:
+                _check_positive(name, value)
         guides = [guides] if isinstance(guides, Guide) else list(guides or ())
         for guide in guides:
             if not isinstance(guide.weight, (int, float)) or not math.isfinite(guide.weight):
@@ -100,6 +103,8 @@ class Engine:
         backend = find_backend(attention, where)
         if compile and not (cuda_graphs and can_record(where, backend)):
             raise refuse_compile()
+        if max_rows is None:
+            max_rows = usual_rows(where.type, total_bytes(where))
         self._models = serve_models(
             base,
             guides,
@@ -129,12 +134,14 @@ class Engine:
             graphs,
             ahead=graphs is not None or where.type == "cuda",
         )
-        scheduler = Scheduler(self.base, [guide.models for guide in self.guides], max_rows)
-        self._intake = Intake(self._models, scheduler)
-        self.runner = Runner(self._search, scheduler)
+        self._scheduler = Scheduler(self.base, [guide.models for guide in self.guides], max_rows)
+        self._intake = Intake(self._models, self._scheduler)
+        self.runner = Runner(self._search, self._scheduler)
         # Requests that one iteration has under way: more than can run, so that none ever waits for
         # the caller's iterable to be read.
         self._read_ahead = max_rows + _READ_AHEAD
+        if graphs is not None:
+            self.warm_up()
 
     @property
     def base(self) -> PagedModel:
@@ -280,6 +287,17 @@ class Engine:
         step, that is, while another thread runs requests of this engine.
         """
         self.runner.weights_changed()
+
+    def warm_up(self) -> None:
+        """Do what the first requests would else wait for: compile kernels, record passes.
+
+        Runs a usual search (W=K=4, L=5, two rounds) on random tokens, which leaves no trace in
+        statistics or prefix caches. An engine that records passes does so when it is made;
+        on a CPU, and where there is no room for such a search, there is nothing to do.
+        """
+        self.runner.process.check()
+        if self.base.device.type != "cpu" or self.base.recorded:
+            rehearse(self.runner, self._search, self._scheduler, self._models.vocab_size)
 
     def stats(self) -> EngineStats:
         """What the engine has done since it was made, and what it is doing. Costs next to nothing:

@@ -7,8 +7,15 @@ The room knows no sampling, no beams and no text.
 
 from w2s_fast.models.body import run_body
 from w2s_fast.models.limits import main_memory
-from w2s_fast.models.load import ModelSource, load_model, load_tokenizer, pick_device, pick_dtype
-from w2s_fast.models.memory import kv_tokens_that_fit
+from w2s_fast.models.load import (
+    ModelSource,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    read_as,
+)
+from w2s_fast.models.memory import kv_tokens_that_fit, total_bytes, usual_rows
 from w2s_fast.models.model import PagedModel
 
 __all__ = [
@@ -20,5 +27,8 @@ __all__ = [
     "main_memory",
     "pick_device",
     "pick_dtype",
+    "read_as",
     "run_body",
+    "total_bytes",
+    "usual_rows",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None:
-    """The dtype of weights and KV. ``"auto"``: float32 on a CPU, else None, the checkpoint's own.
+    """The dtype of weights and KV. ``"auto"``: float32 on a CPU, else None, see :func:`read_as`.
 
     Half precision on a CPU is slower than float32 wherever the CPU has no instructions for it.
     """
@@ -43,6 +43,18 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | 
             f"dtype is {dtype!r}; allowed: auto, float32, float16, bfloat16, float64"
         )
     return found
+
+
+def read_as(checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
+    """What ``"auto"`` reads a checkpoint of this dtype as, on a device that is no CPU.
+
+    A checkpoint in half precision stays as it is. One in float32 becomes bfloat16 on CUDA from
+    compute capability 8.0 on, since a step takes as long as its weights take to be read. Earlier
+    GPUs have no products in bfloat16, and float16 ends at 65,504, where float32 does not.
+    """
+    if checkpoint is not torch.float32 or device.type != "cuda":
+        return checkpoint
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else checkpoint
 
 
 def load_model(
@@ -63,10 +75,15 @@ def load_model(
             nn.Module.to(source, device=device, dtype=wanted)
         return source
     name = os.path.expanduser(os.fspath(source))
-    options: dict[str, Any] = {"dtype": pick_dtype(dtype, device) or "auto"}
+    wanted = pick_dtype(dtype, device)
     _check_path(name)
     try:
-        model = read_checkpoint(name, options)
+        model = read_checkpoint(name, {"dtype": wanted or "auto"})
+        as_half = read_as(model.dtype, device)
+        if wanted is None and as_half is not model.dtype:
+            # Read once more: converted afterwards, what has to stay in float32 would not.
+            del model
+            model = read_checkpoint(name, {"dtype": as_half})
     except UnsupportedModel:
         raise
     except Exception as error:  # transformers raises nearly anything for a broken folder

@@ -1,4 +1,4 @@
-"""How many tokens of KV cache fit into the memory that is free."""
+"""What follows from the memory there is: tokens of KV cache, and rows of a step."""
 
 from __future__ import annotations
 
@@ -13,6 +13,23 @@ from w2s_fast.models.probe import kv_shape
 # Shares of the free memory to spend on pages. A GPU's is this program's own; a CPU's is not.
 _GPU_SHARE = 0.85
 _CPU_SHARE = 0.25
+
+# Rows of a decoding step, where nobody says how many. On a GPU with so many bytes (those sold as
+# having 80 GB and more) 1,024 rows are 64 usual searches at once; elsewhere 256 are 16 of them.
+_ROWS, _MANY_ROWS = 256, 1024
+_LARGE_GPU = 80 * 10**9
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device; a CPU's is what this program may use: see :mod:`.limits`."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return main_memory().total
+
+
+def usual_rows(device_type: str, total: int) -> int:
+    """Rows of a decoding step that suit a device of this type, with so many bytes."""
+    return _MANY_ROWS if device_type == "cuda" and total >= _LARGE_GPU else _ROWS
 
 
 def free_bytes(device: torch.device) -> int:

@@ -53,6 +53,18 @@ class Replays(Protocol):
         ...
 
 
+class Recorded(Protocol):
+    """What is recorded of a model's passes: see :mod:`w2s_fast.decoding.graphs`."""
+
+    def record_missed(self, least: int = 2) -> bool:
+        """Record, between two steps, one shape that was missed ``least`` times; False: none."""
+        ...
+
+    def __len__(self) -> int:
+        """How many shapes are recorded."""
+        ...
+
+
 class PagedModel:
     """One model over one pool of pages.
 
@@ -65,6 +77,7 @@ class PagedModel:
         vocab_size: width of its logits, padding included.
         hidden_size: width of its last hidden states.
         replays: recorded passes, which take the place of running the model's code; or None.
+        recorded: all that is recorded of its passes.
         moves: how often what a recorded pass has learnt of the model was no longer true.
         max_positions: tokens a sequence can have; None if the model sets no limit. Less than
             the model's own where pages could not give the same beyond.
@@ -130,6 +143,7 @@ class PagedModel:
             prefix_cache=prefix_cache,
         )
         self.replays: Replays | None = None
+        self.recorded: list[Recorded] = []
         self.vocab_size, self.hidden_size = self.compare_with_eager()
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
 from types import FunctionType, MethodType
 from typing import Any, cast
 
@@ -100,7 +101,20 @@ class ModelView:
                 ours.output_router_logits = False
             ours.return_dict = True
             ours._attn_implementation = self._attention  # in the configs inside of it as well
+            # Nothing is padded here; some models would look for this token in every pass, for which
+            # the host waits.
+            for config in _with_inner(ours):
+                config.pad_token_id = None
         return cast(PreTrainedConfig, ours)
+
+
+def _with_inner(config: Any) -> Iterator[Any]:
+    """A config, and the configs inside of it."""
+    yield config
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if inner is not None:
+            yield from _with_inner(inner)
 
 
 def _check_replaced_forward(module: nn.Module, forward: Any) -> None:

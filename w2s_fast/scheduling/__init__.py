@@ -6,8 +6,9 @@ does is the search's business.
 """
 
 from w2s_fast.scheduling.claim import Claim
+from w2s_fast.scheduling.rehearsal import rehearse
 from w2s_fast.scheduling.runner import Runner
 from w2s_fast.scheduling.scheduler import Scheduler
 from w2s_fast.scheduling.scoring import Given, check_room, score_given
 
-__all__ = ["Claim", "Given", "Runner", "Scheduler", "check_room", "score_given"]
+__all__ = ["Claim", "Given", "Runner", "Scheduler", "check_room", "rehearse", "score_given"]

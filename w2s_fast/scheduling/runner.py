@@ -11,11 +11,15 @@ from typing import NamedTuple
 
 from w2s_fast._pages import Hold
 from w2s_fast.cache import PagePool
+from w2s_fast.decoding import HomeStream
 from w2s_fast.errors import Aborted, EngineFailure, OutOfPages, W2SFastError
 from w2s_fast.scheduling.process import OwnProcess
 from w2s_fast.scheduling.scheduler import Room, Scheduler
 from w2s_fast.search import Request, Search
 from w2s_fast.stats import EngineStats, PoolStats
+
+# A pass that was run so often without a recording gets one though others wait for it meanwhile.
+_MISSED_OFTEN = 16
 
 
 class _Outcomes(NamedTuple):
@@ -54,6 +58,7 @@ class Runner:
         self._search = search
         self._scheduler = scheduler
         self.process = OwnProcess()
+        self._home = HomeStream(search.base.model.device)
         self._turn = threading.Lock()
         self._next_turn = threading.Lock()
         self._arrived: deque[Request] = deque()
@@ -133,6 +138,19 @@ class Runner:
         with self.turn():
             if not any(request.ended for request in awaited):
                 self._step()
+                self.record_missed()
+
+    def record_missed(self) -> None:
+        """Within a turn, between two steps: record the passes that were missed.
+
+        As long as nobody waits for a step; else one that was missed often, if there is any.
+        """
+        recorded = [own for model in self._search.models for own in model.recorded]
+        while True:
+            idle = not self._under_way and not self._arrived
+            least = 2 if idle else _MISSED_OFTEN
+            if not any(own.record_missed(least) for own in recorded) or not idle:
+                return
 
     def weights_changed(self) -> None:
         """Nothing that was computed so far is used from the next step on. Never waits."""
@@ -154,10 +172,12 @@ class Runner:
             scored_tokens=self._scored_tokens,
             rows=self._search.base.rows,
             passes=self._search.base.passes,
+            max_rows=self._scheduler.max_rows,
             pools={model.name: _pool_stats(model.pool) for model in self._search.models},
         )
 
     def _begin_turn(self, rooms: Sequence[Room] = ()) -> None:
+        self._home.enter()
         if not self._whole:
             self._mend(None)
         self._whole = False
@@ -165,9 +185,12 @@ class Runner:
             self._make_room(rooms)
 
     def _end_turn(self, error: BaseException | None) -> None:
-        if error is not None:
-            self._mend(error)
-        self._whole = True
+        try:
+            if error is not None:
+                self._mend(error)
+            self._whole = True
+        finally:
+            self._home.leave()
 
     def _make_room(self, rooms: Sequence[Room]) -> None:
         self._settle()
