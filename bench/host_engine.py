@@ -39,18 +39,20 @@ VOCABULARY = 64
 
 
 class Clock:
-    """Processor time of this thread, in seconds, without that of stand-ins.
+    """Seconds without those of stand-ins.
 
-    The host has nothing to wait for here, so that on a quiet machine this is the time of the wall.
+    By default of this thread's processor time: the host has nothing to wait for here, so that on a
+    quiet machine it is the same as the wall's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timer: Callable[[], float] = time.thread_time) -> None:
+        self._timer = timer
         self._away = 0.0
         self._stopped: float | None = None
 
     def now(self) -> float:
         """Seconds; only differences mean anything."""
-        return time.thread_time() - self._away if self._stopped is None else self._stopped
+        return self._timer() - self._away if self._stopped is None else self._stopped
 
     @property
     def runs(self) -> bool:
@@ -68,7 +70,7 @@ class Clock:
             try:
                 return function(*args, **kwargs)
             finally:
-                self._away, self._stopped = time.thread_time() - self._stopped, None
+                self._away, self._stopped = self._timer() - self._stopped, None
 
         return run
 
@@ -114,11 +116,13 @@ class HostEngine:
             own code there, whose time is not measured.
     """
 
-    def __init__(self, size: Size, device: Device | None = None) -> None:
+    def __init__(
+        self, size: Size, device: Device | None = None, clock: Clock | None = None
+    ) -> None:
         """``device``: where what crosses is counted; it must exist for all steps. None: nothing
-        is counted, and no time is lost by counting."""
+        is counted, and no time is lost by counting. ``clock``: another than the processor's."""
         self.size = size
-        self.clock = Clock()
+        self.clock = clock or Clock()
         self.by_hand = 0
 
         def record(run: Callable[[], None]) -> Callable[[], None]:
