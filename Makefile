@@ -19,7 +19,7 @@ demo: .venv/installed ## steer the bundled models, show the table and a search t
 test: .venv/installed ## run the tests, on all cores (at most 8); what needs quiet comes last, alone
 	W2S_FAST_BACKEND=interpret $(BIN)/pytest $(SPREAD) tests/interpret
 	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m "not alone"
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest -m alone $$(grep -rl --include='test_*.py' 'mark\.alone' tests)
 
 lint: .venv/linters ## ruff, and mypy in strict mode
 	$(BIN)/ruff check .

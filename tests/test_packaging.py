@@ -11,22 +11,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support.made_once import made_once
+
 ROOT = Path(__file__).parent.parent
 BUILD_TOOLS = {"setuptools": (77,), "wheel": (0,), "pybind11": (2, 13)}  # as in pyproject.toml
-
-
-def python(script: str) -> str:
-    """What a script prints when it is run from the checkout's root."""
-    command = [sys.executable, "-c", script]
-    few_threads = {**os.environ, "OMP_NUM_THREADS": "1"}  # the models here are too small for more
-    answer = subprocess.run(
-        command, cwd=ROOT, env=few_threads, capture_output=True, text=True, check=False
-    )
-    assert answer.returncode == 0, answer.stderr
-    return answer.stdout.strip()
 
 
 def test_the_folder_kernels_is_no_package_of_its_own() -> None:
@@ -35,31 +27,52 @@ def test_the_folder_kernels_is_no_package_of_its_own() -> None:
     assert all("__version__" not in file.read_text() for file in (ROOT / "kernels").glob("*.py"))
 
 
-def test_transformers_can_be_imported_from_the_checkouts_root() -> None:
-    assert python("from transformers import AutoModelForCausalLM as M; print(M.__name__)")
+IMPORTS = """
+import json, sys, w2s_fast
+from w2s_fast import SearchParams, SearchResult, errors
+before = "torch" in sys.modules
+from w2s_fast import Engine, Guide
+after = "torch" in sys.modules
+from w2s_fast.kernels import noise
+from transformers import AutoModelForCausalLM
+names = [Engine.__name__, Guide.__name__, AutoModelForCausalLM.__name__]
+print(json.dumps({"torch": [before, after], "names": names, "kernels": noise.__file__}))
+"""
 
 
-def test_kernels_are_imported_from_their_folder() -> None:
-    file = python("from w2s_fast.kernels import noise; print(noise.__file__)")
-    assert Path(file).resolve() == (ROOT / "kernels" / "noise.py").resolve()
-
-
-def test_the_public_face_is_there_and_torch_is_imported_only_for_the_engine() -> None:
-    script = (
-        "import json, sys, w2s_fast\n"
-        "from w2s_fast import SearchParams, SearchResult, errors\n"
-        "before = 'torch' in sys.modules\n"
-        "from w2s_fast import Engine, Guide\n"
-        "print(json.dumps([before, 'torch' in sys.modules, Engine.__name__, Guide.__name__]))"
+@pytest.fixture(scope="module")
+def imported() -> dict[str, Any]:
+    """What a process finds that was started in the checkout's root."""
+    few_threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [sys.executable, "-c", IMPORTS], cwd=ROOT, env=few_threads, capture_output=True, text=True
     )
-    assert json.loads(python(script)) == [False, True, "Engine", "Guide"]
+    assert answer.returncode == 0, answer.stderr
+    found: dict[str, Any] = json.loads(answer.stdout)
+    return found
 
 
-def test_the_examples_of_the_readme_run() -> None:
+def test_transformers_can_be_imported_from_the_checkouts_root(imported: dict[str, Any]) -> None:
+    assert imported["names"][2] == "AutoModelForCausalLM"
+
+
+def test_kernels_are_imported_from_their_folder(imported: dict[str, Any]) -> None:
+    assert Path(imported["kernels"]).resolve() == (ROOT / "kernels" / "noise.py").resolve()
+
+
+def test_the_public_face_is_there_and_torch_is_imported_only_for_the_engine(
+    imported: dict[str, Any],
+) -> None:
+    assert imported["torch"] == [False, True]
+    assert imported["names"][:2] == ["Engine", "Guide"]
+
+
+def test_the_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = (
         block.split("```")[0] for block in (ROOT / "README.md").read_text().split("```python\n")[1:]
     )
-    printed = python(f"{first}\nprint('second')\n{second}").splitlines()
+    exec(f"{first}\nprint('second')\n{second}", {"__name__": "__main__"})
+    printed = capsys.readouterr().out.splitlines()
     assert printed.index("second") == 2
     last = printed[-2:]
     assert last[0].startswith("5 requests, ")
@@ -83,19 +96,28 @@ def _can_build() -> bool:
     return shutil.which("c++") is not None or shutil.which("g++") is not None
 
 
-@pytest.fixture(scope="module")
-def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names in a wheel that was built from a copy of the checkout, without its build leftovers."""
-    if not _can_build():
-        pytest.skip("setuptools, wheel, pybind11 or a C++ compiler is missing here")
-    folder = tmp_path_factory.mktemp("wheel")
+def _build_wheel(folder: Path) -> None:
+    """A wheel of a copy of the checkout, without its build leftovers."""
     leftovers = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
     shutil.copytree(ROOT, folder / "source", ignore=leftovers)
+    # It is not run: optimising it would take half of the time.
+    compiler = folder / "c++"
+    real = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    compiler.write_text(f'#!/bin/sh\nexec {real} "$@" -O0\n')
+    compiler.chmod(0o755)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     command += ["--no-index", "--wheel-dir", str(folder), str(folder / "source")]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "CC": str(compiler), "CXX": str(compiler)}
+    built = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = folder.glob("*.whl")
+
+
+@pytest.fixture(scope="module")
+def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names in a wheel."""
+    if not _can_build():
+        pytest.skip("setuptools, wheel, pybind11 or a C++ compiler is missing here")
+    (wheel,) = made_once(tmp_path_factory, "wheel", _build_wheel).glob("*.whl")
     return set(zipfile.ZipFile(wheel).namelist())
 
 

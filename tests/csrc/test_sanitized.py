@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.made_once import made_once
+
 ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-D_GLIBCXX_ASSERTIONS"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -23,14 +25,16 @@ def program(tmp_path_factory) -> Path:
     built = subprocess.run([compiler, *SANITIZERS, probe, "-o", folder / "probe"])
     if built.returncode or subprocess.run([folder / "probe"]).returncode:
         pytest.skip(f"{compiler} cannot build or run with the sanitizers")
-    target = folder / "random_operations"
     sources = [
         ROOT / "tests/csrc/sanitize/random_operations.cpp",
         *(file for file in (ROOT / "csrc").glob("*.cpp") if not file.name.startswith("bindings")),
     ]
-    command = [compiler, *FLAGS, *SANITIZERS, f"-I{ROOT / 'csrc'}", *sources, "-o", target]
-    subprocess.run(command, check=True)
-    return target
+
+    def build(folder: Path) -> None:
+        command = [compiler, *FLAGS, *SANITIZERS, f"-I{ROOT / 'csrc'}", *sources]
+        subprocess.run([*command, "-o", folder / "random_operations"], check=True)
+
+    return made_once(tmp_path_factory, "random_operations", build) / "random_operations"
 
 
 @pytest.mark.parametrize("seed", [1, 2])
