@@ -9,13 +9,12 @@ def launch_options(max_candidates: int, max_width: int) -> dict[str, int]:
     """Block sizes of the kernel: fixed by the number of candidates. Not measured on a GPU.
 
     A thread works on few pairs (candidate, token) or (candidate, other) at a time: more would not
-    fit into its registers, in float64 and with addresses of 64 bits.
+    fit into its registers, in float64 and with addresses of 64 bits. 32 warps have 64 of them, and
+    the compiler aims at as few for 8 and for 16.
     """
     candidates = max(16, triton.next_power_of_2(max_candidates))
     num_warps = max(4, candidates // 32)
-    pairs = (
-        4 if num_warps <= 8 else 2
-    )  # 8 warps have 255 registers a thread, 16 have 128, 32 have 64
+    pairs = 4 if num_warps == 4 else 2
     other = max(1, pairs * 32 * num_warps // candidates)
     return {
         "CANDIDATES": candidates,
