@@ -39,8 +39,10 @@ from w2s_fast.kernels.copy_pages import copy_pages
 from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.library import BACKEND, HAS_TRITON, triton
 from w2s_fast.kernels.linear_logprob import linear_logprob
+from w2s_fast.kernels.linear_logprob_partials import Partials
 from w2s_fast.kernels.paged_attention import paged_attention
 from w2s_fast.kernels.sample_tokens import sample_tokens
+from w2s_fast.kernels.score_select import score_select
 from w2s_fast.kernels.select_beams import select_beams
 from w2s_fast.kernels.token_logprob import token_logprob
 
@@ -121,6 +123,12 @@ def cases(machine: Machine) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
         yield "sample_tokens", _bound(_sample, machine, rows, big, settings, target)
     yield "select_beams", lambda: [_select(machine, 64, 16, 5, "15 us")]
     yield "select_beams", lambda: [_select(machine, 8, 64, 30, "")]
+    for requests, candidates, length, vocab in (
+        [(2, 4, 3, 97)]
+        if machine.dry
+        else [(1, 16, 5, 50_257), (64, 16, 5, 50_257), (8, 64, 30, big)]
+    ):
+        yield "score_select", _bound(_score_select, machine, requests, candidates, length, vocab)
     heads = [(97, 32)] if machine.dry else [(50_257, 768), (128_256, 4_096), (128_256, 8_192)]
     for vocab, width in heads:
         for rows in (16, 64, 128, 512):
@@ -184,30 +192,80 @@ def _sample(machine: Machine, rows: int, vocab: int, settings: str, target: str)
     return row
 
 
+class _Columns(NamedTuple):
+    """What select_beams is told of equal rounds, in its order from ``weights`` on."""
+
+    weights: torch.Tensor
+    tokens: torch.Tensor
+    cu_tokens: torch.Tensor
+    previous: torch.Tensor
+    lengths: torch.Tensor
+    parents: torch.Tensor
+    siblings: torch.Tensor
+    cu_candidates: torch.Tensor
+    width: torch.Tensor
+    mean: torch.Tensor
+    dedup: torch.Tensor
+
+    @classmethod
+    def make(cls, device: torch.device, requests: int, candidates: int, length: int) -> _Columns:
+        count = requests * candidates
+        tokens = count * length
+        return cls(
+            torch.ones(1, dtype=torch.float64, device=device),
+            torch.randint(0, 50_000, (tokens,), device=device),
+            torch.arange(0, tokens + 1, length, device=device),
+            torch.zeros(count, dtype=torch.float64, device=device),
+            torch.full((count,), length, device=device),
+            torch.zeros(count, dtype=torch.int32, device=device),
+            torch.arange(count, device=device) % candidates // 4,
+            torch.arange(0, count + 1, candidates, device=device),
+            torch.full((requests,), 4, device=device),
+            torch.zeros(requests, dtype=torch.bool, device=device),
+            torch.ones(requests, dtype=torch.bool, device=device),
+        )
+
+
 def _select(machine: Machine, requests: int, candidates: int, length: int, target: str) -> Row:
-    count = requests * candidates
-    tokens = count * length
-    device = machine.device
-    tuned, untuned = -torch.rand(2, 1, tokens, device=device)
-    args = (
-        tuned,
-        untuned,
-        torch.ones(1, dtype=torch.float64, device=device),
-        torch.randint(0, 50_000, (tokens,), device=device),
-        torch.arange(0, tokens + 1, length, device=device),
-        torch.zeros(count, dtype=torch.float64, device=device),
-        torch.full((count,), length, device=device),
-        torch.zeros(count, dtype=torch.int32, device=device),
-        torch.arange(count, device=device) % candidates // 4,
-        torch.arange(0, count + 1, candidates, device=device),
-        torch.full((requests,), 4, device=device),
-        torch.zeros(requests, dtype=torch.bool, device=device),
-        torch.ones(requests, dtype=torch.bool, device=device),
-    )
+    columns = _Columns.make(machine.device, requests, candidates, length)
+    tuned, untuned = -torch.rand(2, 1, len(columns.tokens), device=machine.device)
     # Inside a graph, as in an engine: a launch from Python takes longer than the kernel.
-    seconds = graph_seconds(lambda _: select_beams(*args, candidates, 4), None)
+    seconds = graph_seconds(lambda _: select_beams(tuned, untuned, *columns, candidates, 4), None)
     shape = f"{requests} requests x {candidates} candidates x {length} tokens"
     return Row("select_beams", shape, us=seconds * 1e6, target=target)
+
+
+def _score_select(machine: Machine, requests: int, candidates: int, length: int, vocab: int) -> Row:
+    """From the partials of both models on, beside the merges and select_beams one by one."""
+    device = machine.device
+    columns = _Columns.make(device, requests, candidates, length)
+    count, splits = len(columns.tokens), -(-vocab // 128)
+    tuned, untuned = (
+        Partials(
+            torch.randn(count, splits, device=device),
+            torch.rand(count, splits, device=device) + 1,
+            torch.randn(count, device=device),
+        )
+        for _ in range(2)
+    )
+    stops = torch.arange(requests, device=device)
+    cu_stops = torch.arange(requests + 1, device=device)
+    logprobs = -torch.rand(count, device=device)
+
+    def fused(_: None) -> torch.Tensor:
+        return score_select(
+            [(tuned, untuned)], columns.weights, columns.tokens, logprobs, *columns[2:8], stops,
+            cu_stops, *columns[8:], candidates, 4,
+        )  # fmt: skip
+
+    def apart(_: None) -> object:
+        both = tuned.logprobs()[None], untuned.logprobs()[None]
+        return select_beams(*both, *columns, candidates, 4)
+
+    seconds = graph_seconds(fused, None)
+    shape = f"{requests} requests x {candidates} x {length} tokens, {splits} splits"
+    ratios = {"to merges + select_beams": seconds / graph_seconds(apart, None)}
+    return Row("score_select", shape, us=seconds * 1e6, ratios=ratios)
 
 
 def _linear(machine: Machine, rows: int, vocab: int, width: int, dtype: str) -> Row:

@@ -65,13 +65,12 @@ class ScoreSelection(NamedTuple):
         cls, packed: Tensor, rounds: int, candidates: int, tokens: int, max_width: int
     ) -> ScoreSelection:
         """The views of a buffer, wherever it lies, of a call with these R, C, T and W."""
-        sizes = _sizes(rounds, candidates, tokens, max_width)
-        kept, parents, scores, *columns, logprobs, token_scores = packed.split(sizes)
-        table, double = (rounds, max_width), torch.float64
-        return cls(
-            kept.view(table), parents.view(table), scores.view(double), *columns,
-            logprobs.view(double), token_scores.view(double),
-        )  # fmt: skip
+        words = list(packed.split(_sizes(rounds, candidates, tokens, max_width)))
+        for table in (0, 1):
+            words[table] = words[table].view(rounds, max_width)
+        for floats in (2, 7, 8):
+            words[floats] = words[floats].view(torch.float64)
+        return cls(*words)
 
 
 def _sizes(rounds: int, candidates: int, tokens: int, max_width: int) -> list[int]:

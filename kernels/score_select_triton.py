@@ -12,12 +12,13 @@ from w2s_fast.kernels.logsumexp import logprob_of_row
 from w2s_fast.kernels.select_beams_triton import choose
 
 
-# Where the buffers begin varies with the number of rows: no variant for multiples of 16.
+# The host reads one buffer, and may have sent one: what lies in it begins anywhere. No variants for
+# multiples of 16.
 @jit(
     do_not_specialize=[
         "tuned_largest", "tuned_total", "tuned_target", "untuned_largest", "untuned_total",
-        "untuned_target", "tokens", "logprobs", "out_tokens", "out_logprobs", "token_scores",
-        "tuned_splits", "untuned_splits", "guide",
+        "untuned_target", "weights", "tokens", "logprobs", "out_tokens", "out_logprobs",
+        "token_scores", "tuned_splits", "untuned_splits", "guide",
     ]
 )  # fmt: skip
 def add_guide(
@@ -37,7 +38,13 @@ def add_guide(
         tl.store(out_logprobs + t, tl.load(logprobs + t).to(tl.float64))
 
 
-@jit(do_not_specialize=["max_width"])
+@jit(
+    do_not_specialize=[
+        "tokens", "logprobs", "cu_tokens", "previous", "lengths", "parents", "siblings",
+        "cu_candidates", "stops", "cu_stops", "width", "mean", "dedup", "kept_parents", "scores",
+        "counts", "broken", "broken_base", "token_scores", "max_width",
+    ]
+)  # fmt: skip
 def choose_round(
     tokens, logprobs, cu_tokens, previous, lengths, parents, siblings, cu_candidates,
     stops, cu_stops, width, mean, dedup, hashes, values,
@@ -50,8 +57,14 @@ def choose_round(
     own = tl.arange(0, CANDIDATES)
     real = own < count
     c = begin + own
-    start = tl.load(cu_tokens + c, mask=real, other=0)
-    drawn = (tl.load(cu_tokens + c + 1, mask=real, other=0) - start).to(tl.int32)
+    # Within a round tokens are counted in 32 bits, from the first one on.
+    origin = tl.load(cu_tokens + begin)
+    tokens += origin
+    logprobs += origin
+    token_scores += origin
+    start = (tl.load(cu_tokens + c, mask=real, other=0) - origin).to(tl.int32)
+    end = (tl.load(cu_tokens + c + 1, mask=real, other=0) - origin).to(tl.int32)
+    drawn = tl.where(real, end - start, 0)
 
     # Up to and including the first token that ends a response.
     first_stop = tl.load(cu_stops + r)
@@ -77,9 +90,9 @@ def choose_round(
         bad = tl.minimum(bad, tl.min(tl.where(finite, length[:, None], step[None, :]), 1))
         behind = (step[None, :] >= length[:, None]) & (step[None, :] < drawn[:, None])
         tl.store(token_scores + t, 0.0, mask=behind)
-    tl.store(broken_base + c, tl.where(bad < length, start + bad, -1), mask=real)
+    tl.store(broken_base + c, tl.where(bad < length, origin + start + bad, -1), mask=real)
     choose(
-        r, begin, count, start, length, tokens, cu_tokens, previous, lengths, parents, siblings,
-        width, mean, dedup, counts, hashes, values, token_scores, scores, kept, kept_parents,
-        broken, max_width, True, CANDIDATES, OTHERS, TOKENS, WIDTH,
+        r, begin, count, origin, start, length, tokens, cu_tokens, previous, lengths, parents,
+        siblings, width, mean, dedup, counts, hashes, values, token_scores, scores, kept,
+        kept_parents, broken, max_width, True, CANDIDATES, OTHERS, TOKENS, WIDTH,
     )  # fmt: skip

@@ -9,11 +9,12 @@ def launch_options(max_candidates: int, max_width: int) -> dict[str, int]:
     """Block sizes of the kernel: fixed by the number of candidates. Not measured on a GPU.
 
     A thread works on few pairs (candidate, token) or (candidate, other) at a time: more would not
-    fit into its registers, in float64 and with addresses of 64 bits.
+    fit into its registers, in float64 and with addresses of 64 bits. 32 warps have 64 of them, and
+    the compiler aims at as few for 8 and for 16.
     """
     candidates = max(16, triton.next_power_of_2(max_candidates))
-    num_warps = min(16, max(4, candidates // 32))
-    pairs = 4 if num_warps <= 8 else 2  # 16 warps have 128 registers a thread, 8 have 255
+    num_warps = max(4, candidates // 32)
+    pairs = 4 if num_warps == 4 else 2
     other = max(1, pairs * 32 * num_warps // candidates)
     return {
         "CANDIDATES": candidates,
@@ -38,37 +39,44 @@ def one_round(
     own = tl.arange(0, CANDIDATES)
     real = own < count
     c = begin + own
-    start = tl.load(cu_tokens + c, mask=real, other=0)
-    length = (tl.load(cu_tokens + c + 1, mask=real, other=0) - start).to(tl.int32)
+    # Within a round tokens are counted in 32 bits, from the first one on.
+    origin = tl.load(cu_tokens + begin)
+    tokens += origin
+    token_scores += origin
+    start = (tl.load(cu_tokens + c, mask=real, other=0) - origin).to(tl.int32)
+    end = (tl.load(cu_tokens + c + 1, mask=real, other=0) - origin).to(tl.int32)
+    length = tl.where(real, end - start, 0)
     for first in range(0, tl.max(length, 0), TOKENS):
         step = first + tl.arange(0, TOKENS)
         inside = step[None, :] < length[:, None]
         t = start[:, None] + step[None, :]
         score = tl.zeros([CANDIDATES, TOKENS], tl.float64)
         for g in range(GUIDES):
-            above = tl.load(tuned + g * num_tokens + t, mask=inside, other=0.0).to(tl.float64)
-            below = tl.load(untuned + g * num_tokens + t, mask=inside, other=0.0).to(tl.float64)
+            row = origin + g * num_tokens
+            above = tl.load(tuned + row + t, mask=inside, other=0.0).to(tl.float64)
+            below = tl.load(untuned + row + t, mask=inside, other=0.0).to(tl.float64)
             score += tl.load(weights + g) * (above - below)
         tl.store(token_scores + t, score, mask=inside)
     choose(
-        r, begin, count, start, length, tokens, cu_tokens, previous, lengths, parents, siblings,
-        width, mean, dedup, counts, hashes, values, token_scores, scores, kept, kept_parents,
-        broken, max_width, False, CANDIDATES, OTHERS, TOKENS, WIDTH,
+        r, begin, count, origin, start, length, tokens, cu_tokens, previous, lengths, parents,
+        siblings, width, mean, dedup, counts, hashes, values, token_scores, scores, kept,
+        kept_parents, broken, max_width, False, CANDIDATES, OTHERS, TOKENS, WIDTH,
     )  # fmt: skip
 
 
 @jit
 def choose(
-    r, begin, count, start, length, tokens, cu_tokens, previous, lengths, parents, siblings,
+    r, begin, count, origin, start, length, tokens, cu_tokens, previous, lengths, parents, siblings,
     width, mean, dedup, counts, hashes, values, token_scores, scores, kept, kept_parents,
     broken, max_width, LENGTHS_BEFORE: tl.constexpr,
     CANDIDATES: tl.constexpr, OTHERS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Scores and ranks of round r's candidates, whose token_scores are stored.
 
-    start, length: blocks [CANDIDATES], where the new tokens begin (int64) and how many there are
-    (int32). LENGTHS_BEFORE: whether lengths are without them. counts, hashes, values: scratch [C]
-    that one program writes and all of its threads read.
+    origin: where the round's new tokens begin; tokens and token_scores point there. start, length:
+    int32 [CANDIDATES], where those of each candidate begin, from there on, and how many there are.
+    LENGTHS_BEFORE: whether lengths are without them. counts, hashes, values: scratch [C] that one
+    program writes and all of its threads read.
     """
     own = tl.arange(0, CANDIDATES)
     real = own < count
@@ -87,13 +95,13 @@ def choose(
     tl.debug_barrier()  # every thread reads what all have stored
     added = tl.zeros([CANDIDATES], tl.float64)
     bad = length
-    for t in range(0, tl.max(length, 0)):
+    for t in range(tl.max(length, 0)):
         score = tl.load(token_scores + start + t, mask=t < length, other=0.0)
         added += score
         bad = tl.where(tl.abs(score) < float("inf"), bad, tl.minimum(bad, t))  # NaN is bad, too
     total = tl.load(previous + c, mask=real, other=0.0) + added
     tl.store(scores + c, total, mask=real)
-    tl.store(broken + c, tl.where(bad < length, start + bad, -1), mask=real)
+    tl.store(broken + c, tl.where(bad < length, origin + start + bad, -1), mask=real)
 
     # 2. The first candidate with the same tokens: the first of equal hash, if its tokens are equal.
     family = tl.load(siblings + c, mask=real, other=0)
@@ -108,7 +116,7 @@ def choose(
         same = (o_hash[None, :] == hashed[:, None]) & (o_family[None, :] == family[:, None])
         same = same & (o_length[None, :] == length[:, None]) & known[None, :]
         twin = tl.minimum(twin, tl.min(tl.where(same, other[None, :], CANDIDATES), 1))
-    twin_start = tl.load(cu_tokens + begin + twin, mask=real, other=0)
+    twin_start = (tl.load(cu_tokens + begin + twin, mask=real, other=0) - origin).to(tl.int32)
     differ = tl.zeros([CANDIDATES], tl.int32)
     for first in range(0, tl.max(length, 0), TOKENS):
         step = first + tl.arange(0, TOKENS)

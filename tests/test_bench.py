@@ -62,6 +62,7 @@ def test_a_dry_run_times_every_kernel_and_ends_with_a_summary(tmp_path: Path) ->
         "token_logprob",
         "linear_logprob",
         "sample_tokens",
+        "score_select",
         "select_beams",
         "fuse_logits",
         "choose_beta",

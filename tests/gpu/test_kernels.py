@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.beams import RoundOfOne, check
+from tests.kernels.beams import RoundOfOne, check, run
 from tests.kernels.forests import Forest, Request, attend, make_forest
+from tests.kernels.score_rounds import DrawnRound, Spare, assert_same_as_apart, call_of, own_tokens
 from w2s_fast.attention.kernel import KernelPlan
 from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.linear_logprob import linear_logprob
+from w2s_fast.kernels.linear_logprob_partials import linear_logprob_partials
 from w2s_fast.kernels.sample_tokens import sample_tokens
+from w2s_fast.kernels.score_select import ScoreSelection, score_select
 from w2s_fast.kernels.token_logprob import token_logprob
 
 DTYPES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -97,6 +100,60 @@ def test_select_beams_agrees_with_the_naive_selection(candidates: int) -> None:
         dedup=True,
     )
     check([r], [1.0])
+
+
+@pytest.mark.parametrize(("requests", "candidates"), [(1, 16), (64, 16), (2, 300)])
+def test_score_select_in_a_graph_is_the_operators_one_after_the_other(
+    requests: int, candidates: int
+) -> None:
+    """Recorded with other values and spare places, replayed with these; bit for bit."""
+    draw = torch.Generator().manual_seed(requests)
+    rounds = [
+        DrawnRound(
+            RoundOfOne(
+                chunks=[
+                    tuple(c) for c in torch.randint(6, (candidates, 5), generator=draw).tolist()
+                ],
+                siblings=[c % 3 for c in range(candidates)],
+                previous=[0.1 * (c % 2) for c in range(candidates)],
+                before=[2] * candidates,
+                parents=list(range(candidates)),
+                tuned=[[[0.0] * 5] * candidates],
+                untuned=[[[0.0] * 5] * candidates],
+                width=4,
+                mean=bool(i % 2),
+                dedup=bool(i % 3),
+            ),
+            stops=[5, 4][: i % 3],
+            base=[[-1.0] * 5] * candidates,
+        )
+        for i in range(requests)
+    ]
+    spare = Spare(rounds=3, candidates=20, tokens=50, stops=2, max_candidates=9, max_width=1)
+    tokens = call_of(rounds, [0.3], spare).arguments[2].clamp(min=0)
+    hidden = torch.randn(len(tokens), 768, device="cuda").bfloat16()
+    heads = [(torch.randn(50_257, 768, device="cuda") * 0.1).bfloat16() for _ in range(2)]
+    guide = [linear_logprob_partials(hidden, head, tokens) for head in heads]
+    call = call_of(rounds, [0.3], spare, [(guide[0], guide[1])])
+
+    own = own_tokens(rounds)
+    tuned, untuned = (linear_logprob(hidden, head, tokens)[None, own] for head in heads)
+    apart = run([r.cut() for r in rounds], [0.3], logprobs=(tuned, untuned))
+    assert_same_as_apart(call.run(), rounds, apart)
+
+    arguments = list(call.arguments)
+    drawn = arguments[2].clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        arguments[2].fill_(1)
+        with torch.cuda.graph(graph, stream=side):
+            packed = score_select(*arguments)
+        arguments[2].copy_(drawn)
+        graph.replay()
+    side.synchronize()
+    assert_same_as_apart(ScoreSelection.unpack(packed.cpu(), *call.size), rounds, apart)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,6 +15,7 @@ from tests.interpret.products import products_in_order
 from tests.interpret.rule import DEVICE, DTYPES, assert_as_exact_as_torch, exact_logprob
 from w2s_fast.kernels import linear_logprob as module
 from w2s_fast.kernels.linear_logprob import linear_logprob
+from w2s_fast.kernels.linear_logprob_partials import linear_logprob_partials
 
 
 def check(
@@ -126,6 +127,43 @@ def test_a_token_that_is_no_id_has_no_log_prob() -> None:
         torch.randn(4, 16).to(DEVICE), torch.randn(140, 16).to(DEVICE), tokens, vocab_size=131
     )
     assert got.isnan().tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocab_size", "softcap"), [(5, None, None), (18, 131, 9.0)])
+def test_its_first_half_merges_to_the_same_bits(
+    rows: int, vocab_size: int | None, softcap: float | None, dtype: torch.dtype
+) -> None:
+    arguments = (
+        torch.randn(rows, 40).to(dtype).to(DEVICE), torch.randn(300, 40).to(dtype).to(DEVICE),
+        torch.tensor([-1, 130, 131, *range(rows - 3)]).to(DEVICE), None, softcap, 0.5, vocab_size,
+    )  # fmt: skip
+    with products_in_order():
+        halves = linear_logprob_partials(*arguments)
+        whole = linear_logprob(*arguments)
+    tile = 64 if dtype == torch.float32 else 128
+    assert halves.largest.shape == halves.total.shape == (rows, -(-(vocab_size or 300) // tile))
+    assert halves.largest.isfinite().all()
+    assert halves.target.isnan().tolist()[:3] == [True, False, vocab_size is not None]
+    assert torch.equal(halves.logprobs().nan_to_num(1), whole.nan_to_num(1))
+
+
+def test_the_first_half_of_a_product_that_torch_does_is_one_split() -> None:
+    arguments = torch.randn(40, 16).to(DEVICE), torch.randn(300, 16).to(DEVICE)
+    tokens = torch.arange(40).to(DEVICE)
+    assert not module.is_fused(*arguments)
+    halves = linear_logprob_partials(*arguments, tokens)
+    assert halves.largest.shape == (40, 1)
+    assert torch.equal(halves.logprobs(), linear_logprob(*arguments, tokens))
+
+
+@pytest.mark.parametrize("rows", [0, 5, 40])
+def test_shapes_of_the_first_half_are_known_without_it(rows: int) -> None:
+    hidden, weight = torch.randn(rows, 16).to(DEVICE), torch.randn(300, 16).to(DEVICE)
+    arguments = (hidden, weight, torch.zeros(rows).long().to(DEVICE), None, None, 1.0, 290)
+    checks = ("test_schema", "test_faketensor")
+    operator = torch.ops.w2s_fast.linear_logprob_partials.default
+    torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
 def test_rows_may_lie_anywhere() -> None:

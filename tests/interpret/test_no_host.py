@@ -13,7 +13,9 @@ from w2s_fast.attention.kernel import KernelPlan
 from w2s_fast.attention.row_tree import Level, RowTree
 from w2s_fast.cache.pages import PagePool
 from w2s_fast.kernels import paged_attention, write_kv
+from w2s_fast.kernels.linear_logprob_partials import linear_logprob_partials
 from w2s_fast.kernels.sample_tokens_triton import launch
+from w2s_fast.kernels.score_select import score_select
 
 
 @pytest.mark.parametrize("top_k", [0, 3])
@@ -57,3 +59,20 @@ def test_attention_over_pages(prompt: int, shares: bool) -> None:
             )
             plan.advance()
     assert out.isfinite().all()
+
+
+def test_scores_and_selection() -> None:
+    tokens = torch.randint(90, (8,))
+    ones, flags = torch.ones(4, dtype=torch.float64), torch.tensor([False, True])
+    columns = (
+        torch.arange(0, 9, 2), 0 * ones, torch.full((4,), 2), torch.zeros(4, dtype=torch.int32),
+        torch.arange(4), torch.tensor([0, 2, 4]), torch.tensor([3, 5]), torch.tensor([0, 1, 2]),
+        torch.tensor([1, 2]), flags, flags, 2, 2,
+    )  # fmt: skip
+    with NoHost():
+        tuned, untuned = (
+            linear_logprob_partials(torch.randn(8, 16), torch.randn(90, 16), tokens)
+            for _ in range(2)
+        )
+        packed = score_select([(tuned, untuned)], ones[:1], tokens, -torch.rand(8), *columns)
+    assert packed.shape == (2 * 2 * 2 + 4 * 4 + 3 * 8,)

@@ -186,7 +186,6 @@ def check_from_hidden_states(
     weights: list[float],
     spare: Spare,
     vocabularies: list[int],
-    vocab_size: int = 60,
 ) -> None:
     """Against linear_logprob and select_beams one after the other, bit for bit.
 
@@ -202,11 +201,11 @@ def check_from_hidden_states(
         for vocabulary in vocabularies[: len(weights)]
         for _ in ("tuned", "untuned")
     ]
-    halves = [linear_logprob_partials(*model, tokens, vocab_size=vocab_size) for model in models]
+    halves = [linear_logprob_partials(*model, tokens, vocab_size=60) for model in models]
     call = call_of(rounds, weights, spare, list(zip(halves[::2], halves[1::2])))
 
     own = own_tokens(rounds)
-    logprobs = [linear_logprob(*model, tokens, vocab_size=vocab_size)[own] for model in models]
+    logprobs = [linear_logprob(*model, tokens, vocab_size=60)[own] for model in models]
     both = torch.stack(logprobs[::2]), torch.stack(logprobs[1::2])
     apart = run([r.cut() for r in rounds], weights, logprobs=both)
     assert_same_as_apart(call.run(), rounds, apart)

@@ -6,6 +6,7 @@ launcher.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from w2s_fast.kernels import (
     linear_logprob,
     paged_attention,
     sample_tokens_triton,
+    score_select,
     select_beams,
     token_logprob,
     write_kv,
@@ -110,6 +112,28 @@ def select_beams_case(requests: int, candidates: int, registers: int) -> Case:
         )  # fmt: skip
 
     return Case(f"select_beams-{requests}x{candidates}", launch, {"one_round": registers}, {})
+
+
+def score_select_case(
+    requests: int, candidates: int, registers: int, splits: int = 393, length: int = 5
+) -> Case:
+    """Two guides; their models' heads have as many splits, and one."""
+    count, double, single = requests * candidates, torch.float64, torch.float32
+    tokens = count * length
+
+    def launch(dtype: torch.dtype) -> None:
+        flags = meta(requests).bool()
+        partials = [meta(tokens, s, dtype=single) for s in (splits, splits, splits, 1)]
+        score_select._triton(
+            meta(tokens), partials, partials, [meta(tokens, dtype=single)] * 4,
+            meta(2, dtype=double), meta(tokens, dtype=single), meta(count + 1),
+            meta(count, dtype=double), meta(count), meta(count, dtype=torch.int32), meta(count),
+            meta(requests + 1), meta(2 * requests), meta(requests + 1), meta(requests), flags,
+            flags, candidates, 4,
+        )  # fmt: skip
+
+    kernels = {"add_guide": 64, "choose_round": registers}
+    return Case(f"score_select-{requests}x{candidates}-{splits}", launch, kernels, {})
 
 
 # 64 registers are eight programs of 128 threads on a multiprocessor, 96 are five, 128 are four; 168
@@ -204,10 +228,16 @@ CASES = [
     linear_logprob_case("70b", 64, 168),
     linear_logprob_case("gpt2", 1024, 255),
     linear_logprob_case("8b", 80, 255, bias=True, softcap=30.0),
-    select_beams_case(64, 16, 96),
-    select_beams_case(8, 64, 168),
-    select_beams_case(1, 256, 168),
-    select_beams_case(1, 1024, 128),
+    select_beams_case(64, 16, 64),
+    select_beams_case(8, 64, 96),
+    select_beams_case(1, 256, 64),
+    select_beams_case(1, 512, 64),
+    select_beams_case(1, 1024, 64),
+    score_select_case(64, 16, 64),
+    score_select_case(8, 64, 96, splits=1002),
+    score_select_case(1, 256, 64),
+    score_select_case(1, 512, 64),
+    score_select_case(1, 1024, 64, splits=1),
     *(sample_tokens_case(v, SAMPLING) for v in (900, 16384, 50257, 128256, 151936, 200019)),
     fusion_case(50257, FUSION),
     fusion_case(128256, FUSION),
@@ -341,6 +371,38 @@ def test_the_number_of_rows_compiles_nothing_anew() -> None:
         )
     }
     assert len(kernels) == 2
+
+
+def test_rounds_and_heads_compile_no_selection_anew() -> None:
+    """Guides, splits, tokens and requests, odd buffers included, are one variant of each kernel."""
+    kernels = {
+        (c.name, c.ptx)
+        for requests, splits, length in ((1, 1, 1), (3, 393, 5), (16, 1008, 16))
+        for c in compilations(
+            90,
+            lambda requests=requests, splits=splits, length=length: score_select_case(  # type: ignore[misc]
+                requests, 11, 0, splits, length
+            ).launch(torch.bfloat16),
+        )
+    }
+    assert len(kernels) == 2
+
+
+def test_a_row_is_merged_in_one_order_whichever_kernel_merges_it() -> None:
+    """The sums within threads and the exchanges between them, for one row and for two."""
+
+    def sums(case: Case, kernel: str) -> list[str]:
+        compiled = compilations(90, lambda: case.launch(torch.bfloat16))
+        ptx = next(c.ptx for c in compiled if c.name == kernel)
+        return re.findall(r"\b(?:add[.a-z]*f32|fma[.a-z]*f32|shfl.*, \d+, 31, -1)", ptx)
+
+    def without_registers(found: list[str]) -> list[str]:
+        return [re.sub(r"%\w+", "", x) for x in found]
+
+    one = without_registers(sums(linear_logprob_case("gpt2", 16, 0), "_merge_splits"))
+    both = without_registers(sums(score_select_case(64, 16, 0), "add_guide"))
+    assert len([x for x in one if x.startswith("shfl")]) == 10
+    assert both == 2 * one
 
 
 def test_a_spill_would_be_seen() -> None:

@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from w2s_fast.kernels import linear_logprob as module
 from w2s_fast.kernels.linear_logprob import linear_logprob
+from w2s_fast.kernels.linear_logprob_partials import linear_logprob_partials
 from w2s_fast.kernels.token_logprob import token_logprob
 
 
@@ -75,6 +76,18 @@ def test_the_head_computes_in_its_own_type_and_the_softmax_in_float32(dtype: tor
     torch.testing.assert_close(got, token_logprob(linear(hidden, weight), tokens))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_its_first_half_merges_to_the_same_bits(rows: int, dtype: torch.dtype) -> None:
+    hidden, weight = torch.randn(rows, 24).to(dtype), torch.randn(101, 24).to(dtype)
+    weight[3] = torch.nan if rows == 50 else 0
+    tokens = torch.randint(90, (rows,))
+    arguments = (hidden, weight, tokens, None, 5.0, 0.5, 90)
+    halves = linear_logprob_partials(*arguments)
+    assert halves.largest.shape == halves.total.shape == (rows, 1)
+    assert torch.equal(halves.logprobs().nan_to_num(1), linear_logprob(*arguments).nan_to_num(1))
+
+
 def test_no_rows_give_no_log_probs() -> None:
     got = linear_logprob(torch.randn(0, 8), torch.randn(30, 8), torch.zeros(0, dtype=torch.int64))
     assert got.shape == (0,)
@@ -96,13 +109,14 @@ def test_shapes_that_do_not_fit_are_refused(
     tokens: tuple[int, ...],
     bias: tuple[int, ...] | None,
 ) -> None:
-    with pytest.raises(ValueError, match="must be"):
-        linear_logprob(
-            torch.zeros(hidden),
-            torch.zeros(weight),
-            torch.zeros(tokens, dtype=torch.int64),
-            None if bias is None else torch.zeros(bias),
-        )
+    for function in (linear_logprob, linear_logprob_partials):
+        with pytest.raises(ValueError, match="must be"):
+            function(
+                torch.zeros(hidden),
+                torch.zeros(weight),
+                torch.zeros(tokens, dtype=torch.int64),
+                None if bias is None else torch.zeros(bias),
+            )
 
 
 @pytest.mark.parametrize(
