@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <optional>
 #include <span>
 #include <string>
@@ -40,12 +41,11 @@ const char* name(Finish finish) {
     }
 }
 
-py::tuple levels(w2s::RowLevels&& levels) {
+py::tuple tree(w2s::TreeSegments&& segments) {
     return py::make_tuple(
-        py::make_tuple(move_to_numpy(std::move(levels.requests)),
-                       move_to_numpy(std::move(levels.together))),
-        py::make_tuple(move_to_numpy(std::move(levels.families)),
-                       move_to_numpy(std::move(levels.inherited))));
+        move_to_numpy(std::move(segments.first)), move_to_numpy(std::move(segments.count)),
+        move_to_numpy(std::move(segments.begin)), move_to_numpy(std::move(segments.end)),
+        move_to_numpy(std::move(segments.own)));
 }
 
 py::list broken(const std::vector<w2s::BrokenNumber>& numbers) {
@@ -66,6 +66,72 @@ py::array_t<std::int32_t> copies(const std::vector<w2s::PageCopy>& pages) {
     const auto rows = static_cast<py::ssize_t>(pages.size());
     return move_to_numpy(std::move(flat), {rows, 2});
 }
+
+// A Scoring in one buffer, each field at a multiple of 16 bytes: kernels may then load any of them 16
+// bytes at a time.
+struct ScoringLayout {
+    py::array counts, cu_tokens;
+    py::list rows;    // of each model its slots, and the tree of what they share
+    py::list fields;  // (name, dtype, offset in bytes, count)
+    std::int64_t max_candidates, max_width, nbytes = 0;
+
+    ScoringLayout(const Requests& requests, const Requests& drawing, std::int64_t steps,
+                  std::vector<double> weights)
+        : scoring_(w2s::lay_out_scoring(requests, drawing, steps)), weights_(std::move(weights)) {
+        max_candidates = scoring_.max_candidates;
+        max_width = scoring_.max_width;
+        counts = move_to_numpy(std::move(scoring_.counts));
+        for (std::size_t m = 0; m < scoring_.slots.size(); ++m) {
+            rows.append(py::make_tuple(move_to_numpy(std::move(scoring_.slots[m])),
+                                       tree(scoring_.levels[m].tree())));
+        }
+        add("tokens", "int64", scoring_.tokens);
+        add("logprobs", "float32", scoring_.logprobs);
+        add("targets", "int64", scoring_.targets);
+        for (std::size_t m = 0; m < scoring_.inputs.size(); ++m) {
+            add(("inputs" + std::to_string(m)).c_str(), "int64", scoring_.inputs[m]);
+        }
+        add("weights", "float64", weights_);
+        add("cu_tokens", "int64", scoring_.cu_tokens);
+        add("previous", "float64", scoring_.previous);
+        add("lengths", "int64", scoring_.lengths);
+        add("parents", "int32", scoring_.parents);
+        add("siblings", "int64", scoring_.siblings);
+        add("cu_candidates", "int64", scoring_.cu_candidates);
+        add("stops", "int64", scoring_.stops);
+        add("cu_stops", "int64", scoring_.cu_stops);
+        add("width", "int64", scoring_.width);
+        add("mean", "bool", scoring_.mean);
+        add("dedup", "bool", scoring_.dedup);
+        cu_tokens = py::array_t<std::int64_t>(static_cast<py::ssize_t>(scoring_.cu_tokens.size()),
+                                              scoring_.cu_tokens.data());
+    }
+
+    void write(py::array_t<std::uint8_t, py::array::c_style> buffer) const {
+        if (buffer.size() < nbytes) throw py::value_error("the buffer is too small");
+        std::uint8_t* const begin = buffer.mutable_data();
+        for (const auto& [data, offset, bytes] : parts_) std::memcpy(begin + offset, data, bytes);
+    }
+
+private:
+    struct Part {
+        const void* data;
+        std::int64_t offset;
+        std::size_t bytes;
+    };
+
+    template <typename T>
+    void add(const char* name, const char* dtype, const std::vector<T>& values) {
+        const std::size_t bytes = values.size() * sizeof(T);
+        fields.append(py::make_tuple(name, dtype, nbytes, values.size()));
+        if (bytes > 0) parts_.push_back({values.data(), nbytes, bytes});
+        nbytes += static_cast<std::int64_t>((bytes + 15) / 16 * 16);
+    }
+
+    w2s::Scoring scoring_;
+    std::vector<double> weights_;
+    std::vector<Part> parts_;
+};
 
 std::optional<std::int32_t> parent_of(const BeamContents& beam) {
     if (beam.parent < 0) return std::nullopt;
@@ -156,6 +222,14 @@ void bind_beams(py::module_& module) {
         .def("start_over", &Beams::start_over, py::arg("managers"))
         .def("abort", &Beams::abort, py::arg("managers"));
 
+    module.attr("SHORTEST_SEGMENT") = w2s::kShortestSegment;
+    module.def("cut_levels", [](const std::vector<std::pair<Array<std::int32_t>,
+                                                            Array<std::int32_t>>>& levels,
+                                std::size_t rows) {
+        std::vector<w2s::TreeLevel> given;
+        for (const auto& [groups, ends] : levels) given.push_back({span(groups), span(ends)});
+        return tree(w2s::cut_levels(given, rows));
+    }, py::arg("levels"), py::arg("rows"));
     module.def("begin_rounds", &w2s::begin_rounds, py::arg("requests"));
     module.def("tokens_left", [](const Requests& requests) {
         return move_to_numpy(w2s::tokens_left(requests));
@@ -166,7 +240,7 @@ void bind_beams(py::module_& module) {
                               move_to_numpy(std::move(found.counts)),
                               move_to_numpy(std::move(found.children)),
                               move_to_numpy(std::move(found.tokens)),
-                              levels(std::move(found.levels)));
+                              tree(found.levels.tree()));
     }, py::arg("requests"), py::arg("base"));
     module.def("fork_beams", [](const Requests& requests, PageManager& manager, int model) {
         return copies(w2s::fork_beams(requests, manager, model));
@@ -182,7 +256,7 @@ void bind_beams(py::module_& module) {
                            move_to_numpy(std::move(rows.seed)),
                            move_to_numpy(std::move(rows.candidate)),
                            move_to_numpy(std::move(rows.position))),
-            levels(std::move(rows.levels)));
+            tree(rows.levels.tree()));
     }, py::arg("requests"));
     module.def("take_tokens", [](const Requests& requests, const Array<std::int64_t>& tokens,
                                  const Array<float>& logprobs, std::int64_t steps) {
@@ -191,34 +265,17 @@ void bind_beams(py::module_& module) {
                py::arg("steps"));
     module.def("release_finished", &w2s::release_finished, py::arg("requests"),
                py::arg("manager"), py::arg("model"));
-    module.def("lay_out_scoring", [](const Requests& requests, const Requests& drawing,
-                                     std::int64_t steps) {
-        w2s::Scoring found = w2s::lay_out_scoring(requests, drawing, steps);
-        w2s::CandidateColumns& own = found.columns;
-        py::dict columns;
-        columns["cu_tokens"] = move_to_numpy(std::move(own.cu_tokens));
-        columns["previous"] = move_to_numpy(std::move(own.previous));
-        columns["lengths"] = move_to_numpy(std::move(own.lengths));
-        columns["parents"] = move_to_numpy(std::move(own.parents));
-        columns["siblings"] = move_to_numpy(std::move(own.siblings));
-        columns["cu_candidates"] = move_to_numpy(std::move(own.cu_candidates));
-        columns["stops"] = move_to_numpy(std::move(own.stops));
-        columns["cu_stops"] = move_to_numpy(std::move(own.cu_stops));
-        columns["width"] = move_to_numpy(std::move(own.width));
-        columns["mean"] = move_to_numpy(std::move(own.mean)).attr("view")("bool");
-        columns["dedup"] = move_to_numpy(std::move(own.dedup)).attr("view")("bool");
-        py::list rows;
-        for (std::size_t m = 0; m < found.slots.size(); ++m) {
-            rows.append(py::make_tuple(move_to_numpy(std::move(found.slots[m])),
-                                       move_to_numpy(std::move(found.inputs[m])),
-                                       levels(std::move(found.levels[m]))));
-        }
-        return py::make_tuple(
-            move_to_numpy(std::move(found.known_tokens)),
-            move_to_numpy(std::move(found.known_logprobs)), move_to_numpy(std::move(found.counts)),
-            move_to_numpy(std::move(found.targets)), rows, columns, own.max_candidates,
-            own.max_width);
-    }, py::arg("requests"), py::arg("drawing"), py::arg("steps"));
+    py::class_<ScoringLayout>(module, "ScoringLayout")
+        .def(py::init<const Requests&, const Requests&, std::int64_t, std::vector<double>>(),
+             py::arg("requests"), py::arg("drawing"), py::arg("steps"), py::arg("weights"))
+        .def_readonly("counts", &ScoringLayout::counts)
+        .def_readonly("rows", &ScoringLayout::rows)
+        .def_readonly("cu_tokens", &ScoringLayout::cu_tokens)
+        .def_readonly("max_candidates", &ScoringLayout::max_candidates)
+        .def_readonly("max_width", &ScoringLayout::max_width)
+        .def_readonly("nbytes", &ScoringLayout::nbytes)
+        .def_readonly("fields", &ScoringLayout::fields)
+        .def("write", &ScoringLayout::write, py::arg("buffer").noconvert());
     module.def("take_scores", [](const Requests& requests, const Array<std::int64_t>& cu_tokens,
                                  const Array<double>& token_scores, const Array<double>& scores,
                                  const Array<std::int64_t>& first) {

@@ -51,6 +51,11 @@ void expect(bool right, const char* what) {
 
 }  // namespace
 
+TreeSegments RowLevels::tree() const {
+    const TreeLevel levels[] = {{requests, together}, {families, inherited}};
+    return cut_levels(levels, requests.size());
+}
+
 void begin_rounds(const Requests& requests) {
     for (Beams* request : requests) {
         if (!request->open()) request->begin_round();
@@ -189,14 +194,13 @@ Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::
     std::vector<Leveller> trees;
     for (RowLevels& levels : found.levels) trees.emplace_back(levels);
     const auto know = [&](std::int64_t token, float logprob) {
-        found.known_tokens.push_back(token);
-        found.known_logprobs.push_back(logprob);
-        return rows * steps + std::ssize(found.known_tokens) - 1;
+        found.tokens.push_back(token);
+        found.logprobs.push_back(logprob);
+        return rows * steps + std::ssize(found.tokens) - 1;
     };
-    CandidateColumns& columns = found.columns;
-    columns.cu_tokens.push_back(0);
-    columns.cu_candidates.push_back(0);
-    columns.cu_stops.push_back(0);
+    found.cu_tokens.push_back(0);
+    found.cu_candidates.push_back(0);
+    found.cu_stops.push_back(0);
     Int64s chunk;
     std::vector<std::int32_t> tokens;
     std::vector<float> logprobs;
@@ -224,11 +228,11 @@ Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::
                     }
                     ++row;
                 }
-                columns.cu_tokens.push_back(columns.cu_tokens.back() + std::ssize(chunk));
-                columns.previous.push_back(beam.total);
-                columns.lengths.push_back(beam.inherited);
-                columns.parents.push_back(beam.parent);
-                columns.siblings.push_back(alike);
+                found.cu_tokens.push_back(found.cu_tokens.back() + std::ssize(chunk));
+                found.previous.push_back(beam.total);
+                found.lengths.push_back(beam.inherited);
+                found.parents.push_back(beam.parent);
+                found.siblings.push_back(alike);
                 if (!runs) continue;
                 found.counts.push_back(static_cast<std::int32_t>(chunk.size()));
                 found.targets.insert(found.targets.end(), chunk.begin(), chunk.end());
@@ -246,16 +250,16 @@ Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::
             }
         }
         const auto count = std::ssize(request->candidates());
-        columns.cu_candidates.push_back(columns.cu_candidates.back() + count);
+        found.cu_candidates.push_back(found.cu_candidates.back() + count);
         for (const auto& ids : {settings.eos_ids, settings.stop_ids}) {
-            columns.stops.insert(columns.stops.end(), ids.begin(), ids.end());
+            found.stops.insert(found.stops.end(), ids.begin(), ids.end());
         }
-        columns.cu_stops.push_back(std::ssize(columns.stops));
-        columns.width.push_back(settings.width);
-        columns.mean.push_back(settings.mean);
-        columns.dedup.push_back(settings.dedup);
-        columns.max_candidates = std::max<std::int64_t>(columns.max_candidates, count);
-        columns.max_width = std::max<std::int64_t>(columns.max_width, settings.width);
+        found.cu_stops.push_back(std::ssize(found.stops));
+        found.width.push_back(settings.width);
+        found.mean.push_back(settings.mean);
+        found.dedup.push_back(settings.dedup);
+        found.max_candidates = std::max<std::int64_t>(found.max_candidates, count);
+        found.max_width = std::max<std::int64_t>(found.max_width, settings.width);
     }
     return found;
 }

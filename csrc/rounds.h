@@ -11,6 +11,7 @@
 
 #include "beams.h"
 #include "page_manager.h"
+#include "row_tree.h"
 
 namespace w2s {
 
@@ -18,10 +19,12 @@ using Requests = std::vector<Beams*>;
 using Int32s = std::vector<std::int32_t>;
 using Int64s = std::vector<std::int64_t>;
 
-// What the rows of a pass share, as the levels of a RowTree (w2s_fast/attention/row_tree.py): rows
+// What the rows of a pass share, as levels of a tree: rows
 // of a request the first `together` tokens, siblings what they `inherited`; prompts are counted.
 struct RowLevels {
     Int32s requests, together, families, inherited;
+
+    TreeSegments tree() const;
 };
 
 // Beams whose KV stands, the tokens to append to it, and how many candidates go on from each.
@@ -41,8 +44,21 @@ struct GrowingRows {
     RowLevels levels;
 };
 
-// What score_select (kernels/score_select.py) is given of all candidates.
-struct CandidateColumns {
+// What score_select (kernels/score_select.py) is given of all candidates, and how the guides' models
+// run their new tokens. Some tokens may still be on the device, as they were drawn. So a token is
+// named by its index among all that there are: first those drawn, [steps, rows], and behind them
+// those that are known here.
+struct Scoring {
+    Int64s tokens;                // those known
+    std::vector<float> logprobs;  // theirs; 0 for tokens that are not new
+    Int32s counts;                // new tokens of each candidate whose parent went on
+    Int64s targets;               // those tokens, one candidate's after the other
+    // Of each model but the base: what it runs, for each chunk the token before it and its own but
+    // the last; where; and what rows share.
+    std::vector<Int64s> inputs;
+    std::vector<Int32s> slots;
+    std::vector<RowLevels> levels;
+    // Of each candidate, each request, or each id that ends a response.
     Int64s cu_tokens;
     std::vector<double> previous;
     Int64s lengths;  // before the chunk
@@ -50,22 +66,6 @@ struct CandidateColumns {
     Int64s siblings, cu_candidates, stops, cu_stops, width;
     std::vector<std::uint8_t> mean, dedup;
     std::int64_t max_candidates = 0, max_width = 0;
-};
-
-// The new tokens of candidates, and how each guide's models run them. Some tokens may still be on
-// the device, as they were drawn. So a token is named by its index among all that there are: first
-// those drawn, [steps, rows], and behind them those `known`.
-struct Scoring {
-    Int64s known_tokens;
-    std::vector<float> known_logprobs;  // 0 for tokens that are not new
-    Int32s counts;                      // new tokens of each candidate whose parent went on
-    Int64s targets;                     // those tokens, one candidate's after the other
-    // Of each model but the base: what it runs, each chunk's last token only gives a target; where;
-    // and what rows share.
-    std::vector<Int64s> inputs;
-    std::vector<Int32s> slots;
-    std::vector<RowLevels> levels;
-    CandidateColumns columns;
 };
 
 // Where a model gave a number that is not finite.

@@ -15,7 +15,6 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-Columns = NDArray[np.int64 | np.int32 | np.float64 | np.bool_]
 
 class Hold:
     """A lock held for a block, whatever interrupts it; csrc/hold.h says what the arguments are."""
@@ -145,7 +144,9 @@ class PassLayout:
     ) -> None:
         """Fill a buffer with room for so many; ``offsets``: of the fields in PassField's order."""
 
-Levels = tuple[tuple[Int32, Int32], tuple[Int32, Int32]]
+# first, count, begin, end [N] and own [S], see RowTree in w2s_fast/attention/row_tree.py.
+Tree = tuple[Int32, Int32, Int32, Int32, Int32]
+SHORTEST_SEGMENT: int
 # (request's index, token's index among the new ones or -1, position in the response)
 Broken = list[tuple[int, int, int]]
 
@@ -255,13 +256,15 @@ class Beams:
     def start_over(self, managers: Sequence[PageManager]) -> None: ...
     def abort(self, managers: Sequence[PageManager]) -> None: ...
 
+def cut_levels(levels: Sequence[tuple[Int32, Int32]], rows: int) -> Tree: ...
+
 # csrc/rounds.h says what these do. Rows and candidates stand request by request.
 
 def begin_rounds(requests: Sequence[Beams]) -> None: ...
 def tokens_left(requests: Sequence[Beams]) -> Int32: ...
 def lay_out_sources(
     requests: Sequence[Beams], base: PageManager
-) -> tuple[Int32, Int32, Int32, Int64, Levels]:
+) -> tuple[Int32, Int32, Int32, Int64, Tree]:
     """Returns slots, counts and children [N], tokens [T], and what they share."""
 
 def fork_beams(requests: Sequence[Beams], manager: PageManager, model: int) -> Int32:
@@ -269,21 +272,41 @@ def fork_beams(requests: Sequence[Beams], manager: PageManager, model: int) -> I
 
 def lay_out_rows(
     requests: Sequence[Beams],
-) -> tuple[Int32, tuple[Float32, Int64, Float64, Float64, Int64, Int64, Int64], Levels]:
+) -> tuple[Int32, tuple[Float32, Int64, Float64, Float64, Int64, Int64, Int64], Tree]:
     """Returns slots [S], sampling columns [S] each, and what the rows share."""
 
 def take_tokens(
     requests: Sequence[Beams], tokens: Int64, logprobs: Float32, steps: int
 ) -> Broken: ...
 def release_finished(requests: Sequence[Beams], manager: PageManager, model: int) -> None: ...
-def lay_out_scoring(
-    requests: Sequence[Beams], drawing: Sequence[Beams], steps: int
-) -> tuple[
-    Int64, Float32, Int32, Int64, list[tuple[Int32, Int64, Levels]], dict[str, Columns], int, int
-]:
-    """Returns known tokens and log-probs [K], counts [S], targets [T]; of each model of the guides
-    slots [S], inputs [T] and what rows share; the columns of score_select from `cu_tokens` on, and
-    its two bounds."""
+
+class ScoringLayout:
+    """What the guides and score_select are given, in one buffer; Scoring in csrc/rounds.h."""
+
+    def __init__(
+        self,
+        requests: Sequence[Beams],
+        drawing: Sequence[Beams],
+        steps: int,
+        weights: Sequence[float],
+    ) -> None: ...
+    @property
+    def counts(self) -> Int32: ...
+    @property
+    def rows(self) -> list[tuple[Int32, Tree]]:
+        """Of each model of the guides slots [S], and what the rows share."""
+    @property
+    def cu_tokens(self) -> Int64: ...
+    @property
+    def max_candidates(self) -> int: ...
+    @property
+    def max_width(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def fields(self) -> list[tuple[str, str, int, int]]:
+        """Name, dtype, offset in bytes and count of each; those of score_select from weights on."""
+    def write(self, buffer: NDArray[np.uint8]) -> None: ...
 
 def take_scores(
     requests: Sequence[Beams],

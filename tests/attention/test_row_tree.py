@@ -18,7 +18,8 @@ from tests.support.contents import contents
 from tests.support.engines import LONG_PROMPTS, MIXED, make_engine
 from tests.support.tiny_models import tiny_triple
 from w2s_fast import SearchParams
-from w2s_fast.attention.row_tree import SHORTEST_SEGMENT, Level, RowTree
+from w2s_fast._pages import SHORTEST_SEGMENT
+from w2s_fast.attention.row_tree import Level, RowTree
 from w2s_fast.decoding.decoding import Decoding
 from w2s_fast.models.model import PagedModel
 
@@ -101,9 +102,11 @@ def passes(check: Any) -> Iterator[None]:
     """Calls check(model, slots, tree, tokens before the pass) at each pass with a tree."""
     forward, step, begin = PagedModel.forward, Decoding.step, Decoding.__init__
 
-    def checked_forward(self: Any, slots: Any, tokens: Any, counts: Any, tree: Any = None) -> Any:
+    def checked_forward(
+        self: Any, slots: Any, tokens: Any, counts: Any, tree: Any = None, *copies: Any
+    ) -> Any:
         before = self.pool.lengths(slots)
-        out = forward(self, slots, tokens, counts, tree)
+        out = forward(self, slots, tokens, counts, tree, *copies)
         if tree is not None:
             check(self, np.asarray(slots), tree, before, np.asarray(counts))
         return out

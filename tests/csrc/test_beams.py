@@ -10,27 +10,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.csrc.beams_model import ModelRequest
+from tests.csrc.beams_model import ModelBeam, ModelRequest
 from w2s_fast import SearchParams
 from w2s_fast._pages import (
     PageManager,
+    ScoringLayout,
     begin_rounds,
     end_rounds,
     fork_beams,
     held_slots,
     keep_all,
     lay_out_rows,
-    lay_out_scoring,
     lay_out_sources,
     release_finished,
     take_scores,
     take_tokens,
     tokens_left,
 )
+from w2s_fast.attention import Level, RowTree
 from w2s_fast.errors import OutOfPages
 from w2s_fast.search import Beam, Request
 
 EOS = {0}
+# A request's number, a beam of it, and how many tokens of its prompt stand in the KV.
+Row = tuple[int, ModelBeam, int]
 PAGE = 4
 
 
@@ -43,6 +46,21 @@ def seen(beam: Beam) -> tuple[Any, ...]:
         beam.total,
         beam.finish_reason,
     )
+
+
+def scoring(requests: Any, drawing: Any, steps: int) -> Any:
+    """Counts, rows of every model, the columns by name, and the two bounds."""
+    layout = ScoringLayout(requests, drawing, steps, [1.0, -0.5])
+    buffer = np.zeros(layout.nbytes, np.uint8)
+    layout.write(buffer)
+    columns = {}
+    for name, dtype, offset, count in layout.fields:
+        assert offset % 16 == 0
+        columns[name] = (
+            buffer[offset:].view(np.uint8)[: count * np.dtype(dtype).itemsize].view(dtype)
+        )
+    assert columns["weights"].tolist() == [1.0, -0.5]
+    return layout.counts, layout.rows, columns, layout.max_candidates, layout.max_width
 
 
 @st.composite
@@ -59,6 +77,7 @@ def some_params(draw: st.DrawFn) -> SearchParams:
         max_new_tokens=draw(st.sampled_from([1, 4, 9, 40])),
         finished=draw(st.sampled_from(["hold", "replicate"])),
         score=draw(st.sampled_from(["sum", "mean"])),
+        dedup=draw(st.booleans()),
         stop_token_ids=draw(st.sampled_from([(), (5,)])),
         ignore_eos=draw(st.booleans()),
         temperature=draw(st.sampled_from([0.0, 0.7])),
@@ -168,9 +187,11 @@ class World:
         ]
         if not complete:
             return
-        found = lay_out_scoring(self.beams(complete), self.beams(which), tokens.shape[1])
-        pool = np.concatenate([tokens.T.ravel(), found[0]])
-        probs = np.concatenate([logprobs.T.ravel(), found[1]])
+        counts, _, laid_out, _, _ = scoring(
+            self.beams(complete), self.beams(which), tokens.shape[1]
+        )
+        pool = np.concatenate([tokens.T.ravel(), laid_out["tokens"]])
+        probs = np.concatenate([logprobs.T.ravel(), laid_out["logprobs"]])
         rows = {}
         for i in which:
             for beam in self.models[i].growing:
@@ -184,16 +205,16 @@ class World:
                     new.append(beam.tokens[beam.inherited :] + drawn)
                     drawn = [] if row is None else logprobs[row].tolist()
                     own.append(beam.logprobs[beam.inherited :] + drawn)
-        assert found[2].tolist() == [len(chunk) for chunk in new]
-        assert pool[found[3]].tolist() == [token for chunk in new for token in chunk]
-        assert probs[found[3]].tolist() == [logprob for chunk in own for logprob in chunk]
+        assert counts.tolist() == [len(chunk) for chunk in new]
+        targets = laid_out["targets"]
+        assert pool[targets].tolist() == [token for chunk in new for token in chunk]
+        assert probs[targets].tolist() == [logprob for chunk in own for logprob in chunk]
 
     def _check_sources(self, which: list[int]) -> None:
-        slots, counts, children, tokens, levels = lay_out_sources(
-            self.beams(which), self.managers[0]
-        )
+        slots, counts, children, tokens, tree = lay_out_sources(self.beams(which), self.managers[0])
         lengths = self.managers[0].lengths
-        expected_tokens, expected_children, ends = [], [], []
+        rows: list[Row] = []
+        expected_tokens, expected_children = [], []
         for i in which:
             model, beams, prompt = self.models[i], self.requests[i].beams, self.requests[i].prompt
             if beams.forked:
@@ -202,39 +223,45 @@ class World:
                 sources = [(b, len(c)) for b, c in model.families if b.reason is None]
             for beam, count in sources:
                 expected_children.append(count)
-                if beam.tokens:
-                    expected_tokens += [beam.tokens[-1:]]
-                    ends.append(len(prompt) + min(model.shared, beam.inherited))
-                else:
-                    held = int(lengths[slots[len(expected_tokens)]])
-                    expected_tokens += [prompt[held:]]
-                    ends.append(0)
+                held = 0 if beam.tokens else int(lengths[slots[len(expected_tokens)]])
+                expected_tokens.append(beam.tokens[-1:] or prompt[held:])
+                rows.append((i, beam, len(prompt) if beam.tokens else 0))
         assert counts.tolist() == [len(own) for own in expected_tokens]
         assert tokens.tolist() == [token for own in expected_tokens for token in own]
         assert children.tolist() == expected_children
-        assert levels[0][1].tolist() == ends
+        self._check_tree(tree, rows)
 
     def _check_rows(self, which: list[int]) -> None:
-        _, columns, ((groups, together), (families, inherited)) = lay_out_rows(self.beams(which))
-        rows = [(i, beam) for i in which for beam in self.models[i].growing]
+        _, columns, tree = lay_out_rows(self.beams(which))
+        rows = [
+            (i, beam, len(self.requests[i].prompt))
+            for i in which
+            for beam in self.models[i].growing
+        ]
         indices = [
             c for i in which for c, b in enumerate(self.models[i].candidates) if b.reason is None
         ]
         assert columns[5].tolist() == indices
-        assert columns[6].tolist() == [len(beam.tokens) for _, beam in rows]
+        assert columns[6].tolist() == [len(beam.tokens) for _, beam, _ in rows]
         for n, name in enumerate(("temperature", "top_k", "top_p", "min_p", "seed")):
-            wanted = [getattr(self.models[i].params, name) for i, _ in rows]
+            wanted = [getattr(self.models[i].params, name) for i, _, _ in rows]
             assert columns[n].tolist() == np.array(wanted, columns[n].dtype).tolist(), name
-        prompts = [len(self.requests[i].prompt) for i, _ in rows]
-        assert inherited.tolist() == [p + b.inherited for p, (_, b) in zip(prompts, rows)]
-        assert together.tolist() == [
-            p + min(self.models[i].shared, b.inherited) for p, (i, b) in zip(prompts, rows)
-        ]
-        for a in range(1, len(rows)):
-            same = rows[a][0] == rows[a - 1][0]
-            assert (groups[a] == groups[a - 1]) == same
-            siblings = same and rows[a][1].parent == rows[a - 1][1].parent
-            assert (families[a] == families[a - 1]) == siblings
+        self._check_tree(tree, rows)
+
+    def _check_tree(self, tree: Any, rows: list[Row]) -> None:
+        """Rows of a request share what all do, siblings what they inherited."""
+        groups = [i for i, _, _ in rows]
+        families = np.cumsum(
+            [
+                r == 0 or (i, beam.parent) != (rows[r - 1][0], rows[r - 1][1].parent)
+                for r, (i, beam, _) in enumerate(rows)
+            ]
+        )
+        together = [p + min(self.models[i].shared, beam.inherited) for i, beam, p in rows]
+        inherited = [p + beam.inherited for _, beam, p in rows]
+        expected = RowTree.of([Level(groups, together), Level(families, inherited)], len(rows))
+        for ours, theirs in zip(tree, vars(expected).values(), strict=True):
+            assert ours.tolist() == theirs.tolist()
 
     def close(self, which: list[int]) -> None:
         """What the guides and the selection do where a round is complete."""
@@ -255,8 +282,8 @@ class World:
                     self._grow(m, [slot], [len(self.prompts(i)[m]) - 1])
                     self.requests[i].beams.set_root_slot(m, slot)
             fork_beams(self.beams(which), self.managers[m], m)
-        found = lay_out_scoring(self.beams(which), [], 0)
-        pool, logprobs, counts, targets, rows, columns, most, width = found
+        counts, rows, laid_out, most, width = scoring(self.beams(which), [], 0)
+        pool, logprobs, targets = (laid_out[n] for n in ("tokens", "logprobs", "targets"))
         drawn = [
             (i, beam)
             for i in which
@@ -269,24 +296,30 @@ class World:
         assert pool[targets].tolist() == [token for own in new for token in own]
         own = [logprob for _, beam in drawn for logprob in beam.logprobs[beam.inherited :]]
         assert logprobs[targets].tolist() == own
-        for m, (slots, inputs, (_, (_, inherited))) in enumerate(rows, 1):
+        for m, (slots, tree) in enumerate(rows, 1):
             before = [
                 beam.tokens[beam.inherited - 1] if beam.inherited else self.prompts(i)[m][-1]
                 for i, beam in drawn
             ]
             expected = [t for last, own in zip(before, new) for t in (last, *own[:-1])]
-            assert pool[inputs].tolist() == expected
+            assert pool[laid_out[f"inputs{m - 1}"]].tolist() == expected
             lengths = [len(self.prompts(i)[m]) - 1 + beam.inherited for i, beam in drawn]
-            assert self.managers[m].lengths[slots].tolist() == lengths == inherited.tolist()
+            assert self.managers[m].lengths[slots].tolist() == lengths
+            ends = [len(self.prompts(i)[m]) - 1 for i, _ in drawn]
+            self._check_tree(tree, [(i, beam, end) for (i, beam), end in zip(drawn, ends)])
             self._grow(m, slots, counts)
         assert most == max(len(self.models[i].candidates) for i in which)
         assert width == max(self.models[i].params.kept for i in which)
-        self._select(which, len(targets), columns)
+        self._select(which, len(targets), laid_out)
 
     def _select(self, which: list[int], count: int, columns: dict[str, Any]) -> None:
+        names = "cu_tokens previous lengths parents siblings cu_candidates stops cu_stops width"
         cu_tokens, previous, lengths, parents, siblings, cu_candidates, stops, cu_stops, width = (
-            list(columns.values())[:9]
+            columns[name] for name in names.split()
         )
+        for name, wanted in (("mean", "score"), ("dedup", "dedup")):
+            flags = [getattr(self.models[i].params, wanted) in (True, "mean") for i in which]
+            assert columns[name].tolist() == flags
         candidates = [(i, beam) for i in which for beam in self.models[i].candidates]
         assert previous.tolist() == [beam.total for _, beam in candidates]
         assert lengths.tolist() == [beam.inherited for _, beam in candidates]
@@ -468,4 +501,4 @@ def test_equal_tokens_of_other_parents_are_siblings() -> None:
         score(one, 1)
         end_rounds([one.beams], np.array([kept]), [])
         begin_rounds([one.beams])
-        assert set(lay_out_scoring([one.beams], [one.beams], 1)[5]["siblings"].tolist()) == {0}
+        assert set(scoring([one.beams], [one.beams], 1)[2]["siblings"].tolist()) == {0}

@@ -13,7 +13,15 @@ from w2s_fast.attention.gathered import GatheredPlan
 from w2s_fast.attention.interface import ATTENTION_NAME
 from w2s_fast.attention.kernel import Bounds, KernelPlan, lay_out
 from w2s_fast.attention.row_tree import Level, RowTree
-from w2s_fast.attention.staging import Field, Fields, Reading, Room, host_buffer, to_device
+from w2s_fast.attention.staging import (
+    Field,
+    Fields,
+    Reading,
+    Room,
+    cut_buffer,
+    host_buffer,
+    to_device,
+)
 from w2s_fast.attention.static_plan import Bucket, StaticPlan
 
 __all__ = [
@@ -36,6 +44,7 @@ __all__ = [
     "RowTree",
     "StaticPlan",
     "choose_backend",
+    "cut_buffer",
     "dense_attention",
     "find_backend",
     "host_buffer",

@@ -14,14 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from w2s_fast.cache import Int32Array, Ints
-
-# Keys that must be shared for a segment of their own. A segment of n keys that r rows share saves
-# (r - 1) * n * 2 * D * itemsize bytes of reading a key head, and costs r * G * (D + 2) * 4 bytes,
-# written and read again, for one more partial result of each of the G query heads. In 16 bits, with
-# 4 siblings, both are equal at 3 keys for G = 1 and at 11 for G = 4. The rule knows neither r nor
-# G, so that where a row's sums are cut never depends on which other rows run.
-SHORTEST_SEGMENT = 8
+from w2s_fast._pages import cut_levels
+from w2s_fast.cache import Int32Array, Ints, as_int32
 
 
 class Level(NamedTuple):
@@ -61,22 +55,10 @@ class RowTree:
         """The tree of levels from the root on; each divides the groups of the one before.
 
         What a level adds is left out, and stays with the level below, if it is shorter than
-        ``SHORTEST_SEGMENT``. A single row may be a group: its sums are cut as among siblings.
+        SHORTEST_SEGMENT of csrc/row_tree.h. A single row may be a group: its sums are cut as among
+        siblings.
         """
-        own = np.zeros(rows, np.int32)
-        found = [np.empty((4, 0), np.int32)]
-        for level in levels:
-            groups, ends = np.asarray(level.groups), np.asarray(level.ends, np.int32)
-            changes = np.ones(rows, bool)
-            changes[1:] = groups[1:] != groups[:-1]
-            first = np.flatnonzero(changes).astype(np.int32)
-            count = np.diff(first, append=rows).astype(np.int32)
-            begin, end = own[first], ends[first]
-            long = (groups[first] >= 0) & (end - begin >= SHORTEST_SEGMENT)
-            found.append(np.stack([first, count, begin, end])[:, long])
-            own = np.where(np.repeat(long, count), ends, own)
-        first, count, begin, end = np.concatenate(found, axis=1)
-        return cls(first, count, begin, end, own)
+        return cls(*cut_levels([(as_int32(g), as_int32(e)) for g, e in levels], rows))
 
     @property
     def shares(self) -> bool:

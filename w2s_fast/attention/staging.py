@@ -7,7 +7,7 @@ small tensors. So the host fills one buffer, and the tensors are views of its co
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,6 +94,22 @@ def to_device(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[
     here = host_buffer(fields.nbytes, device)
     fields.fill(here.numpy(), arrays)
     return fields.tensors(here.to(device, non_blocking=True))
+
+
+def cut_buffer(buffer: Tensor, fields: Sequence[tuple[str, str, int, int]]) -> dict[str, Tensor]:
+    """Views of one dimension of a buffer uint8 [n], whose own offset is 0.
+
+    ``fields``: name, dtype, offset in bytes, a multiple of 16, and count of each.
+    """
+    whole: dict[str, tuple[Tensor, int]] = {}
+    views = {}
+    for name, dtype, offset, count in fields:
+        if dtype not in whole:
+            kind: torch.dtype = getattr(torch, dtype)
+            whole[dtype] = buffer.view(kind), kind.itemsize
+        typed, size = whole[dtype]
+        views[name] = typed.as_strided((count,), (1,), offset // size)
+    return views
 
 
 class Reading:

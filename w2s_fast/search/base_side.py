@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from w2s_fast._pages import (
@@ -18,11 +17,11 @@ from w2s_fast._pages import (
     release_finished,
     take_tokens,
 )
+from w2s_fast.attention import RowTree, to_device
 from w2s_fast.decoding import DecodeGraphs, Decoder, Draws, SamplingColumns
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel
 from w2s_fast.search.beginnings import begin
-from w2s_fast.search.kinship import family_tree
 from w2s_fast.search.recompute import recompute
 from w2s_fast.search.request import Request
 from w2s_fast.stats import timed
@@ -104,27 +103,31 @@ class BaseSide:
 
     def _first_logits(self, requests: Sequence[Request]) -> Tensor:
         """Append what stands before the first tokens; the logits behind, once for each child."""
-        slots, counts, children, tokens, levels = lay_out_sources(
+        slots, counts, children, tokens, tree = lay_out_sources(
             _beams(requests), self.model.pool.manager
         )
-        hidden = self.model.forward(slots, tokens, counts, family_tree(levels))
+        hidden = self.model.forward(slots, tokens, counts, RowTree(*tree))
         self.rows += len(slots)
         self.passes += 1
-        last = np.cumsum(counts, dtype=np.int64) - 1
-        logits = self.decoder.logits(hidden[self._on_device(last)])
-        return logits.repeat_interleave(
-            self._on_device(children), dim=0, output_size=int(children.sum())
+        there = to_device(
+            {
+                "last": np.cumsum(counts, dtype=np.int64) - 1,
+                "source": np.repeat(np.arange(len(slots)), children),
+            },
+            self.model.device,
         )
+        logits = self.decoder.logits(hidden.index_select(0, there["last"]))
+        return logits.index_select(0, there["source"])
 
     def _decode(self, requests: Sequence[Request], logits: Tensor, steps: int) -> Draws:
         """Fork the sources, and sample all their children's tokens from ``logits`` on."""
         beams, pool = _beams(requests), self.model.pool
         copies = fork_beams(beams, pool.manager, _BASE)
-        slots, columns, levels = lay_out_rows(beams)
+        slots, columns, tree = lay_out_rows(beams)
         self.rows += len(slots) * (steps - 1)
         self.passes += steps - 1
         return self.decoder.run(
-            slots, family_tree(levels), SamplingColumns(*columns), logits, steps, copies
+            slots, RowTree(*tree), SamplingColumns(*columns), logits, steps, copies
         )
 
     def _remember(self, requests: Sequence[Request]) -> None:
@@ -142,9 +145,6 @@ class BaseSide:
     def keep_only(self, requests: Sequence[Request]) -> None:
         """Give back every slot of the base that none of these requests holds."""
         self.model.pool.release_others(held_slots(_beams(requests), _BASE))
-
-    def _on_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
-        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
 
 
 def _beams(requests: Sequence[Request]) -> list[Beams]:

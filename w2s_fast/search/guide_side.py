@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
-from w2s_fast._pages import fork_beams, held_slots, lay_out_scoring
-from w2s_fast.attention import to_device
+from w2s_fast._pages import ScoringLayout, fork_beams, held_slots
+from w2s_fast.attention import RowTree, cut_buffer, host_buffer
 from w2s_fast.decoding import Draws
+from w2s_fast.kernels.score_select import score_select
 from w2s_fast.models import PagedModel
 from w2s_fast.search.guide import ChunkRows, GuidePartials, PagedGuide
-from w2s_fast.search.kinship import family_tree
 from w2s_fast.search.recompute import recompute
 from w2s_fast.search.request import Request
-from w2s_fast.search.selection import Selection, select
+from w2s_fast.search.selection import Selection
 
 _BOTH = (0, 1)  # the tuned and the untuned model of a guide
 
@@ -73,45 +72,45 @@ class GuideSide:
         copies = [
             fork_beams(beams, model.pool.manager, index) for _, _, index, model in self.models()
         ]
-        steps = 0 if drawn is None else len(drawn)
-        tokens, logprobs, counts, targets, rows, columns, most, width = lay_out_scoring(
-            beams, [request.beams for request in drawing], steps
+        layout = ScoringLayout(
+            beams,
+            [request.beams for request in drawing],
+            0 if drawn is None else len(drawn),
+            self.weights,
         )
-        there = to_device(
-            {
-                "tokens": tokens,
-                "logprobs": logprobs,
-                "targets": targets,
-                **{f"inputs{m}": inputs for m, (_, inputs, _) in enumerate(rows)},
-                **columns,
-                "weights": np.array(self.weights, np.float64),
-            },
-            self.guides[0].models[0].device,
-        )
-        all_tokens, all_logprobs = there.pop("tokens"), there.pop("logprobs")
+        device = self.guides[0].models[0].device
+        buffer = host_buffer(layout.nbytes, device)
+        layout.write(buffer.numpy())
+        columns = cut_buffer(buffer.to(device, non_blocking=True), layout.fields)
+        tokens, logprobs = columns.pop("tokens"), columns.pop("logprobs")
         if drawn is not None:
-            all_tokens = torch.cat([drawn.tokens.flatten(), all_tokens])
-            all_logprobs = torch.cat([drawn.logprobs.flatten(), all_logprobs])
-        index = there.pop("targets")
-        new = all_tokens.index_select(0, index)
-        inputs = [all_tokens.index_select(0, there.pop(f"inputs{m}")) for m in range(len(rows))]
-        found = []
-        for g, guide in enumerate(self.guides):
-            own = [
-                ChunkRows(rows[m][0], inputs[m], family_tree(rows[m][2]), copies[m])
-                for m in (2 * g, 2 * g + 1)
-            ]
-            found.append(guide.score(new, counts, own))
-        return select(
-            found,
-            new,
-            all_logprobs.index_select(0, index),
-            there.pop("weights"),
-            there,
-            columns["cu_tokens"],
-            most,
-            width,
+            tokens = torch.cat([drawn.tokens.flatten(), tokens])
+            logprobs = torch.cat([drawn.logprobs.flatten(), logprobs])
+        targets = columns.pop("targets")
+        new = tokens.index_select(0, targets)
+        rows = [
+            ChunkRows(
+                slots,
+                tokens.index_select(0, columns.pop(f"inputs{m}")),
+                RowTree(*tree),
+                copies[m],
+            )
+            for m, (slots, tree) in enumerate(layout.rows)
+        ]
+        partials = [
+            guide.score(new, layout.counts, rows[2 * g : 2 * g + 2])
+            for g, guide in enumerate(self.guides)
+        ]
+        shape = (len(columns["width"]), len(columns["previous"]), len(new), layout.max_width)
+        packed = score_select(
+            partials,
+            tokens=new,
+            logprobs=logprobs.index_select(0, targets),
+            **columns,
+            max_candidates=layout.max_candidates,
+            max_width=layout.max_width,
         )
+        return Selection(packed, shape, layout.cu_tokens, partials)
 
     def first_broken(self, guides: Sequence[GuidePartials], token: int) -> PagedModel:
         """The first model whose log-prob of a token is not finite."""

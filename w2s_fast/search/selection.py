@@ -1,15 +1,14 @@
-"""The selection of many rounds at once: what score_select is given, and what it answers."""
+"""The selection of many rounds at once: what score_select answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2s_fast.kernels.score_select import ScoreSelection, score_select
+from w2s_fast.kernels.score_select import ScoreSelection
 from w2s_fast.search.guide import GuidePartials
 
 
@@ -50,36 +49,3 @@ class Selection(NamedTuple):
         found = ScoreSelection.unpack(packed, *self.shape)
         columns = (found.token_scores, found.scores, found.kept, found.broken)
         return Choice(*(column.numpy() for column in columns))
-
-
-def select(
-    guides: Sequence[GuidePartials],
-    tokens: Tensor,
-    logprobs: Tensor,
-    weights: Tensor,
-    columns: dict[str, Tensor],
-    cu_tokens: NDArray[Any],
-    max_candidates: int,
-    max_width: int,
-) -> Selection:
-    """Launch the selection of many rounds in one call of the operator.
-
-    Args:
-        guides: what their models leave of the log-probs of ``tokens``.
-        tokens, logprobs: int64 and float32 [T], new tokens as drawn from the base.
-        weights: float64 [G].
-        columns: of score_select from ``cu_tokens`` on, by name.
-        cu_tokens: the same, on the host.
-        max_candidates, max_width: as in score_select.
-    """
-    shape = (len(columns["width"]), len(columns["previous"]), len(tokens), max_width)
-    packed = score_select(
-        guides,
-        weights,
-        tokens,
-        logprobs,
-        **columns,
-        max_candidates=max_candidates,
-        max_width=max_width,
-    )
-    return Selection(packed, shape, cu_tokens, list(guides))
