@@ -3,12 +3,16 @@
 // PassLayout fills memory that it is given. And Hold, for the locks of those who use it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "bindings_beams.h"
@@ -206,6 +210,32 @@ PYBIND11_MODULE(_pages, module) {
                            {rows, tokens, splits, pages}, back);
             }, py::arg("buffer").noconvert(), py::arg("offsets").noconvert(), py::arg("rows"),
             py::arg("tokens"), py::arg("splits"), py::arg("pages"), py::arg("back") = false);
+
+    // Fields of a buffer: (offset in bytes, items, one spare item). Values come first in each, and
+    // spare items behind them.
+    module.def("fill_fields", [](py::array_t<std::uint8_t, py::array::c_style> buffer,
+                                 const std::vector<std::tuple<std::int64_t, std::int64_t,
+                                                              py::bytes>>& fields,
+                                 const std::vector<py::array>& values) {
+        const std::span<std::byte> whole = bytes(buffer);
+        if (fields.size() != values.size()) throw w2s::PageMisuse("a value for each field");
+        for (std::size_t i = 0; i < fields.size(); ++i) {
+            const auto& [offset, items, spare] = fields[i];
+            const auto item = static_cast<std::string_view>(spare);
+            const auto size = static_cast<std::int64_t>(item.size());
+            const auto& value = values[i];
+            if (value.itemsize() != size || value.size() > items || offset < 0 ||
+                offset + items * size > static_cast<std::int64_t>(whole.size()) ||
+                !(value.flags() & py::array::c_style)) {
+                throw w2s::PageMisuse("a value does not fit into its field");
+            }
+            std::byte* next = whole.data() + offset;
+            std::byte* const end = next + items * size;
+            if (value.size() > 0) std::memcpy(next, value.data(), value.nbytes());
+            next += value.nbytes();
+            for (; next < end; next += size) std::memcpy(next, item.data(), item.size());
+        }
+    }, py::arg("buffer").noconvert(), py::arg("fields"), py::arg("values"));
 
     w2s::bind_beams(module);
 }

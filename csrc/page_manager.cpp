@@ -153,8 +153,8 @@ std::int32_t PageManager::take_page() {
 }
 
 // Cannot throw: the stack keeps the capacity for all pages that it started with.
-void PageManager::drop_page(std::int32_t page) {
-    const std::int32_t left = --references_[page];
+void PageManager::drop_page(std::int32_t page, std::int32_t holders) {
+    const std::int32_t left = references_[page] -= holders;
     if (left == 0) {
         free_pages_.push_back(page);
     } else if (left == 1 && cache_.holds(page)) {
@@ -305,14 +305,44 @@ void PageManager::trim(Ints slots) {
     for (const std::int32_t slot : slots) shrink(slot, pages_of(lengths_[slot]));
 }
 
+// What neighbours among the slots have in common, as the children of a beam do, is counted off once
+// for all of them: the cost follows from different pages, not from how long histories are.
 void PageManager::release(Ints slots) {
     check_slots(slots);
+    // Pages at positions `begin` and on of the current slot's row, which all slots from `first` to
+    // the current one hold in the same places. What stands above is held by later ones alone.
+    struct Run {
+        std::int64_t begin;
+        std::size_t first;
+    };
+    std::vector<Run> runs;
+    std::int64_t before = 0;  // what the slot has in common with the one before it
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        std::int32_t* const pages = row(slots[i]);
+        std::int64_t end = held_[slots[i]];
+        const std::int64_t after = i + 1 == slots.size() ? 0 : same_pages(slots[i], slots[i + 1]);
+        if (before < end) runs.push_back({before, i});
+        // Last page first, so that the next slot to grow gets them back in ascending order.
+        while (end > after) {
+            const auto [begin, first] = runs.back();
+            const auto holders = static_cast<std::int32_t>(i - first + 1);
+            while (end > std::max(begin, after)) drop_page(pages[--end], holders);
+            if (begin >= after) runs.pop_back();
+        }
+        std::fill_n(pages, held_[slots[i]], kNoPage);
+        before = after;
+    }
     for (const std::int32_t slot : slots) {
-        shrink(slot, 0);
         lengths_[slot] = 0;
         held_[slot] = kFree;
         free_slots_.push_back(slot);
     }
+}
+
+std::int64_t PageManager::same_pages(std::int32_t a, std::int32_t b) const {
+    const std::int32_t* const pages = row(a);
+    const auto most = std::min(held_[a], held_[b]);
+    return std::mismatch(pages, pages + most, row(b)).first - pages;
 }
 
 // ---- the prefix cache ----

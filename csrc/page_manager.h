@@ -173,7 +173,9 @@ private:
     void check_free_slots(std::int64_t wanted) const;
 
     std::int32_t take_page();
-    void drop_page(std::int32_t page);
+    void drop_page(std::int32_t page, std::int32_t holders = 1);
+    // How many of their first pages two slots have in common.
+    std::int64_t same_pages(std::int32_t a, std::int32_t b) const;
     void shrink(std::int32_t slot, std::int64_t pages);
 
     std::int32_t* row(std::int32_t slot) { return page_table_.data() + slot * max_pages_per_slot_; }

@@ -6,7 +6,7 @@ Every array is one-dimensional unless a shape is given; arguments must be contig
 
 from collections.abc import Callable, Sequence
 from threading import Lock
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,6 +111,13 @@ class PageManager:
     @property
     def reference_counts(self) -> Int32:
         """Read-only live view [num_pages]: the slots with the page, plus one if it is cached."""
+
+def fill_fields(
+    buffer: NDArray[np.uint8],
+    fields: Sequence[tuple[int, int, bytes]],
+    values: Sequence[NDArray[Any]],
+) -> None:
+    """Fields are (offset in bytes, items, one spare item): values, and spare items behind them."""
 
 class PassLayout:
     """One forward pass, laid out for the attention kernels; see csrc/plan.h."""

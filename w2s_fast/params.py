@@ -118,6 +118,11 @@ class SearchParams:
         return self.beam_width if self.method == "cbs" else self.n
 
     @property
+    def rows(self) -> int:
+        """Rows of a decoding step at most, each with a slot of its own."""
+        return max(self.first_candidates, self.kept)
+
+    @property
     def tokens_per_round(self) -> int:
         """Tokens a candidate samples before the next selection, at most."""
         if self.method == "cbs" and self.chunk_length is not None:

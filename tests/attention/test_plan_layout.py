@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from tests.attention.numpy_plan import NumpyPlan, SplitSegments, only
 from tests.kernels.forests import Forest, Request, make_forest
-from w2s_fast._pages import PassLayout
+from w2s_fast._pages import SHORTEST_SEGMENT, PassLayout
 from w2s_fast.attention.kernel import Bounds, KernelPlan, PassFields
-from w2s_fast.attention.row_tree import SHORTEST_SEGMENT, Level, RowTree
+from w2s_fast.attention.row_tree import Level, RowTree
 from w2s_fast.attention.staging import Field
 from w2s_fast.cache import PagePool
 from w2s_fast.errors import PageMisuse

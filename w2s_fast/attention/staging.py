@@ -7,13 +7,15 @@ small tensors. So the host fills one buffer, and the tensors are views of its co
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from w2s_fast._pages import fill_fields
 
 _ALIGNMENT = 16  # bytes; kernels may then load any field 16 bytes at a time
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
@@ -46,10 +48,12 @@ class Fields:
         self._fields = dict(fields)
         self.offsets: dict[str, int] = {}
         self.nbytes = 0
-        for name, field in self._fields.items():
+        self._places: dict[str, tuple[int, int, bytes]] = {}
+        for name, (dtype, shape, spare) in self._fields.items():
             self.offsets[name] = self.nbytes
-            size = math.prod(field.shape) * field.dtype.itemsize
-            self.nbytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+            items = math.prod(shape)
+            self._places[name] = (self.nbytes, items, _NUMPY[dtype].type(spare).tobytes())
+            self.nbytes += -(-items * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
     def __contains__(self, name: str) -> bool:
         return name in self._fields
@@ -64,18 +68,17 @@ class Fields:
             views[name] = whole[dtype].as_strided(shape, strides, offset // dtype.itemsize)
         return views
 
+    def nothing(self, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+        """An empty value for each of these fields."""
+        return {name: np.empty(0, _NUMPY[self._fields[name].dtype]) for name in names}
+
     def fill(self, buffer: NDArray[np.uint8], values: Mapping[str, NDArray[Any]]) -> None:
         """Put values first into the fields of these names, and what is spare behind them.
 
-        ``buffer``: uint8 [at least ``nbytes``]; the values have one dimension, as the fields.
+        ``buffer``: uint8 [at least ``nbytes``]; the values have one dimension and the dtype of
+        their field.
         """
-        for name, value in values.items():
-            dtype, (size,), spare = self._fields[name]
-            begin = self.offsets[name]
-            kind = _NUMPY[dtype]
-            array = buffer[begin : begin + size * kind.itemsize].view(kind)
-            array[: len(value)] = value
-            array[len(value) :] = spare
+        fill_fields(buffer, [self._places[name] for name in values], list(values.values()))
 
 
 def host_buffer(nbytes: int, device: torch.device) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,7 +21,6 @@ from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
 
 # Pages a row that most buckets have room for: 2,048 tokens with pages of 16.
 _PAGES = 128
-_NOTHING: NDArray[Any] = np.empty(0)
 
 
 class Bucket(NamedTuple):
@@ -93,11 +91,13 @@ class StaticPlan:
         plan: what a pass attends by: views of ``buffer``.
         more: what was asked for beside it, by name: views of it, too.
         buffer: uint8 [n], on the pool's device.
+        nothing: no value for any of ``more``.
     """
 
     plan: KernelPlan
     more: dict[str, Tensor]
     buffer: Tensor
+    nothing: dict[str, NDArray[Any]]
     _made: PassFields
 
     @classmethod
@@ -126,7 +126,8 @@ class StaticPlan:
         )
         tensors = made.fields.tensors(buffer)
         plan = KernelPlan.over(pool, tensors, bounds)
-        return cls(plan, {name: tensors[name] for name in more}, buffer, made)
+        ours = {name: tensors[name] for name in more}
+        return cls(plan, ours, buffer, made.fields.nothing(more), made)
 
     def clear(self) -> None:
         """No row is left, and no token."""
@@ -148,5 +149,5 @@ class StaticPlan:
         host = host_buffer(len(self.buffer), self.buffer.device)
         array = host.numpy()
         self._made.write(layout, array, back)
-        self._made.fields.fill(array, {name: more.get(name, _NOTHING) for name in self.more})
+        self._made.fields.fill(array, {**self.nothing, **more})
         self.buffer.copy_(host, non_blocking=True)

@@ -12,11 +12,14 @@ from w2s_fast.errors import PageMisuse
 
 Int32Array: TypeAlias = NDArray[np.int32]
 Ints: TypeAlias = NDArray[np.integer] | Sequence[int]
+_INT32 = np.dtype(np.int32)
 NO_COPIES: Int32Array = np.empty((0, 2), np.int32)
 
 
 def as_int32(values: Ints) -> Int32Array:
     """`values` as a contiguous int32 array [n]. PageMisuse if they are not integers that fit."""
+    if isinstance(values, np.ndarray) and values.dtype is _INT32 and values.ndim == 1:
+        return np.ascontiguousarray(values)  # as nearly all are: the same array
     array = np.asarray(values)
     if array.ndim != 1:
         raise PageMisuse(f"expected one dimension, got {array.ndim}")

@@ -15,7 +15,7 @@ from w2s_fast.decoding.graphs import Recordings, round_up_rows, rows_recorded
 from w2s_fast.decoding.recorder import Recorder
 from w2s_fast.decoding.sampling import SamplingBatch, SamplingColumns, sampling_fields
 from w2s_fast.kernels.copy_pages import copy_pages
-from w2s_fast.models import PagedModel, run_body
+from w2s_fast.models import PagedModel, inference, run_body
 
 # Steps whose draws stay on the device at once; of more, what was drawn is put away in between.
 _STEPS = 64
@@ -83,14 +83,14 @@ class DecodeGraphs:
             self._drawn: dict[int, Draws] = {}
         self.recordings = Recordings(model, recorder, self._prepare)
 
-    @torch.inference_mode()
+    @inference
     def warm_up(self) -> None:
         """Record the smallest bucket for each number of rows, before any request waits for it."""
         # The largest first: the others find room in the memory that it left behind.
         for rows in reversed(rows_recorded(self._max_rows)):
             self.recordings.make(Bucket.smallest(rows, rows, 1, self._most_pages))
 
-    @torch.inference_mode()
+    @inference
     def run(
         self,
         slots: Ints,

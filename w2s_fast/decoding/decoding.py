@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from w2s_fast.attention import AttentionPlan, RowTree
 from w2s_fast.cache import Ints, as_int32
 from w2s_fast.errors import PageMisuse
-from w2s_fast.models import PagedModel, run_body
+from w2s_fast.models import PagedModel, inference, run_body
 
 
 class Decoding:
@@ -19,7 +18,7 @@ class Decoding:
     until the last step is taken.
     """
 
-    @torch.inference_mode()
+    @inference
     def __init__(
         self, model: PagedModel, slots: Ints, steps: int, tree: RowTree | None = None
     ) -> None:
@@ -52,7 +51,7 @@ class Decoding:
             )
         return self._plan
 
-    @torch.inference_mode()
+    @inference
     def step(self, tokens: Tensor) -> Tensor:
         """Append tokens int64 [S], one to each slot: last hidden states [S, D]."""
         self._need(1)

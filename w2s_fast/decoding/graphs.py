@@ -10,11 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-import torch
-
 from w2s_fast.attention import Bucket
 from w2s_fast.decoding.recorder import NothingRecorded, Recorder
-from w2s_fast.models import PagedModel
+from w2s_fast.models import PagedModel, inference
 
 # Graphs of one model; each holds some memory of the driver's besides the pool that they share.
 # Shapes beyond run without: to throw one away for another could mean to record in every round.
@@ -94,7 +92,7 @@ class Recordings(Generic[S]):
         static = self._static_of(bucket)
         return Recording(static.run, static)
 
-    @torch.inference_mode()
+    @inference
     def record_missed(self, least: int = 2) -> bool:
         """Record the bucket that was missed most often, if that was ``least`` times.
 

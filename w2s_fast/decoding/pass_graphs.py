@@ -105,7 +105,7 @@ class PassGraphs:
         more: dict[str, NDArray[Any]] = {"copies": copies.ravel()}
         on_device = isinstance(tokens, Tensor) and tokens.device != torch.device("cpu")
         if not on_device:
-            more["tokens"] = np.asarray(tokens)
+            more["tokens"] = np.asarray(tokens, np.int64)
         static.plan.load(layout, more)
         if isinstance(tokens, Tensor) and on_device:
             static.tokens[:count].copy_(tokens)

@@ -6,6 +6,7 @@ The room knows no sampling, no beams and no text.
 """
 
 from w2s_fast.models.body import run_body
+from w2s_fast.models.inference import inference
 from w2s_fast.models.limits import main_memory
 from w2s_fast.models.load import (
     ModelSource,
@@ -21,6 +22,7 @@ from w2s_fast.models.model import PagedModel
 __all__ = [
     "ModelSource",
     "PagedModel",
+    "inference",
     "kv_tokens_that_fit",
     "load_model",
     "load_tokenizer",

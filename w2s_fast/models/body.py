@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from w2s_fast.attention import ATTENTION_NAME, Attends
 from w2s_fast.errors import UnsupportedModel
+from w2s_fast.models.inference import inference
 from w2s_fast.models.view import ModelView
 
 PROBE_TOKENS = 6
@@ -25,6 +26,7 @@ def view_of(model: PreTrainedModel, name: str, attention: str = ATTENTION_NAME) 
         raise refuse(model, name, f"no view of its modules can be made: {error}") from error
 
 
+@inference
 def run_body(
     view: PreTrainedModel,
     tokens: Tensor,
@@ -37,7 +39,7 @@ def run_body(
     ``view``: ours of the model, under paged attention. ``body``: what to run in the place of
     ``view.base_model``: the same, compiled.
     """
-    with torch.inference_mode(), outside_autocast(tokens.device):
+    with outside_autocast(tokens.device):
         out = (view.base_model if body is None else body)(
             input_ids=tokens[None],
             position_ids=positions[None],

@@ -28,6 +28,7 @@ from w2s_fast.models.body import (
     view_of,
 )
 from w2s_fast.models.changes import Change, Watch
+from w2s_fast.models.inference import inference
 from w2s_fast.models.lm_head import LMHead
 from w2s_fast.models.probe import kv_shape
 
@@ -150,7 +151,7 @@ class PagedModel:
     def device(self) -> torch.device:
         return self.pool.device
 
-    @torch.inference_mode()
+    @inference
     def forward(
         self,
         slots: Ints,
@@ -197,14 +198,14 @@ class PagedModel:
         forbidden[sorted(ids)] = True
         self.head.forbidden = forbidden.to(self.device)
 
-    @torch.inference_mode()
+    @inference
     def logits(self, hidden: Tensor, own: bool = False) -> Tensor:
         """Hidden states [N, D] -> logits [N, V], as the model defines them; -inf where forbidden,
         unless its ``own`` are asked for."""
         with outside_autocast(self.device):
             return self.head.logits(hidden, own)
 
-    @torch.inference_mode()
+    @inference
     def token_partials(
         self, hidden: Tensor, tokens: Tensor, vocab_size: int | None = None
     ) -> Partials:

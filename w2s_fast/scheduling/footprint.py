@@ -1,4 +1,4 @@
-"""How many rows and pages a request needs at most; in its next round: csrc/beams.h."""
+"""How many pages a request needs at most; in its next round: csrc/beams.h."""
 
 from __future__ import annotations
 
@@ -8,14 +8,6 @@ from w2s_fast.search import Request
 
 # A model of a guide: which guide's, and 0 for its tuned or 1 for its untuned one.
 OfGuide: TypeAlias = tuple[int, int]
-
-
-def rows_at_most(request: Request) -> int:
-    """Rows that a request can have in a decoding step, each with a slot of its own."""
-    params = request.params
-    if params.method == "cbs":
-        return max(params.first_candidates, params.kept)
-    return params.first_candidates
 
 
 def pages_at_most(request: Request, guide: OfGuide | None, page_size: int) -> int:
@@ -32,7 +24,7 @@ def pages_at_most(request: Request, guide: OfGuide | None, page_size: int) -> in
     longest = prompt + params.max_new_tokens
     histories = params.kept * (longest // page_size - prompt // page_size)
     chunk = -(-(page_size - 1 + params.tokens_per_round) // page_size)
-    return prompt // page_size + histories + rows_at_most(request) * chunk
+    return prompt // page_size + histories + request.rows * chunk
 
 
 def _prompt_length(request: Request, guide: OfGuide | None) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.params import SearchParams
-from w2s_fast.scheduling.footprint import pages_at_most, rows_at_most
+from w2s_fast.scheduling.footprint import pages_at_most
 from w2s_fast.scheduling.runner import Runner
 from w2s_fast.scheduling.scheduler import Room, Scheduler
 from w2s_fast.search import Request, Search
@@ -64,7 +64,7 @@ def rehearse(runner: Runner, search: Search, scheduler: Scheduler, vocab_size: i
 
 def _rooms(search: Search, request: Request) -> list[Room]:
     base, *of_guides = search.models
-    rows = rows_at_most(request)
+    rows = request.rows
     rooms = [(base, pages_at_most(request, None, base.pool.page_size))]
     for i, model in enumerate(of_guides):
         rooms.append((model, pages_at_most(request, divmod(i, 2), model.pool.page_size)))

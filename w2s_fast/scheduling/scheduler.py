@@ -13,19 +13,16 @@ that are under way.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import merge
 from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from w2s_fast._pages import round_pages
 from w2s_fast.cache import PagePool
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
-from w2s_fast.scheduling.footprint import OfGuide, pages_at_most, rows_at_most
+from w2s_fast.scheduling.footprint import OfGuide, pages_at_most
 from w2s_fast.search import Request
 
 # How many steps a request of one priority waits for those of the next higher one.
@@ -94,10 +91,9 @@ class Scheduler:
                     f"{share.model.name}, which has {pool.num_pages * pool.page_size}; allowed: a "
                     "shorter prompt, fewer candidates or new tokens, or a larger kv_cache_tokens"
                 )
-            if rows_at_most(request) > pool.manager.max_slots:
+            if request.rows > pool.manager.max_slots:
                 raise InvalidRequest(
-                    f"the request has {rows_at_most(request)} candidates; allowed: "
-                    f"{pool.manager.max_slots}"
+                    f"the request has {request.rows} candidates; allowed: {pool.manager.max_slots}"
                 )
 
     def submit(self, request: Request) -> None:
@@ -124,11 +120,12 @@ class Scheduler:
     def choose(self) -> Choice:
         """Decide who takes part in the next step; ``running`` and ``waiting`` follow."""
         self._steps += 1
-        free = np.array([share.model.pool.num_pages for share in self._shares])
+        pages = [share.model.pool.num_pages for share in self._shares]
+        free, headroom = pages, [own // _HEADROOM for own in pages]
         chosen = self.in_round
-        rows = sum(rows_at_most(request) for request in chosen)
-        if chosen:
-            free -= np.sum([request.promised for request in chosen], axis=0)
+        rows = sum(request.rows for request in chosen)
+        for request in chosen:
+            free = [f - p for f, p in zip(free, request.promised)]
         between = sorted((r for r in self.running if not r.in_round), key=_urgency)
         set_aside: list[Request] = []
         entered: list[Request] = []
@@ -137,17 +134,20 @@ class Scheduler:
         # All that may be looked at: the requests that run, and as many of the others as can enter
         # or be missed.
         asking = list(merge(between, self.waiting[: self.max_rows + _MOST_MISSES], key=_urgency))
-        headroom = np.array([share.model.pool.num_pages for share in self._shares]) // _HEADROOM
-        for request, needed in zip(asking, self._round_pages(asking)):
+        sizes = [share.model.pool.page_size for share in self._shares]
+        for request, needed in zip(asking, round_pages([r.beams for r in asking], sizes).tolist()):
             waits = request not in running
             if waits and misses == _MOST_MISSES:
                 continue
-            spare = headroom if waits and chosen else 0
-            fits = ((needed == 0) | (needed + spare <= free)).all()
-            if fits and (not chosen or rows + rows_at_most(request) <= self.max_rows):
+            fits = not chosen or rows + request.rows <= self.max_rows
+            if waits and chosen:
+                fits = fits and all(n == 0 or n + h <= f for n, h, f in zip(needed, headroom, free))
+            else:
+                fits = fits and all(n <= f for n, f in zip(needed, free))
+            if fits:
                 request.promised = needed
-                free -= needed
-                rows += rows_at_most(request)
+                free = [f - n for f, n in zip(free, needed)]
+                rows += request.rows
                 chosen.append(request)
                 if waits:
                     entered.append(request)
@@ -196,13 +196,8 @@ class Scheduler:
     def _wait(self, request: Request) -> None:
         insort(self.waiting, request, key=_urgency)
 
-    def _round_pages(self, requests: Sequence[Request]) -> NDArray[np.int64]:
-        """Pages that each holds at most in its next round: [R, models]; 0 where it runs not."""
-        sizes = [share.model.pool.page_size for share in self._shares]
-        return round_pages([request.beams for request in requests], sizes)
-
     def _shares_of(self, request: Request) -> list[_Share]:
-        guides = request.params.uses_guides
+        guides = request.uses_guides
         return [share for share in self._shares if share.guide is None or guides]
 
 

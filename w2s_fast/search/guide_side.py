@@ -123,7 +123,7 @@ class GuideSide:
 
     def recompute(self, requests: Sequence[Request]) -> None:
         """New slots for the hypotheses of requests that were set aside; not where no guide runs."""
-        guided = [request for request in requests if request.params.uses_guides]
+        guided = [request for request in requests if request.uses_guides]
         for g, m, index, model in self.models():
             slots = recompute(model, guided, [r.guide_prompts[g][m] for r in guided])
             for request, own in zip(guided, slots):

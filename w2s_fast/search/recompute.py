@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from w2s_fast.cache import Int32Array
-from w2s_fast.models import PagedModel
+from w2s_fast.models import PagedModel, inference
 from w2s_fast.search.request import Request
 
 
-@torch.inference_mode()
+@inference
 def recompute(
     model: PagedModel, requests: Sequence[Request], prompts: Sequence[Sequence[int]]
 ) -> list[Int32Array]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from w2s_fast._pages import Beam, Beams
 from w2s_fast.errors import W2SFastError
 from w2s_fast.kernels.noise import seed_bits
@@ -66,7 +63,10 @@ class Request:
         )
         self.urgency = (0, 0)  # the scheduler's: smaller numbers run first
         # Pages of the round under way in every model, as the scheduler counts them.
-        self.promised: NDArray[np.int64] = np.empty(0, np.int64)
+        self.promised: Sequence[int] = ()
+        # Asked for in every step: of the parameters.
+        self.rows = params.rows
+        self.uses_guides = params.uses_guides
         self.stats = RequestStats()
         self.streams = False  # whether somebody wants to know what its hypotheses agree on
         self.agreed: list[int] = []  # that, after the last step it took part in
@@ -110,6 +110,6 @@ class Request:
 
     def score_of(self, beam: Beam) -> float | None:
         """The beam's score as this request defines it; None where no guide runs."""
-        if not self.params.uses_guides:
+        if not self.uses_guides:
             return None
         return beam.total / len(beam.tokens) if self.params.score == "mean" else beam.total

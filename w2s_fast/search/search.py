@@ -22,7 +22,7 @@ from w2s_fast._pages import (
 from w2s_fast.attention import Reading
 from w2s_fast.decoding import DecodeGraphs
 from w2s_fast.errors import NumericalError
-from w2s_fast.models import PagedModel
+from w2s_fast.models import PagedModel, inference
 from w2s_fast.search.base_side import BaseSide, Drawn
 from w2s_fast.search.guide import PagedGuide
 from w2s_fast.search.guide_side import GuideSide
@@ -69,6 +69,7 @@ class Search:
         guides = self.guides.guides
         return [self.base.model, *(model for guide in guides for model in guide.models)]
 
+    @inference
     def step(self, requests: Sequence[Request]) -> None:
         """Bring every request some tokens further; select in those whose round is complete.
 
@@ -96,13 +97,13 @@ class Search:
             self._take(drawn)
             drawn, left = None, tokens_left(_beams(requests))
         complete = [r for r, more in zip(requests, left > 0) if r.error is None and not more]
-        scored = [request for request in complete if request.params.uses_guides]
+        scored = [request for request in complete if request.uses_guides]
         new = [request for request in scored if request.beams.round == 1]
         with timed("prefill_s", [request.stats for request in new]):
             self.guides.prefill(new)
         with timed("scoring_s", [request.stats for request in scored]):
             self._score(scored, drawn)
-        unscored = [r for r in complete if r.error is None and not r.params.uses_guides]
+        unscored = [r for r in complete if r.error is None and not r.uses_guides]
         keep_all(_beams(unscored), self._managers)
         _count_rounds(unscored)
 
