@@ -70,12 +70,12 @@ def test_more_candidates_than_a_tile_holds(count):
         chunks=chunks,
         siblings=[c % 2 for c in range(count)],
         previous=[0.0] * count,
-        before=[0] * count,
+        before=[c % 2 for c in range(count)],
         parents=list(range(count)),
         tuned=[scores],
         untuned=[[[0.1] * 2 for _ in chunks]],
         width=count // 2,
-        mean=False,
+        mean=count != 65,
         dedup=True,
     )
     options = launch_options(count, count // 2)
