@@ -211,20 +211,20 @@ PYBIND11_MODULE(_pages, module) {
             }, py::arg("buffer").noconvert(), py::arg("offsets").noconvert(), py::arg("rows"),
             py::arg("tokens"), py::arg("splits"), py::arg("pages"), py::arg("back") = false);
 
-    // Fields of a buffer: (offset in bytes, items, one spare item). Values come first in each, and
-    // spare items behind them.
+    // Fields of a buffer: (offset in bytes, items, one spare item, NumPy's letter for its kind).
+    // Values come first in each, and spare items behind them.
     module.def("fill_fields", [](py::array_t<std::uint8_t, py::array::c_style> buffer,
                                  const std::vector<std::tuple<std::int64_t, std::int64_t,
-                                                              py::bytes>>& fields,
+                                                              py::bytes, char>>& fields,
                                  const std::vector<py::array>& values) {
         const std::span<std::byte> whole = bytes(buffer);
         if (fields.size() != values.size()) throw w2s::PageMisuse("a value for each field");
         for (std::size_t i = 0; i < fields.size(); ++i) {
-            const auto& [offset, items, spare] = fields[i];
+            const auto& [offset, items, spare, kind] = fields[i];
             const auto item = static_cast<std::string_view>(spare);
             const auto size = static_cast<std::int64_t>(item.size());
             const auto& value = values[i];
-            if (value.itemsize() != size || value.size() > items || offset < 0 ||
+            if (value.itemsize() != size || value.dtype().kind() != kind || value.size() > items || offset < 0 ||
                 offset + items * size > static_cast<std::int64_t>(whole.size()) ||
                 !(value.flags() & py::array::c_style)) {
                 throw w2s::PageMisuse("a value does not fit into its field");

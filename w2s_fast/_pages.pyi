@@ -114,10 +114,10 @@ class PageManager:
 
 def fill_fields(
     buffer: NDArray[np.uint8],
-    fields: Sequence[tuple[int, int, bytes]],
+    fields: Sequence[tuple[int, int, bytes, str]],
     values: Sequence[NDArray[Any]],
 ) -> None:
-    """Fields are (offset in bytes, items, one spare item): values, and spare items behind them."""
+    """Fields are (offset in bytes, items, one spare item, kind): values, and spare items behind."""
 
 class PassLayout:
     """One forward pass, laid out for the attention kernels; see csrc/plan.h."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from w2s_fast.attention.staging import Field, Fields, Room, host_buffer
+from w2s_fast.errors import PageMisuse
 
 DTYPES = [torch.int32, torch.int64, torch.float32, torch.float64]
+NUMPY = {dtype: torch.empty(0, dtype=dtype).numpy().dtype for dtype in DTYPES}
 CPU = torch.device("cpu")
 
 fields_of = st.lists(
@@ -32,7 +35,7 @@ def test_every_field_keeps_what_was_filled_in(
     buffer = host_buffer(fields.nbytes, CPU).fill_(77)
     assert len(buffer) % 16 == 0
     values = {
-        name: np.arange(1, 1 + data.draw(st.integers(0, field.shape[0])))
+        name: np.arange(1, 1 + data.draw(st.integers(0, field.shape[0])), dtype=NUMPY[field.dtype])
         for name, field in wanted.items()
     }
     fields.fill(buffer.numpy(), values)
@@ -64,3 +67,14 @@ def test_a_room_gives_the_same_memory_until_it_is_too_small() -> None:
     assert room.take(128).data_ptr() == larger.data_ptr()
     first.fill_(1)  # still its holder's
     assert first.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.zeros(3), np.zeros(3, np.int32), np.zeros(5, np.int64), np.zeros(6, np.int64)[::2]],
+)
+def test_a_value_that_does_not_fit_is_refused(values: np.ndarray) -> None:
+    fields = Fields({"a": Field(torch.int64, (4,))})
+    buffer = np.zeros(fields.nbytes, np.uint8)
+    with pytest.raises(PageMisuse, match="does not fit"):
+        fields.fill(buffer, {"a": values})

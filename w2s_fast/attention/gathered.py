@@ -130,17 +130,25 @@ def _segments(tree: RowTree, new: Int64Array, old: Int64Array) -> list[Runs]:
     0.98 / 1.28 / 1.8 times (python -m bench.cpu_attention --history 0 --prompts 16 32 64, "flat"
     to "tree", one core).
     """
-    start, level = new.cumsum() - new, np.zeros(len(new), np.int64)
-    levels: list[list[tuple[int, ...]]] = []
-    columns = (tree.first, tree.count, tree.begin, tree.end)
-    for first, count, begin, end in zip(*(column.tolist() for column in columns)):
-        rows = slice(first, first + count)
-        if level[first] == len(levels):
-            levels.append([])
-        tokens, low, high = new[rows].sum(), old[rows].min(), (old + new)[rows].max() - 1
-        levels[level[first]].append((start[first], tokens, first, begin, end, end, low, high))
-        level[rows] += 1
-    return [Runs(*np.array(runs, np.int64).T) for runs in levels]
+    start = np.concatenate(([0], new.cumsum()))
+    first, count, begin, end = (
+        column.astype(np.int64) for column in (tree.first, tree.count, tree.begin, tree.end)
+    )
+    last = first + count
+    # Of the rows of each segment; what comes between two segments is left out.
+    edges = np.stack([first, last], 1).ravel()
+    low = np.minimum.reduceat(np.append(old, 0), edges)[::2] if len(first) else old[:0]
+    high = np.maximum.reduceat(np.append(old + new, 0), edges)[::2] - 1 if len(first) else old[:0]
+    whole = Runs(start[first], start[last] - start[first], first, begin, end, end, low, high)
+    levels, left = [], np.ones(len(first), bool)
+    reached = np.zeros(len(new), np.int64)  # to where segments cover each row so far
+    while left.any():
+        own = np.flatnonzero(left & (begin == reached[first]))
+        levels.append(whole[own])
+        left[own] = False
+        rows = np.repeat(last[own] - count[own].cumsum(), count[own]) + np.arange(count[own].sum())
+        reached[rows] = np.repeat(end[own], count[own])
+    return levels
 
 
 def _blocks(runs: Runs, table: Int64Array, pool: PagePool, own: bool) -> list[Block]:

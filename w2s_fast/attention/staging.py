@@ -48,11 +48,12 @@ class Fields:
         self._fields = dict(fields)
         self.offsets: dict[str, int] = {}
         self.nbytes = 0
-        self._places: dict[str, tuple[int, int, bytes]] = {}
+        self._places: dict[str, tuple[int, int, bytes, str]] = {}
         for name, (dtype, shape, spare) in self._fields.items():
             self.offsets[name] = self.nbytes
             items = math.prod(shape)
-            self._places[name] = (self.nbytes, items, _NUMPY[dtype].type(spare).tobytes())
+            kind = _NUMPY[dtype]
+            self._places[name] = (self.nbytes, items, kind.type(spare).tobytes(), kind.kind)
             self.nbytes += -(-items * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
     def __contains__(self, name: str) -> bool:
