@@ -1,6 +1,6 @@
 // Random operations on a PageManager beside a naive model, to be built with the sanitizers.
 //
-//     random_operations OPERATIONS SEED
+//     random_operations OPERATIONS ROUNDS SEED
 //
 // The model keeps the tokens of each slot and a memory of one value per (page, offset), written
 // and copied only as the manager says. The value is a hash of the token and all tokens before it,
@@ -18,6 +18,7 @@
 
 #include "page_manager.h"
 #include "plan.h"
+#include "random_rounds.h"
 
 namespace {
 
@@ -479,9 +480,9 @@ struct World {
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc != 3) return 2;
+    if (argc != 4) return 2;
     const long operations = std::atol(argv[1]);
-    std::mt19937_64 random(std::strtoull(argv[2], nullptr, 10));
+    std::mt19937_64 random(std::strtoull(argv[3], nullptr, 10));
     std::map<std::string, long> happened;
     for (long done = 0; done < operations;) {
         World world(random, happened);
@@ -491,6 +492,7 @@ int main(int argc, char** argv) {
         }
         world.finish();
     }
+    random_rounds(std::atol(argv[2]), random, happened);
     for (const auto& [what, count] : happened) std::printf("%s: %ld\n", what.c_str(), count);
     return 0;
 }

@@ -1,0 +1,184 @@
+// Random searches through beams.h and rounds.h over real page managers, for the sanitizers.
+//
+// What they compute is held to lists of tokens in tests/csrc/test_beams.py; here all that is asked
+// for is that no memory is misused, whatever happens, and that every slot comes back.
+#include "random_rounds.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "rounds.h"
+
+namespace {
+
+using Random = std::mt19937_64;
+using w2s::Beams;
+using w2s::Requests;
+
+std::int64_t pick(Random& random, std::int64_t least, std::int64_t most) {
+    return std::uniform_int_distribution<std::int64_t>(least, most)(random);
+}
+
+std::unique_ptr<Beams> some_request(Random& random) {
+    const auto number = [&](std::int64_t least, std::int64_t most) {
+        return static_cast<std::int32_t>(pick(random, least, most));
+    };
+    const auto flag = [&] { return number(0, 1) == 1; };
+    w2s::SearchSettings settings{
+        number(1, 9), number(1, 5), number(1, 4), number(1, 40), 0, flag(), flag(), flag(),
+        number(0, 3) > 0, flag(), {0}, {1, 2}, 1.0F, 0, 1.0, 0.0, 7};
+    settings.max_new_tokens = number(settings.chunk, 60);
+    // Without a guide there is one round.
+    if (!settings.uses_guides) settings.chunk = settings.max_new_tokens;
+    settings.width = std::min(settings.width, settings.first_candidates);
+    const std::vector<w2s::PromptEnd> guides{{number(1, 20), 3}, {number(1, 20), 4}};
+    return std::make_unique<Beams>(settings, std::vector<std::int32_t>(number(1, 20), 5), guides);
+}
+
+void grow(w2s::PageManager& manager, const w2s::Int32s& slots, const w2s::Int32s& counts) {
+    manager.reserve(slots, counts);
+    manager.extend(slots, counts);
+}
+
+// The slots that a request without any gets, with what its texts have but their last tokens.
+void take_slots(Beams& request, std::vector<std::unique_ptr<w2s::PageManager>>& managers, int m) {
+    const bool root = request.round() == 1 && request.open();
+    w2s::Int32s counts;
+    if (root) {
+        counts.push_back(request.prompt_end(m).length - 1);
+    } else {
+        for (const w2s::Beam& beam : request.kept()) {
+            if (!beam.finished()) counts.push_back(request.prompt_end(m).length + beam.length - 1);
+        }
+    }
+    const w2s::Int32s slots = managers[m]->allocate(std::ssize(counts));
+    grow(*managers[m], slots, counts);
+    if (root) {
+        request.set_root_slot(m, slots[0]);
+    } else {
+        request.set_kept_slots(m, slots);
+    }
+}
+
+}  // namespace
+
+void random_rounds(long rounds, Random& random, std::map<std::string, long>& happened) {
+    std::vector<std::unique_ptr<w2s::PageManager>> managers;
+    Beams::Managers all;
+    for (int m = 0; m < 3; ++m) {
+        managers.push_back(std::make_unique<w2s::PageManager>(20'000, 4, 400, 40));
+        all.push_back(managers.back().get());
+    }
+    std::vector<std::unique_ptr<Beams>> owners;
+    for (long done = 0; done < rounds; ++done) {
+        std::erase_if(owners, [&](const auto& request) { return request->done(); });
+        while (owners.size() < 3) owners.push_back(some_request(random));
+        Requests requests;
+        for (const auto& request : owners) {
+            if (pick(random, 0, 3) > 0) requests.push_back(request.get());
+        }
+        std::vector<bool> fresh;
+        for (const Beams* request : requests) fresh.push_back(!request->open());
+        begin_rounds(requests);
+        for (std::size_t r = 0; r < requests.size(); ++r) {
+            if (requests[r]->round() == 1 && fresh[r]) take_slots(*requests[r], managers, 0);
+        }
+        const w2s::Int32s left = tokens_left(requests);
+        Requests growing;
+        std::int32_t most = 16;
+        for (std::size_t r = 0; r < requests.size(); ++r) {
+            if (left[r] == 0) continue;
+            growing.push_back(requests[r]);
+            most = std::min(most, left[r]);
+        }
+        if (!growing.empty()) {
+            const std::int64_t steps = pick(random, 1, most);
+            const w2s::Sources sources = lay_out_sources(growing, *managers[0]);
+            grow(*managers[0], sources.slots, sources.counts);
+            fork_beams(growing, *managers[0], 0);
+            const w2s::GrowingRows rows = lay_out_rows(growing);
+            grow(*managers[0], rows.slots,
+                 w2s::Int32s(rows.slots.size(), static_cast<std::int32_t>(steps - 1)));
+            std::vector<std::int64_t> tokens(rows.slots.size() * steps);
+            for (std::int64_t& token : tokens) token = pick(random, 0, 30);
+            std::vector<float> logprobs(tokens.size(), -1.0F);
+            if (pick(random, 0, 20) == 0) logprobs[pick(random, 0, tokens.size() - 1)] /= 0.0F;
+            const auto broken = take_tokens(growing, tokens, logprobs, steps);
+            release_finished(growing, *managers[0], 0);
+            for (const auto& [index, _, position] : broken) {
+                growing[index]->abort(all);
+                std::erase_if(owners, [&](const auto& own) { return own.get() == growing[index]; });
+                std::erase(requests, growing[index]);
+                ++happened["broken"];
+            }
+        }
+        Requests scored, others;
+        for (Beams* request : requests) {
+            if (request->tokens_left() > 0) continue;
+            (request->settings().uses_guides ? scored : others).push_back(request);
+        }
+        keep_all(others, all);
+        if (!scored.empty()) {
+            for (int m = 1; m < 3; ++m) {
+                for (Beams* request : scored) {
+                    if (request->round() == 1) take_slots(*request, managers, m);
+                }
+                fork_beams(scored, *managers[m], m);
+            }
+            const w2s::Scoring scoring = lay_out_scoring(scored, {}, 0);
+            for (int m = 1; m < 3; ++m) {
+                grow(*managers[m], scoring.slots[m - 1], scoring.counts);
+                scoring.levels[m - 1].tree();
+            }
+            const std::vector<double> scores(scoring.targets.size(), 0.5);
+            take_scores(scored, scoring.cu_tokens, scores, scoring.previous,
+                        std::vector<std::int64_t>(scoring.previous.size(), -1));
+            std::vector<std::int64_t> kept;
+            for (const Beams* request : scored) {
+                std::vector<std::int64_t> order(request->candidates().size());
+                for (std::size_t c = 0; c < order.size(); ++c) order[c] = c;
+                std::shuffle(order.begin(), order.end(), random);
+                order.resize(std::min<std::size_t>(order.size(), request->settings().width));
+                order.resize(scoring.max_width, -1);
+                kept.insert(kept.end(), order.begin(), order.end());
+            }
+            end_rounds(scored, kept, all);
+            ++happened["scored"];
+        }
+        for (const auto& request : owners) {
+            request->agreed();
+            request->trace();
+            if (pick(random, 0, 30) > 0) continue;
+            if (request->open()) {
+                request->start_over(all);
+                ++happened["started over"];
+            } else if (request->holds()) {
+                request->set_aside(all);
+                ++happened["set aside"];
+            }
+            if (!request->aside()) continue;
+            const int models = request->settings().uses_guides ? 3 : 1;
+            for (int m = 0; m < models; ++m) take_slots(*request, managers, m);
+            request->resume();
+        }
+        for (int m = 0; m < 3; ++m) {
+            Requests holding;
+            for (const auto& request : owners) holding.push_back(request.get());
+            const auto held = static_cast<std::int64_t>(held_slots(holding, m).size());
+            if (held + managers[m]->free_slots() != managers[m]->max_slots()) {
+                std::fprintf(stderr, "a slot of model %d was lost\n", m);
+                std::exit(1);
+            }
+        }
+        ++happened["rounds"];
+    }
+    for (const auto& request : owners) request->abort(all);
+    for (const auto& manager : managers) {
+        manager->check();
+        if (manager->free_slots() != manager->max_slots()) std::exit(1);
+    }
+}
