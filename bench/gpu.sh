@@ -45,6 +45,8 @@ if [ "$what" = engine ] && [ -n "${W2S_FAST_DRY_RUN:-}" ]; then
 elif [ "$what" = engine ]; then
     part "graphs on the device" 150 "$python" -m pytest -q -m gpu tests/gpu/test_graphs.py \
         --junitxml "$out/$name-graph-tests.xml"
+    part "captures that fail" 60 "$python" -m pytest -q -m gpu tests/gpu/test_failed_captures.py \
+        --junitxml "$out/$name-capture-tests.xml"
     part "ways to decode" 230 "$python" -m bench.decode --seconds 150 --out "$out/$name-decode.json"
 elif [ -n "${W2S_FAST_DRY_RUN:-}" ]; then
     part "timings" 120 "$python" -m bench.kernels --dry-run --out "$out/$name-kernels-dry.json"
