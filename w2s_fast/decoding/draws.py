@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -78,6 +79,7 @@ class Draws:
         return here.tokens.numpy(), here.logprobs.numpy()
 
 
+@functools.lru_cache(maxsize=256)
 def _fields(rows: int) -> Fields:
     return Fields(
         {"tokens": Field(torch.int64, (rows,)), "logprobs": Field(torch.float32, (rows,))}
