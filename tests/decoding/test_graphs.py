@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.contents import assert_recomputed
 from tests.support.engines import (
     MIXED,
     PROMPTS,
@@ -46,11 +47,13 @@ from w2s_fast.attention.kernel import Bounds
 from w2s_fast.attention.row_tree import Level, RowTree
 from w2s_fast.attention.staging import _NUMPY
 from w2s_fast.attention.static_plan import Bucket
+from w2s_fast.cache import Int32Array, as_int32
 from w2s_fast.decoding.decoder import Decoder
 from w2s_fast.decoding.decoding import Decoding
 from w2s_fast.decoding.graphs import Recordings, round_up_rows, rows_recorded
 from w2s_fast.decoding.sampling import SamplingColumns, sampling_fields
 from w2s_fast.kernels.paged_attention_triton import SPLIT_QUERIES
+from w2s_fast.models import PagedModel
 from w2s_fast.models.body import run_body
 from w2s_fast.scheduling import Scheduler
 from w2s_fast.search import Request, Search
@@ -382,6 +385,75 @@ def test_a_recorded_decode_is_one_copy_and_a_replay_a_step() -> None:
     again = plain.run(slots, tree, settings(3), logits, 6).read()
     assert (again[0] == tokens).all()
     torch.testing.assert_close(torch.from_numpy(again[1]), torch.from_numpy(logprobs))
+
+
+def forked(model: PagedModel, text: list[int], rows: int) -> tuple[list[int], Int32Array]:
+    """``rows`` slots that hold a text, and the pages that are still to be copied for them."""
+    root = model.pool.allocate(1)
+    model.forward(root, text, [len(text)])
+    children, copies = model.pool.manager.fork(root, as_int32([rows - 1]))
+    assert len(copies) == (rows - 1 if len(text) % model.pool.page_size else 0)
+    return [*root.tolist(), *children.tolist()], copies
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_page_copies_travel_with_a_pass(as_tensor: bool) -> None:
+    models = tiny_triple(eos=())
+    engine, *_ = Recorded.of(models, max_rows=8)
+    model, other = engine.base, make_engine(*models).base
+    text, counts = list(range(1, 15)), [2, 1, 3]
+    tokens = [[5, 6], [7], [8, 9, 10]]
+    flat = [token for own in tokens for token in own]
+    tree = RowTree.of([Level([0] * 3, [len(text)] * 3)], 3)
+
+    def run(rows: int) -> list[str]:
+        slots, copies = forked(model, text, rows)
+        new = flat[: sum(counts[:rows])]
+        with launches() as found:
+            model.forward(
+                slots,
+                torch.tensor(new) if as_tensor else new,
+                counts[:rows],
+                tree if rows == 3 else None,
+                copies,
+            )
+        for slot, own in zip(slots, tokens):
+            assert_recomputed(model, slot, text + own, other)
+        model.pool.release(slots)
+        return found
+
+    for rows in (3, 2):  # without a recording, on its tensors
+        for _ in range(2):
+            assert run(rows)[:2] == ["staging", "copy_pages"]
+    record_missed(engine)
+    for rows in (3, 2, 1, 3):  # of a larger pass nothing is left to be copied
+        copied = ["copy_pages"] if rows > 1 else []
+        assert run(rows)[: len(copied) + 1] == ["staging", *copied]
+    assert run(3) == ["staging", "copy_pages", "replay", "clone"]
+    assert run(2) == ["staging", "copy_pages", "replay", "clone"]
+
+
+def test_page_copies_travel_with_a_decode() -> None:
+    models = tiny_triple(eos=())
+    engine, *_ = Recorded.of(models, max_rows=8)
+    model, other = engine.base, make_engine(*models).base
+    text = list(range(1, 15))
+    for rows in (3, 2, 3):
+        slots, copies = forked(model, text, rows)
+        tree = RowTree.of([Level([0] * rows, [len(text)] * rows)], rows)
+        logits = torch.randn(rows, engine._models.vocab_size)
+        decoder = engine._search.base.decoder
+        with launches() as found:
+            drawn = decoder.run(slots, tree, settings(rows), logits, 6, copies)
+        assert found == [
+            *("staging", "copy_pages", "sample_tokens", "copy_", "copy_"),
+            *["replay"] * 5,
+            "clone",
+        ]
+        tokens, _ = drawn.read()
+        for slot, own in zip(slots, tokens.T.tolist()):
+            assert_recomputed(model, slot, text + own[:-1], other)
+        model.pool.release(slots)
 
 
 def test_more_steps_than_are_kept_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from w2s_fast._pages import (
@@ -18,6 +17,7 @@ from w2s_fast._pages import (
     release_finished,
     take_tokens,
 )
+from w2s_fast.attention import to_device
 from w2s_fast.decoding import DecodeGraphs, Decoder, Draws, SamplingColumns
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel
@@ -110,11 +110,15 @@ class BaseSide:
         hidden = self.model.forward(slots, tokens, counts, family_tree(levels))
         self.rows += len(slots)
         self.passes += 1
-        last = np.cumsum(counts, dtype=np.int64) - 1
-        logits = self.decoder.logits(hidden[self._on_device(last)])
-        return logits.repeat_interleave(
-            self._on_device(children), dim=0, output_size=int(children.sum())
+        there = to_device(
+            {
+                "last": np.cumsum(counts, dtype=np.int64) - 1,
+                "parents": np.repeat(np.arange(len(slots)), children),
+            },
+            self.model.device,
         )
+        logits = self.decoder.logits(hidden.index_select(0, there["last"]))
+        return logits.index_select(0, there["parents"])
 
     def _decode(self, requests: Sequence[Request], logits: Tensor, steps: int) -> Draws:
         """Fork the sources, and sample all their children's tokens from ``logits`` on."""
@@ -142,9 +146,6 @@ class BaseSide:
     def keep_only(self, requests: Sequence[Request]) -> None:
         """Give back every slot of the base that none of these requests holds."""
         self.model.pool.release_others(held_slots(_beams(requests), _BASE))
-
-    def _on_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
-        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
 
 
 def _beams(requests: Sequence[Request]) -> list[Beams]:

@@ -90,8 +90,8 @@ class GuideSide:
         )
         all_tokens, all_logprobs = there.pop("tokens"), there.pop("logprobs")
         if drawn is not None:
-            all_tokens = torch.cat([drawn.tokens.flatten(), all_tokens])
-            all_logprobs = torch.cat([drawn.logprobs.flatten(), all_logprobs])
+            all_tokens = torch.cat([*drawn.tokens, all_tokens])
+            all_logprobs = torch.cat([*drawn.logprobs, all_logprobs])
         index = there.pop("targets")
         new = all_tokens.index_select(0, index)
         inputs = [all_tokens.index_select(0, there.pop(f"inputs{m}")) for m in range(len(rows))]
