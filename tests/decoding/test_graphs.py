@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.contents import assert_recomputed
 from tests.support.engines import (
     MIXED,
     PROMPTS,
@@ -31,7 +32,14 @@ from tests.support.engines import (
     make_engine,
     models_of,
 )
-from tests.support.recorded import Recorded, recorded, replays
+from tests.support.recorded import (
+    Recorded,
+    record_missed,
+    recorded,
+    replays,
+    unrecorded_passes,
+    unrecorded_steps,
+)
 from tests.support.recorder import Recording, tensors
 from tests.support.tiny_models import byte_tokenizer, tiny_triple
 from tests.support.tokenizers import with_gaps
@@ -39,18 +47,16 @@ from w2s_fast.attention.kernel import Bounds
 from w2s_fast.attention.row_tree import Level, RowTree
 from w2s_fast.attention.staging import _NUMPY
 from w2s_fast.attention.static_plan import Bucket
+from w2s_fast.cache import Int32Array, as_int32
 from w2s_fast.decoding.decoder import Decoder
 from w2s_fast.decoding.decoding import Decoding
 from w2s_fast.decoding.graphs import Recordings, round_up_rows, rows_recorded
 from w2s_fast.decoding.sampling import SamplingColumns, sampling_fields
 from w2s_fast.kernels.paged_attention_triton import SPLIT_QUERIES
+from w2s_fast.models import PagedModel
 from w2s_fast.models.body import run_body
 from w2s_fast.scheduling import Scheduler
 from w2s_fast.search import Request, Search
-
-
-def steps_by_hand() -> Any:
-    return mock.patch.object(Decoding, "step", autospec=True, side_effect=Decoding.step)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -59,15 +65,16 @@ def test_a_search_from_recordings_finds_the_same(family: str, prompts: list[list
     models = tiny_triple((family, "llama", "gpt2"), eos=(0, 6, 13))
     expected = found(make_engine(*models).generate(prompts, MIXED))
     engine, steps, passes = Recorded.of(models)
-    with steps_by_hand() as by_hand:
+    with unrecorded_steps() as unrecorded:
         assert found(engine.generate(prompts, MIXED)) == expected
-    assert by_hand.call_count == 0 and replays(steps) >= 5
+    assert not unrecorded and replays(steps) >= 5
     # Shapes are recorded when they have come twice, and with cached prompts others come.
     for _ in range(2):
         assert found(engine.generate(prompts, MIXED)) == expected
     before = [replays(graphs) for graphs in passes]
-    with mock.patch("w2s_fast.models.model.run_body", side_effect=AssertionError("not recorded")):
+    with unrecorded_passes() as unrecorded:
         assert found(engine.generate(prompts, MIXED)) == expected
+    assert not unrecorded
     assert all(replays(graphs) > count for graphs, count in zip(passes, before, strict=True))
     for model in models_of(engine):
         model.pool.drop_cache()
@@ -167,7 +174,9 @@ def test_more_than_any_bucket_holds_is_run_without() -> None:
     models = tiny_triple(eos=())
     engine, *_ = Recorded.of(models, max_rows=4)
     for _ in range(2):
-        with steps_by_hand() as by_hand:
+        with mock.patch.object(
+            Decoding, "step", autospec=True, side_effect=Decoding.step
+        ) as by_hand:
             results = engine.generate(PROMPTS, SEARCH)
         assert by_hand.call_count > 0
         assert found(results) == found(make_engine(*models).generate(PROMPTS, SEARCH))
@@ -221,7 +230,7 @@ def test_a_model_that_cannot_be_recorded_says_so_once_and_goes_on() -> None:
 
 def test_what_a_bucket_has_too_many_touches_no_page() -> None:
     """Neither when it is recorded nor when it is replayed: rows of padding write nothing."""
-    engine, steps, passes = Recorded.of(tiny_triple(eos=()), max_rows=8)
+    engine, steps, passes = Recorded.of(tiny_triple(eos=()), max_rows=32)
     pool = engine.base.pool
     pool.kv.fill_(torch.nan)
     steps.recordings._made.clear()
@@ -236,17 +245,20 @@ def test_what_a_bucket_has_too_many_touches_no_page() -> None:
         return found
 
     lengths = [3, 8, 1, 4, 6]
-    passes[0].recordings._made.clear()
+    before_turns, recorded_before = replays(passes[0]), len(passes[0].recordings)
     for turn in range(3):  # without a recording, and then with it
         if turn == 2:
-            assert passes[0].recordings.record_missed()
+            before = pool.kv.clone().flatten(2, 3)
+            record_missed(engine)
+            assert not places_written(before)
         pool.reserve(slots, lengths)
         written = pool.places(slots, lengths)
         before = pool.kv.clone().flatten(2, 3)
         hidden = engine.base.forward(slots, torch.arange(sum(lengths)) % 18 + 1, lengths)
         assert hidden.isfinite().all()
         assert places_written(before) == sorted(written.tolist())
-    assert replays(passes[0]) == 1
+    assert len(passes[0].recordings) == recorded_before + 1
+    assert replays(passes[0]) == before_turns + 1
 
     # All rows of the bucket, for longer than a page, so that there is something to leave behind.
     many = pool.allocate(8)
@@ -340,10 +352,12 @@ def test_a_recorded_pass_is_one_copy_and_one_replay(as_tensor: bool) -> None:
     engine, *_ = Recorded.of(tiny_triple(eos=()), max_rows=8)
     model = engine.base
     slots = model.pool.allocate(2)
-    for _ in range(3):
-        tokens = torch.tensor([3, 1, 4]) if as_tensor else [3, 1, 4]
-        with launches() as found:
-            model.forward(slots, tokens, [2, 1])
+    tokens = torch.tensor([3, 1, 4]) if as_tensor else [3, 1, 4]
+    for _ in range(2):
+        model.forward(slots, tokens, [2, 1])
+    record_missed(engine)
+    with launches() as found:
+        model.forward(slots, tokens, [2, 1])
     assert found == ["staging", "replay", "clone"]
 
 
@@ -373,15 +387,84 @@ def test_a_recorded_decode_is_one_copy_and_a_replay_a_step() -> None:
     torch.testing.assert_close(torch.from_numpy(again[1]), torch.from_numpy(logprobs))
 
 
+def forked(model: PagedModel, text: list[int], rows: int) -> tuple[list[int], Int32Array]:
+    """``rows`` slots that hold a text, and the pages that are still to be copied for them."""
+    root = model.pool.allocate(1)
+    model.forward(root, text, [len(text)])
+    children, copies = model.pool.manager.fork(root, as_int32([rows - 1]))
+    assert len(copies) == (rows - 1 if len(text) % model.pool.page_size else 0)
+    return [*root.tolist(), *children.tolist()], copies
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_page_copies_travel_with_a_pass(as_tensor: bool) -> None:
+    models = tiny_triple(eos=())
+    engine, *_ = Recorded.of(models, max_rows=8)
+    model, other = engine.base, make_engine(*models).base
+    text, counts = list(range(1, 15)), [2, 1, 3]
+    tokens = [[5, 6], [7], [8, 9, 10]]
+    flat = [token for own in tokens for token in own]
+    tree = RowTree.of([Level([0] * 3, [len(text)] * 3)], 3)
+
+    def run(rows: int) -> list[str]:
+        slots, copies = forked(model, text, rows)
+        new = flat[: sum(counts[:rows])]
+        with launches() as found:
+            model.forward(
+                slots,
+                torch.tensor(new) if as_tensor else new,
+                counts[:rows],
+                tree if rows == 3 else None,
+                copies,
+            )
+        for slot, own in zip(slots, tokens):
+            assert_recomputed(model, slot, text + own, other)
+        model.pool.release(slots)
+        return found
+
+    for rows in (3, 2):  # without a recording, on its tensors
+        for _ in range(2):
+            assert run(rows)[:2] == ["staging", "copy_pages"]
+    record_missed(engine)
+    for rows in (3, 2, 1, 3):  # of a larger pass nothing is left to be copied
+        copied = ["copy_pages"] if rows > 1 else []
+        assert run(rows)[: len(copied) + 1] == ["staging", *copied]
+    assert run(3) == ["staging", "copy_pages", "replay", "clone"]
+    assert run(2) == ["staging", "copy_pages", "replay", "clone"]
+
+
+def test_page_copies_travel_with_a_decode() -> None:
+    models = tiny_triple(eos=())
+    engine, *_ = Recorded.of(models, max_rows=8)
+    model, other = engine.base, make_engine(*models).base
+    text = list(range(1, 15))
+    for rows in (3, 2, 3):
+        slots, copies = forked(model, text, rows)
+        tree = RowTree.of([Level([0] * rows, [len(text)] * rows)], rows)
+        logits = torch.randn(rows, engine._models.vocab_size)
+        decoder = engine._search.base.decoder
+        with launches() as found:
+            drawn = decoder.run(slots, tree, settings(rows), logits, 6, copies)
+        assert found == [
+            *("staging", "copy_pages", "sample_tokens", "copy_", "copy_"),
+            *["replay"] * 5,
+            "clone",
+        ]
+        tokens, _ = drawn.read()
+        for slot, own in zip(slots, tokens.T.tolist()):
+            assert_recomputed(model, slot, text + own[:-1], other)
+        model.pool.release(slots)
+
+
 def test_more_steps_than_are_kept_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("w2s_fast.decoding.decode_graphs._STEPS", 4)
     models = tiny_triple(eos=())
     engine, *_ = Recorded.of(models, max_rows=8)
     for chunk in (4, 5, 6, 13):
         long = replace(SEARCH, beam_width=2, successors=2, chunk_length=chunk, max_new_tokens=26)
-        with steps_by_hand() as by_hand:
+        with unrecorded_steps() as unrecorded:
             results = engine.generate(PROMPTS[:1], long)
-        assert by_hand.call_count == 0
+        assert not unrecorded
         assert found(results) == found(make_engine(*models).generate(PROMPTS[:1], long))
 
 
@@ -401,8 +484,9 @@ def test_a_shape_runs_on_the_same_tensors_before_it_is_recorded() -> None:
             slots = model.pool.allocate(3)
             hidden.append(model.forward(slots, torch.arange(1, 20), [9, 4, 6]))
             model.pool.release(slots)
+            record_missed(engine)
             assert len(graphs.recordings) == before + recorded
-    assert shapes == [20, 20]  # run once, recorded once
+    assert shapes == [20, 20, 20]  # run twice, recorded once
     assert torch.equal(hidden[0], hidden[1]) and torch.equal(hidden[0], hidden[2])
 
 
@@ -422,7 +506,10 @@ def test_rows_of_many_new_tokens_are_recorded(counts: list[int]) -> None:
         return hidden
 
     before = replays(passes[1])
-    found = [run() for _ in range(3)]
+    found = [run() for _ in range(2)]
+    assert replays(passes[1]) == before
+    record_missed(engine)
+    found += [run() for _ in range(2)]
     assert replays(passes[1]) == before + 2
     model.replays = None
     for hidden in found:
@@ -511,9 +598,9 @@ def test_the_usual_search_needs_the_smallest_buckets_only() -> None:
     engine, steps, _ = Recorded.of(tiny_triple(eos=()))
     before = len(steps.recordings)
     wide = replace(SEARCH, beam_width=4, successors=4, chunk_length=5, max_new_tokens=40)
-    with steps_by_hand() as by_hand:
+    with unrecorded_steps() as unrecorded:
         for count in (1, 2, 4):
             prompts = [[(p + i) % 18 + 1 for p in range(80)] for i in range(count)]
             engine.generate(prompts, wide)
-    assert by_hand.call_count == 0 and len(steps.recordings) == before
+    assert not unrecorded and len(steps.recordings) == before
     assert {b.rows for b in steps.recordings if steps.recordings[b].replay.replays} == {16, 32, 64}  # type: ignore[attr-defined]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -11,7 +9,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.decoding.test_graphs import Recorded, replays, steps_by_hand
 from tests.support.engines import (
     LONG,
     LONG_PROMPTS,
@@ -22,7 +19,8 @@ from tests.support.engines import (
     models_of,
     quiet,
 )
-from tests.support.tiny_models import tiny_model, tiny_triple
+from tests.support.recorded import Recorded, replays, unrecorded_passes
+from tests.support.tiny_models import Triple, tiny_model, tiny_triple
 from w2s_fast import Engine, SearchParams
 from w2s_fast.errors import NumericalError
 from w2s_fast.search import Search
@@ -30,48 +28,44 @@ from w2s_fast.search import Search
 USUAL = SearchParams(beam_width=4, successors=4, chunk_length=5, max_new_tokens=20)
 
 
-@contextmanager
-def eager_passes() -> Iterator[list[list[int]]]:
-    """Numbers of new tokens of the rows of all passes that were run without a recording."""
-    from w2s_fast.models import model as module
-
-    seen: list[list[int]] = []
-    run_body = module.run_body
-
-    def run(view: Any, tokens: Any, positions: Any, plan: Any) -> Any:
-        seen.append(plan.cu_seqlens_q.diff().tolist())
-        return run_body(view, tokens, positions, plan)
-
-    with mock.patch.object(module, "run_body", run):
-        yield seen
-
-
 def recordings(engine: Engine) -> list[int]:
     return [len(own) for model in models_of(engine) for own in model.recorded]
+
+
+def without_rehearsal(models: Triple) -> Engine:
+    with mock.patch.object(Engine, "warm_up"):
+        return Recorded.of(models).engine
 
 
 @pytest.mark.parametrize("length", [24, 64, 100])
 def test_the_first_usual_request_records_nothing_and_runs_from_recordings(length: int) -> None:
     models = tiny_triple(eos=())
-    engine, steps, _ = Recorded.of(models)
-    engine.warm_up()
-    before, replayed = recordings(engine), replays(steps)
+    engine, steps, passes = Recorded.of(models)
+    before, replayed = recordings(engine), [replays(graphs) for graphs in (steps, *passes)]
     prompt = [p % 18 + 1 for p in range(length)]
-    with eager_passes() as eager, steps_by_hand() as by_hand:
+    with unrecorded_passes() as unrecorded:
         results = engine.generate([prompt], USUAL)
-    assert recordings(engine) == before and replays(steps) > replayed
-    assert by_hand.call_count == 0
-    assert eager and all(new == [len(prompt)] or new == [len(prompt) - 1] for new in eager)
+    assert recordings(engine) == before
+    # All but the prompts, which have any length; the rehearsal's has 64 tokens.
+    as_rehearsed = length == 64
+    assert unrecorded == ([] if as_rehearsed else [[length], [length - 1], [length - 1]])
+    rounds = USUAL.max_new_tokens // USUAL.chunk_length
+    expected = [rounds * (USUAL.chunk_length - 1), rounds - 1, rounds, rounds]
+    if as_rehearsed:
+        expected[1:] = [count + 1 for count in expected[1:]]
+    assert [replays(graphs) for graphs in (steps, *passes)] == [
+        old + new for old, new in zip(replayed, expected, strict=True)
+    ]
     plain = make_engine(*models)
     assert found(results) == found(plain.generate([prompt], USUAL))
 
 
-def test_without_it_the_first_request_does_run_passes_by_hand() -> None:
-    engine, *_ = Recorded.of(tiny_triple(eos=()))
+def test_without_it_the_first_request_runs_without_recordings() -> None:
+    engine = without_rehearsal(tiny_triple(eos=()))
     before = recordings(engine)
-    with eager_passes() as eager:
+    with unrecorded_passes() as unrecorded:
         engine.generate(LONG_PROMPTS[:1], USUAL)
-    assert any(len(new) == 16 for new in eager)
+    assert [1] * 4 in unrecorded and [5] * 16 in unrecorded
     assert recordings(engine) != before
 
 
@@ -92,7 +86,7 @@ class Operators(TorchDispatchMode):
 
 def test_all_operators_of_the_first_usual_request_have_run_before() -> None:
     with Operators() as made:
-        engine, *_ = Recorded.of(tiny_triple(eos=()))
+        engine = without_rehearsal(tiny_triple(eos=()))
     with Operators() as warmed:
         engine.warm_up()
     with Operators() as asked:
@@ -148,7 +142,7 @@ def test_what_is_interrupted_leaves_nothing_behind() -> None:
 
     def interrupted(self: Search, requests: Any) -> None:
         step(self, requests)
-        if requests[0].round_number == 1:
+        if requests[0].beams.round == 1:
             raise KeyboardInterrupt
 
     with mock.patch.object(Search, "step", interrupted), pytest.raises(KeyboardInterrupt):

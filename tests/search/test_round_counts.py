@@ -6,9 +6,9 @@ only. The numbers must not depend on how many requests take part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,15 +19,15 @@ from tests.support.device import DEVICE, Counts, Device
 from tests.support.engines import LONG_PROMPTS, SEARCH, found, make_engine
 from tests.support.recorded import Recorded
 from tests.support.recorder import Recording
-from tests.support.tiny_models import Triple, tiny_triple
-from w2s_fast import Engine
+from tests.support.tiny_models import Triple, tiny_model, tiny_triple
+from w2s_fast import Engine, Guide, SearchParams
 
-# At most, in a round of any number of requests. To be lowered: 2 reads, 6 copies, 1 wait.
-READS = 7
-COPIES = 43
-WAITS = 31
+# At most, in a round of any number of requests.
+READS = 2  # what was drawn, and what was selected
+COPIES = 6  # the base: two passes, and which logits are whose; the tokens; the guide: two passes
+WAITS = 1
 REPLAYS = 7  # the base's first tokens, 4 steps, and the two models of the guide
-LAUNCHES = 147
+LAUNCHES = 24
 
 PARAMS = replace(SEARCH, beam_width=4, successors=4, chunk_length=5, max_new_tokens=25)
 MOST = 3  # requests
@@ -39,58 +39,121 @@ def models() -> Triple:
 
 
 @pytest.fixture(scope="module")
+def another(models: Triple) -> Guide:
+    """A second guide."""
+    kind = {"eos": (), "layers": 1}
+    return Guide(tiny_model("llama", seed=11, **kind), tiny_model("llama", seed=12, **kind), 0.5)
+
+
+@pytest.fixture(scope="module")
 def expected(models: Triple) -> list[Any]:
     """What a search finds anywhere; it is done before the device is there, which costs time."""
     return found(make_engine(*models).generate(LONG_PROMPTS[:MOST], PARAMS))
 
 
 @pytest.fixture(scope="module")
-def device() -> Iterator[Device]:
+def device(expected: list[Any], another: Guide) -> Iterator[Device]:
     """Within which these tests run."""
     with Device() as device:
         yield device
 
 
 @pytest.fixture(scope="module")
-def engine(models: Triple, expected: list[Any], device: Device) -> Engine:
-    """One whose rounds are all replayed: every shape has come twice."""
+def engine(models: Triple, device: Device) -> Engine:
+    return recorded_on(device, models)
+
+
+def recorded_on(device: Device, models: Triple, **options: Any) -> Engine:
     recorder = device.recorder(Recording)
-    engine = Recorded.of(models, max_rows=16 * MOST, recorder=recorder, device=DEVICE).engine
-    for _ in range(2):
-        for count in (1, MOST):
-            engine.generate(LONG_PROMPTS[:count], PARAMS)
-    return engine
+    return Recorded.of(
+        models, max_rows=16 * MOST, recorder=recorder, device=DEVICE, **options
+    ).engine
 
 
-def rounds(engine: Engine, device: Device, requests: int) -> list[Counts]:
-    """What each round of a search asks for, from the second one on."""
-    own = [engine.make_request(prompt, PARAMS, 0) for prompt in LONG_PROMPTS[:requests]]
+class Step(NamedTuple):
+    """What one step asked for, and how many of the requests' rounds ended in it."""
+
+    counts: Counts
+    rounds: int
+
+
+def run_all(engine: Engine, device: Device, params: Sequence[SearchParams]) -> list[Step]:
+    """What a search of requests with these parameters asks for, step by step."""
+    own = [engine.make_request(prompt, p, 0) for prompt, p in zip(LONG_PROMPTS, params)]
     for request in own:
         engine.runner.submit(request)
-    counted: list[Counts] = []
-    ended = 0
-    while not all(request.ended for request in own):
+    steps: list[Step] = []
+    while under_way := [request for request in own if not request.ended]:
         before = engine.stats().rounds
         with device.counting() as counts:
-            engine.runner.advance(own)
-        ended += engine.stats().rounds - before
-        assert ended == requests * (len(counted) + 1), "a step is a round here"
-        counted.append(counts)
-    return counted[1:]
+            engine.runner.advance(under_way)
+        steps.append(Step(counts, engine.stats().rounds - before))
+    return steps
+
+
+def steps_of(engine: Engine, device: Device, params: Sequence[SearchParams]) -> list[Step]:
+    """The same, when every shape has been recorded: at the third time."""
+    for _ in range(3):
+        engine.generate(LONG_PROMPTS[: len(params)], params)
+    return run_all(engine, device, params)
 
 
 @pytest.mark.parametrize("requests", [1, MOST])
 def test_a_round_asks_for_little_whoever_takes_part(
     engine: Engine, device: Device, requests: int
 ) -> None:
-    counted = rounds(engine, device, requests)
-    assert len(counted) == 4
+    steps = steps_of(engine, device, [PARAMS] * requests)
+    assert [step.rounds for step in steps] == [requests] * 5, "a step is a round here"
+    counted = [step.counts for step in steps[1:]]
     most = Counts.largest(counted)
     assert most.reads <= READS, most.places
     assert most.copies <= COPIES, most.places
     assert most.waits <= WAITS, most.places
     assert most.launches <= LAUNCHES
     assert all(counts.replays == REPLAYS for counts in counted)
+
+
+def numbers(step: Step) -> tuple[int, int, int, int]:
+    counts = step.counts
+    return counts.reads, counts.copies, counts.waits, counts.replays
+
+
+def test_a_guide_more_costs_its_two_passes(models: Triple, device: Device, another: Guide) -> None:
+    engine = recorded_on(device, models, more_guides=[another])
+    steps = steps_of(engine, device, [PARAMS])
+    assert [numbers(step) for step in steps[1:]] == [(READS, COPIES + 2, WAITS, REPLAYS + 2)] * 4
+
+
+def test_a_round_of_a_long_chunk_is_two_steps(engine: Engine, device: Device) -> None:
+    """The host looks at 16 tokens, and at the other 14 when they are scored."""
+    steps = steps_of(engine, device, [replace(PARAMS, chunk_length=30, max_new_tokens=60)])
+    assert [step.rounds for step in steps] == [0, 1] * 2
+    drawn, ended = (1, COPIES - 3, 1, 1 + 15), (READS, COPIES, WAITS, 1 + 13 + 2)
+    assert [numbers(step) for step in steps[2:]] == [drawn, ended]
+
+
+def test_rounds_that_end_at_different_times_are_waited_for_once_a_step(
+    engine: Engine, device: Device
+) -> None:
+    """What others draw meanwhile is read with what ends."""
+    short = replace(PARAMS, chunk_length=4, max_new_tokens=20)
+    long = replace(PARAMS, chunk_length=16, max_new_tokens=48)
+    steps = steps_of(engine, device, [short, long])
+    assert [step.rounds for step in steps[:5]] == [1, 1, 1, 2, 1]
+    assert [numbers(step) for step in steps[1:5]] == [(READS, COPIES, WAITS, 1 + 3 + 2)] * 4
+
+
+def test_rounds_that_end_soon_after_each_other_are_scored_together(
+    engine: Engine, device: Device
+) -> None:
+    """The host looks once more: where the first ones end, before the others go on."""
+    params = [replace(PARAMS, chunk_length=chunk, max_new_tokens=4 * chunk) for chunk in (5, 7)]
+    steps = steps_of(engine, device, params)
+    assert [step.rounds for step in steps] == [2] * 4
+    more = (1, COPIES - 3, 1, 1 + 1)
+    once = (READS, COPIES, WAITS, 1 + 4 + 2)
+    both = tuple(a + b for a, b in zip(once, more))
+    assert [numbers(step) for step in steps[1:]] == [both] * 3
 
 
 def test_it_was_a_search_that_was_counted(engine: Engine, expected: list[Any]) -> None:
@@ -162,6 +225,8 @@ def test_what_crosses_is_counted(
         (lambda x: torch.empty(3, device=x.device), 0),
         (lambda x: x[:2].view(2, 1).transpose(0, 1), 0),
         (lambda x: x.copy_(host()), 0),
+        (lambda x: host().to(x.device), 0),
+        (lambda x: x.cpu(), 0),
         (lambda x: host() + 1, 0),
     ],
 )

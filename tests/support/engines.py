@@ -24,10 +24,14 @@ RAGGED_PROMPTS = [[p % 18 + 1 for p in range(n)] for n in (30, 9, 17, 24, 12)]
 
 
 def make_engine(
-    base: PreTrainedModel, tuned: PreTrainedModel, untuned: PreTrainedModel, **options: Any
+    base: PreTrainedModel,
+    tuned: PreTrainedModel,
+    untuned: PreTrainedModel,
+    more_guides: Sequence[Guide] = (),
+    **options: Any,
 ) -> Engine:
     options = {"kv_cache_tokens": 4096, "page_size": 4, "device": "cpu", **options}
-    return Engine(base=base, guides=Guide(tuned=tuned, untuned=untuned), **options)
+    return Engine(base=base, guides=[Guide(tuned=tuned, untuned=untuned), *more_guides], **options)
 
 
 @functools.cache

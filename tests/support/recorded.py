@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 from tests.support.engines import make_engine, models_of
 from tests.support.recorder import Recording, set_up_as_on_cuda
 from w2s_fast import Engine
 from w2s_fast.decoding import DecodeGraphs, PassGraphs, Recorder
+from w2s_fast.decoding.graphs import Recordings
+from w2s_fast.models import run_body
 
 
 class Recorded(NamedTuple):
@@ -37,3 +42,48 @@ def replays(graphs: DecodeGraphs | PassGraphs) -> int:
 def recorded(graphs: DecodeGraphs | PassGraphs) -> set[Any]:
     """The recordings that were made."""
     return {graphs.recordings[bucket].replay for bucket in graphs.recordings}
+
+
+def record_missed(engine: Engine) -> None:
+    """What is done between two steps when nobody waits."""
+    with engine.runner.turn():
+        engine.runner.record_missed()
+
+
+_STEPS = ("decoding.decode_graphs", "decoding.decoding")
+_PASSES = ("models.model", "decoding.pass_graphs", *_STEPS)
+
+
+def unrecorded_passes() -> AbstractContextManager[list[list[int]]]:
+    """Of all passes that are run without a recording the numbers of new tokens of their rows.
+
+    Rows that a bucket has too many are not among them, nor passes that are just being recorded.
+    """
+    return _run_in(_PASSES)
+
+
+def unrecorded_steps() -> AbstractContextManager[list[list[int]]]:
+    """The same of decoding steps."""
+    return _run_in(_STEPS)
+
+
+@contextmanager
+def _run_in(places: Sequence[str]) -> Iterator[list[list[int]]]:
+    seen: list[list[int]] = []
+    make, being_recorded = Recordings.make, False
+
+    def run(view: Any, tokens: Any, positions: Any, plan: Any, *body: Any) -> Any:
+        if not being_recorded:
+            seen.append([new for new in plan.cu_seqlens_q.diff().tolist() if new])
+        return run_body(view, tokens, positions, plan, *body)
+
+    def recorded(self: Recordings[Any], bucket: Any) -> None:
+        nonlocal being_recorded
+        being_recorded = True
+        make(self, bucket)
+        being_recorded = False
+
+    with ExitStack() as stack, mock.patch.object(Recordings, "make", recorded):
+        for place in places:
+            stack.enter_context(mock.patch(f"w2s_fast.{place}.run_body", run))
+        yield seen

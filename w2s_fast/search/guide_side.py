@@ -84,8 +84,8 @@ class GuideSide:
         columns = cut_buffer(buffer.to(device, non_blocking=True), layout.fields)
         tokens, logprobs = columns.pop("tokens"), columns.pop("logprobs")
         if drawn is not None:
-            tokens = torch.cat([drawn.tokens.flatten(), tokens])
-            logprobs = torch.cat([drawn.logprobs.flatten(), logprobs])
+            tokens = torch.cat([*drawn.tokens, tokens])
+            logprobs = torch.cat([*drawn.logprobs, logprobs])
         targets = columns.pop("targets")
         new = tokens.index_select(0, targets)
         rows = [
