@@ -126,7 +126,7 @@ class World:
             if request.begins and request.beams.candidates[0].slots[0] < 0:
                 (slot,) = self.managers[0].allocate(1)
                 self._grow(0, [slot], [self.draw(st.integers(0, len(request.prompt) - 1))])
-                request.beams.set_root_slot(0, slot)
+                request.beams.set_kept_slots(0, np.array([slot], np.int32))
 
     def _grow(self, m: int, slots: Any, counts: Any) -> None:
         slots, counts = np.array(slots, np.int32), np.array(counts, np.int32)
@@ -253,7 +253,7 @@ class World:
                 if self.requests[i].beams.round == 1:
                     (slot,) = self.managers[m].allocate(1)
                     self._grow(m, [slot], [len(self.prompts(i)[m]) - 1])
-                    self.requests[i].beams.set_root_slot(m, slot)
+                    self.requests[i].beams.set_kept_slots(m, np.array([slot], np.int32))
             fork_beams(self.beams(which), self.managers[m], m)
         found = lay_out_scoring(self.beams(which), [], 0)
         pool, logprobs, counts, targets, rows, columns, most, width = found
@@ -426,7 +426,7 @@ def test_no_slot_changes_hands_where_there_is_no_room() -> None:
     one = request()
     begin_rounds([one.beams])
     (slot,) = manager.allocate(1)
-    one.beams.set_root_slot(0, slot)
+    one.beams.set_kept_slots(0, np.array([slot], np.int32))
     with pytest.raises(OutOfPages):
         fork_beams([one.beams], manager, 0)
     assert held_slots([one.beams], 0).tolist() == [slot]

@@ -257,7 +257,7 @@ def test_the_next_turn_mends_what_a_second_interrupt_left() -> None:
 
 
 OPERATIONS = ("allocate", "reserve", "extend", "fork_beams", "take_tokens", "release_finished")
-OPERATIONS += ("begin_rounds", "set_root_slot", "take_scores", "end_rounds")
+OPERATIONS += ("begin_rounds", "set_kept_slots", "take_scores", "end_rounds")
 
 
 @pytest.mark.usefixtures("repeatable")

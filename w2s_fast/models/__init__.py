@@ -17,10 +17,12 @@ from w2s_fast.models.load import (
 )
 from w2s_fast.models.memory import kv_tokens_that_fit, total_bytes, usual_rows
 from w2s_fast.models.model import PagedModel
+from w2s_fast.models.passes import forward_in_passes
 
 __all__ = [
     "ModelSource",
     "PagedModel",
+    "forward_in_passes",
     "kv_tokens_that_fit",
     "load_model",
     "load_tokenizer",

@@ -20,6 +20,10 @@ _ROWS, _MANY_ROWS = 256, 1024
 _LARGE_GPU = 80 * 10**9
 
 
+# Tokens of a pass, where nobody says how many.
+CPU_PASS_TOKENS = 2048
+
+
 def total_bytes(device: torch.device) -> int:
     """Memory of the device; a CPU's is what this program may use: see :mod:`.limits`."""
     if device.type == "cuda":
