@@ -80,7 +80,7 @@ class PagedModel:
         replays: recorded passes, which take the place of running the model's code; or None.
         recorded: all that is recorded of its passes.
         moves: how often what a recorded pass has learnt of the model was no longer true.
-        max_pass_tokens: how many tokens a pass may have that reads prompts or given texts, or scores
+        max_pass_tokens: the most tokens of a pass that reads prompts or given texts, or scores
             chunks; see :mod:`.passes`. A step of decoding has as many as it has rows.
         max_positions: tokens a sequence can have; None if the model sets no limit. Less than
             the model's own where pages could not give the same beyond.

@@ -1,4 +1,4 @@
-"""Many tokens at once, in passes of bounded size: what a pass needs of memory follows its tokens."""
+"""Many tokens in passes of bounded size: the memory that a pass needs follows from its tokens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Requests that enter, or come back after they were set aside: the texts that they go on from.
 
-These are run in pieces, so many tokens a step, and the requests wait as long. What has been run, the
-lengths of their slots say.
+These are run in pieces, so many tokens a step, and the requests wait as long. How far a text has
+come, the length of its slot says.
 """
 
 from __future__ import annotations

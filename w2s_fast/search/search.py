@@ -79,7 +79,7 @@ class Search:
         A request in which a model produced NaN or infinity gets its ``error`` and gives its
         pages back; the others are not touched by it.
         """
-        # Tokens of texts that each model may still run, so that nobody waits long for others' texts.
+        # Tokens that each model may still run of texts: nobody waits long for those of others.
         most = [model.max_pass_tokens for model in self.models]
         for request in requests:
             if request.beams.aside:
