@@ -123,9 +123,11 @@ def passes(check: Any) -> Iterator[None]:
     """Calls check(model, slots, tree, tokens before the pass) at each pass with a tree."""
     forward, step, begin = PagedModel.forward, Decoding.step, Decoding.__init__
 
-    def checked_forward(self: Any, slots: Any, tokens: Any, counts: Any, tree: Any = None) -> Any:
+    def checked_forward(
+        self: Any, slots: Any, tokens: Any, counts: Any, tree: Any = None, *more: Any
+    ) -> Any:
         before = self.pool.lengths(slots)
-        out = forward(self, slots, tokens, counts, tree)
+        out = forward(self, slots, tokens, counts, tree, *more)
         if tree is not None:
             check(self, np.asarray(slots), tree, before, np.asarray(counts))
         return out
