@@ -240,8 +240,6 @@ void Beams::begin_round() {
     open_ = true;
 }
 
-void Beams::set_root_slot(int model, std::int32_t slot) { kept_slots_.at(model) = slot; }
-
 void Beams::set_kept_slots(int model, std::span<const std::int32_t> slots) {
     auto next = slots.begin();
     for (std::size_t i = 0; i < kept_.size(); ++i) {

@@ -139,8 +139,7 @@ public:
 
     // Make the candidates of the next round from the kept beams, or from the prompt.
     void begin_round();
-    // Give the root, or the kept beams that are not finished, slots that hold their tokens.
-    void set_root_slot(int model, std::int32_t slot);
+    // Give the root, or the kept beams that are not finished, slots for their tokens; kNoSlot: none yet.
     void set_kept_slots(int model, std::span<const std::int32_t> slots);
     void resume() { aside_ = false; }
     // Every child of a parent that goes on gets a slot; the first one its parent's. `next` are the

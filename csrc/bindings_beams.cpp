@@ -213,7 +213,13 @@ void bind_beams(py::module_& module) {
                 if (self.candidates().empty()) throw py::index_error("no round is under way");
                 return self.slot(0, model);
             }, py::arg("model"))
-        .def("set_root_slot", &Beams::set_root_slot, py::arg("model"), py::arg("slot"))
+        .def("kept_slots", [](const Beams& self, int model) {
+                std::vector<std::int32_t> slots;
+                for (std::size_t i = 0; i < self.kept().size(); ++i) {
+                    if (!self.kept()[i].finished()) slots.push_back(self.kept_slot(i, model));
+                }
+                return move_to_numpy(std::move(slots));
+            }, py::arg("model"))
         .def("set_kept_slots", [](Beams& self, int model, const Array<std::int32_t>& slots) {
                 self.set_kept_slots(model, span(slots));
             }, py::arg("model"), py::arg("slots").noconvert())
@@ -234,6 +240,12 @@ void bind_beams(py::module_& module) {
     module.def("tokens_left", [](const Requests& requests) {
         return move_to_numpy(w2s::tokens_left(requests));
     }, py::arg("requests"));
+    module.def("entering", [](const Requests& requests, const Beams::Managers& managers) {
+        return move_to_numpy(w2s::entering(requests, managers)).attr("view")("bool");
+    }, py::arg("requests"), py::arg("managers"));
+    module.def("lacking", [](const Requests& requests, const PageManager& manager, int model) {
+        return move_to_numpy(w2s::lacking(requests, manager, model)).attr("view")("bool");
+    }, py::arg("requests"), py::arg("manager"), py::arg("model"));
     module.def("lay_out_sources", [](const Requests& requests, const PageManager& base) {
         w2s::Sources found = w2s::lay_out_sources(requests, base);
         return py::make_tuple(move_to_numpy(std::move(found.slots)),

@@ -45,6 +45,18 @@ void for_growing(const Requests& requests, Do do_with) {
     }
 }
 
+bool lacks_texts(const Beams& request, const PageManager& manager, int model) {
+    for (std::size_t p = 0; p < request.kept().size(); ++p) {
+        const Beam& beam = request.kept()[p];
+        if (beam.finished()) continue;
+        const std::int32_t slot = request.kept_slot(p, model);
+        if (slot == Beams::kNoSlot) return true;
+        const std::int32_t whole = request.prompt_end(model).length + beam.length - 1;
+        if (manager.lengths()[slot] < whole) return true;
+    }
+    return false;
+}
+
 void expect(bool right, const char* what) {
     if (!right) throw std::invalid_argument(what);
 }
@@ -67,6 +79,28 @@ Int32s tokens_left(const Requests& requests) {
     left.reserve(requests.size());
     for (const Beams* request : requests) left.push_back(request->tokens_left());
     return left;
+}
+
+std::vector<std::uint8_t> entering(const Requests& requests, const Beams::Managers& managers) {
+    std::vector<std::uint8_t> found;
+    found.reserve(requests.size());
+    for (const Beams* request : requests) {
+        const bool all = request->round() > 1 && request->settings().uses_guides;
+        const int models = request->forked() ? 0 : all ? request->models() : 1;
+        bool lacks = false;
+        for (int m = 0; m < models && !lacks; ++m) {
+            lacks = lacks_texts(*request, *managers.at(static_cast<std::size_t>(m)), m);
+        }
+        found.push_back(lacks);
+    }
+    return found;
+}
+
+std::vector<std::uint8_t> lacking(const Requests& requests, const PageManager& manager, int model) {
+    std::vector<std::uint8_t> found;
+    found.reserve(requests.size());
+    for (const Beams* request : requests) found.push_back(lacks_texts(*request, manager, model));
+    return found;
 }
 
 Sources lay_out_sources(const Requests& requests, const PageManager& base) {

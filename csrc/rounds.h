@@ -80,6 +80,14 @@ void begin_rounds(const Requests& requests);
 
 Int32s tokens_left(const Requests& requests);
 
+// Whether a request has to wait: it goes on from texts that do not all stand. In its first round it
+// can draw before the guides have its prompt.
+std::vector<std::uint8_t> entering(const Requests& requests, const Beams::Managers& managers);
+
+// Whether, before it forks, texts of a request do not stand in one model: in round 1 the prompt, else
+// its beams that are not finished; all but the last token of each.
+std::vector<std::uint8_t> lacking(const Requests& requests, const PageManager& manager, int model);
+
 // What the base runs before the first tokens of these requests are drawn.
 Sources lay_out_sources(const Requests& requests, const PageManager& base);
 

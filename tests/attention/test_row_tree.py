@@ -61,6 +61,28 @@ def test_short_and_unshared_pieces_stay_with_their_rows() -> None:
 
 
 @given(
+    levels=st.lists(st.lists(st.integers(0, 30), min_size=7, max_size=7), max_size=3),
+    begin=st.integers(0, 7),
+    count=st.integers(0, 7),
+)
+def test_rows_by_themselves_have_the_tree_of_their_levels(
+    levels: list[list[int]], begin: int, count: int
+) -> None:
+    groups = ([0, 0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2, 3], [0, 1, 2, 3, 4, 5, 6])
+    built, reached = [], np.zeros(7, int)
+    for own, more in zip(groups, levels):
+        # The same within a group: what its first row has.
+        reached = reached + np.array(more)[np.searchsorted(own, own)]
+        built.append(Level(own, reached))
+    end = min(begin + count, 7)
+    some = RowTree.of([Level(g[begin:end], e[begin:end]) for g, e in built], end - begin)
+    found = RowTree.of(built, 7).of_rows(begin, end)
+    assert segments(found) == segments(some)
+    assert found.own.tolist() == some.own.tolist()
+    assert {column.dtype for column in vars(found).values()} == {np.dtype(np.int32)}
+
+
+@given(
     levels=st.lists(
         st.lists(st.tuples(st.integers(1, 3), st.integers(0, 40)), min_size=1, max_size=3),
         max_size=3,
@@ -103,10 +125,10 @@ def passes(check: Any) -> Iterator[None]:
     forward, step, begin = PagedModel.forward, Decoding.step, Decoding.__init__
 
     def checked_forward(
-        self: Any, slots: Any, tokens: Any, counts: Any, tree: Any = None, *copies: Any
+        self: Any, slots: Any, tokens: Any, counts: Any, tree: Any = None, *more: Any
     ) -> Any:
         before = self.pool.lengths(slots)
-        out = forward(self, slots, tokens, counts, tree, *copies)
+        out = forward(self, slots, tokens, counts, tree, *more)
         if tree is not None:
             check(self, np.asarray(slots), tree, before, np.asarray(counts))
         return out

@@ -78,10 +78,11 @@ def test_the_machine_options_reach_the_engine(
 
     monkeypatch.setattr(w2s_fast, "Engine", engine)
     options = ["--attention", "torch", "--page-size", "8", "--kv-cache-tokens", "2048"]
-    options += ["--no-cuda-graphs", "--max-rows", "48"]
+    options += ["--no-cuda-graphs", "--max-rows", "48", "--max-pass-tokens", "7"]
     assert run("generate", "x", *options, *named(models), *SMALL).exit_code == 0
     assert (seen["attention"], seen["page_size"], seen["kv_cache_tokens"]) == ("torch", 8, 2048)
     assert seen["cuda_graphs"] is False and seen["compile"] is False and seen["max_rows"] == 48
+    assert seen["max_pass_tokens"] == 7
 
 
 def test_compilation_without_recorded_passes_is_refused(models: DemoModels) -> None:

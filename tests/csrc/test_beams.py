@@ -17,9 +17,11 @@ from w2s_fast._pages import (
     ScoringLayout,
     begin_rounds,
     end_rounds,
+    entering,
     fork_beams,
     held_slots,
     keep_all,
+    lacking,
     lay_out_rows,
     lay_out_sources,
     release_finished,
@@ -145,7 +147,7 @@ class World:
             if request.begins and request.beams.candidates[0].slots[0] < 0:
                 (slot,) = self.managers[0].allocate(1)
                 self._grow(0, [slot], [self.draw(st.integers(0, len(request.prompt) - 1))])
-                request.beams.set_root_slot(0, slot)
+                request.beams.set_kept_slots(0, np.array([slot], np.int32))
 
     def _grow(self, m: int, slots: Any, counts: Any) -> None:
         slots, counts = np.array(slots, np.int32), np.array(counts, np.int32)
@@ -280,7 +282,7 @@ class World:
                 if self.requests[i].beams.round == 1:
                     (slot,) = self.managers[m].allocate(1)
                     self._grow(m, [slot], [len(self.prompts(i)[m]) - 1])
-                    self.requests[i].beams.set_root_slot(m, slot)
+                    self.requests[i].beams.set_kept_slots(m, np.array([slot], np.int32))
             fork_beams(self.beams(which), self.managers[m], m)
         counts, rows, laid_out, most, width = scoring(self.beams(which), [], 0)
         pool, logprobs, targets = (laid_out[n] for n in ("tokens", "logprobs", "targets"))
@@ -459,11 +461,64 @@ def test_no_slot_changes_hands_where_there_is_no_room() -> None:
     one = request()
     begin_rounds([one.beams])
     (slot,) = manager.allocate(1)
-    one.beams.set_root_slot(0, slot)
+    one.beams.set_kept_slots(0, np.array([slot], np.int32))
     with pytest.raises(OutOfPages):
         fork_beams([one.beams], manager, 0)
     assert held_slots([one.beams], 0).tolist() == [slot]
     assert not one.beams.forked
+
+
+def test_a_request_waits_until_its_texts_stand() -> None:
+    params = SearchParams(beam_width=2, successors=2, chunk_length=3, max_new_tokens=9)
+    one = Request([1, 2, 3, 4], [([1, 2], [1, 2, 3, 4, 5])], params, eos_ids=EOS)
+    beams = [one.beams]
+    managers = [PageManager(64, PAGE, 32, 8) for _ in range(3)]
+
+    def lacks() -> list[bool]:
+        return [bool(lacking(beams, manager, m)[0]) for m, manager in enumerate(managers)]
+
+    def grow(m: int, slots: Any, count: int) -> None:
+        counts = np.full(len(slots), count, np.int32)
+        managers[m].reserve(slots, counts)
+        managers[m].extend(slots, counts)
+
+    begin_rounds(beams)
+    assert one.beams.kept_slots(0).tolist() == [-1]
+    assert lacks() == [True] * 3
+    for m in (0, 2):
+        root = managers[m].allocate(1)
+        one.beams.set_kept_slots(m, root)
+        assert one.beams.kept_slots(m).tolist() == root.tolist()
+        grow(m, root, 2)
+        assert entering(beams, managers)[0]
+    grow(0, one.beams.kept_slots(0), 1)
+    # It draws before the guides have its prompt; and waits for them with what it drew.
+    assert not entering(beams, managers)[0]
+    assert lacks() == [False, True, True]
+    grow(2, one.beams.kept_slots(2), 2)
+    assert lacks() == [False, True, False]
+    fork_beams(beams, managers[0], 0)
+    assert not entering(beams, managers)[0]
+    take_tokens(beams, np.full((4, 3), 7), np.zeros((4, 3), np.float32), 3)
+    score(one, 3)
+    end_rounds(beams, np.array([[3, 1]]), managers)
+    # It comes back: two texts in three models, of which each says what it lacks.
+    one.beams.set_aside(managers)
+    one.beams.resume()
+    begin_rounds(beams)
+    for m, prompt in enumerate((4, 2, 5)):
+        assert entering(beams, managers)[0]
+        slots = managers[m].allocate(2)
+        one.beams.set_kept_slots(m, np.array([slots[0], -1], np.int32))
+        grow(m, slots[:1], prompt + 3 - 1)
+        assert one.beams.kept_slots(m).tolist() == [slots[0], -1]
+        assert held_slots(beams, m).tolist() == [slots[0]]
+        one.beams.set_kept_slots(m, slots)
+        grow(m, slots[1:], prompt + 3 - 2)
+        assert lacks()[m]
+        grow(m, slots[1:], 1)
+        assert not lacks()[m]
+    assert not entering(beams, managers)[0]
 
 
 def test_a_history_is_stored_once() -> None:

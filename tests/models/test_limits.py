@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support.tiny_models import tiny_model
+from tests.support.engines import models_of, tiny_engine
+from tests.support.tiny_models import VOCABULARY, tiny_model
 from w2s_fast.cli.examine import _memory
+from w2s_fast.errors import InvalidRequest
+from w2s_fast.models.activations import Activations, activations_of
 from w2s_fast.models.limits import Memory, main_memory
-from w2s_fast.models.memory import kv_tokens_that_fit
+from w2s_fast.models.memory import activation_bytes, kv_tokens_that_fit, usual_pass_tokens
 
 GIB = 1 << 30
 V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
@@ -159,6 +163,75 @@ def test_pages_fit_into_what_the_limit_leaves(
     per_token = 2 * 2 * 2 * 4 * 4  # keys and values, layers, heads, numbers, bytes
     share = (1 << 20) // 4
     assert kv_tokens_that_fit([model, model], 10**9) == share // (2 * per_token)
+
+
+def test_passes_take_their_room_from_the_pages(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted(machine, 2, "/")
+    v2(machine, "", GIB, GIB - (1 << 20))
+    monkeypatch.setattr("w2s_fast.models.memory.main_memory", partial(main_memory, machine))
+    model = tiny_model("llama", dtype=torch.float32)
+    per_token = 2 * 2 * 2 * 4 * 4
+    room = (1 << 20) // 4 - 100_000
+    assert kv_tokens_that_fit([model, model], 10**9, 100_000) == room // (2 * per_token)
+    assert kv_tokens_that_fit([model, model], 10**9, GIB) == 1
+
+
+def test_what_passes_need_by_its_definition() -> None:
+    base, small, large = Activations(100, 7), Activations(5, 1), Activations(30, 1)
+    assert activation_bytes([base], 64, 16) == 64 * 100 + 16 * 7
+    assert activation_bytes([base], 4, 16) == 16 * 100 + 16 * 7
+    both = [base, small, large, small, small]
+    assert activation_bytes(both, 64, 16) == 64 * 100 + 16 * 7 + 64 * 35
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "token_bytes", "tokens"),
+    [
+        ("cpu", 0, 0, 2048),
+        ("cuda", 80 * GIB, 1 << 20, 8192),
+        ("cuda", 64 * GIB, 1 << 20, 8192),
+        ("cuda", 64 * GIB - 8, 1 << 20, 4096),
+        ("cuda", 16 * GIB, 1 << 20, 2048),
+        ("cuda", 0, 1 << 20, 512),
+    ],
+)
+def test_tokens_of_a_pass_follow_from_the_memory(
+    device: str, free: int, token_bytes: int, tokens: int
+) -> None:
+    assert usual_pass_tokens(device, free, token_bytes) == tokens
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral"])
+def test_what_a_token_needs_is_measured_without_what_needs_no_token(family: str) -> None:
+    model = tiny_model(family, dtype=torch.float32)
+    width = VOCABULARY
+
+    def peak(work: Callable[[], object]) -> int:
+        """As if tokens through the embedding took 1,000 bytes each, and logits what they do."""
+        tokens = logits = 0
+
+        def embedded(_module: object, args: tuple[torch.Tensor, ...], _out: object) -> None:
+            nonlocal tokens
+            tokens += args[0].numel()
+
+        handle = model.get_input_embeddings().register_forward_hook(embedded)
+        with handle:
+            found = work()
+        if isinstance(found, torch.Tensor) and found.shape[-1] == width:
+            logits = found.nbytes
+        return 12345 + 1000 * tokens + logits
+
+    assert activations_of(model, peak) == Activations(1000, width * 4)
+
+
+def test_an_engine_leaves_its_passes_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [m.max_pass_tokens for m in models_of(tiny_engine())] == [2048] * 3
+    assert [m.max_pass_tokens for m in models_of(tiny_engine(max_pass_tokens=9))] == [9] * 3
+    for wrong in (0, -1, 1.5, True):
+        with pytest.raises(InvalidRequest, match="max_pass_tokens"):
+            tiny_engine(max_pass_tokens=wrong)
 
 
 def test_here_there_is_some() -> None:

@@ -122,10 +122,13 @@ class Lines:
 
 
 def small_engine() -> Engine:
-    """With room for few requests at a time, so that some wait and some are set aside."""
+    """With room for few requests at a time, so that some wait and some are set aside; prompts enter
+    in pieces."""
     models = [tiny_model("llama", seed=s, layers=1, dtype=torch.float64) for s in (0, 1, 2)]
     base, tuned, untuned = models
-    return make_engine(base, tuned, untuned, kv_cache_tokens=44, page_size=2, max_rows=8)
+    return make_engine(
+        base, tuned, untuned, kv_cache_tokens=44, page_size=2, max_rows=8, max_pass_tokens=4
+    )
 
 
 def bystander(e: Engine) -> Request:
@@ -257,7 +260,7 @@ def test_the_next_turn_mends_what_a_second_interrupt_left() -> None:
 
 
 OPERATIONS = ("allocate", "reserve", "extend", "fork_beams", "take_tokens", "release_finished")
-OPERATIONS += ("begin_rounds", "set_root_slot", "take_scores", "end_rounds")
+OPERATIONS += ("begin_rounds", "set_kept_slots", "take_scores", "end_rounds")
 
 
 @pytest.mark.usefixtures("repeatable")

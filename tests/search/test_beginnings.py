@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from tests.support.engines import forwarded
 from tests.support.tiny_models import tiny_model
 from w2s_fast.errors import OutOfPages
 from w2s_fast.models.model import PagedModel
-from w2s_fast.search.beginnings import begin, leaders, prefill
+from w2s_fast.search.beginnings import Advance, advance, leader_of, prefill
 
 # Few different tokens, so that many texts begin alike.
 TEXT = st.lists(st.integers(1, 2), max_size=14)
@@ -29,25 +28,26 @@ def pages_of(text: list[int], page_size: int) -> list[tuple[int, ...]]:
     return [tuple(text[:end]) for end in range(page_size, len(text) + 1, page_size)]
 
 
-@given(texts=TEXTS, known=TEXTS, page_size=st.integers(1, 4))
+@given(texts=TEXTS, known=TEXTS, page_size=st.integers(1, 4), data=st.data())
 def test_leaders_by_their_definition(
-    texts: list[list[int]], known: list[list[int]], page_size: int
+    texts: list[list[int]], known: list[list[int]], page_size: int, data: st.DataObject
 ) -> None:
     cached = {page for text in known for page in pages_of(text, page_size)}
     missing = [[p for p in pages_of(t, page_size) if p not in cached] for t in texts]
     found = [len(t) // page_size * page_size - len(m) * page_size for t, m in zip(texts, missing)]
-    first = leaders(texts, found, page_size)
-    wanted = Counter(pages[0] for pages in missing if pages)
-    # One for each page that several need next, and of these the longest.
-    assert sorted(missing[i][0] for i in first) == sorted(p for p, n in wanted.items() if n > 1)
-    for i in first:
-        assert all(
-            len(text) <= len(texts[i])
-            for text, pages in zip(texts, missing)
-            if pages and pages[0] == missing[i][0]
-        )
-    # Side by side they run no page twice.
-    run = [page for i in first for page in missing[i]]
+    begun = data.draw(st.lists(st.booleans(), min_size=len(texts), max_size=len(texts)))
+    leaders = leader_of(texts, found, begun, page_size)
+    for i, (first, pages) in enumerate(zip(leaders, missing, strict=True)):
+        wanted = [j for j, other in enumerate(missing) if pages and other[:1] == pages[:1]]
+        if begun[i] or not pages:
+            assert first == i
+        elif any(begun[j] for j in wanted):
+            assert begun[first] and first in wanted
+        else:  # one for each page that several need next, and of these the longest
+            assert {leaders[j] for j in wanted} == {first}
+            assert len(texts[first]) == max(len(texts[j]) for j in wanted)
+    # Those that go first side by side run no page twice, but for what had begun before.
+    run = [page for i in {*leaders} if not begun[i] for page in missing[i][:1]]
     assert len(run) == len(set(run))
 
 
@@ -93,34 +93,44 @@ def test_every_page_is_run_once_and_holds_what_it_should(
     assert warm.pool.free_pages == warm.pool.num_pages
 
 
+def begin(
+    paged: PagedModel, texts: list[list[int]], most: int = 1000
+) -> tuple[np.ndarray, Advance]:
+    """Texts whose rest the caller would run."""
+    slots = paged.pool.allocate(len(texts))
+    return slots, advance(paged, slots, texts, most, [True] * len(texts))
+
+
 def test_beginnings_of_one_another_take_two_passes() -> None:
     paged = model(1, True)
     paged.pool.drop_cache()
     longest = [1, 2, 1, 1, 2, 2, 1]
-    begun = begin(paged, [longest[:n] for n in (3, 1, 7, 5, 7)])
+    slots, begun = begin(paged, [longest[:n] for n in (3, 1, 7, 5, 7)])
+    assert begun.ready.all()
     assert begun.rows == [1]  # and in the second pass there is nothing left to run
     assert begun.adopted.tolist() == [3, 1, 0, 5, 7]
-    paged.pool.release(begun.slots)
+    paged.pool.release(slots)
 
 
 def test_texts_that_share_nothing_wait_for_nobody() -> None:
     paged = model(4, True)
     paged.pool.drop_cache()
-    begun = begin(paged, [[1, 2, 1, 2, 1], [1, 2, 1, 1, 1], [1, 2, 1], []])
+    slots, begun = begin(paged, [[1, 2, 1, 2, 1], [1, 2, 1, 1, 1], [1, 2, 1], []])
     assert begun.rows == []
-    assert paged.pool.lengths(begun.slots).tolist() == [0] * 4
-    paged.pool.release(begun.slots)
+    assert begun.left == 1000 - (6 + 6 + 4 + 1)
+    assert paged.pool.lengths(slots).tolist() == [0] * 4
+    paged.pool.release(slots)
 
 
 def test_groups_within_groups_take_a_pass_for_each_level() -> None:
     paged = model(2, True)
     paged.pool.drop_cache()
     groups = [[1, 1, a, a, b, b] for a in (1, 2, 3) for b in (1, 2)]
-    begun = begin(paged, groups)
+    slots, begun = begin(paged, groups)
     assert begun.rows == [1, 2]
-    assert paged.pool.lengths(begun.slots).tolist() == [6, 4, 6, 4, 6, 4]
+    assert paged.pool.lengths(slots).tolist() == [6, 4, 6, 4, 6, 4]
     assert begun.adopted.tolist() == [0, 4, 2, 4, 2, 4]
-    paged.pool.release(begun.slots)
+    paged.pool.release(slots)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -128,11 +138,11 @@ def test_where_a_model_breaks_on_what_is_shared_nobody_waits_twice(value: float)
     broken = broken_copy(tiny_model("llama"), 7, value)
     paged = PagedModel(broken, kv_cache_tokens=400, page_size=2, prefix_cache=True)
     sound = [[3, 3, 1, 1, i] for i in range(3)]
-    begun = begin(paged, [*([1, 7, i, i] for i in range(3)), *sound])
+    slots, begun = begin(paged, [*([1, 7, i, i] for i in range(3)), *sound])
     assert begun.rows == [2]
     assert begun.adopted.tolist() == [0, 0, 0, 0, 4, 4]
     assert paged.pool.match([[1, 7], [3, 3, 1, 1]]).tolist() == [0, 4]
-    paged.pool.release(begun.slots)
+    paged.pool.release(slots)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
@@ -150,3 +160,76 @@ def test_without_room_for_all_of_them_nothing_is_held(taken: int) -> None:
     assert paged.pool.free_pages == paged.pool.num_pages
     assert paged.pool.free_slots == paged.pool.manager.max_slots
     paged.pool.manager.check()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=TEXTS, page_size=st.sampled_from([1, 2, 4]), most=st.integers(1, 9), warm=st.booleans()
+)
+def test_pieces_end_in_the_same_pages(
+    texts: list[list[int]], page_size: int, most: int, warm: bool
+) -> None:
+    paged, cold = model(page_size, warm), model(page_size, False)
+    paged.pool.drop_cache()
+    slots = paged.pool.allocate(len(texts))
+    adopted = np.zeros(len(texts), np.int32)
+    steps = 0
+    with forwarded(paged.model) as tokens:
+        while True:
+            before, ran = paged.pool.lengths(slots).sum(), tokens[0]
+            found = advance(paged, slots, texts, most)
+            adopted += found.adopted
+            assert tokens[0] - ran == most - found.left <= most
+            after = paged.pool.lengths(slots)
+            assert after.sum() - before == tokens[0] - ran + found.adopted.sum()
+            assert found.ready.tolist() == [n == len(t) for n, t in zip(after, texts)]
+            if found.ready.all():
+                break
+            assert tokens[0] - ran == most  # nobody waits while there is something to run
+            steps += 1
+    assert steps <= sum(len(text) for text in texts) // most
+    total = sum(len(text) for text in texts)
+    assert tokens[0] == total - adopted.sum()
+    paged.pool.manager.check()
+    torch.testing.assert_close(last_logits(paged, slots), last_logits(cold, prefill(cold, texts)))
+    assert paged.pool.free_pages == paged.pool.num_pages
+
+
+@pytest.mark.parametrize("most", [1, 3, 4, 6])
+def test_a_long_beginning_in_pieces_is_run_once(most: int) -> None:
+    paged = model(2, True)
+    paged.pool.drop_cache()
+    beginning = [1, 2, 2, 1, 1, 2, 1, 1]
+    texts = [[*beginning, 3, i, i, i] for i in range(4)]
+    slots = paged.pool.allocate(4)
+    with forwarded(paged.model) as tokens:
+        while not advance(paged, slots, texts, most).ready.all():
+            pass
+    assert tokens[0] == 8 + 4 * 4
+    paged.pool.release(slots)
+
+
+def test_a_text_that_comes_later_finds_the_pieces_of_one_under_way() -> None:
+    paged = model(2, True)
+    paged.pool.drop_cache()
+    long = [1, 2] * 7
+    slots = paged.pool.allocate(2)
+    advance(paged, slots[:1], [long], 6)
+    found = advance(paged, slots, [long, [*long[:8], 1, 1]], 100)
+    assert found.rows == [1, 1]  # the second waits for what both need next
+    assert found.adopted.tolist() == [0, 8]
+    paged.pool.release(slots)
+
+
+def test_what_was_broken_is_not_remembered_with_a_later_piece() -> None:
+    # Behind the window of its layers nothing shows any more that a token was broken.
+    broken = broken_copy(tiny_model("mistral", layers=1), 7, math.nan)
+    paged = PagedModel(broken, kv_cache_tokens=400, page_size=2, prefix_cache=True)
+    text = [1, 7, *[2] * 20]
+    slots = paged.pool.allocate(1)
+    for _ in range(2):
+        advance(paged, slots, [text], 8)
+    hidden = paged.forward(slots, [3], [1])
+    assert hidden.isfinite().all()
+    assert paged.pool.match([text]).tolist() == [0]
+    paged.pool.release(slots)

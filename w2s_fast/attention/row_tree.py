@@ -60,6 +60,19 @@ class RowTree:
         """
         return cls(*cut_levels([(as_int32(g), as_int32(e)) for g, e in levels], rows))
 
+    def of_rows(self, begin: int, end: int) -> RowTree:
+        """The tree of rows ``begin`` : ``end`` alone."""
+        first = np.maximum(self.first, begin)
+        count = np.minimum(self.first + self.count, end) - first
+        some = count > 0
+        return RowTree(
+            (first - begin)[some].astype(np.int32),
+            count[some].astype(np.int32),
+            self.begin[some],
+            self.end[some],
+            self.own[begin:end],
+        )
+
     @property
     def shares(self) -> bool:
         """Whether there is any segment."""

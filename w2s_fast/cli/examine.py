@@ -49,6 +49,7 @@ def examine() -> Iterator[Finding]:
         ("page copies", _page_copies),
         ("dtype", _dtype),
         ("rows", _rows),
+        ("passes", _passes),
         ("attention", _attention),
         ("cuda graphs", _cuda_graphs),
         *((f"attention {name}", partial(_backend, name)) for name in ("triton", "flash", "torch")),
@@ -193,6 +194,15 @@ def _rows() -> Finding:
     device = pick_device("auto")
     rows = usual_rows(device.type, total_bytes(device))
     return Finding("ok", "rows", f"auto: {rows} candidates in a step, by the memory of {device}")
+
+
+def _passes() -> Finding:
+    from w2s_fast.models import free_bytes, pick_device, usual_pass_tokens
+
+    device = pick_device("auto")
+    tokens = usual_pass_tokens(device.type, free_bytes(device), 0)
+    less = ", fewer for models that need much memory" if device.type == "cuda" else ""
+    return Finding("ok", "passes", f"auto: {tokens} tokens of prompts in a pass, on {device}{less}")
 
 
 def _attention() -> Finding:

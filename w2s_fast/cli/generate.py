@@ -134,6 +134,12 @@ def generate(
         int | None,
         _option("--max-rows", help="Candidates in one step; default: by memory", panel=MACHINE),
     ] = None,
+    max_pass_tokens: Annotated[
+        int | None,
+        _option(
+            "--max-pass-tokens", help="Prompts' tokens in a pass; default: by memory", panel=MACHINE
+        ),
+    ] = None,
     kv_cache_tokens: Annotated[
         int | None,
         _option("--kv-cache-tokens", help="Size of the KV cache; default: measured", panel=MACHINE),
@@ -182,6 +188,7 @@ def generate(
         compile=compile,
         page_size=page_size,
         max_rows=max_rows,
+        max_pass_tokens=max_pass_tokens,
     )
     if prompt is None:
         assert input is not None

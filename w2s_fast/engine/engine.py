@@ -61,6 +61,10 @@ class Engine:
             that begin with the same tokens.
         max_rows: candidates decoded in one step over all requests; one request may have more. None
             is 1,024 on a GPU of 80 GB or more, and 256 elsewhere.
+        max_pass_tokens: the most tokens of a pass that reads prompts or given texts, or scores
+            chunks; more of them run in several passes, and between those of prompts the running
+            requests go on. None is 2,048 on a CPU, and on CUDA 8,192, or fewer where memory is
+            tight. There the room for such a pass is measured, and no pages take it.
         prompt_template: text around every plain prompt of the base, ``{prompt}`` in it; guides
             have their own. Chat messages go through each model's own chat template.
 
@@ -87,11 +91,16 @@ class Engine:
         cuda_graphs: bool = True,
         compile: bool = False,
         max_rows: int | None = None,
+        max_pass_tokens: int | None = None,
         prefix_cache: bool = True,
         prompt_template: str | None = None,
     ) -> None:
         _check_positive("page_size", page_size)
-        for name, value in (("max_rows", max_rows), ("kv_cache_tokens", kv_cache_tokens)):
+        for name, value in (
+            ("max_rows", max_rows),
+            ("max_pass_tokens", max_pass_tokens),
+            ("kv_cache_tokens", kv_cache_tokens),
+        ):
             if value is not None:
                 _check_positive(name, value)
         guides = [guides] if isinstance(guides, Guide) else list(guides or ())
@@ -115,6 +124,7 @@ class Engine:
             page_size=page_size,
             attention=attention,
             max_rows=max_rows,
+            max_pass_tokens=max_pass_tokens,
             prefix_cache=prefix_cache,
             prompt_template=prompt_template,
         )

@@ -11,7 +11,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from w2s_fast.engine.encoders import make_encoder, templates_of, tokenizers_of
 from w2s_fast.errors import MismatchedVocabulary
-from w2s_fast.models import ModelSource, PagedModel, kv_tokens_that_fit, load_model, load_tokenizer
+from w2s_fast.models import (
+    ModelSource,
+    PagedModel,
+    activation_bytes,
+    activations_of,
+    free_bytes,
+    kv_tokens_that_fit,
+    load_model,
+    load_tokenizer,
+    usual_pass_tokens,
+)
 from w2s_fast.search import Guide, PagedGuide
 from w2s_fast.text import (
     PromptEncoder,
@@ -61,6 +71,7 @@ def serve_models(
     page_size: int,
     attention: str,
     max_rows: int,
+    max_pass_tokens: int | None,
     prefix_cache: bool,
     prompt_template: str | None,
 ) -> ServedModels:
@@ -85,7 +96,9 @@ def serve_models(
     base_model = load(base)
     pairs = [(load(guide.tuned), load(guide.untuned)) for guide in guides]
     models = [base_model, *(model for pair in pairs for model in pair)]
-    tokens = kv_cache_tokens or kv_tokens_that_fit(models, _useful_tokens(base_model, max_rows))
+    max_pass_tokens, activations = _passes(models, max_pass_tokens, max_rows)
+    useful = _useful_tokens(base_model, max_rows)
+    tokens = kv_cache_tokens or kv_tokens_that_fit(models, useful, activations)
 
     def page(model: PreTrainedModel, role: str, source: ModelSource) -> PagedModel:
         return PagedModel(
@@ -96,6 +109,7 @@ def serve_models(
             max_slots=_MAX_SLOTS,
             prefix_cache=prefix_cache,
             attention=attention,
+            max_pass_tokens=max_pass_tokens,
         )
 
     if tokenizer is None:
@@ -157,6 +171,24 @@ def _shared_vocabulary(
                     f"vocabulary has {size}"
                 )
     return min([size, *(model.vocab_size for model in models)])
+
+
+def _passes(
+    models: Sequence[PreTrainedModel], max_pass_tokens: int | None, max_rows: int
+) -> tuple[int, int]:
+    """Tokens of a pass, and bytes that passes need: measured on CUDA, where they count.
+
+    ``models``: the base, and each guide's. On a CPU pages leave far more than that.
+    """
+    device = models[0].device
+    if device.type != "cuda":
+        return max_pass_tokens or usual_pass_tokens(device.type, 0, 0), 0
+    found = [activations_of(model) for model in models]
+    torch.cuda.empty_cache()  # the measurement's
+    if max_pass_tokens is None:
+        one = activation_bytes(found, 1, 1)
+        max_pass_tokens = usual_pass_tokens(device.type, free_bytes(device), one)
+    return max_pass_tokens, activation_bytes(found, max_pass_tokens, max_rows)
 
 
 def _useful_tokens(base: PreTrainedModel, max_rows: int) -> int:

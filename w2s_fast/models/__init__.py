@@ -5,6 +5,7 @@ Owns loading, the probe that says whether pages can serve a model, its body and 
 The room knows no sampling, no beams and no text.
 """
 
+from w2s_fast.models.activations import activations_of
 from w2s_fast.models.body import run_body
 from w2s_fast.models.inference import inference
 from w2s_fast.models.limits import main_memory
@@ -16,12 +17,24 @@ from w2s_fast.models.load import (
     pick_dtype,
     read_as,
 )
-from w2s_fast.models.memory import kv_tokens_that_fit, total_bytes, usual_rows
+from w2s_fast.models.memory import (
+    activation_bytes,
+    free_bytes,
+    kv_tokens_that_fit,
+    total_bytes,
+    usual_pass_tokens,
+    usual_rows,
+)
 from w2s_fast.models.model import PagedModel
+from w2s_fast.models.passes import forward_in_passes
 
 __all__ = [
     "ModelSource",
     "PagedModel",
+    "activation_bytes",
+    "activations_of",
+    "forward_in_passes",
+    "free_bytes",
     "inference",
     "kv_tokens_that_fit",
     "load_model",
@@ -32,5 +45,6 @@ __all__ = [
     "read_as",
     "run_body",
     "total_bytes",
+    "usual_pass_tokens",
     "usual_rows",
 ]

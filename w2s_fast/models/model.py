@@ -30,6 +30,7 @@ from w2s_fast.models.body import (
 from w2s_fast.models.changes import Change, Watch
 from w2s_fast.models.inference import inference
 from w2s_fast.models.lm_head import LMHead
+from w2s_fast.models.memory import CPU_PASS_TOKENS
 from w2s_fast.models.probe import kv_shape
 
 # Largest difference between paged and eager logits, as a share of the largest logit, that is
@@ -80,6 +81,8 @@ class PagedModel:
         replays: recorded passes, which take the place of running the model's code; or None.
         recorded: all that is recorded of its passes.
         moves: how often what a recorded pass has learnt of the model was no longer true.
+        max_pass_tokens: the most tokens of a pass that reads prompts or given texts, or scores
+            chunks; see :mod:`.passes`. A step of decoding has as many as it has rows.
         max_positions: tokens a sequence can have; None if the model sets no limit. Less than
             the model's own where pages could not give the same beyond.
     """
@@ -94,6 +97,7 @@ class PagedModel:
         max_slots: int = 1024,
         prefix_cache: bool = False,
         attention: str = "auto",
+        max_pass_tokens: int = CPU_PASS_TOKENS,
     ) -> None:
         """Take the model on, with room for ``kv_cache_tokens`` tokens in ``max_slots`` sequences.
 
@@ -110,6 +114,7 @@ class PagedModel:
         self._watch = Watch(model)
         self._broken: UnsupportedModel | None = None
         self.moves = 0
+        self.max_pass_tokens = max_pass_tokens
         shape = kv_shape(model, name)
         self.max_positions = shape.max_positions
         least = 2 * -(-PROBE_TOKENS // page_size) * page_size

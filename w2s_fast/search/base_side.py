@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from w2s_fast._pages import (
@@ -20,9 +21,8 @@ from w2s_fast._pages import (
 from w2s_fast.attention import RowTree, to_device
 from w2s_fast.decoding import DecodeGraphs, Decoder, Draws, SamplingColumns
 from w2s_fast.errors import NumericalError
-from w2s_fast.models import PagedModel
-from w2s_fast.search.beginnings import begin
-from w2s_fast.search.recompute import recompute
+from w2s_fast.models import PagedModel, forward_in_passes
+from w2s_fast.search.entrance import enter
 from w2s_fast.search.request import Request
 from w2s_fast.stats import timed
 
@@ -59,14 +59,31 @@ class BaseSide:
         self.rows = 0
         self.passes = 0
 
+    def enter(self, requests: Sequence[Request], most: list[int]) -> list[Request]:
+        """Run what requests go on from: of new ones the prompt, of those set aside the hypotheses.
+
+        What is left of a new prompt, its last token at least, runs with the others' sources.
+
+        Args:
+            most: tokens that each model may still run in this step.
+
+        Returns:
+            Those that cannot draw yet.
+        """
+        prompts = [request.prompt for request in requests]
+        entered = enter(self.model, _BASE, requests, prompts, most[_BASE], finishes=True)
+        most[_BASE] = entered.left
+        self.rows += sum(entered.rows)
+        self.passes += len(entered.rows)
+        for request, adopted in entered.adopted.items():
+            request.stats.cached_tokens += adopted
+        return entered.waiting
+
     def draw(self, requests: Sequence[Request], steps: int) -> Drawn:
         """Sample the next ``steps`` tokens of every growing candidate; the host waits for none."""
         begun = [request for request in requests if request.begins]
         new = [request.stats for request in begun]
         old = [request.stats for request in requests if not request.begins]
-        if begun:
-            with timed("prefill_s", new):
-                self._begin(begun)
         # The first token of all children of a beam comes from one row of logits, and only then
         # are they forked: what they share is forwarded once.
         with timed("prefill_s", new), timed("decode_s", old):
@@ -91,32 +108,24 @@ class BaseSide:
         self._remember([request for request in drawn.begun if request.error is None])
         release_finished(beams, self.model.pool.manager, _BASE)
 
-    def _begin(self, requests: Sequence[Request]) -> None:
-        """Give new requests slots, which hold what is cached or what several of them share."""
-        # The last token of a prompt is always run with the others' sources: its logits are wanted.
-        begun = begin(self.model, [request.prompt[:-1] for request in requests])
-        self.rows += sum(begun.rows)
-        self.passes += len(begun.rows)
-        for request, slot, adopted in zip(requests, begun.slots, begun.adopted):
-            request.beams.set_root_slot(_BASE, slot)
-            request.stats.cached_tokens += int(adopted)
-
     def _first_logits(self, requests: Sequence[Request]) -> Tensor:
         """Append what stands before the first tokens; the logits behind, once for each child."""
         slots, counts, children, tokens, tree = lay_out_sources(
             _beams(requests), self.model.pool.manager
         )
-        hidden = self.model.forward(slots, tokens, counts, RowTree(*tree))
-        self.rows += len(slots)
-        self.passes += 1
+        last = np.cumsum(counts, dtype=np.int64) - 1
         there = to_device(
-            {
-                "last": np.cumsum(counts, dtype=np.int64) - 1,
-                "source": np.repeat(np.arange(len(slots)), children),
-            },
-            self.model.device,
+            {"last": last, "source": np.repeat(np.arange(len(slots)), children)}, self.model.device
         )
-        logits = self.decoder.logits(hidden.index_select(0, there["last"]))
+        ends = []
+        for part, hidden in forward_in_passes(self.model, slots, tokens, counts, RowTree(*tree)):
+            begin = part.tokens.start
+            own = slice(*np.searchsorted(last, (begin, part.tokens.stop)))
+            index = there["last"][own]
+            ends.append(hidden.index_select(0, index - begin if begin else index))
+            self.rows += len(part.counts)
+            self.passes += 1
+        logits = self.decoder.logits(torch.cat(ends) if len(ends) > 1 else ends[0])
         return logits.index_select(0, there["source"])
 
     def _decode(self, requests: Sequence[Request], logits: Tensor, steps: int) -> Draws:
@@ -135,12 +144,6 @@ class BaseSide:
         # The first child has its parent's pages.
         slots = [request.beams.slot_of_first(_BASE) for request in requests]
         self.model.pool.remember(slots, [request.prompt for request in requests])
-
-    def recompute(self, requests: Sequence[Request]) -> None:
-        """New slots for the hypotheses of requests that were set aside."""
-        slots = recompute(self.model, requests, [request.prompt for request in requests])
-        for request, own in zip(requests, slots):
-            request.beams.set_kept_slots(_BASE, own)
 
     def keep_only(self, requests: Sequence[Request]) -> None:
         """Give back every slot of the base that none of these requests holds."""

@@ -19,7 +19,7 @@ from w2s_fast.attention import RowTree
 from w2s_fast.cache import NO_COPIES, Int32Array, Ints
 from w2s_fast.decoding import Lane
 from w2s_fast.kernels.linear_logprob_partials import Partials
-from w2s_fast.models import ModelSource, PagedModel
+from w2s_fast.models import ModelSource, PagedModel, forward_in_passes
 from w2s_fast.search.beginnings import prefill
 
 
@@ -130,8 +130,14 @@ class PagedGuide:
 
         def run(m: int) -> Partials:
             model, (slots, inputs, tree, copies) = self.models[m], rows[m]
-            hidden = model.forward(slots, inputs, counts, tree, copies)
-            return model.token_partials(hidden, targets, self.vocab_size)
+            found = [
+                model.token_partials(hidden, targets[part.tokens], self.vocab_size)
+                for part, hidden in forward_in_passes(model, slots, inputs, counts, tree, copies)
+            ]
+            if len(found) == 1:
+                return found[0]
+            # Merged, for they are of as many splits as their passes have chosen.
+            return Partials.of_logprobs(torch.cat([own.logprobs() for own in found]))
 
         try:
             with self._lane.beside():

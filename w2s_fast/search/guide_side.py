@@ -12,12 +12,10 @@ from w2s_fast.attention import RowTree, cut_buffer, host_buffer
 from w2s_fast.decoding import Draws
 from w2s_fast.kernels.score_select import score_select
 from w2s_fast.models import PagedModel
+from w2s_fast.search.entrance import enter
 from w2s_fast.search.guide import ChunkRows, GuidePartials, PagedGuide
-from w2s_fast.search.recompute import recompute
 from w2s_fast.search.request import Request
 from w2s_fast.search.selection import Selection
-
-_BOTH = (0, 1)  # the tuned and the untuned model of a guide
 
 
 class GuideSide:
@@ -38,15 +36,26 @@ class GuideSide:
             for m, model in enumerate(guide.models):
                 yield g, m, 1 + 2 * g + m, model
 
-    def prefill(self, requests: Sequence[Request]) -> None:
-        """Run the prompts of requests in their first round."""
+    def prefill(self, requests: Sequence[Request], most: list[int]) -> set[Request]:
+        """Run texts of requests that cannot be scored, or go on, before they stand.
+
+        Args:
+            requests: in their first round, those whose chunks are complete; and others that come
+                back after they were set aside. Of those without guides, none.
+            most: tokens that each model may still run in this step.
+
+        Returns:
+            Those whose texts do not all stand yet.
+        """
+        waiting: set[Request] = set()
         if not requests:
-            return
-        for g, guide in enumerate(self.guides):
-            slots = guide.prefill([[r.guide_prompts[g][m] for r in requests] for m in _BOTH])
-            for request, own in zip(requests, slots.T):
-                for m, slot in enumerate(own):
-                    request.beams.set_root_slot(1 + 2 * g + m, slot)
+            return waiting
+        for g, m, index, model in self.models():
+            prompts = [request.guide_prompts[g][m] for request in requests]
+            entered = enter(model, index, requests, prompts, most[index])
+            most[index] = entered.left
+            waiting.update(entered.waiting)
+        return waiting
 
     def remember(self, requests: Sequence[Request]) -> None:
         """Let later requests find these prompts in the guides, too."""
@@ -120,14 +129,6 @@ class GuideSide:
             for model, partials in zip(guide.models, both)
             if not math.isfinite(partials.logprobs()[token])
         )
-
-    def recompute(self, requests: Sequence[Request]) -> None:
-        """New slots for the hypotheses of requests that were set aside; not where no guide runs."""
-        guided = [request for request in requests if request.uses_guides]
-        for g, m, index, model in self.models():
-            slots = recompute(model, guided, [r.guide_prompts[g][m] for r in guided])
-            for request, own in zip(guided, slots):
-                request.beams.set_kept_slots(index, own)
 
     def keep_only(self, requests: Sequence[Request]) -> None:
         """Give back every slot of the guides that none of these requests holds."""

@@ -15,6 +15,7 @@ from w2s_fast._pages import (
     Beams,
     begin_rounds,
     end_rounds,
+    entering,
     keep_all,
     take_scores,
     tokens_left,
@@ -73,11 +74,19 @@ class Search:
     def step(self, requests: Sequence[Request]) -> None:
         """Bring every request some tokens further; select in those whose round is complete.
 
+        Those whose texts do not all stand take part without drawing: of their texts each model
+        runs as many tokens in a step as in a pass, those of the most urgent first.
+
         A request in which a model produced NaN or infinity gets its ``error`` and gives its
         pages back; the others are not touched by it.
         """
-        self._restore([request for request in requests if request.beams.aside])
+        # Tokens that each model may still run of texts: nobody waits long for those of others.
+        most = [model.max_pass_tokens for model in self.models]
+        for request in requests:
+            if request.beams.aside:
+                request.beams.resume()
         begin_rounds(_beams(requests))
+        requests = self._enter(requests, most)
         left = tokens_left(_beams(requests))
         tokens = _step_tokens(left.tolist())
         drawn = None
@@ -100,7 +109,8 @@ class Search:
         scored = [request for request in complete if request.uses_guides]
         new = [request for request in scored if request.beams.round == 1]
         with timed("prefill_s", [request.stats for request in new]):
-            self.guides.prefill(new)
+            waiting = self.guides.prefill(new, most)
+        scored = [request for request in scored if request not in waiting]
         with timed("scoring_s", [request.stats for request in scored]):
             self._score(scored, drawn)
         unscored = [r for r in complete if r.error is None and not r.uses_guides]
@@ -171,15 +181,16 @@ class Search:
         end_rounds(_beams(closed), choice.kept[sound], self._managers)
         _count_rounds(closed)
 
-    def _restore(self, requests: Sequence[Request]) -> None:
-        """Recompute what requests that were set aside held."""
-        if not requests:
-            return
-        with timed("prefill_s", [request.stats for request in requests]):
-            self.base.recompute(requests)
-            self.guides.recompute(requests)
-        for request in requests:
-            request.beams.resume()
+    def _enter(self, requests: Sequence[Request], most: list[int]) -> Sequence[Request]:
+        """Run texts that requests go on from, as far as may be; those that can go on now."""
+        lacks = entering(_beams(requests), self._managers)
+        if not lacks.any():
+            return requests
+        late = [request for request, lack in zip(requests, lacks) if lack]
+        back = [r for r in late if r.params.uses_guides and r.beams.round > 1]
+        with timed("prefill_s", [request.stats for request in late]):
+            waiting = {*self.base.enter(late, most), *self.guides.prefill(back, most)}
+        return [request for request in requests if request not in waiting]
 
     def _abort_failed(self, requests: Iterable[Request]) -> None:
         for request in requests:

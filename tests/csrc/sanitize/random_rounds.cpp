@@ -57,11 +57,7 @@ void take_slots(Beams& request, std::vector<std::unique_ptr<w2s::PageManager>>& 
     }
     const w2s::Int32s slots = managers[m]->allocate(std::ssize(counts));
     grow(*managers[m], slots, counts);
-    if (root) {
-        request.set_root_slot(m, slots[0]);
-    } else {
-        request.set_kept_slots(m, slots);
-    }
+    request.set_kept_slots(m, slots);
 }
 
 }  // namespace
