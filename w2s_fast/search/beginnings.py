@@ -161,7 +161,8 @@ class _Texts:
         left = np.flatnonzero(~self._ready)
         rest = (self._lengths - self._held)[left]
         before: NDArray[np.int64] = np.cumsum(rest, dtype=np.int64) - rest
-        return left[before <= most].tolist()
+        near: list[int] = left[before <= most].tolist()
+        return near
 
     def _found(self, near: Sequence[int]) -> dict[int, int]:
         """How many tokens each has, or would find in the cache now."""
