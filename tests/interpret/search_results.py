@@ -37,7 +37,9 @@ def results() -> list[Any]:
         Guide(tiny_model("llama", seed=10, layers=1), tiny_model("gpt2", seed=20, layers=1)),
         Guide(tiny_model("gpt2", seed=11, layers=1), tiny_model("llama", seed=21, layers=1), 0.5),
     ]
-    engine = Engine(tiny_model("llama", eos=(0, 5)), guides, device="cpu", kv_cache_tokens=2048)
+    base = tiny_model("llama", eos=(0, 5))
+    # Prompts enter in pieces, and chunks are scored in several passes.
+    engine = Engine(base, guides, device="cpu", kv_cache_tokens=2048, max_pass_tokens=24)
     params = [SearchParams(**{"max_new_tokens": 7, "seed": 3, **own}) for _, own in REQUESTS]
     found = engine.generate([prompt for prompt, _ in REQUESTS], params)
     return [

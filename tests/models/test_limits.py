@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from tests.support.engines import models_of, tiny_engine
 from tests.support.tiny_models import VOCABULARY, tiny_model
 from w2s_fast.cli.examine import _memory
+from w2s_fast.engine import served
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.models.activations import Activations, activations_of
 from w2s_fast.models.limits import Memory, main_memory
@@ -226,7 +228,38 @@ def test_what_a_token_needs_is_measured_without_what_needs_no_token(family: str)
     assert activations_of(model, peak) == Activations(1000, width * 4)
 
 
-def test_an_engine_leaves_its_passes_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_in_use_before_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for CUDA's allocator, which had more in use once."""
+    use = {"now": 5000, "peak": 9000}
+    model = tiny_model("llama", dtype=torch.float32)
+
+    def embedded(_module: object, args: tuple[torch.Tensor, ...], _out: object) -> None:
+        use["peak"] = max(use["peak"], use["now"] + 10 * args[0].numel())
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: use["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: use["peak"])
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda _: use.update(peak=use["now"])
+    )
+    with model.get_input_embeddings().register_forward_hook(embedded):
+        assert activations_of(model) == Activations(10, 0)
+
+
+@pytest.mark.parametrize("asked", [None, 100])
+def test_on_cuda_an_engine_measures_and_leaves_room(
+    asked: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"base": Activations(2 << 20, 9), "guide": Activations(1 << 20, 9)}
+    models = [mock.Mock(device=torch.device("cuda", 0), kind=k) for k in ("base", "guide", "guide")]
+    monkeypatch.setattr(served, "activations_of", lambda model: found[model.kind])
+    monkeypatch.setattr(served, "free_bytes", lambda _: 65 * GIB)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    tokens, needed = served._passes(models, asked, 256)
+    assert tokens == (asked or 2048)  # 4 MiB a token: 8 GiB, not quite an eighth
+    assert needed == (max(tokens, 256) * 2 << 20) + 256 * 9 + (tokens * 2 << 20)
+
+
+def test_an_engine_says_how_large_its_passes_are() -> None:
     assert [m.max_pass_tokens for m in models_of(tiny_engine())] == [2048] * 3
     assert [m.max_pass_tokens for m in models_of(tiny_engine(max_pass_tokens=9))] == [9] * 3
     for wrong in (0, -1, 1.5, True):

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.support.engines import tiny_engine
 from tests.support.tiny_models import save_tiny, tiny_model
-from w2s_fast.cli.examine import _dtype, _rows
+from w2s_fast.cli.examine import _dtype, _passes, _rows
 from w2s_fast.cli.models import made_by, name_models
 from w2s_fast.models import memory
 from w2s_fast.models.limits import Memory
@@ -112,6 +112,15 @@ def test_an_examination_says_what_auto_is_on_a_gpu(gpu: Any) -> None:
     gpu.setattr("w2s_fast.models.total_bytes", lambda _: 80 * GIB)
     assert _dtype().detail == "auto: the checkpoint's, float32 as bfloat16, on cuda:0"
     assert _rows().detail == "auto: 1024 candidates in a step, by the memory of cuda:0"
+    gpu.setattr("w2s_fast.models.free_bytes", lambda _: 70 * GIB)
+    assert _passes().detail == (
+        "auto: 8192 tokens of prompts in a pass, on cuda:0, fewer for models that need much memory"
+    )
+
+
+def test_an_examination_says_what_a_pass_is_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("w2s_fast.models.pick_device", lambda _: CPU)
+    assert _passes().detail == "auto: 2048 tokens of prompts in a pass, on cpu"
 
 
 def test_records_say_which_dtype_the_models_had(tmp_path: Path, gpu: Any) -> None:

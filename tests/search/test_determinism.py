@@ -77,6 +77,12 @@ def test_among_64_others_and_again_on_the_same_engine() -> None:
     assert_all_pages_free(e)
 
 
+def test_where_prompts_enter_in_pieces() -> None:
+    e = fp32_engine(max_pass_tokens=16)
+    assert tokens(e.generate(*requests())) == alone()
+    assert_all_pages_free(e)
+
+
 def test_in_another_order() -> None:
     prompts, params = requests()
     order = list(range(REQUESTS))

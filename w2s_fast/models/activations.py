@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from w2s_fast.attention import LayerOptions
 from w2s_fast.models.body import probe_ids, run_body, view_of
 from w2s_fast.models.lm_head import LMHead
+from w2s_fast.models.probe import kv_shape
 
 # What the most memory is that a piece of work has in use at one time, in bytes.
 Peak: TypeAlias = Callable[[Callable[[], object]], int]
@@ -37,8 +39,12 @@ def activations_of(model: PreTrainedModel, peak: Peak | None = None) -> Activati
 
     Args:
         peak: how memory is measured; None: CUDA's allocator is asked.
+
+    Raises:
+        UnsupportedModel: it cannot be served from pages; says why.
     """
-    peak = peak or _peak_on_cuda
+    peak = peak or partial(_peak_on_cuda, model.device)
+    kv_shape(model, "model")  # which says why a model cannot be served
     view = view_of(model, "model").model
     head = LMHead(view, "model")
 
@@ -57,13 +63,11 @@ def activations_of(model: PreTrainedModel, peak: Peak | None = None) -> Activati
     return Activations(max(0, token), max(0, row))
 
 
-def _peak_on_cuda(work: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+def _peak_on_cuda(device: torch.device, work: Callable[[], object]) -> int:
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     work()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 class _NoAttention:

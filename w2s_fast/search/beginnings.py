@@ -180,7 +180,7 @@ class _Texts:
         return [near[k] for k in first]
 
     def _adopt(self, which: Sequence[int]) -> None:
-        """Of what is found now, nothing is evicted until then: nothing was run in between."""
+        """Give those that have not begun what was found: nothing was run since, so it is there."""
         new = [i for i in which if self._held[i] == 0]
         found = self._model.pool.adopt(self._slots[new], [self._texts[i] for i in new])
         self._held[new] = self._adopted[new] = found
@@ -211,7 +211,7 @@ class _Texts:
         self._shares = all(finite)
         pool = self._model.pool
         found = pool.match([self._texts[i] for i, _, _ in ran])
-        # Where an earlier piece was broken, it is not found.
+        # Where a page before was broken, it is not found.
         sound = [
             i
             for (i, before, _), fine, count in zip(ran, finite, found)
