@@ -71,7 +71,7 @@ py::array_t<std::int32_t> copies(const std::vector<w2s::PageCopy>& pages) {
 // bytes at a time.
 struct ScoringLayout {
     py::array counts, cu_tokens;
-    py::list rows;    // of each model its slots, and the tree of what they share
+    py::list rows;    // of each model its slots, what they share, and how many tokens each holds
     py::list fields;  // (name, dtype, offset in bytes, count)
     std::int64_t max_candidates, max_width, nbytes = 0;
 
@@ -82,8 +82,10 @@ struct ScoringLayout {
         max_width = scoring_.max_width;
         counts = move_to_numpy(std::move(scoring_.counts));
         for (std::size_t m = 0; m < scoring_.slots.size(); ++m) {
-            rows.append(py::make_tuple(move_to_numpy(std::move(scoring_.slots[m])),
-                                       tree(scoring_.levels[m].tree())));
+            w2s::RowLevels& levels = scoring_.levels[m];
+            py::tuple segments = tree(levels.tree());
+            rows.append(py::make_tuple(move_to_numpy(std::move(scoring_.slots[m])), segments,
+                                       move_to_numpy(std::move(levels.inherited))));
         }
         add("tokens", "int64", scoring_.tokens);
         add("logprobs", "float32", scoring_.logprobs);

@@ -307,8 +307,9 @@ class ScoringLayout:
     @property
     def counts(self) -> Int32: ...
     @property
-    def rows(self) -> list[tuple[Int32, Tree]]:
-        """Of each model of the guides slots [S], and what the rows share."""
+    def rows(self) -> list[tuple[Int32, Tree, Int32]]:
+        """Of each model of the guides slots [S], what the rows share, and how many tokens each
+        holds before its chunk [S]."""
     @property
     def cu_tokens(self) -> Int64: ...
     @property

@@ -298,7 +298,7 @@ class World:
         assert pool[targets].tolist() == [token for own in new for token in own]
         own = [logprob for _, beam in drawn for logprob in beam.logprobs[beam.inherited :]]
         assert logprobs[targets].tolist() == own
-        for m, (slots, tree) in enumerate(rows, 1):
+        for m, (slots, tree, held) in enumerate(rows, 1):
             before = [
                 beam.tokens[beam.inherited - 1] if beam.inherited else self.prompts(i)[m][-1]
                 for i, beam in drawn
@@ -306,7 +306,7 @@ class World:
             expected = [t for last, own in zip(before, new) for t in (last, *own[:-1])]
             assert pool[laid_out[f"inputs{m - 1}"]].tolist() == expected
             lengths = [len(self.prompts(i)[m]) - 1 + beam.inherited for i, beam in drawn]
-            assert self.managers[m].lengths[slots].tolist() == lengths
+            assert self.managers[m].lengths[slots].tolist() == lengths == held.tolist()
             ends = [len(self.prompts(i)[m]) - 1 for i, _ in drawn]
             self._check_tree(tree, [(i, beam, end) for (i, beam), end in zip(drawn, ends)])
             self._grow(m, slots, counts)

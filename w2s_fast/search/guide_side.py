@@ -9,6 +9,7 @@ import torch
 
 from w2s_fast._pages import ScoringLayout, fork_beams, held_slots
 from w2s_fast.attention import RowTree, cut_buffer, host_buffer
+from w2s_fast.cache import NO_COPIES
 from w2s_fast.decoding import Draws
 from w2s_fast.kernels.score_select import score_select
 from w2s_fast.models import PagedModel
@@ -23,11 +24,6 @@ class GuideSide:
 
     def __init__(self, guides: Sequence[PagedGuide]) -> None:
         self.guides = list(guides)
-
-    @property
-    def weights(self) -> list[float]:
-        """The guides' weights."""
-        return [guide.weight for guide in self.guides]
 
     def models(self) -> Iterator[tuple[int, int, int, PagedModel]]:
         """Of each model its guide, whether it is the untuned one, its place among the models of a
@@ -67,7 +63,11 @@ class GuideSide:
             )
 
     def score(
-        self, requests: Sequence[Request], drawing: Sequence[Request], drawn: Draws | None
+        self,
+        requests: Sequence[Request],
+        drawing: Sequence[Request],
+        drawn: Draws | None,
+        again: bool = False,
     ) -> Selection:
         """Give all candidates slots, run their new tokens through all guides, and select.
 
@@ -76,17 +76,22 @@ class GuideSide:
             drawing: those whose growing candidates are the rows of ``drawn``, in their order.
             drawn: tokens that complete these rounds, and that the host does not know yet; None: it
                 has them all.
+            again: they have slots; what was run there in this round is taken back.
         """
         beams = [request.beams for request in requests]
         copies = [
-            fork_beams(beams, model.pool.manager, index) for _, _, index, model in self.models()
+            NO_COPIES if again else fork_beams(beams, model.pool.manager, index)
+            for _, _, index, model in self.models()
         ]
         layout = ScoringLayout(
             beams,
             [request.beams for request in drawing],
             0 if drawn is None else len(drawn),
-            self.weights,
+            [guide.weight for guide in self.guides],
         )
+        if again:
+            for (slots, _, held), (*_, model) in zip(layout.rows, self.models()):
+                model.pool.truncate(slots, held)
         device = self.guides[0].models[0].device
         buffer = host_buffer(layout.nbytes, device)
         layout.write(buffer.numpy())
@@ -104,7 +109,7 @@ class GuideSide:
                 RowTree(*tree),
                 copies[m],
             )
-            for m, (slots, tree) in enumerate(layout.rows)
+            for m, (slots, tree, _) in enumerate(layout.rows)
         ]
         partials = [
             guide.score(new, layout.counts, rows[2 * g : 2 * g + 2])
