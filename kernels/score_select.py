@@ -66,11 +66,13 @@ class ScoreSelection(NamedTuple):
     ) -> ScoreSelection:
         """The views of a buffer, wherever it lies, of a call with these R, C, T and W."""
         sizes = _sizes(rounds, candidates, tokens, max_width)
-        kept, parents, scores, *columns, logprobs, token_scores = packed.split(sizes)
+        kept, parents, scores, counts, broken, of_base, ids, logprobs, token_scores = packed.split(
+            sizes
+        )
         table, double = (rounds, max_width), torch.float64
         return cls(
-            kept.view(table), parents.view(table), scores.view(double), *columns,
-            logprobs.view(double), token_scores.view(double),
+            kept.view(table), parents.view(table), scores.view(double), counts, broken, of_base,
+            ids, logprobs.view(double), token_scores.view(double),
         )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def choose(
     tl.debug_barrier()  # every thread reads what all have stored
     added = tl.zeros([CANDIDATES], tl.float64)
     bad = length
-    for t in range(0, tl.max(length, 0)):
+    for t in range(tl.max(length, 0)):
         score = tl.load(token_scores + start + t, mask=t < length, other=0.0)
         added += score
         bad = tl.where(tl.abs(score) < float("inf"), bad, tl.minimum(bad, t))  # NaN is bad, too

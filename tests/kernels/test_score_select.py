@@ -119,7 +119,7 @@ def test_what_is_broken_is_named_up_to_the_end_and_not_behind_it():
     assert found.broken.tolist() == [1, -1]
     assert found.broken_base.tolist() == [2, -1]
     assert found.kept.tolist() == [[1, 0]]
-    assert select(plain(chunks, base=[base[1], base[1][1:] + [0.0]])).broken_base.tolist() == [2, 5]
+    assert select(plain(chunks, base=[base[1], [*base[1][1:], 0.0]])).broken_base.tolist() == [2, 5]
 
 
 def test_spare_rounds_candidates_and_tokens_change_nothing():
@@ -184,7 +184,7 @@ def test_arguments_that_do_not_fit_are_refused(wrong: str) -> None:
         guides = [(guides[0][0], Partials.of_logprobs(torch.zeros(3)))]
     else:
         logprobs = logprobs[:1]
-    with pytest.raises(ValueError, match="must be|two for each"):
+    with pytest.raises(ValueError, match=r"must be|two for each"):
         score_select(guides, weights, tokens, logprobs, *rest)
 
 

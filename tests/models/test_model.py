@@ -196,13 +196,13 @@ def test_token_logprobs_are_the_log_softmax_of_the_logits(family: str) -> None:
     targets = tokens_of(20, 5) % 17
     expected = eager(model.model, text).double()
     rows = torch.arange(20)
-    got = model.token_logprobs(hidden, targets)
+    got = model.token_partials(hidden, targets).logprobs()
     assert got.dtype == torch.float32
     torch.testing.assert_close(
         got.double(), expected.log_softmax(-1)[rows, targets], atol=2e-5, rtol=0
     )
     torch.testing.assert_close(
-        model.token_logprobs(hidden, targets, 17).double(),
+        model.token_partials(hidden, targets, 17).logprobs().double(),
         expected[:, :17].log_softmax(-1)[rows, targets],
         atol=2e-5,
         rtol=0,

@@ -8,7 +8,7 @@ room knows rows with a seed and an index each, and not which request they belong
 from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.decoder import Decoder
 from w2s_fast.decoding.decoding import Decoding
-from w2s_fast.decoding.draws import Draw, Draws
+from w2s_fast.decoding.draws import Draws
 from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.pass_graphs import PassGraphs
 from w2s_fast.decoding.record import can_record, record_passes, refuse_compile
@@ -21,7 +21,6 @@ __all__ = [
     "DecodeGraphs",
     "Decoder",
     "Decoding",
-    "Draw",
     "Draws",
     "HomeStream",
     "Lane",

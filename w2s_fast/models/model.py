@@ -212,12 +212,6 @@ class PagedModel:
         with outside_autocast(self.device):
             return self.head.token_partials(hidden, tokens, vocab_size)
 
-    def token_logprobs(
-        self, hidden: Tensor, tokens: Tensor, vocab_size: int | None = None
-    ) -> Tensor:
-        """The same, merged: float32 [N]."""
-        return self.token_partials(hidden, tokens, vocab_size).logprobs()
-
     def follow(self, announced: bool = False) -> bool:
         """Take note of what the caller has done to the model since; for between two passes.
 

@@ -10,6 +10,7 @@ import torch
 
 from w2s_fast._pages import fork_beams, held_slots, lay_out_scoring
 from w2s_fast.attention import to_device
+from w2s_fast.cache import NO_COPIES
 from w2s_fast.decoding import Draws
 from w2s_fast.models import PagedModel
 from w2s_fast.search.guide import ChunkRows, GuidePartials, PagedGuide
@@ -26,11 +27,6 @@ class GuideSide:
 
     def __init__(self, guides: Sequence[PagedGuide]) -> None:
         self.guides = list(guides)
-
-    @property
-    def weights(self) -> list[float]:
-        """The guides' weights."""
-        return [guide.weight for guide in self.guides]
 
     def models(self) -> Iterator[tuple[int, int, int, PagedModel]]:
         """Of each model its guide, whether it is the untuned one, its place among the models of a
@@ -59,7 +55,11 @@ class GuideSide:
             )
 
     def score(
-        self, requests: Sequence[Request], drawing: Sequence[Request], drawn: Draws | None
+        self,
+        requests: Sequence[Request],
+        drawing: Sequence[Request],
+        drawn: Draws | None,
+        again: bool = False,
     ) -> Selection:
         """Give all candidates slots, run their new tokens through all guides, and select.
 
@@ -68,15 +68,20 @@ class GuideSide:
             drawing: those whose growing candidates are the rows of ``drawn``, in their order.
             drawn: tokens that complete these rounds, and that the host does not know yet; None: it
                 has them all.
+            again: they have slots; what was run there in this round is taken back.
         """
         beams = [request.beams for request in requests]
         copies = [
-            fork_beams(beams, model.pool.manager, index) for _, _, index, model in self.models()
+            NO_COPIES if again else fork_beams(beams, model.pool.manager, index)
+            for _, _, index, model in self.models()
         ]
         steps = 0 if drawn is None else len(drawn)
         tokens, logprobs, counts, targets, rows, columns, most, width = lay_out_scoring(
             beams, [request.beams for request in drawing], steps
         )
+        if again:
+            for (slots, _, (_, (_, inherited))), (*_, model) in zip(rows, self.models()):
+                model.pool.truncate(slots, inherited)
         there = to_device(
             {
                 "tokens": tokens,
@@ -84,7 +89,7 @@ class GuideSide:
                 "targets": targets,
                 **{f"inputs{m}": inputs for m, (_, inputs, _) in enumerate(rows)},
                 **columns,
-                "weights": np.array(self.weights, np.float64),
+                "weights": np.array([guide.weight for guide in self.guides], np.float64),
             },
             self.guides[0].models[0].device,
         )

@@ -147,15 +147,27 @@ class Search:
                 self._take(drawn)
             return
         if drawn is None:
-            selection = self.guides.score(requests, [], None)
-            (packed,) = Reading(selection.packed).wait()
+            selection, choice = self._select(requests)
         else:
             selection = self.guides.score(requests, drawn.requests, drawn.draws)
             # The one place where the host waits for the device.
             memory, packed = Reading(drawn.draws.memory, selection.packed).wait()
             self.base.take(drawn, memory)
-        self._close(requests, selection, selection.on_host(packed))
+            choice = selection.on_host(packed)
+            if selection.may_be_spoilt(choice):
+                self._abort_failed(drawn.requests)
+                requests = [request for request in requests if request.error is None]
+                if not requests:
+                    return
+                selection, choice = self._select(requests, again=True)
+        self._close(requests, selection, choice)
         self._abort_failed(requests if drawn is None else [*requests, *drawn.requests])
+
+    def _select(self, requests: Sequence[Request], again: bool = False) -> tuple[Selection, Choice]:
+        """Score and rank candidates whose tokens the host has; ``again``: see GuideSide.score."""
+        selection = self.guides.score(requests, [], None, again)
+        (packed,) = Reading(selection.packed).wait()
+        return selection, selection.on_host(packed)
 
     def _close(self, requests: Sequence[Request], selection: Selection, choice: Choice) -> None:
         """Keep the candidates that were chosen, of those requests that did not fail."""

@@ -20,6 +20,7 @@ class Choice(NamedTuple):
         token_scores: float64 [T].
         scores: float64 [C], each candidate's sum over its whole response.
         kept: int64 [R, W], indices of a round's candidates, best first; -1 where it has no more.
+        counts: int64 [C], how many of each candidate's new tokens come before its end.
         broken: int64 [C], each candidate's first new token, as an index into T, whose score is not
             finite; -1 if all are.
     """
@@ -27,6 +28,7 @@ class Choice(NamedTuple):
     token_scores: NDArray[np.float64]
     scores: NDArray[np.float64]
     kept: NDArray[np.int64]
+    counts: NDArray[np.int64]
     broken: NDArray[np.int64]
 
 
@@ -45,10 +47,18 @@ class Selection(NamedTuple):
     cu_tokens: NDArray[np.int64]
     guides: list[GuidePartials]
 
+    def may_be_spoilt(self, choice: Choice) -> bool:
+        """Whether a score that is not finite may be so by a token behind an end.
+
+        Attention multiplies what stands at later places by zero, and zero times NaN is NaN.
+        """
+        behind = choice.counts < np.diff(self.cu_tokens)
+        return bool((choice.broken >= 0).any() and behind.any())
+
     def on_host(self, packed: Tensor) -> Choice:
         """From a copy of ``packed`` that the host has."""
         found = ScoreSelection.unpack(packed, *self.shape)
-        columns = (found.token_scores, found.scores, found.kept, found.broken)
+        columns = (found.token_scores, found.scores, found.kept, found.counts, found.broken)
         return Choice(*(column.numpy() for column in columns))
 
 
