@@ -31,7 +31,6 @@ from w2s_fast.attention import GatheredPlan
 from w2s_fast.cache import PagePool
 from w2s_fast.decoding import Decoding, SamplingBatch
 from w2s_fast.models import PagedModel
-from w2s_fast.search.guide_side import GuideSide
 
 MARK = "part: "
 OPERATORS_SHOWN = 12  # of each part
@@ -102,7 +101,7 @@ def _named_parts(engine: Engine) -> Iterator[None]:
         (GatheredPlan, "advance", named("attention plan")),
         (GatheredPlan, "make", named("attention plan")),
         (SamplingBatch, "draw", named("sampling")),
-        (inspect.getmodule(GuideSide), "select", named("selection")),
+        (inspect.getmodule(type(engine._search.guides)), "select", named("selection")),
         *((PagePool, name, of_pool) for name in ("reserve", "extend", "fork", "release")),
     ]
     with ExitStack() as stack:
