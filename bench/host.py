@@ -76,6 +76,7 @@ def measure(size: Size, lengths: Sequence[int], rounds: int, budget: float) -> I
         for length in lengths:
             while (done < WARM_UP or done * size.chunk < length) and time.monotonic() < end:
                 host.round()
+                host.record_missed()
                 done += 1
             before = host.by_hand
             seconds = [host.round() for _ in range(rounds)]
@@ -93,6 +94,7 @@ def count(size: Size) -> Counts:
         with host.searching():
             for _ in range(WARM_UP):
                 host.round()
+                host.record_missed()
             for _ in range(COUNTED):
                 with device.counting() as counts:
                     host.round()
@@ -106,6 +108,7 @@ def profile(size: Size, length: int, rounds: int) -> None:
     with host.searching():
         for _ in range(max(WARM_UP, -(-length // size.chunk))):
             host.round()
+            host.record_missed()
         profiler = cProfile.Profile(timer=host.clock.now)
         profiler.enable()
         for _ in range(rounds):

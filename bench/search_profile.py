@@ -31,7 +31,6 @@ from w2s_fast.attention import GatheredPlan
 from w2s_fast.cache import PagePool
 from w2s_fast.decoding import Decoding, SamplingBatch
 from w2s_fast.models import PagedModel
-from w2s_fast.search import Search
 
 MARK = "part: "
 OPERATORS_SHOWN = 12  # of each part
@@ -96,13 +95,13 @@ def _named_parts(engine: Engine) -> Iterator[None]:
         (Engine, "generate", named(REST)),
         (PagedModel, "forward", of_model("base, first token or prompt", "guides, body")),
         (PagedModel, "logits", named("base, LM head")),
-        (PagedModel, "token_logprobs", named("guides, LM head and log-probs")),
+        (PagedModel, "token_partials", named("guides, LM head and log-probs")),
         (Decoding, "step", named("base, decode step")),
         (GatheredPlan, "attend", named("attention")),
         (GatheredPlan, "advance", named("attention plan")),
         (GatheredPlan, "make", named("attention plan")),
         (SamplingBatch, "draw", named("sampling")),
-        (inspect.getmodule(Search), "choose", named("selection")),
+        (inspect.getmodule(type(engine._search.guides)), "select", named("selection")),
         *((PagePool, name, of_pool) for name in ("reserve", "extend", "fork", "release")),
     ]
     with ExitStack() as stack:
