@@ -101,13 +101,20 @@ def _named_parts(engine: Engine) -> Iterator[None]:
         (GatheredPlan, "advance", named("attention plan")),
         (GatheredPlan, "make", named("attention plan")),
         (SamplingBatch, "draw", named("sampling")),
-        (inspect.getmodule(type(engine._search.guides)), "select", named("selection")),
-        *((PagePool, name, of_pool) for name in ("reserve", "extend", "fork", "release")),
+        (_module_of(engine._search.guides), "score_select", named("selection")),
+        (_module_of(engine._search.base), "fork_beams", named("pages, base")),
+        (_module_of(engine._search.guides), "fork_beams", named("pages, guides")),
+        (_module_of(engine._search), "end_rounds", named("pages that losers held")),
+        *((PagePool, name, of_pool) for name in ("reserve", "extend", "copy_pages")),
     ]
     with ExitStack() as stack:
         for owner, name, part in functions:
             stack.enter_context(mock.patch.object(owner, name, _ranged(getattr(owner, name), part)))
         yield
+
+
+def _module_of(thing: object) -> Any:
+    return inspect.getmodule(type(thing))
 
 
 def _ranged(function: Callable[..., Any], part: Callable[..., str]) -> Callable[..., Any]:
