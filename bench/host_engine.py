@@ -139,6 +139,8 @@ class HostEngine:
                 device="cpu" if device is None else DEVICE,
                 kv_cache_tokens=self._tokens(),
                 max_rows=size.rows,
+                # All enter in the same step, so that their rounds begin together.
+                max_pass_tokens=size.requests * max(size.prompt, ROWS * size.chunk),
             )
         for model in (self.engine.base, *self.engine.guides[0].models):
             self._take_out_body(model)
