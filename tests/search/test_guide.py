@@ -68,7 +68,7 @@ def test_forked_sequences_are_scored_from_their_common_history(family: str) -> N
     prompt, first = random_tokens(5, 0), random_tokens(3, 1)
     slots = guide.prefill([[prompt]] * 2)
     guide.append(slots, [prompt[-1:]] * 2, [first])
-    children = guide.fork(slots, [3])
+    children = np.stack([m.pool.fork(own, [3]) for m, own in zip(guide.models, slots)])
     guide.release(slots)
     chunks = [random_tokens(n, 9 + n) for n in (4, 1, 6)]
     tuned, untuned = guide.append(children, [[first[-1]] * 3] * 2, chunks)
@@ -156,7 +156,7 @@ def test_where_one_model_has_no_room_the_other_gives_its_slots_back() -> None:
     guide = PagedGuide(tuned, untuned, 1.0, VOCABULARY)
     slots = guide.prefill([[[1, 2, 3, 4, 5, 6]]] * 2)  # a full page and a partial one
     with pytest.raises(OutOfPages):
-        guide.fork(slots, [3])
+        untuned.pool.fork(slots[1], [3])
     assert tuned.pool.free_slots == untuned.pool.free_slots == 3
     with pytest.raises(OutOfPages):
         guide.prefill([[[1] * 6, [2] * 6, [3] * 6]] * 2)

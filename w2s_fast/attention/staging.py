@@ -25,7 +25,6 @@ _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float64: np.dtype(np.float64),
     torch.bool: np.dtype(np.bool_),
 }
-
 _TORCH = {array: tensor for tensor, array in _NUMPY.items()}
 
 
@@ -55,9 +54,6 @@ class Fields:
             kind = _NUMPY[dtype]
             self._places[name] = (self.nbytes, items, kind.type(spare).tobytes(), kind.kind)
             self.nbytes += -(-items * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._fields
 
     def tensors(self, buffer: Tensor) -> dict[str, Tensor]:
         """Views of a buffer uint8 [at least ``nbytes``]."""

@@ -10,17 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from w2s_fast._pages import PassLayout
 from w2s_fast.attention.kernel import Bounds, KernelPlan, PassFields, lay_out
 from w2s_fast.attention.staging import Field, Room, host_buffer
-from w2s_fast.cache import PagePool
+from w2s_fast.cache import NO_COPIES, Int32Array, PagePool
+from w2s_fast.kernels.copy_pages import copy_pages
 from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
 
 # Pages a row that most buckets have room for: 2,048 tokens with pages of 16.
 _PAGES = 128
+_COPIES = "copies"  # of pages, before the pass
 
 
 class Bucket(NamedTuple):
@@ -109,6 +112,7 @@ class StaticPlan:
         What stands in it is not defined before the first :meth:`load` or :meth:`clear`, and no
         longer when another plan of the room was loaded.
         """
+        more = {**more, _COPIES: Field(torch.int32, (2 * bucket.rows,))}
         made = PassFields(
             bucket.rows,
             bucket.tokens,
@@ -137,17 +141,22 @@ class StaticPlan:
         self,
         layout: PassLayout,
         more: Mapping[str, NDArray[Any]] = {},
+        copies: Int32Array = NO_COPIES,
         back: bool = False,
     ) -> None:
-        """Take over a pass within the bucket, in one copy.
+        """Take over a pass within the bucket, in one copy; then copy pages, at most one a row.
 
         Args:
             more: values for the first places of those fields; ``spare`` stands behind them.
+            copies: pages that the pass reads; see :meth:`PagePool.copy_pages`.
             back: rows stand one token behind, for steps that begin by moving on: the plan is right
                 after :meth:`KernelPlan.advance`.
         """
         host = host_buffer(len(self.buffer), self.buffer.device)
         array = host.numpy()
         self._made.write(layout, array, back)
-        self._made.fields.fill(array, {**self.nothing, **more})
+        self._made.fields.fill(array, {**self.nothing, **more, _COPIES: copies.ravel()})
         self.buffer.copy_(host, non_blocking=True)
+        if len(copies):
+            pairs = self.more[_COPIES].view(-1, 2)[: len(copies)]
+            copy_pages(self.plan.pool.kv, pairs)

@@ -14,7 +14,6 @@ from w2s_fast.decoding.draws import Draws
 from w2s_fast.decoding.graphs import Recordings, round_up_rows, rows_recorded
 from w2s_fast.decoding.recorder import Recorder
 from w2s_fast.decoding.sampling import SamplingBatch, SamplingColumns, sampling_fields
-from w2s_fast.kernels.copy_pages import copy_pages
 from w2s_fast.models import PagedModel, inference, run_body
 
 # Steps whose draws stay on the device at once; of more, what was drawn is put away in between.
@@ -122,9 +121,7 @@ class DecodeGraphs:
         if recording is None:
             return None
         step = recording.static
-        step.plan.load(layout, {**sampling._asdict(), "copies": copies.ravel()}, back=True)
-        if len(copies):
-            copy_pages(self._model.pool.kv, step.plan.more["copies"].view(-1, 2)[: len(copies)])
+        step.plan.load(layout, sampling._asdict(), copies, back=True)
         drawn = Draws(step.drawn.memory, rows, padded)
         drawn.put(0, step.sampling.first(rows).draw(logits))
         found, left = [], steps - 1
@@ -143,11 +140,7 @@ class DecodeGraphs:
     def _prepare(self, bucket: Bucket) -> _Step:
         rows = bucket.rows
         settings = sampling_fields(rows)
-        more = {
-            **settings,
-            "taken": Field(torch.int64, (1,)),
-            "copies": Field(torch.int32, (2 * rows,)),
-        }
+        more = {**settings, "taken": Field(torch.int64, (1,))}
         plan = StaticPlan.cut(bucket, self._model.pool, self._room, more)
         if rows not in self._drawn:
             self._drawn[rows] = Draws.empty(_STEPS + 1, rows, self._model.device)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from w2s_fast.attention import Bounds, Bucket, Field, Room, RowTree, StaticPlan, lay_out
 from w2s_fast.cache import Int32Array, Ints, as_int32
 from w2s_fast.decoding.graphs import Recordings, round_up_rows
 from w2s_fast.decoding.recorder import Recorder
-from w2s_fast.kernels.copy_pages import copy_pages
 from w2s_fast.models import PagedModel, run_body
 
 # New tokens of a row: a longer one is a prompt, of a length that hardly comes again.
@@ -37,11 +34,6 @@ class _Pass:
 
     def clear(self) -> None:
         self.plan.clear()
-
-    def copy_pages(self, count: int) -> None:
-        """Copy the first of the pages that were loaded."""
-        if count:
-            copy_pages(self.model.pool.kv, self.plan.more["copies"].view(-1, 2)[:count])
 
     def run(self) -> None:
         plan = self.plan.plan
@@ -102,23 +94,17 @@ class PassGraphs:
         if recording is None:
             return None
         static = recording.static
-        more: dict[str, NDArray[Any]] = {"copies": copies.ravel()}
-        on_device = isinstance(tokens, Tensor) and tokens.device != torch.device("cpu")
-        if not on_device:
-            more["tokens"] = np.asarray(tokens, np.int64)
-        static.plan.load(layout, more)
-        if isinstance(tokens, Tensor) and on_device:
+        if isinstance(tokens, Tensor) and tokens.device != torch.device("cpu"):
+            static.plan.load(layout, copies=copies)
             static.tokens[:count].copy_(tokens)
-        static.copy_pages(len(copies))
+        else:
+            static.plan.load(layout, {"tokens": np.asarray(tokens, np.int64)}, copies)
         recording.replay()
         return self._hidden[:count].clone()
 
     def _prepare(self, bucket: Bucket) -> _Pass:
-        more = {
-            "tokens": Field(torch.int64, (bucket.tokens,)),
-            "copies": Field(torch.int32, (2 * bucket.rows,)),
-        }
-        plan = StaticPlan.cut(bucket, self._model.pool, self._room, more)
+        tokens = {"tokens": Field(torch.int64, (bucket.tokens,))}
+        plan = StaticPlan.cut(bucket, self._model.pool, self._room, tokens)
         return _Pass(self._model, self._body, plan, self._hidden)
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2s_fast.attention import Field, Fields, host_buffer
+from w2s_fast.attention import Field, to_device
 from w2s_fast.decoding.draws import Draw
 from w2s_fast.kernels.sample_tokens import sample_tokens
 
@@ -47,10 +47,7 @@ class SamplingColumns(NamedTuple):
 
     def to(self, device: torch.device) -> SamplingBatch:
         """On a device, in one copy; moved on there, they stay here what they were."""
-        fields = Fields(sampling_fields(len(self.position)))
-        here = host_buffer(fields.nbytes, device)
-        fields.fill(here.numpy(), self._asdict())
-        return SamplingBatch(**fields.tensors(here.to(device, non_blocking=True)))
+        return SamplingBatch(**to_device(self._asdict(), device))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ state of the token before it, so a chunk of L tokens costs exactly L forwarded t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -94,8 +94,14 @@ class PagedGuide:
         What the prefix cache has of a prompt is not run again, and with a prefix cache, what
         several of a model's prompts begin with is run once.
         """
+        tuned, untuned = self.models
         texts = [[prompt[:-1] for prompt in own] for own in prompts]
-        return self._in_both(lambda model, m: prefill(model, texts[m]))
+        first = prefill(tuned, texts[0])
+        try:
+            return np.stack([first, prefill(untuned, texts[1])])
+        except BaseException:
+            tuned.pool.release(first)
+            raise
 
     def append(
         self, slots: Int32Array, before: Sequence[Sequence[int]], chunks: Sequence[Sequence[int]]
@@ -147,10 +153,6 @@ class PagedGuide:
             self._lane.join()
         return tuned, untuned
 
-    def fork(self, slots: Int32Array, counts: Sequence[int]) -> Int32Array:
-        """``counts[i]`` new slots with the tokens of ``slots[:, i]``: int32 [2, sum(counts)]."""
-        return self._in_both(lambda model, m: model.pool.fork(slots[m], counts))
-
     def release(self, slots: Int32Array) -> None:
         """Give slots int32 [2, S] back."""
         for model, own in zip(self.models, slots):
@@ -159,13 +161,3 @@ class PagedGuide:
     def join(self) -> None:
         """What runs from now on comes after all that was launched, also where that was cut off."""
         self._lane.join()
-
-    def _in_both(self, take: Callable[[PagedModel, int], Int32Array]) -> Int32Array:
-        """New slots of the tuned and of the untuned model; in both, or in none."""
-        tuned, untuned = self.models
-        first = take(tuned, 0)
-        try:
-            return np.stack([first, take(untuned, 1)])
-        except BaseException:
-            tuned.pool.release(first)
-            raise

@@ -199,7 +199,7 @@ class Search:
         if not lacks.any():
             return requests
         late = [request for request, lack in zip(requests, lacks) if lack]
-        back = [r for r in late if r.params.uses_guides and r.beams.round > 1]
+        back = [r for r in late if r.uses_guides and r.beams.round > 1]
         with timed("prefill_s", [request.stats for request in late]):
             waiting = {*self.base.enter(late, most), *self.guides.prefill(back, most)}
         return [request for request in requests if request not in waiting]
