@@ -7,11 +7,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
+
 from tests.support.engines import make_engine, models_of
 from tests.support.recorder import Recording, set_up_as_on_cuda
 from w2s_fast import Engine
+from w2s_fast.attention.staging import _NUMPY
 from w2s_fast.decoding import DecodeGraphs, PassGraphs, Recorder
 from w2s_fast.decoding.graphs import Recordings
+from w2s_fast.decoding.sampling import SamplingColumns, sampling_fields
 from w2s_fast.models import run_body
 
 
@@ -87,3 +91,23 @@ def _run_in(places: Sequence[str]) -> Iterator[list[list[int]]]:
         for place in places:
             stack.enter_context(mock.patch(f"w2s_fast.{place}.run_body", run))
         yield seen
+
+
+def settings(rows: int) -> SamplingColumns:
+    """Of rows that are sampled, each with noise of its own."""
+    return columns(
+        temperature=[0.8] * rows,
+        top_k=[50] * rows,
+        top_p=[0.9] * rows,
+        min_p=[0.0] * rows,
+        seed=[0] * rows,
+        candidate=list(range(rows)),
+        position=[0] * rows,
+    )
+
+
+def columns(**values: list[Any]) -> SamplingColumns:
+    """Sampling columns of these values, in their dtypes."""
+    fields = sampling_fields(1)
+    arrays = {name: np.array(v, _NUMPY[fields[name].dtype]) for name, v in values.items()}
+    return SamplingColumns(**arrays)
