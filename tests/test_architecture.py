@@ -169,3 +169,36 @@ def test_rooms_do_without_the_words_that_are_not_theirs() -> None:
                     parts = [part.lower().removesuffix("s") for part in parts]
                     if name != "InvalidRequest":
                         assert word not in parts, f"{room}/{path.name} says {name}"
+
+
+def test_the_way_of_a_request_leads_through_what_there_is() -> None:
+    """Every name stands where the page says, or in some file of the package or of csrc."""
+    steps = section("The way of a request")
+    defined = {name for room in (*picture(), "_pages") for name in names_in(room)}
+    said = re.findall(r"`([\w.]+)`(?: \(([\w/]+)\))?", steps)
+    assert len(said) > 20
+    for name, place in said:
+        assert name in defined, f"{name} is no more"
+        if place.startswith("csrc/"):
+            declared = (ROOT / place).with_suffix(".h").read_text()
+            assert re.search(rf"\b{name}\(", declared), f"{name} is not in {place}"
+        elif place:
+            room, file = place.split("/")
+            assert name in definitions(files_of(room)[file]), f"{name} is not in {place}"
+
+
+def names_in(room: str) -> Iterator[str]:
+    files = {"_pages": PACKAGE / "_pages.pyi"} if room == "_pages" else files_of(room)
+    for path in files.values():
+        yield from definitions(path)
+
+
+def definitions(path: Path) -> set[str]:
+    """Its functions and classes, and ``Class.method``."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{own.name}" for own in node.body if hasattr(own, "name")}
+    return found
