@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from w2s_fast._pages import (
     Beams,
@@ -28,7 +29,8 @@ from w2s_fast.search.base_side import BaseSide, Drawn
 from w2s_fast.search.guide import PagedGuide
 from w2s_fast.search.guide_side import GuideSide
 from w2s_fast.search.request import Request
-from w2s_fast.search.selection import Choice, Selection
+from w2s_fast.search.score_graphs import ScoreGraphs
+from w2s_fast.search.selection import Selection
 from w2s_fast.stats import timed
 
 # A step samples no more tokens than this before the host looks at them; rows that met EOS are
@@ -48,6 +50,7 @@ class Search:
         guides: Sequence[PagedGuide],
         vocab_size: int,
         graphs: DecodeGraphs | None = None,
+        score_graphs: ScoreGraphs | None = None,
         *,
         ahead: bool = False,
     ) -> None:
@@ -55,12 +58,13 @@ class Search:
 
         Args:
             vocab_size: ids from here on are padding. graphs: decoding steps of the base.
+            score_graphs: selections in the guides.
             ahead: launch all of a round before the host reads what was drawn. The guides then run
                 tokens behind an EOS, too, which count for nothing; it pays where the host would
                 have to wait for a device.
         """
         self.base = BaseSide(base, vocab_size, graphs)
-        self.guides = GuideSide(guides)
+        self.guides = GuideSide(guides, score_graphs)
         self._ahead = ahead
         self._managers = [model.pool.manager for model in self.models]
 
@@ -158,39 +162,45 @@ class Search:
                 self._take(drawn)
             return
         if drawn is None:
-            selection, choice = self._select(requests)
+            selection = self.guides.score(requests, [], None)
+            (packed,) = Reading(selection.packed).wait()
         else:
             selection = self.guides.score(requests, drawn.requests, drawn.draws)
             # The one place where the host waits for the device.
             memory, packed = Reading(drawn.draws.memory, selection.packed).wait()
             self.base.take(drawn, memory)
-            choice = selection.on_host(packed)
-            if selection.may_be_spoilt(choice):
+        words = packed.numpy()
+        if selection.to_be_repeated(words):
+            if drawn is not None:
                 self._abort_failed(drawn.requests)
                 requests = [request for request in requests if request.error is None]
-                if not requests:
-                    return
-                selection, choice = self._select(requests, again=True)
-        self._close(requests, selection, choice)
+            if not requests:
+                return
+            selection = self.guides.score(requests, [], None, again=True)
+            (packed,) = Reading(selection.packed).wait()
+            words = packed.numpy()
+        self._close(requests, selection, words)
         self._abort_failed(requests if drawn is None else [*requests, *drawn.requests])
 
-    def _select(self, requests: Sequence[Request], again: bool = False) -> tuple[Selection, Choice]:
-        """Score and rank candidates whose tokens the host has; ``again``: see GuideSide.score."""
-        selection = self.guides.score(requests, [], None, again)
-        (packed,) = Reading(selection.packed).wait()
-        return selection, selection.on_host(packed)
+    def _close(
+        self, requests: Sequence[Request], selection: Selection, words: NDArray[np.int64]
+    ) -> None:
+        """Keep the candidates that were chosen, of those requests that did not fail.
 
-    def _close(self, requests: Sequence[Request], selection: Selection, choice: Choice) -> None:
-        """Keep the candidates that were chosen, of those requests that did not fail."""
-        scores = (selection.cu_tokens, choice.token_scores, choice.scores, choice.broken)
-        for index, token, position in take_scores(_beams(requests), *scores):
+        ``words``: what was selected, on the host.
+        """
+        rounds, candidates, tokens, width = selection.shape
+        sizes = (rounds * width, candidates, tokens)
+        for index, token, position in take_scores(
+            _beams(requests), selection.cu_tokens, words, *sizes
+        ):
             if requests[index].error is None:
-                model = self.guides.first_broken(selection.guides, token)
+                model = self.guides.first_broken(selection, token)
                 requests[index].error = NumericalError.at(model.name, position)
         sound = [i for i, request in enumerate(requests) if request.error is None]
         closed = [requests[i] for i in sound]
         self.guides.remember([request for request in closed if request.beams.round == 1])
-        end_rounds(_beams(closed), choice.kept[sound], self._managers)
+        end_rounds(_beams(closed), selection.kept(words)[sound], self._managers)
         _count_rounds(closed)
 
     def _enter(self, requests: Sequence[Request], most: list[int]) -> Sequence[Request]:
