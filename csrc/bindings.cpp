@@ -19,6 +19,7 @@
 #include "hold.h"
 #include "page_manager.h"
 #include "plan.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
 using w2s::PageManager;
@@ -238,4 +239,5 @@ PYBIND11_MODULE(_pages, module) {
     }, py::arg("buffer").noconvert(), py::arg("fields"), py::arg("values"));
 
     w2s::bind_beams(module);
+    w2s::bind_unchanged(module);
 }

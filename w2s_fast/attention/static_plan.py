@@ -18,7 +18,7 @@ from w2s_fast._pages import PassLayout
 from w2s_fast.attention.kernel import Bounds, KernelPlan, PassFields, lay_out
 from w2s_fast.attention.staging import Field, Room, host_buffer
 from w2s_fast.cache import NO_COPIES, Int32Array, PagePool
-from w2s_fast.kernels.copy_pages import copy_pages
+from w2s_fast.kernels.copy_pages import copy_pages, is_one_launch
 from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
 
 # Pages a row that most buckets have room for: 2,048 tokens with pages of 16.
@@ -103,6 +103,7 @@ class StaticPlan:
     buffer: Tensor
     nothing: dict[str, NDArray[Any]]
     made: PassFields
+    _records_copies: bool
 
     @classmethod
     def cut(
@@ -126,7 +127,7 @@ class StaticPlan:
             bucket.pages,
             shares=bucket.splits > 0,
             spare=True,
-            more={**more, _COPIES: Field(torch.int32, (2 * bucket.rows,))},
+            more={**more, _COPIES: Field(torch.int32, (2 * bucket.rows,), spare=-1)},
         )
 
     @classmethod
@@ -140,7 +141,7 @@ class StaticPlan:
         tensors = made.fields.tensors(buffer)
         plan = KernelPlan.over(pool, tensors, bounds)
         ours = {name: tensors[name] for name in made.more}
-        return cls(plan, ours, buffer, made.fields.nothing(made.more), made)
+        return cls(plan, ours, buffer, made.fields.nothing(made.more), made, is_one_launch(pool.kv))
 
     def clear(self) -> None:
         """No row is left, and no token."""
@@ -153,11 +154,11 @@ class StaticPlan:
         copies: Int32Array = NO_COPIES,
         back: bool = False,
     ) -> None:
-        """Take over a pass within the bucket, in one copy; then copy pages, at most one a row.
+        """Take over a pass within the bucket, in one copy; see also :meth:`copy_pages`.
 
         Args:
             more: values for the first places of those fields; ``spare`` stands behind them.
-            copies: pages that the pass reads; see :meth:`PagePool.copy_pages`.
+            copies: pages that the pass reads, at most one a row; see :meth:`PagePool.copy_pages`.
             back: rows stand one token behind, for steps that begin by moving on: the plan is right
                 after :meth:`KernelPlan.advance`.
         """
@@ -166,9 +167,30 @@ class StaticPlan:
         self.made.write(layout, array, back)
         self.made.fields.fill(array, {**self.nothing, **more, _COPIES: copies.ravel()})
         self.buffer.copy_(host, non_blocking=True)
-        self.copy_pages(len(copies))
 
     def copy_pages(self, count: int) -> None:
         """Copy the first ``count`` pairs of pages that were loaded."""
         if count:
-            copy_pages(self.plan.pool.kv, self.more[_COPIES].view(-1, 2)[:count])
+            copy_pages(self.plan.pool.kv, self._pairs[:count])
+
+    def copy_recorded(self) -> None:
+        """Within what is recorded: copy all pairs that were loaded, if that can be recorded.
+
+        If not, :meth:`copy_unrecorded` does it beside.
+        """
+        if self._records_copies:
+            copy_pages(self.plan.pool.kv, self._pairs)
+
+    def copy_unrecorded(self, count: int) -> None:
+        """Copy the first ``count`` pairs, unless :meth:`copy_recorded` does."""
+        if not self._records_copies:
+            self.copy_pages(count)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the buffer."""
+        return self.made.fields.nbytes
+
+    @property
+    def _pairs(self) -> Tensor:
+        return self.more[_COPIES].view(-1, 2)
