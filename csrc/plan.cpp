@@ -173,11 +173,9 @@ void PassLayout::write(std::span<std::byte> buffer, Offsets offsets, const PassS
             std::fill(token_rows + begin, token_rows + end, static_cast<std::int32_t>(row));
         }
         if (table != nullptr) {
-            const std::int32_t* const held = pages_.page_table() +
-                                             slots_[row] * pages_.max_pages_per_slot();
             std::int32_t* const target = table + row * room.pages;
-            const std::int64_t count = pages_.held()[slots_[row]];
-            std::fill(std::copy_n(held, count, target), target + room.pages, -1);
+            pages_.copy_table(slots_[row], 0, target);
+            std::fill(target + pages_.held()[slots_[row]], target + room.pages, -1);
         }
     }
     if (lengths != nullptr) std::fill(lengths + shape_.rows, lengths + room.rows, 0);
