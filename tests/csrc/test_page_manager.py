@@ -201,7 +201,8 @@ def test_the_last_of_all_owners_keeps_the_shared_page(manager):
     owners = np.concatenate([slots, children])
     manager.truncate(owners, i32(1, 2, 3))
     (shared,) = pages(manager, slots[0])
-    assert manager.pages_needed(owners, i32(1, 1, 1)) == 2
+    for _ in range(2):  # asking changes nothing
+        assert manager.pages_needed(owners, i32(1, 1, 1)) == 2
     copies = manager.reserve(owners, i32(1, 1, 1))
     assert copies[:, 0].tolist() == [shared, shared] and shared not in copies[:, 1]
     assert pages(manager, owners[2]) == [shared] and manager.used_pages == 3
