@@ -47,8 +47,8 @@ PassLayout::PassLayout(const PageManager& pages, Ints slots, Ints counts, const 
         max_q_ = std::max<std::int64_t>(max_q_, counts[i]);
         max_k_ = std::max<std::int64_t>(max_k_, std::int64_t{old_[i]} + counts[i] + ahead);
         shape_.pages = std::max<std::int64_t>(shape_.pages, pages.held()[slots[i]]);
-        const std::int32_t* const held = pages.page_table() + slots[i] * pages.max_pages_per_slot();
-        tables_.emplace_back(held, held + pages.held()[slots[i]]);
+        tables_.emplace_back(static_cast<std::size_t>(pages.held()[slots[i]]));
+        pages.copy_table(slots[i], 0, tables_.back().data());
     }
     own_.assign(rows, 0);
     parts_.assign(rows, 0);

@@ -68,6 +68,8 @@ class PageManager:
     def truncate(self, slots: Int32, lengths: Int32) -> None: ...
     def trim(self, slots: Int32) -> None: ...
     def release(self, slots: Int32) -> None: ...
+    def page_table(self, slots: Int32) -> Int32:
+        """[n, the most pages that one of them holds]; -1 behind a slot's pages."""
     def match(self, tokens: Int32, counts: Int32) -> Int32:
         """Returns how many tokens of each sequence are cached."""
     def adopt(self, slots: Int32, tokens: Int32, counts: Int32) -> Int32:
@@ -100,17 +102,20 @@ class PageManager:
     @property
     def free_slots(self) -> int: ...
     @property
-    def page_table(self) -> Int32:
-        """Read-only live view [max_slots, max_pages_per_slot]; -1 = no page."""
-    @property
     def lengths(self) -> Int32:
         """Read-only live view [max_slots]."""
     @property
     def held_pages(self) -> Int32:
         """Read-only live view [max_slots]: pages held, reserved ones too; -1 = free slot."""
     @property
-    def reference_counts(self) -> Int32:
-        """Read-only live view [num_pages]: the slots with the page, plus one if it is cached."""
+    def last_pages(self) -> Int32:
+        """Read-only live view [max_slots]: the last of these pages; -1 = none."""
+    @property
+    def pages_before(self) -> Int32:
+        """Read-only live view [num_pages]: the page that each follows; -1 = none."""
+    @property
+    def holders(self) -> Int32:
+        """Read-only live view [num_pages]: slots that end in each, and pages in use that follow."""
 
 def fill_fields(
     buffer: NDArray[np.uint8],
