@@ -59,9 +59,8 @@ def _normalised(acc, m, s, sinks, head):
 @jit
 def _entries(page_table, table_start, table_stride, row):
     """Where entry 0 of a row's pages stands, or would, if a ragged table had it."""
-    if table_start is None:
-        first = row.to(tl.int64) * table_stride
-    else:
+    first = row.to(tl.int64) * table_stride
+    if table_start is not None:
         first = tl.load(table_start + row)
     return page_table + first
 
@@ -272,9 +271,10 @@ def _own_tail(
     if CUT:
         begin = tl.maximum(begin, origin + split * SPLIT_KEYS)
         end = tl.where(count > 1, tl.minimum(end, origin + (split + 1) * SPLIT_KEYS), end)
+    table = _entries(page_table, table_start, table_stride, row)
     m, s, acc = _walk(
-        asked, pages + kv_head * DIM, values,
-        _entries(page_table, table_start, table_stride, row), begin, end, (position - window + 1)[:, None], position[:, None], scale, softcap,
+        asked, pages + kv_head * DIM, values, table, begin, end,
+        (position - window + 1)[:, None], position[:, None], scale, softcap,
         TILE, HEADS, DIM, LANES, PAGE_SIZE, WINDOW, SOFTCAP, KEYS,
     )  # fmt: skip
 

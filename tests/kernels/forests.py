@@ -178,7 +178,8 @@ def assert_tables_agree(forest: Forest, shared: bool, seed: int, **rule: Any) ->
     assert found.isfinite().all()
     full = paged_attention(
         forest.queries, forest.pool.kv[0], forest.pool.page_table(forest.slots), plan.lengths,
-        plan.cu_seqlens_q, **rule, max_q=plan.max_q, max_k=plan.max_k, max_own=plan.max_own, shared=plan.shared,
+        plan.cu_seqlens_q, **rule, max_q=plan.max_q, max_k=plan.max_k, max_own=plan.max_own,
+        shared=plan.shared,
     ).cpu()  # fmt: skip
     assert torch.equal(found, full)
     table, start = strewn_tables(forest, plan, seed)
