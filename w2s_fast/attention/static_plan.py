@@ -21,8 +21,8 @@ from w2s_fast.cache import NO_COPIES, Int32Array, PagePool
 from w2s_fast.kernels.copy_pages import copy_pages
 from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
 
-# Entries of page tables that most buckets have room for: with pages of 16, the 2,048 tokens that 16
-# rows have in common, or that are theirs in turns, and 128 of each row's own.
+# Entries of page tables that most buckets have room for: with pages of 16, 2,048 tokens that 16
+# rows share, all or some of them, and 128 of each row's own.
 _SHARED_PAGES, _OWN_PAGES = 128, 8
 _COPIES = "copies"  # of pages, before the pass
 
