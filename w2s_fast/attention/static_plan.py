@@ -21,8 +21,9 @@ from w2s_fast.cache import NO_COPIES, Int32Array, PagePool
 from w2s_fast.kernels.copy_pages import copy_pages, is_one_launch
 from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
 
-# Pages a row that most buckets have room for: 2,048 tokens with pages of 16.
-_PAGES = 128
+# Entries of page tables that most buckets have room for: with pages of 16, 2,048 tokens that 16
+# rows share, all or some of them, and 128 of each row's own.
+_SHARED_PAGES, _OWN_PAGES = 128, 8
 _COPIES = "copies"  # of pages, before the pass
 
 
@@ -36,7 +37,7 @@ class Bucket(NamedTuple):
         rows, tokens: S and T. max_q: the most new tokens of a row.
         splits, max_tokens, max_parts: of SharedSegments; N is ``splits``. 0: nothing is shared.
         max_own: see :class:`Bounds`.
-        pages: of a row. With those of all rows, the longest part of what is copied for a pass.
+        pages: entries of all rows' tables, the longest part of what is copied for a pass.
     """
 
     rows: int
@@ -57,7 +58,7 @@ class Bucket(NamedTuple):
         each of their 4 histories; a row has up to 4 of them.
         """
         sharing = 16 * min(max_q, SPLIT_QUERIES)
-        pages = min(_PAGES, most_pages)
+        pages = min(-(-rows // 16) * _SHARED_PAGES + rows * _OWN_PAGES, rows * most_pages)
         return cls(rows, tokens, max_q, max(rows // 2, 8), sharing, 4, SPLIT_KEYS, pages)
 
     @classmethod
@@ -65,7 +66,7 @@ class Bucket(NamedTuple):
         """The first bucket of so many rows and tokens that is large enough for a pass."""
         max_q = 1 << max(0, bounds.max_q - 1).bit_length()
         least = cls.smallest(rows, tokens, max_q, most_pages)
-        pages = min(_rung(bounds.pages, least.pages, 4), most_pages)
+        pages = min(_rung(bounds.pages, least.pages, 4), rows * most_pages)
         max_own = _rung(bounds.max_own, least.max_own, 4)
         if max_q > SPLIT_QUERIES and not bounds.splits:
             # Room for partial results of rows that have none would be most of a pass's memory.
@@ -133,7 +134,8 @@ class StaticPlan:
     @classmethod
     def over(cls, bucket: Bucket, pool: PagePool, made: PassFields, buffer: Tensor) -> StaticPlan:
         """The plan of a bucket, over memory uint8 of the bytes of :meth:`fields_of`."""
-        max_k = bucket.pages * pool.page_size
+        # Each page of a row has an entry of its own, in the row's table or in one that it shares.
+        max_k = min(bucket.pages * pool.page_size, pool.max_tokens_per_slot)
         bounds = Bounds(
             *(bucket.rows, bucket.tokens, bucket.splits, bucket.pages, bucket.max_q, max_k),
             *(bucket.max_own, bucket.max_tokens, bucket.max_parts),

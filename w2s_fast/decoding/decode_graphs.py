@@ -148,6 +148,11 @@ class DecodeGraphs:
             min(round_up_tokens(of_sources.tokens), most),
             self._most_pages,
         )
+        # Few shapes: what there is room for depends on the rows alone, as long as that is enough.
+        sources = sources._replace(
+            splits=max(sources.splits, bucket.splits if sources.splits else 0),
+            pages=max(sources.pages, bucket.pages),
+        )
         recording, first = self.recordings.find(bucket), self.firsts.find((sources, bucket))
         step, before = recording.static, first.static
         if layout.num_before:

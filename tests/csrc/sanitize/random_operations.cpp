@@ -259,13 +259,13 @@ struct World {
         room.splits += pick(0, 3);
         room.pages += pick(0, 3);
         const std::vector<std::int64_t> sizes{
-            8 * room.tokens, 8 * room.tokens, 8 * room.tokens, 4 * room.rows * room.pages,
+            8 * room.tokens, 8 * room.tokens, 8 * room.tokens, 4 * room.pages, 4 * room.rows,
             4 * room.rows, 4 * (room.rows + 1), 4 * room.rows, 4 * room.rows, 4 * room.tokens,
             24 * room.splits};
         std::vector<std::int64_t> offsets;
         std::int64_t bytes = 0;
         for (std::size_t i = 0; i < sizes.size(); ++i) {
-            const bool left_out = i != 1 && i != 3 && pick(0, 5) == 0;
+            const bool left_out = i != 1 && i != 3 && i != 4 && pick(0, 5) == 0;
             offsets.push_back(left_out ? -1 : bytes);
             if (!left_out) bytes += (sizes[i] + 7) / 8 * 8;
         }
@@ -275,13 +275,21 @@ struct World {
         for (std::int64_t i = 0; i < room.tokens; ++i) {
             REQUIRE(write[i] == (i < std::ssize(where) ? where[i] : -1));
         }
-        const auto* page_table = reinterpret_cast<const std::int32_t*>(buffer.data() + offsets[3]);
-        for (std::int64_t i = 0; i < room.rows * room.pages; ++i) {
-            const std::int64_t row = i / room.pages;
-            const std::int64_t page = i % room.pages;
-            const bool held = row < std::ssize(slots) && page < std::ssize(pages[slots[row]]);
-            REQUIRE(page_table[i] == (held ? pages[slots[row]][page] : -1));
+        const auto* table = reinterpret_cast<const std::int32_t*>(buffer.data() + offsets[3]);
+        const auto* start = reinterpret_cast<const std::int32_t*>(buffer.data() + offsets[4]);
+        std::int64_t entries = 0;
+        for (std::int64_t row = 0; row < room.rows; ++row) {
+            if (row >= std::ssize(slots)) {
+                REQUIRE(start[row] == 0);
+                continue;
+            }
+            const std::int64_t first = entries - start[row];
+            REQUIRE(0 <= first && first <= manager.lengths()[slots[row]] / page_size);
+            for (std::int64_t page = first; page < manager.held()[slots[row]]; ++page) {
+                REQUIRE(table[entries++] == pages[slots[row]][page]);
+            }
         }
+        REQUIRE(entries == layout.shape().pages);
         for (const std::int32_t count : counts) REQUIRE(count <= layout.max_q());
         happened["pass laid out"] += 1;
         happened["splits"] += layout.shape().splits;
