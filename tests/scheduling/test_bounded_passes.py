@@ -87,26 +87,22 @@ def assert_equal(one: Sequence[SearchResult], other: Sequence[SearchResult]) -> 
 
 
 TOKEN = st.integers(1, VOCABULARY - 1)
-
-
-def some_prompts(bound: int) -> st.SearchStrategy[list[list[int]]]:
-    """Short ones and long ones, of many passes each; where a pass is tiny, not of hundreds."""
-    longest = 70 if bound > 3 else 36
-    prompt = st.lists(TOKEN, min_size=1, max_size=6) | st.lists(
-        TOKEN, min_size=20, max_size=longest
-    )
-    return st.lists(prompt, min_size=1, max_size=5)
+PROMPT = st.lists(TOKEN, min_size=1, max_size=6) | st.lists(TOKEN, min_size=20, max_size=70)
 
 
 @pytest.mark.long
 @settings(max_examples=8, deadline=None)
-@given(beginning=st.lists(TOKEN, max_size=30), cache=st.booleans(), data=st.data())
+@given(
+    prompts=st.lists(PROMPT, min_size=1, max_size=5),
+    beginning=st.lists(TOKEN, max_size=30),
+    cache=st.booleans(),
+    data=st.data(),
+)
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_every_bound_gives_equal_results(
-    bound: int, beginning: list[int], cache: bool, data: st.DataObject
+    bound: int, prompts: list[list[int]], beginning: list[int], cache: bool, data: st.DataObject
 ) -> None:
-    own = data.draw(some_prompts(bound))
-    prompts = [[*beginning, *p] if data.draw(st.booleans()) else p for p in own]
+    prompts = [[*beginning, *p] if data.draw(st.booleans()) else p for p in prompts]
     params = [replace(data.draw(st.sampled_from(MIXED)), seed=i) for i in range(len(prompts))]
     expected = two_guides(None, cache).generate(prompts, params)
     e = two_guides(bound, cache)
