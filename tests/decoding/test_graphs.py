@@ -47,7 +47,7 @@ from w2s_fast.search import Request, Search
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("prompts", [PROMPTS, RAGGED_PROMPTS])
 def test_a_search_from_recordings_finds_the_same(family: str, prompts: list[list[int]]) -> None:
-    models = tiny_triple((family, "llama", "gpt2"), eos=(0, 6, 13))
+    models = tiny_triple((family, "llama", "gpt2"), layers=2, eos=(0, 6, 13))
     expected = found(make_engine(*models).generate(prompts, MIXED))
     made = Recorded.of(models)
     engine, steps, _ = made

@@ -46,7 +46,7 @@ def test_the_mode_knows_what_waits(waits: Any) -> None:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
 def test_decoding_never_waits_for_the_device(family: str) -> None:
     """A chunk from its plan to its draws, as a search asks for it; rows with a tree and without."""
-    engine = make_engine(*tiny_triple((family, "llama", "gpt2"), eos=(0, 6, 13)))
+    engine = make_engine(*tiny_triple((family, "llama", "gpt2"), layers=2, eos=(0, 6, 13)))
     expected = found(engine.generate(PROMPTS, MIXED))
     run, steps = Decoder.run, 0
 

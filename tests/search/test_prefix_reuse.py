@@ -32,7 +32,7 @@ SYSTEM = [p % 17 + 1 for p in range(40)]
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 def test_a_prompt_is_run_once_for_all_requests_that_begin_with_it(page_size: int) -> None:
-    triple = tiny_triple(eos=())
+    triple = tiny_triple(eos=(), layers=2)
     warm = make_engine(*triple, page_size=page_size)
     cold = make_engine(*triple, page_size=page_size, prefix_cache=False)
     first, second = [*SYSTEM, 3, 1], [*SYSTEM, 9, 2, 6]
@@ -77,7 +77,7 @@ def test_cached_pages_never_stand_in_the_way(page_size: int) -> None:
 
 
 def test_a_request_set_aside_finds_its_prompt_again() -> None:
-    triple = tiny_triple(eos=())
+    triple = tiny_triple(eos=(), layers=2)
     e = make_engine(*triple, kv_cache_tokens=420)
     params = replace(SEARCH, max_new_tokens=40)
     prompts = [[i, *SYSTEM[:20]] for i in range(1, 6)]

@@ -164,11 +164,16 @@ def tiny_triple(
     families: Sequence[str] = ("llama", "gpt2", "gpt2"),
     *,
     seed: int = 0,
+    layers: int = 1,
     **options: Any,
 ) -> Triple:
-    """A base, a tuned guide and an untuned one, with different weights."""
+    """A base, a tuned guide and an untuned one, with different weights.
+
+    Of one layer: what a search does does not depend on more, and most of a test's time is theirs.
+    """
     base, tuned, untuned = (
-        tiny_model(family, seed=3 * seed + i, **options) for i, family in enumerate(families)
+        tiny_model(family, seed=3 * seed + i, layers=layers, **options)
+        for i, family in enumerate(families)
     )
     return Triple(base, tuned, untuned)
 
