@@ -92,6 +92,10 @@ class Recordings(Generic[S]):
         static = self._static_of(bucket)
         return Recording(static.run, static)
 
+    def missed(self, least: int) -> bool:
+        """Whether some bucket was missed ``least`` times: :meth:`record_missed` would record it."""
+        return max(self._missed.values(), default=0) >= least
+
     @inference
     def record_missed(self, least: int = 2) -> bool:
         """Record the bucket that was missed most often, if that was ``least`` times.
