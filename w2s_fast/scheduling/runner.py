@@ -302,15 +302,15 @@ class Runner:
     def _land(self, left: int = 0) -> None:
         """Finish the oldest steps in flight, until so many are left."""
         while len(self._in_flight) > left:
-            step, *others = self._in_flight
-
-            def finish(step: InFlight = step, others: Sequence[InFlight] = others) -> None:
-                self._in_flight = tuple(others)
-                self._search.finish(step)
-
-            self._work_at(step.requests, finish)
+            requests = self._in_flight[0].requests
+            self._work_at(requests, self._finish_oldest)
             self._steps += 1
-            self._step_taken(step.requests)
+            self._step_taken(requests)
+
+    def _finish_oldest(self) -> None:
+        oldest, *others = self._in_flight
+        self._in_flight = tuple(others)
+        self._search.finish(oldest)
 
     def _work_at(self, requests: Sequence[Request], work: Callable[[], None]) -> None:
         """Do the work of a step of these requests, or a part of it.
