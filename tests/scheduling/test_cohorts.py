@@ -6,7 +6,7 @@ Nobody finds anything else for it, whoever comes, leaves or fails meanwhile.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.scheduling.test_scheduler import request, scheduler
 from tests.search.test_ahead import EOS, parameters, prompt_tokens
-from tests.support.cohorts import in_cohorts
+from tests.support.cohorts import around_steps, in_cohorts, run_out
 from tests.support.engines import (
     LONG,
     MIXED,
@@ -31,6 +31,7 @@ from tests.support.engines import (
     models_of,
     quiet,
 )
+from tests.support.recorded import Recorded
 from tests.support.tiny_models import tiny_model, tiny_triple
 from w2s_fast import Engine, SearchParams
 from w2s_fast.errors import Aborted, EngineFailure
@@ -38,6 +39,7 @@ from w2s_fast.scheduling.cohorts import cohorts_of
 from w2s_fast.scheduling.scheduler import Room
 from w2s_fast.search import InFlight, Request, Search
 
+ROUNDS = 4  # of SEARCH
 FOUR = [[3, 1, 4], [15], [9, 2, 6, 5], [2, 7]]
 
 
@@ -57,11 +59,6 @@ def flying(e: Engine) -> list[Request]:
     return [one for step in e.runner._in_flight for one in step.requests]
 
 
-def run_out(e: Engine, requests: Sequence[Request]) -> None:
-    while under_way := [one for one in requests if not one.ended]:
-        e.runner.advance(under_way)
-
-
 def assert_nothing_is_left(e: Engine) -> None:
     assert quiet(e)
     assert not e.runner._in_flight and not e.runner._under_way
@@ -71,23 +68,19 @@ def assert_nothing_is_left(e: Engine) -> None:
 
 
 @contextmanager
-def steps_of(e: Engine) -> Iterator[list[tuple[str, list[Request]]]]:
+def steps() -> Iterator[list[tuple[str, list[Request]]]]:
     """What was launched and finished, by whom, in its order."""
     seen: list[tuple[str, list[Request]]] = []
-    launch, finish = Search.launch, Search.finish
 
-    def launched(self: Search, requests: Sequence[Request]) -> InFlight:
-        seen.append(("launch", list(requests)))
-        return launch(self, requests)
+    def launch(requests: list[Request], do: Callable[[], InFlight]) -> InFlight:
+        seen.append(("launch", requests))
+        return do()
 
-    def finished(self: Search, step: InFlight) -> None:
-        seen.append(("finish", list(step.requests)))
-        finish(self, step)
+    def finish(requests: list[Request], do: Callable[[], None]) -> None:
+        seen.append(("finish", requests))
+        do()
 
-    with (
-        mock.patch.object(Search, "launch", launched),
-        mock.patch.object(Search, "finish", finished),
-    ):
+    with around_steps(launch, finish):
         yield seen
 
 
@@ -198,15 +191,14 @@ def test_a_batch_finds_the_same_in_any_number_of_cohorts(cohorts: int, ahead: bo
 def test_cohorts_take_turns_and_their_members_stay() -> None:
     """A is launched again when it is finished, and B is in flight meanwhile."""
     e = new_engine()
-    with steps_of(e) as seen:
+    with steps() as seen:
         made = submitted(e, FOUR, SEARCH)
         run_out(e, made)
     a, b = made[:2], made[2:]
-    rounds = 4
     launched = [("launch", a), ("launch", b)]
     turn = [("finish", a), ("launch", a), ("finish", b), ("launch", b)]
-    assert seen == [*launched, *turn * (rounds - 1), ("finish", a), ("finish", b)]
-    assert (e.stats().steps, e.stats().rounds) == (2 * rounds, 4 * rounds)
+    assert seen == [*launched, *turn * (ROUNDS - 1), ("finish", a), ("finish", b)]
+    assert (e.stats().steps, e.stats().rounds) == (2 * ROUNDS, 4 * ROUNDS)
 
 
 def test_few_rows_take_their_steps_together() -> None:
@@ -215,7 +207,7 @@ def test_few_rows_take_their_steps_together() -> None:
     many = mock.patch("w2s_fast.scheduling.runner.cohorts_of", lambda rows: 1 + (rows > 12))
     for ahead, prompts, apart in [(True, 2, False), (True, 4, True), (False, 4, False)]:
         e = in_cohorts(make_engine(*tiny_triple(eos=())), None, ahead)
-        with many, steps_of(e) as seen:
+        with many, steps() as seen:
             run_out(e, submitted(e, FOUR[:prompts], SEARCH))
         kinds = [kind for kind, _ in seen]
         assert (kinds[:2] == ["launch", "launch"]) is apart
@@ -225,7 +217,7 @@ def test_few_rows_take_their_steps_together() -> None:
 def test_what_is_left_when_rows_get_few_goes_on_together() -> None:
     e = in_cohorts(make_engine(*tiny_triple(eos=())), None)
     many = mock.patch("w2s_fast.scheduling.runner.cohorts_of", lambda rows: 1 + (rows > 12))
-    with many, steps_of(e) as seen:
+    with many, steps() as seen:
         made = submitted(e, FOUR, [SEARCH, LONG, SEARCH, LONG])
         run_out(e, made)
     assert seen[-2:] == [("launch", [made[1], made[3]]), ("finish", [made[1], made[3]])]
@@ -352,7 +344,7 @@ def test_of_a_round_in_flight_when_weights_change_nothing_is_read() -> None:
     e, made = with_one_in_flight()
     assert [one.beams.round for one in made] == [1] * 4
     e.weights_changed()
-    with steps_of(e) as seen:
+    with steps() as seen:
         e.runner.advance(made)
     assert seen == [("launch", made[:2])]
     assert [one.beams.round for one in made] == [2, 2, 0, 0]
@@ -384,3 +376,81 @@ def test_when_a_step_fails_the_one_in_flight_goes_on(where: str, error: type) ->
     kept = [i for i, one in enumerate(made) if one in well]
     assert found([e.result(made[i]) for i in kept]) == found([expected[i] for i in kept])
     assert_nothing_is_left(e)
+
+
+# What is left alone, and what is gained
+
+
+def test_a_launch_overwrites_nothing_of_a_step_in_flight() -> None:
+    """Though it runs the same recordings, on the same memory."""
+    recorded = Recorded.of(tiny_triple(eos=(), layers=1), max_rows=64)
+    e = in_cohorts(recorded.engine)
+    static = recorded.steps._drawn
+    compared = changed = 0
+
+    def launch(_: Any, do: Callable[[], InFlight]) -> InFlight:
+        nonlocal compared, changed
+        there = [
+            tensor
+            for step in e.runner._in_flight
+            if step.drawn is not None and step.selection is not None
+            for tensor in (
+                step.drawn.draws.memory,
+                step.selection.packed,
+                *(own for both in step.selection.guides for one in both for own in one),
+            )
+            if isinstance(tensor, torch.Tensor)
+        ]
+        before = [tensor.clone() for tensor in there]
+        own = {rows: drawn.memory.clone() for rows, drawn in static.items()}
+        step = do()
+        compared += len(there)
+        assert all(torch.equal(*both) for both in zip(there, before))
+        changed += any(not torch.equal(static[rows].memory, was) for rows, was in own.items())
+        return step
+
+    with around_steps(launch, lambda _, do: do()):
+        run_out(e, submitted(e, FOUR, SEARCH))
+    assert compared > 4 * 2 * ROUNDS and changed > ROUNDS
+
+
+@pytest.mark.parametrize("device_s", [1, 7, 10, 40])
+@pytest.mark.parametrize(("opens_s", "closes_s"), [(4, 3), (2, 8)])
+def test_it_takes_as_long_as_the_longer_side_and_the_edges(
+    opens_s: int, closes_s: int, device_s: int
+) -> None:
+    """Of each step the host's opening and closing, and the device's part, take so many seconds."""
+    e = make_engine(*tiny_triple(eos=(), layers=1))
+
+    def seconds(cohorts: int) -> int:
+        in_cohorts(e, cohorts)
+        now = free = 0  # the host's clock, and when the device will have done all
+        ends: list[int] = []
+
+        def launch(_: Any, do: Callable[[], InFlight]) -> InFlight:
+            nonlocal now, free
+            step = do()
+            now += opens_s * (3 - cohorts)
+            free = max(now, free) + device_s * (3 - cohorts)
+            ends.append(free)
+            return step
+
+        def finish(_: Any, do: Callable[[], None]) -> None:
+            nonlocal now
+            do()
+            now = max(now, ends.pop(0)) + closes_s * (3 - cohorts)
+
+        with around_steps(launch, finish):
+            run_out(e, submitted(e, FOUR, SEARCH))
+        assert not ends
+        return now
+
+    host_s, steps = opens_s + closes_s, 2 * ROUNDS  # of one cohort
+    assert seconds(1) == steps * (host_s + device_s)
+    if device_s >= host_s:
+        assert seconds(2) == opens_s + steps * device_s + closes_s
+    else:
+        # Where there is no other cohort yet, or none any more, the host waits for the device.
+        waits = max(0, device_s - opens_s), max(0, device_s - closes_s)
+        assert seconds(2) == steps * host_s + sum(waits)
+    assert seconds(2) < seconds(1)

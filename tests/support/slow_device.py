@@ -111,6 +111,7 @@ class SlowDevice(Device):
 
     def _waiting_for(self) -> Callable[[Reading], list[Tensor]]:
         def wait(reading: Reading) -> list[Tensor]:
+            self.counts.waits += 1
             for tensor in reading._here:
                 self.wait_for(self._arrives[_key(tensor)][1])
             return reading._here
@@ -128,7 +129,6 @@ class SlowDevice(Device):
     def _looked_at(self, tensor: Tensor) -> None:
         _, place = self._arrives.get(_key(tensor), (None, 0))
         assert self.done >= place, "the host looks at what has not arrived"
-        super()._looked_at(tensor)
 
 
 class _Queued(_Operators):
@@ -168,20 +168,23 @@ class _Queued(_Operators):
             for a in schema.arguments
             if a.alias_info is not None and a.alias_info.is_write and a.name in named
         }
+        there, by_name = tree_map(_alias, args), tree_map(_alias, kwargs)
         if schema.returns and all(r.alias_info is not None for r in schema.returns):
             outs = [written[next(iter(r.alias_info.before_set))] for r in schema.returns]
             out = outs[0] if len(outs) == 1 else tuple(outs)
-            place = device.enqueue(lambda: func(*args, **kwargs))
+            place = device.enqueue(lambda: func(*there, **by_name))
         elif not schema.returns:
             out = None
-            place = device.enqueue(lambda: func(*args, **kwargs))
+            place = device.enqueue(lambda: func(*there, **by_name))
         else:
             shapes = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
             out = tree_map(_unknown, shapes)
+            tensors = [_alias(tensor) for tensor in _tensors(out)]
 
             def run() -> None:
-                for to, found in zip(_tensors(out), _tensors(func(*args, **kwargs)), strict=True):
-                    to.copy_(found)
+                found = _tensors(func(*there, **by_name))
+                for to, own in zip(tensors, found, strict=True):
+                    to.copy_(own)
 
             place = device.enqueue(run)
             if device._born or (on and device._born is None):
@@ -191,6 +194,11 @@ class _Queued(_Operators):
             if not device.holds(tensor):
                 device._arrives_with(tensor, place)
         return out
+
+
+def _alias(value: Any) -> Any:
+    """The memory that a tensor has now, whatever becomes of the object: as a launch takes it."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _meta(value: Any) -> Any:
