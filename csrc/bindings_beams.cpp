@@ -8,11 +8,14 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "arrays.h"
+#include "draw.h"
 #include "rounds.h"
+#include "scoring.h"
 
 namespace py = pybind11;
 using w2s::BeamContents;
@@ -67,72 +70,96 @@ py::array_t<std::int32_t> copies(const std::vector<w2s::PageCopy>& pages) {
     return move_to_numpy(std::move(flat), {rows, 2});
 }
 
-// A Scoring in one buffer, each field at a multiple of 16 bytes: kernels may then load any of them 16
-// bytes at a time.
-struct ScoringLayout {
-    py::array counts, cu_tokens;
-    py::list rows;    // of each model its slots, what they share, and how many tokens each holds
-    py::list fields;  // (name, dtype, offset in bytes, count)
-    std::int64_t max_candidates, max_width, nbytes = 0;
+template <typename T>
+constexpr const char* dtype_of() {
+    if constexpr (std::is_same_v<T, double>) return "float64";
+    if constexpr (std::is_same_v<T, float>) return "float32";
+    if constexpr (std::is_same_v<T, std::int64_t>) return "int64";
+    if constexpr (std::is_same_v<T, std::int32_t>) return "int32";
+    return "bool";
+}
 
+std::span<std::byte> bytes(Array<std::uint8_t>& buffer) {
+    return std::as_writable_bytes(std::span(buffer.mutable_data(),
+                                            static_cast<std::size_t>(buffer.size())));
+}
+
+py::tuple bounds(const w2s::PassLayout& pass) {
+    const w2s::PassShape& shape = pass.shape();
+    return py::make_tuple(shape.rows, shape.tokens, shape.splits, shape.pages, pass.max_q(),
+                          pass.max_k(), pass.max_own(), pass.max_tokens(), pass.max_parts());
+}
+
+// A Scoring for Python. Without a recording, models run it themselves, and its columns travel in a
+// buffer as long as they are.
+class ScoringLayout {
+public:
     ScoringLayout(const Requests& requests, const Requests& drawing, std::int64_t steps,
                   std::vector<double> weights)
-        : scoring_(w2s::lay_out_scoring(requests, drawing, steps)), weights_(std::move(weights)) {
-        max_candidates = scoring_.max_candidates;
-        max_width = scoring_.max_width;
-        counts = move_to_numpy(std::move(scoring_.counts));
+        : scoring_(w2s::lay_out_scoring(requests, drawing, steps, std::move(weights))) {}
+
+    const w2s::Scoring& scoring() const { return scoring_; }
+
+    // Of each model its slots, what they share, and how many tokens each holds.
+    py::list rows() const {
+        py::list found;
         for (std::size_t m = 0; m < scoring_.slots.size(); ++m) {
-            w2s::RowLevels& levels = scoring_.levels[m];
-            py::tuple segments = tree(levels.tree());
-            rows.append(py::make_tuple(move_to_numpy(std::move(scoring_.slots[m])), segments,
-                                       move_to_numpy(std::move(levels.inherited))));
+            const w2s::RowLevels& levels = scoring_.levels[m];
+            found.append(py::make_tuple(copied(scoring_.slots[m]), tree(levels.tree()),
+                                        copied(levels.inherited)));
         }
-        add("tokens", "int64", scoring_.tokens);
-        add("logprobs", "float32", scoring_.logprobs);
-        add("targets", "int64", scoring_.targets);
-        for (std::size_t m = 0; m < scoring_.inputs.size(); ++m) {
-            add(("inputs" + std::to_string(m)).c_str(), "int64", scoring_.inputs[m]);
-        }
-        add("weights", "float64", weights_);
-        add("cu_tokens", "int64", scoring_.cu_tokens);
-        add("previous", "float64", scoring_.previous);
-        add("lengths", "int64", scoring_.lengths);
-        add("parents", "int32", scoring_.parents);
-        add("siblings", "int64", scoring_.siblings);
-        add("cu_candidates", "int64", scoring_.cu_candidates);
-        add("stops", "int64", scoring_.stops);
-        add("cu_stops", "int64", scoring_.cu_stops);
-        add("width", "int64", scoring_.width);
-        add("mean", "bool", scoring_.mean);
-        add("dedup", "bool", scoring_.dedup);
-        cu_tokens = py::array_t<std::int64_t>(static_cast<py::ssize_t>(scoring_.cu_tokens.size()),
-                                              scoring_.cu_tokens.data());
+        return found;
     }
 
-    void write(py::array_t<std::uint8_t, py::array::c_style> buffer) const {
-        if (buffer.size() < nbytes) throw py::value_error("the buffer is too small");
-        std::uint8_t* const begin = buffer.mutable_data();
-        for (const auto& [data, offset, bytes] : parts_) std::memcpy(begin + offset, data, bytes);
+    // (name, dtype, items) of each column.
+    py::list columns() const {
+        py::list found;
+        scoring_.columns([&](const std::string& name, const auto& values, auto spare, bool) {
+            found.append(py::make_tuple(name, dtype_of<decltype(spare)>(), values.size()));
+        });
+        return found;
+    }
+
+    py::tuple sizes() const {
+        return py::make_tuple(scoring_.width.size(), scoring_.previous.size(),
+                              scoring_.targets.size(), scoring_.stops.size(),
+                              scoring_.tokens.size(), scoring_.max_candidates,
+                              scoring_.max_width);
+    }
+
+    // Room for the guides' new tokens, which count from now on; pages to be copied, of each model.
+    py::list begin(const Beams::Managers& managers, std::int64_t split_keys,
+                   std::int64_t split_queries) {
+        passes_.emplace(scoring_, managers, split_keys, split_queries);
+        py::list found;
+        for (const auto& own : passes_->copies()) found.append(copies(own));
+        return found;
+    }
+
+    py::list bounds_of_passes() const {
+        py::list found;
+        for (const w2s::PassLayout& pass : passes_.value().passes()) found.append(bounds(pass));
+        return found;
+    }
+
+    void write(Array<std::uint8_t> buffer, const Array<std::int64_t>& offsets,
+               const Array<std::int64_t>& items, std::int64_t room,
+               const std::vector<const w2s::PassRoom*>& rooms) const {
+        w2s::write_columns(scoring_, bytes(buffer), span(offsets), span(items), room);
+        for (std::size_t m = 0; m < rooms.size(); ++m) {
+            passes_.value().passes().at(m).write(bytes(buffer), rooms[m]->offsets, rooms[m]->shape,
+                                                 false);
+        }
     }
 
 private:
-    struct Part {
-        const void* data;
-        std::int64_t offset;
-        std::size_t bytes;
-    };
-
     template <typename T>
-    void add(const char* name, const char* dtype, const std::vector<T>& values) {
-        const std::size_t bytes = values.size() * sizeof(T);
-        fields.append(py::make_tuple(name, dtype, nbytes, values.size()));
-        if (bytes > 0) parts_.push_back({values.data(), nbytes, bytes});
-        nbytes += static_cast<std::int64_t>((bytes + 15) / 16 * 16);
+    static py::array_t<T> copied(const std::vector<T>& values) {
+        return move_to_numpy(std::vector<T>(values));
     }
 
     w2s::Scoring scoring_;
-    std::vector<double> weights_;
-    std::vector<Part> parts_;
+    std::optional<w2s::ScoringPasses> passes_;
 };
 
 std::optional<std::int32_t> parent_of(const BeamContents& beam) {
@@ -272,31 +299,115 @@ void bind_beams(py::module_& module) {
                            move_to_numpy(std::move(rows.position))),
             tree(rows.levels.tree()));
     }, py::arg("requests"));
-    module.def("take_tokens", [](const Requests& requests, const Array<std::int64_t>& tokens,
-                                 const Array<float>& logprobs, std::int64_t steps) {
-        return broken(w2s::take_tokens(requests, span(tokens), span(logprobs), steps));
-    }, py::arg("requests"), py::arg("tokens").noconvert(), py::arg("logprobs").noconvert(),
-               py::arg("steps"));
+    // `memory`: of Draws (w2s_fast/decoding/draws.py), [steps, bytes of a step]; tokens begin a step,
+    // and log-probs come `logprobs` bytes later.
+    module.def("take_tokens", [](const Requests& requests, const Array<std::uint8_t>& memory,
+                                 std::int64_t rows, std::int64_t logprobs) {
+        if (memory.ndim() != 2 || rows < 0 || logprobs < 8 * rows ||
+            logprobs + 4 * rows > memory.shape(1) || logprobs % 4 != 0 ||
+            memory.shape(1) % 8 != 0) {
+            throw py::value_error("draws have other bytes");
+        }
+        const py::ssize_t steps = memory.shape(0);
+        std::vector<std::int64_t> tokens(static_cast<std::size_t>(rows * steps));
+        std::vector<float> found(tokens.size());
+        for (py::ssize_t step = 0; step < steps; ++step) {
+            const std::uint8_t* const begin = memory.data() + step * memory.shape(1);
+            const auto* token = reinterpret_cast<const std::int64_t*>(begin);
+            const auto* logprob = reinterpret_cast<const float*>(begin + logprobs);
+            for (std::int64_t row = 0; row < rows; ++row) {
+                tokens[static_cast<std::size_t>(row * steps + step)] = token[row];
+                found[static_cast<std::size_t>(row * steps + step)] = logprob[row];
+            }
+        }
+        return broken(w2s::take_tokens(requests, tokens, found, steps));
+    }, py::arg("requests"), py::arg("memory").noconvert(), py::arg("rows"), py::arg("logprobs"));
     module.def("release_finished", &w2s::release_finished, py::arg("requests"),
                py::arg("manager"), py::arg("model"));
+    py::class_<w2s::PassRoom>(module, "PassRoom")
+        .def(py::init([](const Array<std::int64_t>& offsets, std::int64_t rows,
+                         std::int64_t tokens, std::int64_t splits, std::int64_t pages) {
+                 return w2s::PassRoom{{offsets.data(), offsets.data() + offsets.size()},
+                                      {rows, tokens, splits, pages}};
+             }), py::arg("offsets").noconvert(), py::arg("rows"), py::arg("tokens"),
+             py::arg("splits"), py::arg("pages"));
+    using w2s::DrawLayout;
+    py::class_<DrawLayout>(module, "DrawLayout")
+        .def(py::init<Requests, PageManager&>(), py::keep_alive<1, 3>(), py::arg("requests"),
+             py::arg("base"))
+        .def_property_readonly("rows", &DrawLayout::rows)
+        .def_property_readonly("tokens", &DrawLayout::tokens)
+        .def_property_readonly("max_new", &DrawLayout::max_new)
+        .def_property_readonly("num_sources", [](const DrawLayout& self) {
+            return self.sources().slots.size();
+        })
+        .def("begin", &DrawLayout::begin, py::arg("steps"), py::arg("split_keys"),
+             py::arg("split_queries"))
+        .def_property_readonly("bounds", [](const DrawLayout& self) {
+            return py::make_tuple(bounds(self.source_pass()), bounds(self.row_pass()));
+        })
+        .def_property_readonly("before", [](const DrawLayout& self) {
+            return copies(self.before());
+        })
+        .def_property_readonly("num_copies", [](const DrawLayout& self) {
+            return self.copies().size();
+        })
+        .def("write_rows", [](const DrawLayout& self, Array<std::uint8_t> buffer,
+                              const w2s::PassRoom& room, const Array<std::int64_t>& columns) {
+            self.write_rows(bytes(buffer), room, span(columns));
+        }, py::arg("buffer").noconvert(), py::arg("room"), py::arg("columns").noconvert())
+        .def("write_sources", [](const DrawLayout& self, Array<std::uint8_t> buffer,
+                                 const w2s::PassRoom& room, const Array<std::int64_t>& columns,
+                                 std::int64_t rows) {
+            self.write_sources(bytes(buffer), room, span(columns), rows);
+        }, py::arg("buffer").noconvert(), py::arg("room"), py::arg("columns").noconvert(),
+           py::arg("rows"));
     py::class_<ScoringLayout>(module, "ScoringLayout")
         .def(py::init<const Requests&, const Requests&, std::int64_t, std::vector<double>>(),
              py::arg("requests"), py::arg("drawing"), py::arg("steps"), py::arg("weights"))
-        .def_readonly("counts", &ScoringLayout::counts)
-        .def_readonly("rows", &ScoringLayout::rows)
-        .def_readonly("cu_tokens", &ScoringLayout::cu_tokens)
-        .def_readonly("max_candidates", &ScoringLayout::max_candidates)
-        .def_readonly("max_width", &ScoringLayout::max_width)
-        .def_readonly("nbytes", &ScoringLayout::nbytes)
-        .def_readonly("fields", &ScoringLayout::fields)
-        .def("write", &ScoringLayout::write, py::arg("buffer").noconvert());
+        .def_property_readonly("counts", [](const ScoringLayout& self) {
+            return move_to_numpy(std::vector(self.scoring().counts));
+        })
+        .def_property_readonly("cu_tokens", [](const ScoringLayout& self) {
+            return move_to_numpy(std::vector(self.scoring().cu_tokens));
+        })
+        .def_property_readonly("rows", &ScoringLayout::rows)
+        .def_property_readonly("columns", &ScoringLayout::columns)
+        .def_property_readonly("sizes", &ScoringLayout::sizes)
+        .def("begin", &ScoringLayout::begin, py::arg("managers"), py::arg("split_keys"),
+             py::arg("split_queries"))
+        .def_property_readonly("bounds", &ScoringLayout::bounds_of_passes)
+        .def_property_readonly("num_drawn", [](const ScoringLayout& self) {
+            return self.scoring().rows;
+        })
+        .def("write", &ScoringLayout::write, py::arg("buffer").noconvert(),
+             py::arg("offsets").noconvert(), py::arg("items").noconvert(), py::arg("room"),
+             py::arg("rooms"));
+    // `packed`: of score_select, with room for so many candidates, tokens, and kept in all.
     module.def("take_scores", [](const Requests& requests, const Array<std::int64_t>& cu_tokens,
-                                 const Array<double>& token_scores, const Array<double>& scores,
-                                 const Array<std::int64_t>& first) {
-        return broken(w2s::take_scores(requests, span(cu_tokens), span(token_scores), span(scores),
-                                       span(first)));
-    }, py::arg("requests"), py::arg("cu_tokens").noconvert(), py::arg("token_scores").noconvert(),
-               py::arg("scores").noconvert(), py::arg("broken").noconvert());
+                                 const Array<std::int64_t>& packed, std::int64_t kept,
+                                 std::int64_t candidates, std::int64_t tokens) {
+        const std::span<const std::int64_t> words = span(packed);
+        if (kept < 0 || candidates < 0 || tokens < 0 ||
+            std::ssize(words) != 2 * kept + 4 * candidates + 3 * tokens) {
+            throw py::value_error("a selection has other words");
+        }
+        const auto used = static_cast<std::size_t>(std::max<py::ssize_t>(cu_tokens.size() - 1, 0));
+        const auto part = [&](std::int64_t begin, std::int64_t count) {
+            return words.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count));
+        };
+        const auto floats = [&](std::int64_t begin, std::int64_t count) {
+            const auto own = part(begin, count);
+            return std::span(reinterpret_cast<const double*>(own.data()), own.size());
+        };
+        const auto scores = floats(2 * kept, candidates);
+        const auto first = part(2 * kept + 2 * candidates, candidates);
+        if (used > scores.size()) throw py::value_error("there are more candidates");
+        return broken(w2s::take_scores(requests, span(cu_tokens),
+                                       floats(2 * kept + 4 * candidates + 2 * tokens, tokens),
+                                       scores.first(used), first.first(used)));
+    }, py::arg("requests"), py::arg("cu_tokens").noconvert(), py::arg("packed").noconvert(),
+               py::arg("kept"), py::arg("candidates"), py::arg("tokens"));
     module.def("end_rounds", [](const Requests& requests, const Array<std::int64_t>& kept,
                                 const Beams::Managers& managers) {
         w2s::end_rounds(requests, span(kept), managers);

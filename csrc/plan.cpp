@@ -34,8 +34,7 @@ void fill(T* target, const std::vector<T>& values, std::int64_t size, T spare) {
 
 PassLayout::PassLayout(const PageManager& pages, Ints slots, Ints counts, const RowTree& tree,
                        std::int64_t split_keys, std::int64_t split_queries, std::int64_t ahead)
-    : pages_(pages),
-      slots_(slots.begin(), slots.end()),
+    : slots_(slots.begin(), slots.end()),
       places_(pages.places(slots, counts)) {  // checks slots and counts
     if (split_keys < 1) throw PageMisuse("a split has at least one key");
     const std::size_t rows = slots.size();
@@ -48,6 +47,8 @@ PassLayout::PassLayout(const PageManager& pages, Ints slots, Ints counts, const 
         max_q_ = std::max<std::int64_t>(max_q_, counts[i]);
         max_k_ = std::max<std::int64_t>(max_k_, std::int64_t{old_[i]} + counts[i] + ahead);
         shape_.pages = std::max<std::int64_t>(shape_.pages, pages.held()[slots[i]]);
+        const std::int32_t* const held = pages.page_table() + slots[i] * pages.max_pages_per_slot();
+        tables_.emplace_back(held, held + pages.held()[slots[i]]);
     }
     own_.assign(rows, 0);
     parts_.assign(rows, 0);
@@ -131,11 +132,6 @@ void PassLayout::write(std::span<std::byte> buffer, Offsets offsets, const PassS
         room.pages < shape_.pages) {
         throw PageMisuse("a pass does not fit into its buffer");
     }
-    for (const std::int32_t slot : slots_) {
-        if (pages_.held()[slot] < 0 || pages_.held()[slot] > room.pages) {
-            throw PageMisuse("slot " + std::to_string(slot) + " has changed since its pass was laid out");
-        }
-    }
     const auto int32s = [&](PassField which, std::int64_t size) {
         return field<std::int32_t>(buffer, offsets, which, size);
     };
@@ -173,11 +169,9 @@ void PassLayout::write(std::span<std::byte> buffer, Offsets offsets, const PassS
             std::fill(token_rows + begin, token_rows + end, static_cast<std::int32_t>(row));
         }
         if (table != nullptr) {
-            const std::int32_t* const held = pages_.page_table() +
-                                             slots_[row] * pages_.max_pages_per_slot();
             std::int32_t* const target = table + row * room.pages;
-            const std::int64_t count = pages_.held()[slots_[row]];
-            std::fill(std::copy_n(held, count, target), target + room.pages, -1);
+            std::fill(std::copy(tables_[row].begin(), tables_[row].end(), target),
+                      target + room.pages, -1);
         }
     }
     if (lengths != nullptr) std::fill(lengths + shape_.rows, lengths + room.rows, 0);

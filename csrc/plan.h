@@ -89,8 +89,8 @@ private:
     void check(const RowTree& tree) const;
     void cut(const RowTree& tree, std::int64_t split_keys, std::int64_t split_queries);
 
-    const PageManager& pages_;
     std::vector<std::int32_t> slots_;
+    std::vector<std::vector<std::int32_t>> tables_;
     std::vector<std::int32_t> old_;     // tokens of each row before the pass
     std::vector<std::int32_t> starts_;  // where its new tokens begin, and the end
     std::vector<std::int64_t> places_;

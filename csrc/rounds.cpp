@@ -2,37 +2,10 @@
 
 #include <algorithm>
 #include <stdexcept>
-#include <unordered_map>
 
 namespace w2s {
 
 namespace {
-
-// Adds the rows of one request after the other to the levels of a tree.
-class Leveller {
-public:
-    explicit Leveller(RowLevels& levels) : levels_(levels) {}
-
-    // `prompt`: tokens of it that stand in the KV.
-    void add(const Beams& request, const Beam& beam, std::int32_t prompt) {
-        const bool other = &request != request_;
-        if (other) ++requests_;
-        if (other || beam.parent != parent_) ++families_;
-        request_ = &request;
-        parent_ = beam.parent;
-        levels_.requests.push_back(requests_);
-        levels_.families.push_back(families_);
-        levels_.together.push_back(prompt + std::min(request.shared(), beam.inherited));
-        levels_.inherited.push_back(prompt + beam.inherited);
-    }
-
-private:
-    RowLevels& levels_;
-    const Beams* request_ = nullptr;
-    std::int32_t parent_ = Beam::kNone;
-    std::int32_t requests_ = -1;
-    std::int32_t families_ = -1;
-};
 
 // Calls do(request, candidate's index, candidate) for those that grow.
 template <typename Do>
@@ -62,11 +35,6 @@ void expect(bool right, const char* what) {
 }
 
 }  // namespace
-
-TreeSegments RowLevels::tree() const {
-    const TreeLevel levels[] = {{requests, together}, {families, inherited}};
-    return cut_levels(levels, requests.size());
-}
 
 void begin_rounds(const Requests& requests) {
     for (Beams* request : requests) {
@@ -209,93 +177,6 @@ void release_finished(const Requests& requests, PageManager& manager, int model)
     Int32s released;
     for (Beams* request : requests) request->collect_finished(model, released);
     manager.release(released);
-}
-
-Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::int64_t steps) {
-    std::unordered_map<const Beams*, std::int64_t> first_rows;
-    std::int64_t rows = 0;
-    for (const Beams* request : drawing) {
-        first_rows.emplace(request, rows);
-        for (const Beam& beam : request->candidates()) rows += !beam.finished();
-    }
-    Scoring found;
-    const int models = requests.empty() ? 1 : requests.front()->models();
-    for (int m = 1; m < models; ++m) {
-        found.inputs.emplace_back();
-        found.slots.emplace_back();
-        found.levels.emplace_back();
-    }
-    std::vector<Leveller> trees;
-    for (RowLevels& levels : found.levels) trees.emplace_back(levels);
-    const auto know = [&](std::int64_t token, float logprob) {
-        found.tokens.push_back(token);
-        found.logprobs.push_back(logprob);
-        return rows * steps + std::ssize(found.tokens) - 1;
-    };
-    found.cu_tokens.push_back(0);
-    found.cu_candidates.push_back(0);
-    found.cu_stops.push_back(0);
-    Int64s chunk;
-    std::vector<std::int32_t> tokens;
-    std::vector<float> logprobs;
-    for (const Beams* request : requests) {
-        expect(request->open() && request->models() == models, "a round with all guides is open");
-        const auto drawn = first_rows.find(request);
-        std::int64_t row = drawn == first_rows.end() ? 0 : drawn->second;
-        const SearchSettings& settings = request->settings();
-        for (std::size_t p = 0; p < request->kept().size(); ++p) {
-            const bool runs = !request->kept()[p].finished();
-            const std::int32_t alike = request->first_alike(p);
-            const auto end = static_cast<std::size_t>(request->first_child(p + 1));
-            for (auto c = static_cast<std::size_t>(request->first_child(p)); c < end; ++c) {
-                const Beam& beam = request->candidates()[c];
-                chunk.clear();
-                tokens.clear();
-                logprobs.clear();
-                request->append_new(beam, tokens, logprobs);
-                for (std::size_t i = 0; i < tokens.size(); ++i) {
-                    chunk.push_back(know(tokens[i], logprobs[i]));
-                }
-                if (drawn != first_rows.end() && !beam.finished()) {
-                    for (std::int64_t step = 0; step < steps; ++step) {
-                        chunk.push_back(step * rows + row);
-                    }
-                    ++row;
-                }
-                found.cu_tokens.push_back(found.cu_tokens.back() + std::ssize(chunk));
-                found.previous.push_back(beam.total);
-                found.lengths.push_back(beam.inherited);
-                found.parents.push_back(beam.parent);
-                found.siblings.push_back(alike);
-                if (!runs) continue;
-                found.counts.push_back(static_cast<std::int32_t>(chunk.size()));
-                found.targets.insert(found.targets.end(), chunk.begin(), chunk.end());
-                const std::int64_t before =
-                    beam.inherited > 0 ? know(beam.before_token, 0.0F) : std::int64_t{-1};
-                for (int m = 1; m < models; ++m) {
-                    const PromptEnd& prompt = request->prompt_end(m);
-                    Int64s& inputs = found.inputs[m - 1];
-                    // The guides' last token of the prompt is run with the first chunk.
-                    inputs.push_back(before >= 0 ? before : know(prompt.last_token, 0.0F));
-                    inputs.insert(inputs.end(), chunk.begin(), chunk.end() - 1);
-                    found.slots[m - 1].push_back(request->slot(c, m));
-                    trees[m - 1].add(*request, beam, prompt.length - 1);
-                }
-            }
-        }
-        const auto count = std::ssize(request->candidates());
-        found.cu_candidates.push_back(found.cu_candidates.back() + count);
-        for (const auto& ids : {settings.eos_ids, settings.stop_ids}) {
-            found.stops.insert(found.stops.end(), ids.begin(), ids.end());
-        }
-        found.cu_stops.push_back(std::ssize(found.stops));
-        found.width.push_back(settings.width);
-        found.mean.push_back(settings.mean);
-        found.dedup.push_back(settings.dedup);
-        found.max_candidates = std::max<std::int64_t>(found.max_candidates, count);
-        found.max_width = std::max<std::int64_t>(found.max_width, settings.width);
-    }
-    return found;
 }
 
 std::vector<BrokenNumber> take_scores(const Requests& requests,

@@ -11,21 +11,13 @@
 
 #include "beams.h"
 #include "page_manager.h"
-#include "row_tree.h"
+#include "row_levels.h"
 
 namespace w2s {
 
 using Requests = std::vector<Beams*>;
 using Int32s = std::vector<std::int32_t>;
 using Int64s = std::vector<std::int64_t>;
-
-// What the rows of a pass share, as levels of a tree: rows
-// of a request the first `together` tokens, siblings what they `inherited`; prompts are counted.
-struct RowLevels {
-    Int32s requests, together, families, inherited;
-
-    TreeSegments tree() const;
-};
 
 // Beams whose KV stands, the tokens to append to it, and how many candidates go on from each.
 struct Sources {
@@ -42,30 +34,6 @@ struct GrowingRows {
     std::vector<double> top_p, min_p;
     Int64s seed, candidate, position;
     RowLevels levels;
-};
-
-// What score_select (kernels/score_select.py) is given of all candidates, and how the guides' models
-// run their new tokens. Some tokens may still be on the device, as they were drawn. So a token is
-// named by its index among all that there are: first those drawn, [steps, rows], and behind them
-// those that are known here.
-struct Scoring {
-    Int64s tokens;                // those known
-    std::vector<float> logprobs;  // theirs; 0 for tokens that are not new
-    Int32s counts;                // new tokens of each candidate whose parent went on
-    Int64s targets;               // those tokens, one candidate's after the other
-    // Of each model but the base: what it runs, for each chunk the token before it and its own but
-    // the last; where; and what rows share.
-    std::vector<Int64s> inputs;
-    std::vector<Int32s> slots;
-    std::vector<RowLevels> levels;
-    // Of each candidate, each request, or each id that ends a response.
-    Int64s cu_tokens;
-    std::vector<double> previous;
-    Int64s lengths;  // before the chunk
-    Int32s parents;
-    Int64s siblings, cu_candidates, stops, cu_stops, width;
-    std::vector<std::uint8_t> mean, dedup;
-    std::int64_t max_candidates = 0, max_width = 0;
 };
 
 // Where a model gave a number that is not finite.
@@ -106,10 +74,6 @@ std::vector<BrokenNumber> take_tokens(const Requests& requests,
 
 // Give back what finished candidates hold in one model.
 void release_finished(const Requests& requests, PageManager& manager, int model);
-
-// The rounds of `requests`, which are complete when the growing rows of `drawing`, as lay_out_rows
-// has them, have got `steps` more tokens. Those of other requests have all of theirs.
-Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::int64_t steps);
 
 // Take over what the selection computed: scores of the new tokens, which begin for each candidate
 // where lay_out_scoring said; of all candidates [C]; and the first broken token of each [C], -1

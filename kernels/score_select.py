@@ -73,6 +73,11 @@ class ScoreSelection(NamedTuple):
         return cls(*words)
 
 
+def packed_words(rounds: int, candidates: int, tokens: int, max_width: int) -> int:
+    """Words of 64 bits of the buffer of a call with these R, C, T and W."""
+    return sum(_sizes(rounds, candidates, tokens, max_width))
+
+
 def _sizes(rounds: int, candidates: int, tokens: int, max_width: int) -> list[int]:
     return [rounds * max_width] * 2 + [candidates] * 4 + [tokens] * 3
 

@@ -110,6 +110,10 @@ def select_in_torch(
     """The operator in plain torch, on any device."""
     device = tokens.device
     candidates, rounds = len(previous), len(width)
+    if not candidates:  # which some of torch's operators do not take
+        kept = torch.full((rounds, max_width), -1, dtype=torch.int32, device=device)
+        none = parents.new_empty(0)
+        return tokens.new_empty(0, dtype=torch.float64), previous, kept, kept.clone(), none
     index = torch.arange(candidates, device=device)
     round_of = torch.repeat_interleave(
         torch.arange(rounds, device=device), cu_candidates.diff(), output_size=candidates
@@ -153,7 +157,7 @@ def _first_with_same_tokens(
     cu_tokens: Tensor,
 ) -> Tensor:
     """For each candidate the lowest index of one in its round with the same tokens."""
-    longest = int(counts.max()) if len(counts) else 0
+    longest = int(counts.max())
     padded = torch.full((len(counts), longest), -1, dtype=torch.int64, device=tokens.device)
     padded[owner, where - cu_tokens[owner]] = tokens
     rows = torch.cat([torch.stack([round_of, siblings, counts], 1), padded], 1)

@@ -49,18 +49,19 @@ from w2s_fast.search import Request, Search
 def test_a_search_from_recordings_finds_the_same(family: str, prompts: list[list[int]]) -> None:
     models = tiny_triple((family, "llama", "gpt2"), eos=(0, 6, 13))
     expected = found(make_engine(*models).generate(prompts, MIXED))
-    engine, steps, passes = Recorded.of(models)
+    made = Recorded.of(models)
+    engine, steps, _ = made
     with unrecorded_steps() as unrecorded:
         assert found(engine.generate(prompts, MIXED)) == expected
     assert not unrecorded and replays(steps) >= 5
     # Shapes are recorded when they have come twice, and with cached prompts others come.
     for _ in range(2):
         assert found(engine.generate(prompts, MIXED)) == expected
-    before = [replays(graphs) for graphs in passes]
+    before = [replays(graphs) for graphs in made.rounds]
     with unrecorded_passes() as unrecorded:
         assert found(engine.generate(prompts, MIXED)) == expected
     assert not unrecorded
-    assert all(replays(graphs) > count for graphs, count in zip(passes, before, strict=True))
+    assert all(replays(graphs) > count for graphs, count in zip(made.rounds, before, strict=True))
     for model in models_of(engine):
         model.pool.drop_cache()
     assert_all_pages_free(engine)
@@ -170,11 +171,12 @@ def test_more_than_any_bucket_holds_is_run_without() -> None:
 @pytest.mark.parametrize("moved", [True, False])
 def test_recordings_of_weights_that_moved_are_dropped(moved: bool) -> None:
     models = copy.deepcopy(tiny_triple(eos=()))
-    engine, steps, passes = Recorded.of(models, max_rows=8)
+    made = Recorded.of(models, max_rows=8)
+    engine, graphs_of_a_round = made.engine, (made.steps, *made.rounds)
     for _ in range(2):
         engine.generate(RAGGED_PROMPTS[:1], SEARCH)
-    assert len(steps.recordings) and all(len(p.recordings) for p in passes)
-    before = [recorded(graphs) for graphs in (steps, *passes)]
+    assert all(recorded(graphs) for graphs in graphs_of_a_round)
+    before = [recorded(graphs) for graphs in graphs_of_a_round]
     for model in models:
         for weight in model.parameters():
             weight.data = weight.data * 0.7 if moved else weight.data.mul_(0.7)
@@ -182,7 +184,7 @@ def test_recordings_of_weights_that_moved_are_dropped(moved: bool) -> None:
     expected = found(make_engine(*models).generate(RAGGED_PROMPTS[:1], SEARCH))
     for _ in range(3):
         assert found(engine.generate(RAGGED_PROMPTS[:1], SEARCH)) == expected
-    for old, graphs in zip(before, (steps, *passes)):
+    for old, graphs in zip(before, graphs_of_a_round):
         new = recorded(graphs)
         assert any(recording.replays for recording in new)
         assert old.isdisjoint(new) if moved else old <= new

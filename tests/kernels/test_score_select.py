@@ -193,3 +193,16 @@ def test_the_naive_rounds_are_cut_where_they_should() -> None:
     r = plain([(1, END, 2), (3, 4)])
     assert r.cut().chunks == [(1, END), (3, 4)]
     assert run([r.cut()], [1.0]).scores.tolist() == [10.0, 7.0]
+
+
+def test_where_all_is_spare_nothing_is_kept() -> None:
+    """As it is when a recording is made of it."""
+    spare = Partials.of_logprobs(torch.zeros(3))
+    int64, flags = torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
+    packed = score_select(
+        [(spare, spare)], torch.ones(1, dtype=torch.float64), torch.zeros(3, dtype=torch.int64),
+        torch.zeros(3), torch.zeros(3, dtype=torch.int64), int64.double(), int64, int64.int(),
+        int64, int64, int64, int64, int64[:1], flags, flags, 2, 2,
+    )  # fmt: skip
+    found = ScoreSelection.unpack(packed, 1, 2, 3, 2)
+    assert found.kept.tolist() == found.parents.tolist() == [[-1, -1]]

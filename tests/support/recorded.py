@@ -26,6 +26,13 @@ class Recorded(NamedTuple):
     steps: DecodeGraphs
     passes: list[PassGraphs]
 
+    @property
+    def rounds(self) -> list[Recordings[Any, Any]]:
+        """What a round replays once."""
+        scores = self.engine._search.guides._graphs
+        assert scores is not None
+        return [self.steps.firsts, scores.recordings]
+
     @classmethod
     def of(
         cls, models: Any, max_rows: int = 64, recorder: Recorder = Recording, **options: Any
@@ -38,14 +45,15 @@ class Recorded(NamedTuple):
         return cls(engine, steps, [model.replays for model in models_of(engine)])
 
 
-def replays(graphs: DecodeGraphs | PassGraphs) -> int:
+def replays(graphs: DecodeGraphs | PassGraphs | Recordings[Any, Any]) -> int:
     """How often one of them was replayed."""
     return sum(recording.replays for recording in recorded(graphs))
 
 
-def recorded(graphs: DecodeGraphs | PassGraphs) -> set[Any]:
+def recorded(graphs: DecodeGraphs | PassGraphs | Recordings[Any, Any]) -> set[Any]:
     """The recordings that were made."""
-    return {graphs.recordings[bucket].replay for bucket in graphs.recordings}
+    made = graphs if isinstance(graphs, Recordings) else graphs.recordings
+    return {made[bucket].replay for bucket in made}
 
 
 def record_missed(engine: Engine) -> None:
@@ -54,8 +62,9 @@ def record_missed(engine: Engine) -> None:
         engine.runner.record_missed()
 
 
-_STEPS = ("decoding.decode_graphs", "decoding.decoding")
-_PASSES = ("models.model", "decoding.pass_graphs", *_STEPS)
+_STEPS = ("decoding.step", "decoding.decoding")
+_OTHERS = ("models.model", "decoding.pass_graphs", "decoding.first_step", "search.score_graphs")
+_PASSES = (*_OTHERS, *_STEPS)
 
 
 def unrecorded_passes() -> AbstractContextManager[list[list[int]]]:

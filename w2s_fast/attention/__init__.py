@@ -11,14 +11,14 @@ from w2s_fast.attention.dense import dense_attention
 from w2s_fast.attention.flash import FlashAttention
 from w2s_fast.attention.gathered import GatheredPlan
 from w2s_fast.attention.interface import ATTENTION_NAME
-from w2s_fast.attention.kernel import Bounds, KernelPlan, lay_out
+from w2s_fast.attention.kernel import SPLIT_KEYS, SPLIT_QUERIES, Bounds, KernelPlan, lay_out
 from w2s_fast.attention.row_tree import Level, RowTree
 from w2s_fast.attention.staging import (
+    Columns,
     Field,
     Fields,
     Reading,
     Room,
-    cut_buffer,
     host_buffer,
     to_device,
 )
@@ -27,11 +27,14 @@ from w2s_fast.attention.static_plan import Bucket, StaticPlan
 __all__ = [
     "ATTENTION_NAME",
     "BACKENDS",
+    "SPLIT_KEYS",
+    "SPLIT_QUERIES",
     "Attends",
     "AttentionPlan",
     "Backend",
     "Bounds",
     "Bucket",
+    "Columns",
     "Field",
     "Fields",
     "FlashAttention",
@@ -44,7 +47,6 @@ __all__ = [
     "RowTree",
     "StaticPlan",
     "choose_backend",
-    "cut_buffer",
     "dense_attention",
     "find_backend",
     "host_buffer",

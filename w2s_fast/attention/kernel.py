@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2s_fast._pages import PassLayout
+from w2s_fast._pages import PassLayout, PassRoom
 from w2s_fast.attention.contract import LayerOptions
 from w2s_fast.attention.placement import Placement
 from w2s_fast.attention.row_tree import RowTree
@@ -73,6 +73,7 @@ class PassFields:
 
     Attributes:
         fields: by the names of what they become in KernelPlan and SharedSegments.
+        more: names of those beside.
     """
 
     def __init__(
@@ -111,9 +112,15 @@ class PassFields:
         self.fields = Fields(
             {name: field for name, field in wanted.items() if name not in left_out} | dict(more)
         )
+        self.more = list(more)
         self._room = (rows, tokens, splits, pages)
         # In the order of PassField in csrc/plan.h.
         self._offsets = np.array([self.fields.offsets.get(name, -1) for name in wanted], np.int64)
+
+    def room_at(self, begin: int) -> PassRoom:
+        """Where the plan's fields lie in a larger buffer, of which these begin at a byte."""
+        offsets = np.where(self._offsets < 0, self._offsets, self._offsets + begin)
+        return PassRoom(offsets, *self._room)
 
     def write(self, layout: PassLayout, buffer: NDArray[np.uint8], back: bool = False) -> None:
         """Fill in all fields of the plan, in a buffer uint8 [nbytes]; see PassLayout.write."""

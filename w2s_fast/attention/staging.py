@@ -55,6 +55,10 @@ class Fields:
             self._places[name] = (self.nbytes, items, kind.type(spare).tobytes(), kind.kind)
             self.nbytes += -(-items * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
+    def offsets_of(self, names: Iterable[str]) -> NDArray[np.int64]:
+        """In bytes, in this order."""
+        return np.array([self.offsets[name] for name in names], np.int64)
+
     def tensors(self, buffer: Tensor) -> dict[str, Tensor]:
         """Views of a buffer uint8 [at least ``nbytes``]."""
         whole = {dtype: buffer.view(dtype) for dtype in {f.dtype for f in self._fields.values()}}
@@ -96,24 +100,38 @@ def to_device(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[
     return fields.tensors(here.to(device, non_blocking=True))
 
 
-def cut_buffer(buffer: Tensor, fields: Sequence[tuple[str, str, int, int]]) -> dict[str, Tensor]:
-    """Views of one dimension of a buffer uint8 [n], whose own offset is 0.
+class Columns:
+    """Tensors of one dimension side by side in a buffer, for once.
 
-    ``fields``: name, dtype, offset in bytes, a multiple of 16, and count of each.
+    Attributes:
+        offsets, items: int64, of each, in bytes and in items. nbytes: of the whole.
     """
-    whole: dict[str, tuple[Tensor, int]] = {}
-    views = {}
-    for name, dtype, offset, count in fields:
-        if dtype not in whole:
-            kind: torch.dtype = getattr(torch, dtype)
-            whole[dtype] = buffer.view(kind), kind.itemsize
-        typed, size = whole[dtype]
-        views[name] = typed.as_strided((count,), (1,), offset // size)
-    return views
+
+    def __init__(self, columns: Sequence[tuple[str, str, int]]) -> None:
+        """``columns``: name, dtype and items of each."""
+        self._columns = [(name, getattr(torch, dtype)) for name, dtype, _ in columns]
+        self.items = np.array([items for *_, items in columns], np.int64)
+        sizes = np.array([dtype.itemsize for _, dtype in self._columns]) * self.items
+        ends = np.cumsum(-(-sizes // _ALIGNMENT) * _ALIGNMENT, dtype=np.int64)
+        self.offsets = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+        self.nbytes = int(ends[-1])
+
+    def cut(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Views of a buffer uint8 [nbytes], whose own offset is 0."""
+        whole = {dtype: buffer.view(dtype) for dtype in {dtype for _, dtype in self._columns}}
+        return {
+            name: whole[dtype].as_strided((count,), (1,), offset // dtype.itemsize)
+            for (name, dtype), offset, count in zip(
+                self._columns, self.offsets.tolist(), self.items.tolist()
+            )
+        }
 
 
 class Reading:
-    """Tensors of a device on their way to the host, which goes on meanwhile."""
+    """Tensors of a device on their way to the host, which goes on meanwhile.
+
+    What is launched later may overwrite them: it is their values now that arrive.
+    """
 
     def __init__(self, *tensors: Tensor) -> None:
         """All of one device."""
@@ -127,7 +145,7 @@ class Reading:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(device))
         else:
-            self._here = [t.to("cpu", non_blocking=True) for t in tensors]
+            self._here = [t.to("cpu", non_blocking=True, copy=True) for t in tensors]
 
     def wait(self) -> list[Tensor]:
         """The tensors on the host, once they are there."""

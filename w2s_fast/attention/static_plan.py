@@ -95,13 +95,14 @@ class StaticPlan:
         more: what was asked for beside it, by name: views of it, too.
         buffer: uint8 [n], on the pool's device.
         nothing: no value for any of ``more``.
+        made: where its fields lie in ``buffer``.
     """
 
     plan: KernelPlan
     more: dict[str, Tensor]
     buffer: Tensor
     nothing: dict[str, NDArray[Any]]
-    _made: PassFields
+    made: PassFields
 
     @classmethod
     def cut(
@@ -112,17 +113,25 @@ class StaticPlan:
         What stands in it is not defined before the first :meth:`load` or :meth:`clear`, and no
         longer when another plan of the room was loaded.
         """
-        more = {**more, _COPIES: Field(torch.int32, (2 * bucket.rows,))}
-        made = PassFields(
+        made = cls.fields_of(bucket, more)
+        return cls.over(bucket, pool, made, room.take(made.fields.nbytes))
+
+    @staticmethod
+    def fields_of(bucket: Bucket, more: Mapping[str, Field] = {}) -> PassFields:
+        """What the plan of a bucket is made of."""
+        return PassFields(
             bucket.rows,
             bucket.tokens,
             bucket.splits,
             bucket.pages,
             shares=bucket.splits > 0,
             spare=True,
-            more=more,
+            more={**more, _COPIES: Field(torch.int32, (2 * bucket.rows,))},
         )
-        buffer = room.take(made.fields.nbytes)
+
+    @classmethod
+    def over(cls, bucket: Bucket, pool: PagePool, made: PassFields, buffer: Tensor) -> StaticPlan:
+        """The plan of a bucket, over memory uint8 of the bytes of :meth:`fields_of`."""
         max_k = bucket.pages * pool.page_size
         bounds = Bounds(
             *(bucket.rows, bucket.tokens, bucket.splits, bucket.pages, bucket.max_q, max_k),
@@ -130,8 +139,8 @@ class StaticPlan:
         )
         tensors = made.fields.tensors(buffer)
         plan = KernelPlan.over(pool, tensors, bounds)
-        ours = {name: tensors[name] for name in more}
-        return cls(plan, ours, buffer, made.fields.nothing(more), made)
+        ours = {name: tensors[name] for name in made.more}
+        return cls(plan, ours, buffer, made.fields.nothing(made.more), made)
 
     def clear(self) -> None:
         """No row is left, and no token."""
@@ -154,9 +163,12 @@ class StaticPlan:
         """
         host = host_buffer(len(self.buffer), self.buffer.device)
         array = host.numpy()
-        self._made.write(layout, array, back)
-        self._made.fields.fill(array, {**self.nothing, **more, _COPIES: copies.ravel()})
+        self.made.write(layout, array, back)
+        self.made.fields.fill(array, {**self.nothing, **more, _COPIES: copies.ravel()})
         self.buffer.copy_(host, non_blocking=True)
-        if len(copies):
-            pairs = self.more[_COPIES].view(-1, 2)[: len(copies)]
-            copy_pages(self.plan.pool.kv, pairs)
+        self.copy_pages(len(copies))
+
+    def copy_pages(self, count: int) -> None:
+        """Copy the first ``count`` pairs of pages that were loaded."""
+        if count:
+            copy_pages(self.plan.pool.kv, self.more[_COPIES].view(-1, 2)[:count])

@@ -9,6 +9,13 @@ from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.decoder import Decoder
 from w2s_fast.decoding.decoding import Decoding
 from w2s_fast.decoding.draws import Draws
+from w2s_fast.decoding.graphs import (
+    MOST_NEW,
+    Recordings,
+    most_pass_tokens,
+    round_up_rows,
+    round_up_tokens,
+)
 from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.pass_graphs import PassGraphs
 from w2s_fast.decoding.record import can_record, record_passes, refuse_compile
@@ -17,6 +24,7 @@ from w2s_fast.decoding.sampling import SamplingBatch, SamplingColumns
 from w2s_fast.decoding.streams import HomeStream
 
 __all__ = [
+    "MOST_NEW",
     "CudaRecorder",
     "DecodeGraphs",
     "Decoder",
@@ -26,9 +34,13 @@ __all__ = [
     "Lane",
     "PassGraphs",
     "Recorder",
+    "Recordings",
     "SamplingBatch",
     "SamplingColumns",
     "can_record",
+    "most_pass_tokens",
     "record_passes",
     "refuse_compile",
+    "round_up_rows",
+    "round_up_tokens",
 ]

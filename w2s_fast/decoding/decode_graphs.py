@@ -2,59 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from w2s_fast.attention import Bounds, Bucket, Field, Room, RowTree, StaticPlan, lay_out
+from w2s_fast._pages import DrawLayout
+from w2s_fast.attention import (
+    SPLIT_KEYS,
+    SPLIT_QUERIES,
+    Bounds,
+    Bucket,
+    Field,
+    Room,
+    RowTree,
+    StaticPlan,
+    host_buffer,
+    lay_out,
+)
 from w2s_fast.cache import NO_COPIES, Int32Array, Ints
 from w2s_fast.decoding.draws import Draws
-from w2s_fast.decoding.graphs import Recordings, round_up_rows, rows_recorded
+from w2s_fast.decoding.first_step import FirstStep
+from w2s_fast.decoding.graphs import (
+    MOST_NEW,
+    Recording,
+    Recordings,
+    round_up_rows,
+    round_up_tokens,
+    rows_recorded,
+)
 from w2s_fast.decoding.recorder import Recorder
 from w2s_fast.decoding.sampling import SamplingBatch, SamplingColumns, sampling_fields
-from w2s_fast.models import PagedModel, inference, run_body
+from w2s_fast.decoding.step import Step
+from w2s_fast.models import PagedModel, inference
 
 # Steps whose draws stay on the device at once; of more, what was drawn is put away in between.
 _STEPS = 64
 
 
-@dataclass
-class _Step:
-    """A step of one bucket: it begins by moving plan and sampling on.
+class DecodeGraphs:
+    """Recorded steps of one model. Within a chunk the host only says "again".
 
     Attributes:
-        taken: int64 [1], steps taken since the rows were loaded.
-        drawn: [_STEPS + 1]; the step after ``taken`` others appends the tokens that stand there,
-            and puts those that it draws behind them.
+        recorder: what else it records must not run at the same time.
     """
-
-    model: PagedModel
-    body: nn.Module
-    vocab_size: int
-    plan: StaticPlan
-    sampling: SamplingBatch
-    taken: Tensor
-    drawn: Draws
-
-    def clear(self) -> None:
-        self.plan.clear()
-
-    def run(self) -> None:
-        plan, model = self.plan.plan, self.model
-        plan.advance()
-        self.sampling.advance()
-        tokens = self.drawn.tokens.index_select(0, self.taken)[0]
-        hidden = run_body(model.view, tokens, plan.positions, plan, self.body)
-        draw = self.sampling.draw(model.logits(hidden)[:, : self.vocab_size])
-        self.taken.add_(1)
-        self.drawn.tokens.index_copy_(0, self.taken, draw.tokens[None])
-        self.drawn.logprobs.index_copy_(0, self.taken, draw.logprobs[None])
-
-
-class DecodeGraphs:
-    """Recorded steps of one model. Within a chunk the host only says "again"."""
 
     def __init__(
         self,
@@ -71,16 +61,21 @@ class DecodeGraphs:
             body: the model's, maybe compiled.
             vocab_size: ids from here on are never sampled.
         """
+        self.recorder = recorder
         self._model = model
         self._body = body
         self._max_rows = max_rows
         self._vocab_size = vocab_size
         self._most_pages = model.pool.max_tokens_per_slot // model.pool.page_size
         with torch.inference_mode():
-            self._room = Room(model.device)
+            self._room, self._room_of_sources = Room(model.device), Room(model.device)
             # By rows. What is in them was drawn: spare rows, too, append what can be embedded.
             self._drawn: dict[int, Draws] = {}
-        self.recordings = Recordings(model, recorder, self._prepare)
+        self.recordings: Recordings[Bucket, Step]
+        self.recordings = Recordings([model], recorder, self._prepare)
+        # By the buckets of the sources and of the rows.
+        self.firsts: Recordings[tuple[Bucket, Bucket], FirstStep]
+        self.firsts = Recordings([model], recorder, self._prepare_first)
 
     @inference
     def warm_up(self) -> None:
@@ -111,19 +106,64 @@ class DecodeGraphs:
             What each step drew; None if these rows have to run without: nothing has happened.
         """
         rows = len(slots)
-        if rows > self._max_rows:
+        if rows > self._max_rows or not self.recordings.usable:
             return None
         one = np.ones(rows, np.int32)
         layout = lay_out(self._model.pool, slots, one, tree, ahead=steps - 2)
         padded = round_up_rows(rows, self._max_rows)
         bucket = Bucket.of(Bounds.of(layout), padded, padded, self._most_pages)
         recording = self.recordings.find(bucket)
-        if recording is None:
-            return None
         step = recording.static
         step.plan.load(layout, sampling._asdict(), copies, back=True)
         drawn = Draws(step.drawn.memory, rows, padded)
         drawn.put(0, step.sampling.first(rows).draw(logits))
+        return self._replay(recording, drawn, steps)
+
+    def begin(self, layout: DrawLayout, steps: int) -> Draws | None:
+        """Run what rows come from, draw their first tokens, and ``steps`` - 1 more.
+
+        In two copies to the device, and replays. All that is appended counts in the pool then.
+
+        Returns:
+            What each step drew; None if it has to be done without: nothing has happened.
+
+        Raises:
+            OutOfPages: in the middle of it.
+            UnsupportedModel: the caller has made another model of it.
+        """
+        rows, most = layout.rows, self._max_rows
+        if steps < 2 or rows > most or layout.tokens > most or layout.max_new > MOST_NEW:
+            return None
+        if not (self.recordings.usable and self.firsts.usable):
+            return None
+        self._model.check()
+        layout.begin(steps, SPLIT_KEYS, SPLIT_QUERIES)
+        of_sources, of_rows = (Bounds(*bounds) for bounds in layout.bounds)
+        padded = round_up_rows(rows, most)
+        bucket = Bucket.of(of_rows, padded, padded, self._most_pages)
+        sources = Bucket.of(
+            of_sources,
+            round_up_rows(of_sources.rows, most),
+            min(round_up_tokens(of_sources.tokens), most),
+            self._most_pages,
+        )
+        recording, first = self.recordings.find(bucket), self.firsts.find((sources, bucket))
+        step, before = recording.static, first.static
+        for static, plan in ((step, step.plan), (before, before.sources)):
+            host = host_buffer(len(plan.buffer), plan.buffer.device)
+            if static is step:
+                layout.write_rows(host.numpy(), step.room, step.columns)
+            else:
+                layout.write_sources(host.numpy(), before.room, before.columns, padded)
+            plan.buffer.copy_(host, non_blocking=True)
+        if len(layout.before):
+            self._model.pool.copy_pages(layout.before)
+        first.replay()
+        step.plan.copy_pages(layout.num_copies)
+        return self._replay(recording, Draws(step.drawn.memory, rows, padded), steps)
+
+    def _replay(self, recording: Recording[Step], drawn: Draws, steps: int) -> Draws:
+        """All steps but the first, whose tokens stand in ``drawn``."""
         found, left = [], steps - 1
         while left:
             count = min(left, _STEPS)
@@ -134,10 +174,11 @@ class DecodeGraphs:
             found.append(drawn.memory[: count + (left == 0)].clone())
             if left:
                 drawn.memory[0].copy_(drawn.memory[count])
-                step.taken.zero_()
-        return Draws(found[0] if len(found) == 1 else torch.cat(found), rows, padded)
+                recording.static.taken.zero_()
+        memory = found[0] if len(found) == 1 else torch.cat(found)
+        return Draws(memory, drawn.rows, drawn.room)
 
-    def _prepare(self, bucket: Bucket) -> _Step:
+    def _prepare(self, bucket: Bucket) -> Step:
         rows = bucket.rows
         settings = sampling_fields(rows)
         more = {**settings, "taken": Field(torch.int64, (1,))}
@@ -145,7 +186,7 @@ class DecodeGraphs:
         if rows not in self._drawn:
             self._drawn[rows] = Draws.empty(_STEPS + 1, rows, self._model.device)
             self._drawn[rows].memory.zero_()
-        return _Step(
+        return Step(
             model=self._model,
             body=self._body,
             vocab_size=self._vocab_size,
@@ -153,4 +194,21 @@ class DecodeGraphs:
             sampling=SamplingBatch(*(plan.more[name] for name in settings)),
             taken=plan.more["taken"],
             drawn=self._drawn[rows],
+            columns=plan.made.fields.offsets_of([*more, "copies"]),
+            room=plan.made.room_at(0),
+        )
+
+    def _prepare_first(self, buckets: tuple[Bucket, Bucket]) -> FirstStep:
+        of_sources, of_rows = buckets
+        columns = {
+            "tokens": Field(torch.int64, (of_sources.tokens,)),
+            "last": Field(torch.int64, (of_sources.rows,)),
+            "source": Field(torch.int64, (of_rows.rows,)),
+        }
+        plan = StaticPlan.cut(of_sources, self._model.pool, self._room_of_sources, columns)
+        return FirstStep(
+            step=self.recordings.static_of(of_rows),
+            sources=plan,
+            columns=plan.made.fields.offsets_of(columns),
+            room=plan.made.room_at(0),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from w2s_fast._pages import DrawLayout
 from w2s_fast.attention import RowTree
 from w2s_fast.cache import NO_COPIES, Int32Array, Ints
 from w2s_fast.decoding.decode_graphs import DecodeGraphs
@@ -27,6 +28,10 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [N, D] -> logits [N, vocab_size]."""
         return self.model.logits(hidden)[:, : self._vocab_size]
+
+    def begin(self, layout: DrawLayout, steps: int) -> Draws | None:
+        """All of a draw at once, where it is replayed; see :meth:`DecodeGraphs.begin`."""
+        return None if self.graphs is None else self.graphs.begin(layout, steps)
 
     def run(
         self,

@@ -27,23 +27,31 @@ class Draws:
     Attributes:
         memory: uint8 [N, n], a step after the other; the others are views of it.
         tokens: int64 [N, S]. logprobs: float32 [N, S], NaN for broken logits.
+        rows: S. room: rows that there is memory for.
+        logprobs_at: where log-probs begin in the bytes of a step, behind the tokens.
     """
 
     def __init__(self, memory: Tensor, rows: int, room: int | None = None) -> None:
         """``memory`` of :meth:`bytes_a_step` of ``room`` rows, of which the first are wanted."""
         self.memory = memory
-        self._rows = rows
-        self._room = rows if room is None else room
-        fields = _fields(self._room)
+        self.rows = rows
+        self.room = rows if room is None else room
+        self._fields = _fields(self.room)
+        self.logprobs_at = self._fields.offsets["logprobs"]
 
-        def column(name: str, dtype: torch.dtype) -> Tensor:
-            begin = memory.storage_offset() + fields.offsets[name]
-            strides = (fields.nbytes // dtype.itemsize, 1)
-            shape = (len(memory), rows)
-            return memory.view(dtype).as_strided(shape, strides, begin // dtype.itemsize)
+    @functools.cached_property
+    def tokens(self) -> Tensor:
+        return self._column("tokens", torch.int64)
 
-        self.tokens = column("tokens", torch.int64)
-        self.logprobs = column("logprobs", torch.float32)
+    @functools.cached_property
+    def logprobs(self) -> Tensor:
+        return self._column("logprobs", torch.float32)
+
+    def _column(self, name: str, dtype: torch.dtype) -> Tensor:
+        begin = self.memory.storage_offset() + self._fields.offsets[name]
+        strides = (self._fields.nbytes // dtype.itemsize, 1)
+        shape = (len(self.memory), self.rows)
+        return self.memory.view(dtype).as_strided(shape, strides, begin // dtype.itemsize)
 
     @classmethod
     def empty(cls, steps: int, rows: int, device: torch.device) -> Draws:
@@ -75,7 +83,7 @@ class Draws:
 
     def on_host(self, memory: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The same from a copy of ``memory`` that the host has."""
-        here = Draws(memory, self._rows, self._room)
+        here = Draws(memory, self.rows, self.room)
         return here.tokens.numpy(), here.logprobs.numpy()
 
 

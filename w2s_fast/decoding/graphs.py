@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from w2s_fast.attention import Bucket
 from w2s_fast.decoding.recorder import NothingRecorded, Recorder
 from w2s_fast.models import PagedModel, inference
 
@@ -19,6 +18,12 @@ from w2s_fast.models import PagedModel, inference
 _MOST_RECORDINGS = 128
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _MORE_ROWS = 256
+# New tokens of a row that is recorded: longer ones are prompts, of lengths that hardly come again.
+MOST_NEW = 64
+# New tokens of a candidate's chunk that a recorded pass of the guides has room for, on average.
+_TOKENS_PER_ROW = 8
+# And for at least so many in all: a few rows may have long chunks.
+_LEAST_TOKENS = 2048
 
 
 class Static(Protocol):
@@ -33,6 +38,7 @@ class Static(Protocol):
         ...
 
 
+B = TypeVar("B", bound=Hashable)
 S = TypeVar("S", bound=Static)
 
 
@@ -43,53 +49,54 @@ class Recording(NamedTuple, Generic[S]):
     static: S
 
 
-class Recordings(Generic[S]):
-    """The recordings of one model, by bucket. They are used on one stream, one after the other.
+class Recordings(Generic[B, S]):
+    """Recordings of models, by bucket. They are used on one stream, one after the other.
 
     The first time a bucket comes it runs on the same tensors, in the same shapes, as it will later,
     so that both give the same bits. One that came twice is recorded between two steps, see
     :meth:`record_missed`: a shape that comes once is not worth it.
-    All are dropped when the model's weights have moved: recordings read fixed addresses.
+    All are dropped when a model's weights have moved: recordings read fixed addresses.
     """
 
     def __init__(
-        self, model: PagedModel, recorder: Recorder, prepare: Callable[[Bucket], S]
+        self, models: Sequence[PagedModel], recorder: Recorder, prepare: Callable[[B], S]
     ) -> None:
-        """``prepare``: makes the tensors of a bucket."""
-        self._model = model
+        """``models``: that a recording runs. ``prepare``: makes the tensors of a bucket."""
+        self._models = list(models)
         self._record = recorder
         self._prepare = prepare
-        self._static: dict[Bucket, S] = {}
-        self._made: dict[Bucket, Recording[S]] = {}
-        self._missed: Counter[Bucket] = Counter()  # how often each came without a recording
+        self._static: dict[B, S] = {}
+        self._made: dict[B, Recording[S]] = {}
+        self._missed: Counter[B] = Counter()  # how often each came without a recording
         self._failed = False
-        self._moves = model.moves
-        model.recorded.append(self)
+        self._moves = self._moved()
+        models[0].recorded.append(self)
 
     def __len__(self) -> int:
         return len(self._made)
 
-    def __iter__(self) -> Iterator[Bucket]:
+    def __iter__(self) -> Iterator[B]:
         return iter(self._made)
 
-    def __getitem__(self, bucket: Bucket) -> Recording[S]:
+    def __getitem__(self, bucket: B) -> Recording[S]:
         return self._made[bucket]
 
-    def find(self, bucket: Bucket) -> Recording[S] | None:
-        """What runs for a bucket, recorded or not; None if this model cannot be recorded.
+    @property
+    def usable(self) -> bool:
+        """Whether these models can be recorded; else they run without what is here."""
+        return not self._failed and all(model.recordable for model in self._models)
 
-        To be called before anything is loaded.
-        """
-        if self._moves != self._model.moves:
-            self._moves = self._model.moves
+    def find(self, bucket: B) -> Recording[S]:
+        """What runs for a bucket, recorded or not. To be called before anything is loaded."""
+        moves = self._moved()
+        if self._moves != moves:
+            self._moves = moves
             self._missed.update(list(self._made))
             self._made.clear()
-        if self._failed:
-            return None
         if bucket in self._made:
             return self._made[bucket]
         self._missed[bucket] += 1
-        static = self._static_of(bucket)
+        static = self.static_of(bucket)
         return Recording(static.run, static)
 
     def missed(self, least: int) -> bool:
@@ -110,28 +117,38 @@ class Recordings(Generic[S]):
                 return True
         return False
 
-    def make(self, bucket: Bucket) -> None:
+    def make(self, bucket: B) -> None:
         """Record a bucket, unless there are too many, or this model cannot be recorded."""
-        if self._failed or bucket in self._made or len(self._made) >= _MOST_RECORDINGS:
+        if not self.usable or bucket in self._made or len(self._made) >= _MOST_RECORDINGS:
             return
         try:
-            static = self._static_of(bucket)
+            static = self.static_of(bucket)
             static.clear()
             self._made[bucket] = Recording(self._record(static.run), static)
         except NothingRecorded:  # whoever met it first has said why
             self._failed = True
         except Exception as error:  # a model's own code may do anything that cannot be recorded
-            self._failed = True
+            names = " and ".join(model.name for model in self._models)
+            kinds = ", ".join(dict.fromkeys(type(m.model).__name__ for m in self._models))
+            if len(self._models) == 1:
+                self._models[0].recordable = False
+                what = f"{names} runs without CUDA graphs"
+            else:
+                self._failed = True
+                what = f"{names} do not run in one CUDA graph"
             warnings.warn(
-                f"{self._model.name} runs without CUDA graphs: a pass of "
-                f"{type(self._model.model).__name__} cannot be recorded: {error}",
+                f"{what}: a pass of {kinds} cannot be recorded: {error}",
                 stacklevel=2,
             )
 
-    def _static_of(self, bucket: Bucket) -> S:
+    def static_of(self, bucket: B) -> S:
+        """The tensors of a bucket."""
         if bucket not in self._static:
             self._static[bucket] = self._prepare(bucket)
         return self._static[bucket]
+
+    def _moved(self) -> int:
+        return sum(model.moves for model in self._models)
 
 
 def rows_recorded(max_rows: int) -> list[int]:
@@ -143,3 +160,14 @@ def rows_recorded(max_rows: int) -> list[int]:
 def round_up_rows(rows: int, max_rows: int) -> int:
     """The next of :func:`rows_recorded`, which ``rows`` must not exceed."""
     return next(recorded for recorded in rows_recorded(max_rows) if recorded >= rows)
+
+
+def round_up_tokens(count: int) -> int:
+    """At most a quarter more: the work of a pass grows with its tokens."""
+    step = 1 << max(0, count.bit_length() - 3)
+    return -(-count // step) * step
+
+
+def most_pass_tokens(max_rows: int) -> int:
+    """Tokens of the largest recorded pass that is not one of decoding steps."""
+    return max(_TOKENS_PER_ROW * max_rows, _LEAST_TOKENS)

@@ -10,12 +10,9 @@ from torch import Tensor, nn
 
 from w2s_fast.attention import Bounds, Bucket, Field, Room, RowTree, StaticPlan, lay_out
 from w2s_fast.cache import Int32Array, Ints, as_int32
-from w2s_fast.decoding.graphs import Recordings, round_up_rows
+from w2s_fast.decoding.graphs import MOST_NEW, Recordings, round_up_rows, round_up_tokens
 from w2s_fast.decoding.recorder import Recorder
 from w2s_fast.models import PagedModel, run_body
-
-# New tokens of a row: a longer one is a prompt, of a length that hardly comes again.
-_MOST_NEW = 64
 
 
 @dataclass
@@ -42,7 +39,11 @@ class _Pass:
 
 
 class PassGraphs:
-    """Recorded passes of one model, for few tokens: with many, a device is busy by itself."""
+    """Recorded passes of one model, for few tokens: with many, a device is busy by itself.
+
+    Attributes:
+        body: what runs, maybe compiled.
+    """
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class PassGraphs:
         ``body``: the model's, maybe compiled.
         """
         self._model = model
-        self._body = body
+        self.body = body
         self._max_rows = max_rows
         self._max_tokens = max_tokens
         self._most_pages = model.pool.max_tokens_per_slot // model.pool.page_size
@@ -67,7 +68,7 @@ class PassGraphs:
             self._hidden = torch.zeros(
                 max_tokens, model.hidden_size, dtype=model.model.dtype, device=model.device
             )
-        self.recordings = Recordings(model, recorder, self._prepare)
+        self.recordings: Recordings[Bucket, _Pass] = Recordings([model], recorder, self._prepare)
 
     def run(
         self,
@@ -83,16 +84,16 @@ class PassGraphs:
         :meth:`w2s_fast.models.PagedModel.forward`; room is reserved.
         """
         rows, count, new = len(slots), len(tokens), as_int32(counts)
-        if rows > self._max_rows or count > self._max_tokens or new.max(initial=0) > _MOST_NEW:
+        if not self.recordings.usable:
+            return None
+        if rows > self._max_rows or count > self._max_tokens or new.max(initial=0) > MOST_NEW:
             return None
         layout = lay_out(self._model.pool, slots, new, tree)
-        padded = min(_round_up_tokens(count), self._max_tokens)
+        padded = min(round_up_tokens(count), self._max_tokens)
         bucket = Bucket.of(
             Bounds.of(layout), round_up_rows(rows, self._max_rows), padded, self._most_pages
         )
         recording = self.recordings.find(bucket)
-        if recording is None:
-            return None
         static = recording.static
         if isinstance(tokens, Tensor) and tokens.device != torch.device("cpu"):
             static.plan.load(layout, copies=copies)
@@ -105,10 +106,4 @@ class PassGraphs:
     def _prepare(self, bucket: Bucket) -> _Pass:
         tokens = {"tokens": Field(torch.int64, (bucket.tokens,))}
         plan = StaticPlan.cut(bucket, self._model.pool, self._room, tokens)
-        return _Pass(self._model, self._body, plan, self._hidden)
-
-
-def _round_up_tokens(count: int) -> int:
-    """At most a quarter more: the work of a pass grows with its tokens."""
-    step = 1 << max(0, count.bit_length() - 3)
-    return -(-count // step) * step
+        return _Pass(self._model, self.body, plan, self._hidden)

@@ -10,15 +10,11 @@ from torch import nn
 
 from w2s_fast.attention import Backend, KernelPlan
 from w2s_fast.decoding.decode_graphs import DecodeGraphs
+from w2s_fast.decoding.graphs import most_pass_tokens
 from w2s_fast.decoding.pass_graphs import PassGraphs
 from w2s_fast.decoding.recorder import CudaRecorder, Recorder
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
 from w2s_fast.models import PagedModel
-
-# New tokens of a candidate's chunk that a recorded pass of the guides has room for, on average.
-_TOKENS_PER_ROW = 8
-# And for at least so many in all: a few rows may have long chunks.
-_LEAST_TOKENS = 2048
 
 
 def can_record(device: torch.device, backend: Backend) -> bool:
@@ -57,7 +53,7 @@ def record_passes(
             _body(model, compile),
             recorder_for(model.device),  # the models of a guide run at once
             max_rows=max_rows,
-            max_tokens=max(_TOKENS_PER_ROW * max_rows, _LEAST_TOKENS),
+            max_tokens=most_pass_tokens(max_rows),
         )
     base.replays = PassGraphs(base, body, recorder, max_rows=max_rows, max_tokens=max_rows)
     for model in (base, *guides):

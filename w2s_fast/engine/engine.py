@@ -23,7 +23,7 @@ from w2s_fast.models import ModelSource, PagedModel, pick_device, total_bytes, u
 from w2s_fast.params import SearchParams
 from w2s_fast.result import SearchResult
 from w2s_fast.scheduling import Claim, Runner, Scheduler, rehearse, score_given
-from w2s_fast.search import Guide, PagedGuide, Request, Search
+from w2s_fast.search import Guide, PagedGuide, Request, ScoreGraphs, Search
 from w2s_fast.stats import EngineStats
 from w2s_fast.text import Prompt
 
@@ -128,7 +128,7 @@ class Engine:
             prefix_cache=prefix_cache,
             prompt_template=prompt_template,
         )
-        graphs = None
+        graphs = score_graphs = None
         if cuda_graphs and can_record(where, backend):
             graphs = record_passes(
                 self.base,
@@ -137,11 +137,14 @@ class Engine:
                 max_rows=max_rows,
                 compile=compile,
             )
+            if self.guides:
+                score_graphs = ScoreGraphs(self.guides, graphs.recorder, max_rows=max_rows)
         self._search = Search(
             self.base,
             self.guides,
             self._models.vocab_size,
             graphs,
+            score_graphs,
             ahead=graphs is not None or where.type == "cuda",
         )
         self._scheduler = Scheduler(self.base, [guide.models for guide in self.guides], max_rows)

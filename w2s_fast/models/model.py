@@ -84,6 +84,7 @@ class PagedModel:
         hidden_size: width of its last hidden states.
         replays: recorded passes, which take the place of running the model's code; or None.
         recorded: all that is recorded of its passes.
+        recordable: whether its passes can be recorded at all.
         moves: how often what a recorded pass has learnt of the model was no longer true.
         max_pass_tokens: the most tokens of a pass that reads prompts or given texts, or scores
             chunks; see :mod:`.passes`. A step of decoding has as many as it has rows.
@@ -154,6 +155,7 @@ class PagedModel:
         )
         self.replays: Replays | None = None
         self.recorded: list[Recorded] = []
+        self.recordable = True
         self.vocab_size, self.hidden_size = self.compare_with_eager()
 
     @property
@@ -186,8 +188,7 @@ class PagedModel:
             OutOfPages: nothing was appended.
             UnsupportedModel: the caller has made another model of it.
         """
-        if self._broken is not None:
-            raise self._broken
+        self.check()
         self.pool.reserve(slots, counts)
         hidden = None
         if self.replays is not None:
@@ -199,6 +200,11 @@ class PagedModel:
             hidden = run_body(self.view, there, plan.positions, plan)
         self.pool.extend(slots, counts)
         return hidden
+
+    def check(self) -> None:
+        """UnsupportedModel: the caller has made another model of it."""
+        if self._broken is not None:
+            raise self._broken
 
     def forbid(self, ids: Collection[int]) -> None:
         """Give these ids no probability: neither sampled nor in any softmax. Before passes are

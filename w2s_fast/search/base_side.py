@@ -11,6 +11,7 @@ from torch import Tensor
 
 from w2s_fast._pages import (
     Beams,
+    DrawLayout,
     fork_beams,
     held_slots,
     lay_out_rows,
@@ -84,12 +85,20 @@ class BaseSide:
         begun = [request for request in requests if request.begins]
         new = [request.stats for request in begun]
         old = [request.stats for request in requests if not request.begins]
+        layout = DrawLayout(_beams(requests), self.model.pool.manager)
         # The first token of all children of a beam comes from one row of logits, and only then
         # are they forked: what they share is forwarded once.
         with timed("prefill_s", new), timed("decode_s", old):
-            logits = self._first_logits(requests)
-        with timed("decode_s", new + old):
-            return Drawn(list(requests), begun, self._decode(requests, logits, steps))
+            draws = self.decoder.begin(layout, steps)
+            if draws is None:
+                logits = self._first_logits(requests)
+        if draws is None:
+            with timed("decode_s", new + old):
+                draws = self._decode(requests, logits, steps)
+        else:
+            self.rows += layout.num_sources + layout.rows * (steps - 1)
+            self.passes += steps
+        return Drawn(list(requests), begun, draws)
 
     def take(self, drawn: Drawn, memory: Tensor) -> None:
         """Give candidates what was drawn for them, up to where they end.
@@ -99,13 +108,12 @@ class BaseSide:
         Args:
             memory: of the draws, on the host.
         """
-        requests, beams = drawn.requests, _beams(drawn.requests)
-        columns = drawn.draws.on_host(memory)
-        tokens, logprobs = (np.ascontiguousarray(column.T) for column in columns)
-        for index, _, position in take_tokens(beams, tokens, logprobs, len(drawn.draws)):
+        requests, beams, draws = drawn.requests, _beams(drawn.requests), drawn.draws
+        for index, _, position in take_tokens(beams, memory.numpy(), draws.rows, draws.logprobs_at):
             request = requests[index]
             request.error = request.error or NumericalError.at(self.model.name, position)
-        self._remember([request for request in drawn.begun if request.error is None])
+        if drawn.begun:
+            self._remember([request for request in drawn.begun if request.error is None])
         release_finished(beams, self.model.pool.manager, _BASE)
 
     def _first_logits(self, requests: Sequence[Request]) -> Tensor:

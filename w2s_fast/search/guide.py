@@ -7,7 +7,7 @@ state of the token before it, so a chunk of L tokens costs exactly L forwarded t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -145,6 +145,10 @@ class PagedGuide:
             # Merged, for they are of as many splits as their passes have chosen.
             return Partials.of_logprobs(torch.cat([own.logprobs() for own in found]))
 
+        return self.both(run)
+
+    def both(self, run: Callable[[int], Partials]) -> GuidePartials:
+        """What ``run`` finds for the tuned model, 0, and the untuned one, 1: side by side."""
         try:
             with self._lane.beside():
                 tuned = run(0)

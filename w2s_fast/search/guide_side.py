@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from w2s_fast._pages import ScoringLayout, fork_beams, held_slots
-from w2s_fast.attention import RowTree, cut_buffer, host_buffer
-from w2s_fast.cache import NO_COPIES
+from w2s_fast.attention import Columns, RowTree, host_buffer
+from w2s_fast.cache import NO_COPIES, Int32Array
 from w2s_fast.decoding import Draws
 from w2s_fast.kernels.score_select import score_select
 from w2s_fast.models import PagedModel
 from w2s_fast.search.entrance import enter
-from w2s_fast.search.guide import ChunkRows, GuidePartials, PagedGuide
+from w2s_fast.search.guide import ChunkRows, PagedGuide
 from w2s_fast.search.request import Request
+from w2s_fast.search.score_graphs import ScoreGraphs
 from w2s_fast.search.selection import Selection
 
 
 class GuideSide:
     """Scores candidates in the guides."""
 
-    def __init__(self, guides: Sequence[PagedGuide]) -> None:
+    def __init__(self, guides: Sequence[PagedGuide], graphs: ScoreGraphs | None = None) -> None:
+        """``graphs``: recorded selections of these guides."""
         self.guides = list(guides)
-
-    def models(self) -> Iterator[tuple[int, int, int, PagedModel]]:
-        """Of each model its guide, whether it is the untuned one, its place among the models of a
-        request's beams, and itself."""
-        for g, guide in enumerate(self.guides):
-            for m, model in enumerate(guide.models):
-                yield g, m, 1 + 2 * g + m, model
+        self._graphs = graphs
+        self._weights = [guide.weight for guide in guides]
+        # Of each model its guide, whether it is the untuned one, its place among the models of a
+        # request's beams, and itself.
+        self._models = [
+            (g, m, 1 + 2 * g + m, model)
+            for g, guide in enumerate(guides)
+            for m, model in enumerate(guide.models)
+        ]
 
     def prefill(self, requests: Sequence[Request], most: list[int]) -> set[Request]:
         """Run texts of requests that cannot be scored, or go on, before they stand.
@@ -46,7 +51,7 @@ class GuideSide:
         waiting: set[Request] = set()
         if not requests:
             return waiting
-        for g, m, index, model in self.models():
+        for g, m, index, model in self._models:
             prompts = [request.guide_prompts[g][m] for request in requests]
             entered = enter(model, index, requests, prompts, most[index])
             most[index] = entered.left
@@ -55,7 +60,9 @@ class GuideSide:
 
     def remember(self, requests: Sequence[Request]) -> None:
         """Let later requests find these prompts in the guides, too."""
-        for g, m, index, model in self.models():
+        if not requests:
+            return
+        for g, m, index, model in self._models:
             # The first child has its parent's pages.
             model.pool.remember(
                 [request.beams.slot_of_first(index) for request in requests],
@@ -81,21 +88,29 @@ class GuideSide:
         beams = [request.beams for request in requests]
         copies = [
             NO_COPIES if again else fork_beams(beams, model.pool.manager, index)
-            for _, _, index, model in self.models()
+            for _, _, index, model in self._models
         ]
         layout = ScoringLayout(
             beams,
             [request.beams for request in drawing],
             0 if drawn is None else len(drawn),
-            [guide.weight for guide in self.guides],
+            self._weights,
         )
+        if not again and self._graphs is not None:
+            replayed = self._graphs.run(layout, drawn, copies)
+            if replayed is not None:
+                return replayed
+        return self._score(layout, drawn, copies, again)
+
+    def _score(
+        self, layout: ScoringLayout, drawn: Draws | None, copies: list[Int32Array], again: bool
+    ) -> Selection:
+        """The same where the models run by themselves."""
+        laid_out = layout.rows
         if again:
-            for (slots, _, held), (*_, model) in zip(layout.rows, self.models()):
+            for (slots, _, held), (*_, model) in zip(laid_out, self._models):
                 model.pool.truncate(slots, held)
-        device = self.guides[0].models[0].device
-        buffer = host_buffer(layout.nbytes, device)
-        layout.write(buffer.numpy())
-        columns = cut_buffer(buffer.to(device, non_blocking=True), layout.fields)
+        columns = self._columns(layout)
         tokens, logprobs = columns.pop("tokens"), columns.pop("logprobs")
         if drawn is not None:
             tokens = torch.cat([*drawn.tokens, tokens])
@@ -109,28 +124,37 @@ class GuideSide:
                 RowTree(*tree),
                 copies[m],
             )
-            for m, (slots, tree, _) in enumerate(layout.rows)
+            for m, (slots, tree, _) in enumerate(laid_out)
         ]
+        counts = layout.counts
         partials = [
-            guide.score(new, layout.counts, rows[2 * g : 2 * g + 2])
-            for g, guide in enumerate(self.guides)
+            guide.score(new, counts, rows[2 * g : 2 * g + 2]) for g, guide in enumerate(self.guides)
         ]
-        shape = (len(columns["width"]), len(columns["previous"]), len(new), layout.max_width)
+        rounds, candidates, *_, max_candidates, max_width = layout.sizes
         packed = score_select(
             partials,
             tokens=new,
             logprobs=logprobs.index_select(0, targets),
             **columns,
-            max_candidates=layout.max_candidates,
-            max_width=layout.max_width,
+            max_candidates=max_candidates,
+            max_width=max_width,
         )
+        shape = (rounds, candidates, len(new), max_width)
         return Selection(packed, shape, layout.cu_tokens, partials)
 
-    def first_broken(self, guides: Sequence[GuidePartials], token: int) -> PagedModel:
+    def _columns(self, layout: ScoringLayout) -> dict[str, Tensor]:
+        """All columns of a selection, in one copy to the device."""
+        device = self.guides[0].models[0].device
+        columns = Columns(layout.columns)
+        buffer = host_buffer(columns.nbytes, device)
+        layout.write(buffer.numpy(), columns.offsets, columns.items, layout.num_drawn, [])
+        return columns.cut(buffer.to(device, non_blocking=True))
+
+    def first_broken(self, selection: Selection, token: int) -> PagedModel:
         """The first model whose log-prob of a token is not finite."""
         return next(
             model
-            for guide, both in zip(self.guides, guides)
+            for guide, both in zip(self.guides, selection.guides or [])
             for model, partials in zip(guide.models, both)
             if not math.isfinite(partials.logprobs()[token])
         )
@@ -140,5 +164,5 @@ class GuideSide:
         beams = [request.beams for request in requests]
         for guide in self.guides:
             guide.join()
-        for _, _, index, model in self.models():
+        for _, _, index, model in self._models:
             model.pool.release_others(held_slots(beams, index))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from w2s_fast._pages import (
     Beams,
@@ -29,7 +30,8 @@ from w2s_fast.search.base_side import BaseSide, Drawn
 from w2s_fast.search.guide import PagedGuide
 from w2s_fast.search.guide_side import GuideSide
 from w2s_fast.search.request import Request
-from w2s_fast.search.selection import Choice, Selection
+from w2s_fast.search.score_graphs import ScoreGraphs
+from w2s_fast.search.selection import Selection
 from w2s_fast.stats import timed
 
 # A step samples no more tokens than this before the host looks at them; rows that met EOS are
@@ -43,10 +45,10 @@ LEAST_STEP_TOKENS = 4
 class InFlight(NamedTuple):
     """A step that was launched, and of which the host has not read everything.
 
-    Others may be launched before it is finished. They run on the same stream, behind it, and use
-    the same recordings and the same memory for plans; so what is read here is nobody's but this
-    step's: a copy of what was drawn, and a selection of its own. It is on its way to the host
-    before they begin, so that nobody waits for them.
+    Others may be launched before it is finished. They run behind it on the same stream, from the
+    same recordings, and overwrite the same memory: plans, what the steps drew, what was selected.
+    So all that is to be read is on its way to the host when they begin, into memory of its own,
+    and nobody waits for them.
 
     Attributes:
         requests: who takes part. complete: those whose round ends with this step, if they stay
@@ -73,6 +75,7 @@ class Search:
         guides: Sequence[PagedGuide],
         vocab_size: int,
         graphs: DecodeGraphs | None = None,
+        score_graphs: ScoreGraphs | None = None,
         *,
         ahead: bool = False,
     ) -> None:
@@ -80,12 +83,13 @@ class Search:
 
         Args:
             vocab_size: ids from here on are padding. graphs: decoding steps of the base.
+            score_graphs: selections in the guides.
             ahead: launch all of a round before the host reads what was drawn. The guides then run
                 tokens behind an EOS, too, which count for nothing; it pays where the host would
                 have to wait for a device.
         """
         self.base = BaseSide(base, vocab_size, graphs)
-        self.guides = GuideSide(guides)
+        self.guides = GuideSide(guides, score_graphs)
         self._ahead = ahead
         self._managers = [model.pool.manager for model in self.models]
 
@@ -149,9 +153,10 @@ class Search:
         with timed("prefill_s", [request.stats for request in new]):
             waiting = self.guides.prefill(new, most)
         scored = [request for request in scored if request not in waiting]
+        drawing, draws = ([], None) if drawn is None else (drawn.requests, drawn.draws)
         with timed("scoring_s", [request.stats for request in scored]):
-            selection = self._select(scored, drawn) if scored else None
-        tensors = [] if drawn is None else [drawn.draws.memory]
+            selection = self.guides.score(scored, drawing, draws) if scored else None
+        tensors = [] if draws is None else [draws.memory]
         tensors += [] if selection is None else [selection.packed]
         reading = Reading(*tensors) if tensors else None
         return InFlight(requests, complete, scored, drawn, selection, reading)
@@ -210,40 +215,38 @@ class Search:
         *memory, packed = step.reading.wait()
         if drawn is not None:
             self.base.take(drawn, *memory)
-        choice = selection.on_host(packed)
-        if drawn is not None and selection.may_be_spoilt(choice):
-            self._abort_failed(drawn.requests)
-            requests = [request for request in requests if request.error is None]
+        words = packed.numpy()
+        if selection.to_be_repeated(words):
+            if drawn is not None:
+                self._abort_failed(drawn.requests)
+                requests = [request for request in requests if request.error is None]
             if not requests:
                 return
-            selection = self._select(requests, None, again=True)
+            selection = self.guides.score(requests, [], None, again=True)
             (packed,) = Reading(selection.packed).wait()
-            choice = selection.on_host(packed)
-        self._close(requests, selection, choice)
+            words = packed.numpy()
+        self._close(requests, selection, words)
         self._abort_failed(requests if drawn is None else [*requests, *drawn.requests])
 
-    def _select(
-        self, requests: Sequence[Request], drawn: Drawn | None, again: bool = False
-    ) -> Selection:
-        """Score and rank candidates; the host need not have what was drawn for them last.
+    def _close(
+        self, requests: Sequence[Request], selection: Selection, words: NDArray[np.int64]
+    ) -> None:
+        """Keep the candidates that were chosen, of those requests that did not fail.
 
-        ``again``: see :meth:`GuideSide.score`.
+        ``words``: what was selected, on the host.
         """
-        if drawn is None:
-            return self.guides.score(requests, [], None, again)
-        return self.guides.score(requests, drawn.requests, drawn.draws)
-
-    def _close(self, requests: Sequence[Request], selection: Selection, choice: Choice) -> None:
-        """Keep the candidates that were chosen, of those requests that did not fail."""
-        scores = (selection.cu_tokens, choice.token_scores, choice.scores, choice.broken)
-        for index, token, position in take_scores(_beams(requests), *scores):
+        rounds, candidates, tokens, width = selection.shape
+        sizes = (rounds * width, candidates, tokens)
+        for index, token, position in take_scores(
+            _beams(requests), selection.cu_tokens, words, *sizes
+        ):
             if requests[index].error is None:
-                model = self.guides.first_broken(selection.guides, token)
+                model = self.guides.first_broken(selection, token)
                 requests[index].error = NumericalError.at(model.name, position)
         sound = [i for i, request in enumerate(requests) if request.error is None]
         closed = [requests[i] for i in sound]
         self.guides.remember([request for request in closed if request.beams.round == 1])
-        end_rounds(_beams(closed), choice.kept[sound], self._managers)
+        end_rounds(_beams(closed), selection.kept(words)[sound], self._managers)
         _count_rounds(closed)
 
     def _enter(self, requests: Sequence[Request], most: list[int]) -> Sequence[Request]:

@@ -8,54 +8,42 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2s_fast.kernels.score_select import ScoreSelection
 from w2s_fast.search.guide import GuidePartials
 
 
-class Choice(NamedTuple):
-    """What a selection of R rounds with C candidates and T new tokens found, on the host.
-
-    Attributes:
-        token_scores: float64 [T].
-        scores: float64 [C], each candidate's sum over its whole response.
-        kept: int64 [R, W], indices of a round's candidates, best first; -1 where it has no more.
-        counts: int64 [C], how many of each candidate's new tokens come before its end.
-        broken: int64 [C], each candidate's first new token, as an index into T, whose score is not
-            finite; -1 if all are.
-    """
-
-    token_scores: NDArray[np.float64]
-    scores: NDArray[np.float64]
-    kept: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    broken: NDArray[np.int64]
-
-
 class Selection(NamedTuple):
-    """A selection that was launched.
+    """A selection that was launched, of R rounds with C candidates and T new tokens.
 
     Attributes:
-        packed: int64, on the device: all that the host has to know.
-        shape: R, C, T and W.
+        packed: int64, on the device: all that the host has to know; see ScoreSelection. Of one
+            that was replayed it is overwritten by the next.
+        shape: R, C, T and W that it has room for.
         cu_tokens: int64 [C + 1], on the host: where each candidate's new tokens begin.
-        guides: what their models left of the log-probs of those tokens.
+        guides: what their models left of the log-probs of those tokens; None: it was replayed.
     """
 
     packed: Tensor
     shape: tuple[int, int, int, int]
     cu_tokens: NDArray[np.int64]
-    guides: list[GuidePartials]
+    guides: list[GuidePartials] | None
 
-    def may_be_spoilt(self, choice: Choice) -> bool:
-        """Whether a score that is not finite may be so by a token behind an end.
+    def to_be_repeated(self, words: NDArray[np.int64]) -> bool:
+        """Whether more has to be known, of scores that are not finite, than stands in ``packed``.
 
-        Attention multiplies what stands at later places by zero, and zero times NaN is NaN.
+        They may be so by a token behind an end: attention multiplies what stands at later places by
+        zero, and zero times NaN is NaN. Else somebody has to say which model they come from.
+
+        Args:
+            words: ``packed``, on the host.
         """
-        behind = choice.counts < np.diff(self.cu_tokens)
-        return bool((choice.broken >= 0).any() and behind.any())
+        rounds, candidates, _, width = self.shape
+        begin, used = 2 * rounds * width, len(self.cu_tokens) - 1
+        _, counts, broken = words[begin : begin + 3 * candidates].reshape(3, -1)[:, :used]
+        if not (broken >= 0).any():
+            return False
+        return self.guides is None or bool((counts < np.diff(self.cu_tokens)).any())
 
-    def on_host(self, packed: Tensor) -> Choice:
-        """From a copy of ``packed`` that the host has."""
-        found = ScoreSelection.unpack(packed, *self.shape)
-        columns = (found.token_scores, found.scores, found.kept, found.counts, found.broken)
-        return Choice(*(column.numpy() for column in columns))
+    def kept(self, words: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [R, W]: indices of a round's candidates, best first; -1 where it has no more."""
+        rounds, _, _, width = self.shape
+        return words[: rounds * width].reshape(rounds, width)

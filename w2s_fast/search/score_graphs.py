@@ -1,0 +1,269 @@
+"""Recorded selections: the guides' bodies, their log-probs and score_select as one recording."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from w2s_fast._pages import PassRoom, ScoringLayout
+from w2s_fast.attention import (
+    SPLIT_KEYS,
+    SPLIT_QUERIES,
+    Bounds,
+    Bucket,
+    Field,
+    Fields,
+    Room,
+    StaticPlan,
+    host_buffer,
+)
+from w2s_fast.cache import Int32Array
+from w2s_fast.decoding import (
+    MOST_NEW,
+    Draws,
+    PassGraphs,
+    Recorder,
+    Recordings,
+    most_pass_tokens,
+    round_up_rows,
+    round_up_tokens,
+)
+from w2s_fast.kernels.linear_logprob_partials import Partials
+from w2s_fast.kernels.score_select import packed_words, score_select
+from w2s_fast.models import PagedModel, run_body
+from w2s_fast.search.guide import PagedGuide
+from w2s_fast.search.selection import Selection
+
+# Ids that end a response, of a round, for which there is room in the smallest bucket.
+_STOPS = 4
+
+
+class _Bucket(NamedTuple):
+    """Bounds of the selections that one recording serves.
+
+    Attributes:
+        passes: of each model.
+        rounds, candidates, tokens, stops, max_candidates, max_width: of score_select.
+        known: tokens that the host has.
+        steps, rows: of the tokens that it has not.
+    """
+
+    passes: tuple[Bucket, ...]
+    rounds: int
+    candidates: int
+    tokens: int
+    stops: int
+    max_candidates: int
+    max_width: int
+    known: int
+    steps: int
+    rows: int
+
+
+@dataclass
+class _Scoring:
+    """A selection of one bucket.
+
+    Attributes:
+        bucket: its own. guides: whose models run.
+        plans: of each model, within ``buffer``. columns: what travels beside them, by name.
+        drawn: tokens as they were drawn. packed: what comes out, int64 [n].
+        offsets, items: of the columns. rooms: where the plans lie. copies_at: where pairs of pages
+            of each model lie.
+    """
+
+    bucket: _Bucket
+    guides: Sequence[PagedGuide]
+    buffer: Tensor
+    plans: list[StaticPlan]
+    columns: dict[str, Tensor]
+    drawn: Draws
+    packed: Tensor
+    offsets: NDArray[np.int64]
+    items: NDArray[np.int64]
+    rooms: list[PassRoom]
+    copies_at: list[int]
+
+    def clear(self) -> None:
+        self.buffer.zero_()
+        self.drawn.memory.zero_()
+        for plan in self.plans:
+            plan.clear()
+
+    def run(self) -> None:
+        columns = dict(self.columns)
+        known, logprobs = columns.pop("tokens"), columns.pop("logprobs")
+        tokens = torch.cat([self.drawn.tokens.flatten(), known])
+        logprobs = torch.cat([self.drawn.logprobs.flatten(), logprobs])
+        targets = columns.pop("targets")
+        new = tokens.index_select(0, targets)
+        inputs = [columns.pop(f"inputs{m}") for m in range(len(self.plans))]
+
+        partials = []
+        for g, guide in enumerate(self.guides):
+            plans = self.plans[2 * g : 2 * g + 2]
+            chunks = [tokens.index_select(0, own) for own in inputs[2 * g : 2 * g + 2]]
+            partials.append(guide.both(partial(_run, guide, plans, chunks, new)))
+        packed = score_select(
+            partials,
+            tokens=new,
+            logprobs=logprobs.index_select(0, targets),
+            **columns,
+            max_candidates=self.bucket.max_candidates,
+            max_width=self.bucket.max_width,
+        )
+        self.packed.copy_(packed)
+
+
+def _run(
+    guide: PagedGuide, plans: Sequence[StaticPlan], chunks: Sequence[Tensor], new: Tensor, m: int
+) -> Partials:
+    """What model ``m`` of a guide leaves of the log-probs of ``new``."""
+    model, plan = guide.models[m], plans[m].plan
+    body = model.replays.body if isinstance(model.replays, PassGraphs) else None
+    hidden = run_body(model.view, chunks[m], plan.positions, plan, body)
+    return model.token_partials(hidden, new, guide.vocab_size)
+
+
+class ScoreGraphs:
+    """Recorded selections of an engine's guides, over all of their models at once."""
+
+    def __init__(self, guides: Sequence[PagedGuide], recorder: Recorder, *, max_rows: int) -> None:
+        """For up to ``max_rows`` candidates, and as many tokens as one pass of each model may have.
+
+        ``recorder``: of a device that nothing else it recorded runs on at the same time.
+        """
+        self._guides = list(guides)
+        self._models: list[PagedModel] = [model for guide in guides for model in guide.models]
+        self._managers = [model.pool.manager for model in self._models]
+        self._most_pages = [
+            model.pool.max_tokens_per_slot // model.pool.page_size for model in self._models
+        ]
+        self._max_rows = max_rows
+        self._max_tokens = min(
+            [most_pass_tokens(max_rows), *(model.max_pass_tokens for model in self._models)]
+        )
+        device = self._models[0].device
+        with torch.inference_mode():
+            self._room, self._drawn, self._packed = Room(device), Room(device), Room(device)
+        self.recordings: Recordings[_Bucket, _Scoring]
+        self.recordings = Recordings(self._models, recorder, self._prepare)
+
+    def run(
+        self, layout: ScoringLayout, drawn: Draws | None, copies: Sequence[Int32Array]
+    ) -> Selection | None:
+        """Score and select what is laid out, in one copy to the device and one replay.
+
+        Args:
+            drawn: tokens that the host does not know yet. copies: of each model, pages to be copied
+                before.
+
+        Returns:
+            None if it has to be done without: nothing has happened.
+        """
+        counts = layout.counts
+        rounds, candidates, tokens, stops, known, max_candidates, max_width = layout.sizes
+        if (
+            not self.recordings.usable
+            or len(counts) == 0
+            or candidates > self._max_rows
+            or tokens > self._max_tokens
+            or int(counts.max()) > MOST_NEW
+        ):
+            return None
+        for model in self._models:
+            model.check()
+        more = layout.begin(self._managers, SPLIT_KEYS, SPLIT_QUERIES)
+        rows = round_up_rows(len(counts), self._max_rows)
+        padded = min(round_up_tokens(tokens), self._max_tokens)
+        bucket = _Bucket(
+            passes=tuple(
+                Bucket.of(Bounds(*bounds), rows, padded, most)
+                for bounds, most in zip(layout.bounds, self._most_pages)
+            ),
+            rounds=_power(rounds),
+            candidates=round_up_rows(candidates, self._max_rows),
+            tokens=padded,
+            stops=_power(max(stops, _STOPS * rounds)),
+            max_candidates=_power(max_candidates),
+            max_width=_power(max_width),
+            known=_power(known),
+            steps=0 if drawn is None else len(drawn),
+            rows=0 if drawn is None else drawn.room,
+        )
+        recording = self.recordings.find(bucket)
+        static = recording.static
+        host = host_buffer(len(static.buffer), static.buffer.device)
+        array = host.numpy()
+        layout.write(array, static.offsets, static.items, bucket.rows, static.rooms)
+        for begin, pairs in zip(static.copies_at, copies):
+            array[begin : begin + pairs.nbytes] = pairs.reshape(-1).view(np.uint8)
+        static.buffer.copy_(host, non_blocking=True)
+        for model, plan, pairs, others in zip(self._models, static.plans, copies, more):
+            plan.copy_pages(len(pairs))
+            if len(others):
+                model.pool.copy_pages(others)
+        if drawn is not None:
+            static.drawn.memory.copy_(drawn.memory)
+        recording.replay()
+        shape = (bucket.rounds, bucket.candidates, bucket.tokens, bucket.max_width)
+        return Selection(static.packed, shape, layout.cu_tokens, None)
+
+    def _prepare(self, bucket: _Bucket) -> _Scoring:
+        int64, float64 = torch.int64, torch.float64
+        columns = {
+            "tokens": Field(int64, (bucket.known,)),
+            "logprobs": Field(torch.float32, (bucket.known,)),
+            "targets": Field(int64, (bucket.tokens,)),
+            **{f"inputs{m}": Field(int64, (bucket.tokens,)) for m in range(len(self._models))},
+            "weights": Field(float64, (len(self._guides),)),
+            "cu_tokens": Field(int64, (bucket.candidates + 1,)),
+            "previous": Field(float64, (bucket.candidates,)),
+            "lengths": Field(int64, (bucket.candidates,)),
+            "parents": Field(torch.int32, (bucket.candidates,)),
+            "siblings": Field(int64, (bucket.candidates,)),
+            "cu_candidates": Field(int64, (bucket.rounds + 1,)),
+            "stops": Field(int64, (bucket.stops,)),
+            "cu_stops": Field(int64, (bucket.rounds + 1,)),
+            "width": Field(int64, (bucket.rounds,)),
+            "mean": Field(torch.bool, (bucket.rounds,)),
+            "dedup": Field(torch.bool, (bucket.rounds,)),
+        }
+        fields = Fields(columns)
+        made = [StaticPlan.fields_of(own) for own in bucket.passes]
+        ends = np.cumsum([fields.nbytes, *(own.fields.nbytes for own in made)]).tolist()
+        buffer = self._room.take(ends[-1])
+        plans = [
+            StaticPlan.over(own, model.pool, parts, buffer[begin:end])
+            for own, model, parts, begin, end in zip(
+                bucket.passes, self._models, made, ends, ends[1:]
+            )
+        ]
+        words = packed_words(bucket.rounds, bucket.candidates, bucket.tokens, bucket.max_width)
+        a_step = Draws.bytes_a_step(bucket.rows)
+        memory = self._drawn.take(bucket.steps * a_step).view(bucket.steps, a_step)
+        return _Scoring(
+            bucket=bucket,
+            guides=self._guides,
+            buffer=buffer,
+            plans=plans,
+            columns=fields.tensors(buffer),
+            drawn=Draws(memory, bucket.rows),
+            packed=self._packed.take(8 * words).view(int64),
+            offsets=fields.offsets_of(columns),
+            items=np.array([field.shape[0] for field in columns.values()], np.int64),
+            rooms=[own.room_at(begin) for own, begin in zip(made, ends)],
+            copies_at=[begin + own.fields.offsets["copies"] for own, begin in zip(made, ends)],
+        )
+
+
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, count - 1).bit_length()
