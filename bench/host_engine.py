@@ -1,11 +1,12 @@
 """An engine on its GPU path of which only the host's part takes time.
 
 It is set up as on CUDA, over tiny models on the CPU. Once that is done, the models' bodies are
-taken out: they answer random hidden states that were drawn before. Replays, heads and operators do
-run, so that the search finds tokens, scores and survivors as ever, but on a stopped clock. What is
-left is what the host does on a GPU as well, with two differences: an operator of torch that is no
-part of a recording is computed here and launched there, and our own operators' launches are left
-out; ``bench.host`` counts both.
+taken out: they answer random hidden states that were drawn before. Recordings run on a stopped
+clock, so that there are tokens, scores and survivors; but those that the last round replayed, too,
+are not run again, and the host finds what stood there. Computing on the CPU would throw what the
+host needs out of its caches. What is left is what the host does on a GPU as well, with two
+differences: an operator of torch that is no part of a recording is computed here and launched there,
+and our own operators' launches are left out; ``bench.host`` counts both.
 """
 
 from __future__ import annotations
@@ -76,6 +77,38 @@ class Clock:
         return run
 
 
+class Replays:
+    """Recordings of which those are run that a round does not have in common with the last one."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._before: list[object] = []
+        self._now: list[object] = []
+        self._same = False
+
+    def begin_round(self) -> None:
+        self._before, self._now = self._now, []
+        self._same = True
+
+    def differ(self) -> None:
+        """What follows in this round is run."""
+        self._same = False
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """As a Recorder does."""
+        run()
+        run = self._clock.stopped(run)
+
+        def replay() -> None:
+            place = len(self._now)
+            self._now.append(run)
+            if not (self._same and place < len(self._before) and self._before[place] is run):
+                self._same = False
+                run()
+
+        return replay
+
+
 @dataclass(frozen=True)
 class Size:
     """What is searched.
@@ -126,11 +159,8 @@ class HostEngine:
         self.clock = clock or Clock()
         self.by_hand = 0
 
-        def record(run: Callable[[], None]) -> Callable[[], None]:
-            run()
-            return self.clock.stopped(run)
-
-        recorder = self.clock.stopped(record)
+        self._replays = Replays(self.clock)
+        recorder = self.clock.stopped(self._replays.record)
         if device is not None:
             recorder = device.recorder(recorder)
         with set_up_as_on_cuda(lambda _: recorder):
@@ -185,6 +215,7 @@ class HostEngine:
 
         def forward(**given: Any) -> Any:
             self.by_hand += self.clock.runs
+            self._replays.differ()
             return stopped(**given)
 
         model.view.base_model.forward = forward
@@ -223,6 +254,7 @@ class HostEngine:
             RuntimeError: not all requests took part, or they did not sample whole chunks.
         """
         seconds = 0.0
+        self._replays.begin_round()
         before = self.engine.stats()
         rounds = before.rounds
         while rounds == before.rounds:

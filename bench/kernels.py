@@ -386,7 +386,7 @@ def _attend(plan: KernelPlan, layer: int, q: torch.Tensor) -> torch.Tensor:
     return paged_attention(
         q, plan.pool.kv[layer], plan.page_table, plan.lengths, plan.cu_seqlens_q,
         scale=q.shape[2] ** -0.5, max_q=plan.max_q, max_k=plan.max_k,
-        max_own=plan.max_own, shared=plan.shared,
+        max_own=plan.max_own, shared=plan.shared, table_start=plan.table_start,
     )  # fmt: skip
 
 
@@ -412,7 +412,7 @@ def _append(machine: Machine, prompt: int, history: int) -> Row:
     search = _search(machine, 1, prompt, history, new)
     plan, pool = search.plan(new, True), search.pool
     q = _queries(machine, 16 * new)
-    page = plan.page_table.long()
+    page = pool.page_table(search.slots).long()
     dense = [kv[:, page].flatten(2, 3)[:, :, : plan.max_k].transpose(2, 3) for kv in pool.kv]
     rows = q.unflatten(0, (16, new)).transpose(1, 2)
     position = torch.arange(plan.max_k, device=machine.device)

@@ -6,6 +6,9 @@
 pruned again: the host work of one round of search with a thousand live hypotheses. The pages of a
 sequence lie scattered over the pool, as they do when sequences grow side by side.
 
+How long the histories are should not matter: 64 sequences are forked into 16 children each, which
+are pruned again, with 10 pages behind them and with 1,000.
+
 Then, with the prefix cache, as many prompts that have nothing in common: remembered when they are
 new and when they are known, found, and attached to empty slots.
 """
@@ -33,6 +36,30 @@ def measure(
     return statistics.median(times), min(times)
 
 
+def grown(manager: PageManager, slots: np.ndarray, tokens: int) -> None:
+    """Slots of `tokens` tokens, grown side by side a page at a time, in any order."""
+    shuffle = np.random.default_rng(0).permutation
+    for begin in range(0, tokens, manager.page_size):
+        step = np.full(len(slots), min(manager.page_size, tokens - begin), np.int32)
+        order = shuffle(slots)
+        manager.reserve(order, step)
+        manager.extend(order, step)
+
+
+def fork_and_release(pages: int, page_size: int, repetitions: int) -> tuple[float, float]:
+    """Of 16 children of each of 64 slots of so many full pages."""
+    manager = PageManager(64 * pages, page_size, 64 * 17, pages)
+    slots = manager.allocate(64)
+    grown(manager, slots, pages * page_size)
+    counts = np.full(64, 16, np.int32)
+
+    def run() -> None:
+        children, _ = manager.fork(slots, counts)
+        manager.release(children)
+
+    return measure(run, lambda: None, repetitions)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--slots", type=int, default=1024)
@@ -47,12 +74,7 @@ def main() -> None:
     manager = PageManager(pages, page_size, 2 * n, args.pages + 1, prefix_cache=True)
     parents = manager.allocate(n)
     tokens = args.pages * page_size - (page_size // 2 if args.partial else 0)
-    shuffle = np.random.default_rng(0).permutation
-    for grown in range(0, tokens, page_size):
-        step = np.full(n, min(page_size, tokens - grown), np.int32)
-        order = shuffle(parents)
-        manager.reserve(order, step)
-        manager.extend(order, step)
+    grown(manager, parents, tokens)
     ones = np.ones(n, np.int32)
     children = np.empty(0, np.int32)
 
@@ -70,6 +92,10 @@ def main() -> None:
     manager.reserve(children, ones)
     results["places"] = measure(
         lambda: manager.places(children, ones), lambda: None, args.repetitions
+    )
+
+    results["page_table"] = measure(
+        lambda: manager.page_table(children), lambda: None, args.repetitions
     )
 
     manager.release(children)
@@ -104,6 +130,10 @@ def main() -> None:
     print(f"{'operation':<17}{'median':>9}{'min':>9}")
     for name, (median, least) in results.items():
         print(f"{name:<17}{median:>9.3f}{least:>9.3f}")
+    print("64 slots, 16 children each, forked and released")
+    for pages in (10, 1000):
+        median, least = fork_and_release(pages, page_size, args.repetitions)
+        print(f"{f'{pages} pages':<17}{median:>9.3f}{least:>9.3f}")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ from w2s_fast import Engine, Guide, SearchParams
 
 # The variants of a case.
 ENGINE = "w2s-fast"
-BATCH = "w2s-fast, 8 requests"
+BATCH = "w2s-fast, many requests"
 GENERATE = "A: generate"
 RELEASED = "B: as released"
 
-BATCH_SIZE = 8
 ROWS = 16  # of one request, in every case
 
 
@@ -62,6 +61,7 @@ class Case:
     params: SearchParams
     variants: tuple[str, ...]
     ratios: tuple[Ratio, ...]
+    batch: int = 8  # how many requests many are
 
     @property
     def shape(self) -> str:
@@ -78,6 +78,7 @@ def cases(quick: bool = False) -> list[Case]:
     else:
         base = same = Sizes(12, 768, 12, 50_257)
         small = Sizes(4, 256, 4, 50_257)
+    tiny = Sizes(1, 32, 2, 211)
     short, long = (8, 16) if quick else (64, 256)
     many, few = (12, 7) if quick else (50, 30)
     search = SearchParams(
@@ -104,6 +105,10 @@ def cases(quick: bool = False) -> list[Case]:
         Case(
             "batch", base, small, short, search, (ENGINE, BATCH),
             (Ratio("tokens/s of 8 requests / of 1", ENGINE, BATCH, at_least=1.8),),
+        ),
+        Case(  # of models that cost next to nothing: what is left is the search itself
+            "many-requests", tiny, tiny, short, search, (ENGINE, BATCH),
+            (Ratio("tokens/s of 64 requests / of 1", ENGINE, BATCH, at_least=4),), batch=64,
         ),
         Case(
             "sample", base, None, short,
@@ -139,7 +144,7 @@ class Bench:
             self.guides = [GuideModels(*(random_model(case.guide, seed) for seed in (1, 2)))]
         generator = torch.Generator().manual_seed(0)
         self.prompts = torch.randint(
-            case.base.vocabulary, (BATCH_SIZE, case.prompt_tokens), generator=generator
+            case.base.vocabulary, (case.batch, case.prompt_tokens), generator=generator
         )
 
     @functools.cached_property
@@ -159,7 +164,7 @@ class Bench:
         """
         new_tokens = new_tokens or self.case.params.max_new_tokens
         params = dataclasses.replace(self.case.params, seed=seed, max_new_tokens=new_tokens)
-        prompts = self.prompts[: BATCH_SIZE if variant == BATCH else 1]
+        prompts = self.prompts[: self.case.batch if variant == BATCH else 1]
         torch.manual_seed(seed)
         if variant == GENERATE:
             sampled = generate_rows(self.base, prompts.expand(ROWS, -1), new_tokens, params).numel()

@@ -1,6 +1,7 @@
-// w2s_fast._pages: PageManager for Python. int32 numpy arrays go in and come out; the tables are
-// read-only views of the manager's own memory. The errors are the classes of w2s_fast.errors.
-// PassLayout fills memory that it is given. And Hold, for the locks of those who use it.
+// w2s_fast._pages: PageManager for Python. int32 numpy arrays go in and come out; columns such as
+// lengths are read-only views of the manager's own memory. The errors are the classes of
+// w2s_fast.errors. PassLayout fills memory that it is given. And Hold, for the locks of those who
+// use it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,12 +14,15 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <utility>
 #include <vector>
 
+#include "arrays.h"
 #include "bindings_beams.h"
 #include "hold.h"
 #include "page_manager.h"
 #include "plan.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
 using w2s::PageManager;
@@ -136,6 +140,12 @@ PYBIND11_MODULE(_pages, module) {
         .def("release", [](PageManager& self, const IntArray& slots) {
                 self.release(ints(slots));
             }, py::arg("slots").noconvert())
+        .def("page_table", [](const PageManager& self, const IntArray& slots) {
+                std::vector<std::int32_t> table = self.page_table(ints(slots));
+                const auto rows = static_cast<py::ssize_t>(slots.size());
+                const auto width = rows == 0 ? 0 : static_cast<py::ssize_t>(table.size()) / rows;
+                return w2s::move_to_numpy(std::move(table), {rows, width});
+            }, py::arg("slots").noconvert())
         .def("match", [](const PageManager& self, const IntArray& tokens, const IntArray& counts) {
                 return to_numpy(self.match(ints(tokens), ints(counts)));
             }, py::arg("tokens").noconvert(), py::arg("counts").noconvert())
@@ -161,11 +171,6 @@ PYBIND11_MODULE(_pages, module) {
         .def_property_readonly("free_pages", &PageManager::free_pages)
         .def_property_readonly("used_pages", &PageManager::used_pages)
         .def_property_readonly("free_slots", &PageManager::free_slots)
-        .def_property_readonly("page_table", [](const py::object& self) {
-                const auto& manager = self.cast<const PageManager&>();
-                return view(self, manager.page_table(),
-                            {manager.max_slots(), manager.max_pages_per_slot()});
-            })
         .def_property_readonly("lengths", [](const py::object& self) {
                 const auto& manager = self.cast<const PageManager&>();
                 return view(self, manager.lengths(), {manager.max_slots()});
@@ -174,9 +179,17 @@ PYBIND11_MODULE(_pages, module) {
                 const auto& manager = self.cast<const PageManager&>();
                 return view(self, manager.held(), {manager.max_slots()});
             })
-        .def_property_readonly("reference_counts", [](const py::object& self) {
+        .def_property_readonly("last_pages", [](const py::object& self) {
                 const auto& manager = self.cast<const PageManager&>();
-                return view(self, manager.references(), {manager.num_pages()});
+                return view(self, manager.last(), {manager.max_slots()});
+            })
+        .def_property_readonly("pages_before", [](const py::object& self) {
+                const auto& manager = self.cast<const PageManager&>();
+                return view(self, manager.before(), {manager.num_pages()});
+            })
+        .def_property_readonly("holders", [](const py::object& self) {
+                const auto& manager = self.cast<const PageManager&>();
+                return view(self, manager.holders(), {manager.num_pages()});
             });
 
     using w2s::PassLayout;
@@ -189,7 +202,7 @@ PYBIND11_MODULE(_pages, module) {
                                         ints(own)};
                 return std::make_unique<PassLayout>(pages, ints(slots), ints(counts), tree,
                                                     split_keys, split_queries, ahead);
-            }), py::keep_alive<1, 2>(), py::arg("pages"), py::arg("slots").noconvert(),
+            }), py::arg("pages"), py::arg("slots").noconvert(),
             py::arg("counts").noconvert(), py::arg("first").noconvert(),
             py::arg("count").noconvert(), py::arg("begin").noconvert(),
             py::arg("end").noconvert(), py::arg("own").noconvert(), py::arg("split_keys"),
@@ -238,4 +251,5 @@ PYBIND11_MODULE(_pages, module) {
     }, py::arg("buffer").noconvert(), py::arg("fields"), py::arg("values"));
 
     w2s::bind_beams(module);
+    w2s::bind_unchanged(module);
 }

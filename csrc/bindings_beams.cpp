@@ -349,6 +349,9 @@ void bind_beams(py::module_& module) {
         .def_property_readonly("before", [](const DrawLayout& self) {
             return copies(self.before());
         })
+        .def_property_readonly("num_before", [](const DrawLayout& self) {
+            return self.before().size();
+        })
         .def_property_readonly("num_copies", [](const DrawLayout& self) {
             return self.copies().size();
         })

@@ -54,10 +54,12 @@ void DrawLayout::write_rows(std::span<std::byte> buffer, const PassRoom& room,
     std::int32_t* copy = field_of<std::int32_t>(
         buffer, columns[static_cast<std::size_t>(RowColumn::kCopies)], 2 * rows);
     if (std::ssize(copies_) > rows) throw PageMisuse("a row copies one page at most");
+    std::int32_t* const end = copy + 2 * rows;
     for (const auto [source, destination] : copies_) {
         *copy++ = source;
         *copy++ = destination;
     }
+    std::fill(copy, end, -1);
 }
 
 void DrawLayout::write_sources(std::span<std::byte> buffer, const PassRoom& room,

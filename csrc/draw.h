@@ -23,7 +23,7 @@ enum class RowColumn {
     kCandidate,    // int64
     kPosition,     // int64, of the next token to be drawn
     kTaken,        // int64 [1], steps taken: none
-    kCopies,       // int32 [2 rows], pairs of pages; undefined behind those that there are
+    kCopies,       // int32 [2 rows], pairs of pages; -1 behind those that there are
     kCount
 };
 

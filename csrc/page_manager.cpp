@@ -42,10 +42,11 @@ PageManager::PageManager(std::int64_t num_pages, std::int64_t page_size, std::in
     positive(max_slots, "max_slots");
     // Lengths are int32.
     positive(page_size * max_pages_per_slot, "page_size * max_pages_per_slot");
-    page_table_.assign(static_cast<std::size_t>(max_slots * max_pages_per_slot), kNoPage);
     lengths_.assign(static_cast<std::size_t>(max_slots), 0);
     held_.assign(static_cast<std::size_t>(max_slots), kFree);
-    references_.assign(static_cast<std::size_t>(num_pages), 0);
+    last_.assign(static_cast<std::size_t>(max_slots), kNoPage);
+    before_.assign(static_cast<std::size_t>(num_pages), kNoPage);
+    holders_.assign(static_cast<std::size_t>(num_pages), 0);
     free_pages_ = descending(num_pages);
     free_slots_ = descending(max_slots);
     seen_.assign(static_cast<std::size_t>(max_slots), 0);
@@ -54,14 +55,18 @@ PageManager::PageManager(std::int64_t num_pages, std::int64_t page_size, std::in
 
 // ---- checks: none of these changes the visible state ----
 
+void PageManager::check_slot(std::int32_t slot) const {
+    if (slot < 0 || slot >= max_slots()) {
+        throw PageMisuse(slot_name(slot) + " does not exist: the pool has " +
+                         std::to_string(max_slots()) + " slots");
+    }
+    if (held_[slot] == kFree) throw PageMisuse(slot_name(slot) + " is free");
+}
+
 void PageManager::check_slots(Ints slots) const {
     ++call_;
     for (const std::int32_t slot : slots) {
-        if (slot < 0 || slot >= max_slots()) {
-            throw PageMisuse(slot_name(slot) + " does not exist: the pool has " +
-                             std::to_string(max_slots()) + " slots");
-        }
-        if (held_[slot] == kFree) throw PageMisuse(slot_name(slot) + " is free");
+        check_slot(slot);
         if (seen_[slot] == call_) throw PageMisuse(slot_name(slot) + " is given twice");
         seen_[slot] = call_;
     }
@@ -103,8 +108,7 @@ void PageManager::check_reserved(Ints slots, Ints tokens) const {
             throw PageMisuse(slot_name(slot) + " has no page reserved for " +
                              std::to_string(wanted) + " tokens: reserve first");
         }
-        const std::int64_t partial = partial_index(slot);
-        if (partial >= 0 && references_[row(slot)[partial]] > 1) {
+        if (const std::int32_t page = page_to_own(slot); page != kNoPage && owners(page) > 1) {
             throw PageMisuse("the last page of " + slot_name(slot) +
                              " is shared and must not be written: reserve first");
         }
@@ -144,31 +148,55 @@ void PageManager::check_free_slots(std::int64_t wanted) const {
 std::int32_t PageManager::take_page() {
     if (free_pages_.empty()) {
         ++statistics_.evictions;
-        return cache_.evict();  // The cache's reference becomes the new owner's.
+        return cache_.evict();
     }
     const std::int32_t page = free_pages_.back();
     free_pages_.pop_back();
-    references_[page] = 1;
     return page;
 }
 
-// Cannot throw: the stack keeps the capacity for all pages that it started with.
-void PageManager::drop_page(std::int32_t page, std::int32_t holders) {
-    const std::int32_t left = references_[page] -= holders;
-    if (left == 0) {
-        free_pages_.push_back(page);
-    } else if (left == 1 && cache_.holds(page)) {
-        cache_.mark_idle(page);
+// The page before it keeps its number of holders: the slot no longer ends there, but here.
+void PageManager::append_page(std::int32_t slot) {
+    const std::int32_t page = take_page();
+    before_[page] = last_[slot];
+    holders_[page] = 1;
+    last_[slot] = page;
+    ++held_[slot];
+}
+
+// One more holder. A page that had none holds the one before it from now on.
+void PageManager::hold(std::int32_t page) {
+    for (; page != kNoPage && holders_[page]++ == 0; page = before_[page]) {
+        if (cache_.holds(page)) cache_.mark_in_use(page);
     }
 }
 
-// Last page first, so that the next slot to grow gets them back in ascending order.
-void PageManager::shrink(std::int32_t slot, std::int64_t pages) {
-    for (std::int32_t& held = held_[slot]; held > pages;) {
-        std::int32_t& entry = row(slot)[--held];
-        drop_page(entry);
-        entry = kNoPage;
+// One holder less. A page that has none left lets go of the one before it. The last page goes
+// first, so that the next slot to grow gets them back in ascending order.
+// Cannot throw: the stack keeps the capacity for all pages that it started with.
+void PageManager::drop(std::int32_t page) {
+    for (; page != kNoPage && --holders_[page] == 0; page = before_[page]) {
+        if (cache_.holds(page)) {
+            cache_.mark_idle(page);
+        } else {
+            free_pages_.push_back(page);
+        }
     }
+}
+
+void PageManager::shrink(std::int32_t slot, std::int64_t pages) {
+    if (held_[slot] <= pages) return;
+    const std::int32_t last = last_[slot];
+    last_[slot] = page_at(slot, pages - 1);
+    held_[slot] = static_cast<std::int32_t>(pages);
+    hold(last_[slot]);  // first, so that the slot never lets go of it
+    drop(last);
+}
+
+std::int32_t PageManager::page_at(std::int32_t slot, std::int64_t index) const {
+    std::int32_t page = last_[slot];
+    for (std::int64_t i = held_[slot]; i-- > index + 1;) page = before_[page];
+    return page;
 }
 
 // ---- operations ----
@@ -190,19 +218,15 @@ std::int64_t PageManager::pages_needed(Ints slots, Ints tokens) const {
         const std::int32_t slot = slots[i];
         needed += std::max<std::int64_t>(
             0, pages_of(std::int64_t{lengths_[slot]} + tokens[i]) - held_[slot]);
-        if (const std::int64_t partial = partial_index(slot); partial >= 0) {
-            // When all owners of a page are in this call, the last of them can keep it.
-            const std::int32_t page = row(slot)[partial];
-            if (references_[page] - leaving_[page] > 1) {
-                ++leaving_[page];
-                ++needed;
-            }
+        // When all owners of a page are in this call, the last of them can keep it.
+        if (const std::int32_t page = page_to_own(slot);
+            page != kNoPage && owners(page) - leaving_[page] > 1) {
+            ++leaving_[page];
+            ++needed;
         }
     }
     for (const std::int32_t slot : slots) {
-        if (const std::int64_t partial = partial_index(slot); partial >= 0) {
-            leaving_[row(slot)[partial]] = 0;
-        }
+        if (last_[slot] != kNoPage) leaving_[last_[slot]] = 0;
     }
     return needed;
 }
@@ -214,33 +238,36 @@ std::vector<PageCopy> PageManager::reserve(Ints slots, Ints tokens) {
     for (std::size_t i = 0; i < slots.size(); ++i) {
         if (tokens[i] == 0) continue;
         const std::int32_t slot = slots[i];
-        if (const std::int64_t partial = partial_index(slot); partial >= 0) {
-            std::int32_t& entry = row(slot)[partial];
-            if (references_[entry] > 1) {
-                const PageCopy copy{entry, take_page()};
-                drop_page(copy.source);
-                entry = copy.destination;
-                copies.push_back(copy);
-            }
+        if (const std::int32_t page = page_to_own(slot); page != kNoPage && owners(page) > 1) {
+            last_[slot] = before_[page];
+            --held_[slot];
+            hold(last_[slot]);
+            append_page(slot);
+            drop(page);
+            copies.push_back({page, last_[slot]});
         }
         const std::int64_t wanted = pages_of(std::int64_t{lengths_[slot]} + tokens[i]);
-        for (std::int32_t& held = held_[slot]; held < wanted; ++held) {
-            row(slot)[held] = take_page();
-        }
+        while (held_[slot] < wanted) append_page(slot);
     }
     return copies;
 }
 
 std::vector<std::int64_t> PageManager::places(Ints slots, Ints tokens) const {
     check_reserved(slots, tokens);
-    std::vector<std::int64_t> positions;
-    positions.reserve(static_cast<std::size_t>(
+    std::vector<std::int64_t> positions(static_cast<std::size_t>(
         std::accumulate(tokens.begin(), tokens.end(), std::int64_t{0})));
+    auto end = positions.begin();
     for (std::size_t i = 0; i < slots.size(); ++i) {
-        const std::int32_t* pages = row(slots[i]);
+        if (tokens[i] == 0) continue;
+        // From the last one backwards, as pages are found.
         const std::int64_t begin = lengths_[slots[i]];
-        for (std::int64_t position = begin; position < begin + tokens[i]; ++position) {
-            positions.push_back(pages[position / page_size_] * page_size_ + position % page_size_);
+        std::int64_t position = begin + tokens[i] - 1;
+        std::int32_t page = page_at(slots[i], position / page_size_);
+        end += tokens[i];
+        for (auto next = end; position >= begin; --position) {
+            const std::int64_t offset = position % page_size_;
+            *--next = page * page_size_ + offset;
+            if (offset == 0) page = before_[page];
         }
     }
     return positions;
@@ -257,7 +284,7 @@ ForkResult PageManager::fork(Ints slots, Ints counts) {
     std::int64_t copied_pages = 0;
     for (std::size_t i = 0; i < slots.size(); ++i) {
         children += counts[i];
-        if (partial_index(slots[i]) >= 0) copied_pages += counts[i];
+        if (partial(slots[i])) copied_pages += counts[i];
     }
     check_free_slots(children);
     check_free_pages(copied_pages);
@@ -267,19 +294,18 @@ ForkResult PageManager::fork(Ints slots, Ints counts) {
 
     auto child = result.children.cbegin();
     for (std::size_t i = 0; i < slots.size(); ++i) {
-        const std::int32_t* pages = row(slots[i]);
         const std::int32_t length = lengths_[slots[i]];
         const std::int64_t full = length / page_size_;
-        for (std::int64_t page = 0; page < full; ++page) references_[pages[page]] += counts[i];
+        const std::int32_t shared = page_at(slots[i], full - 1);
+        const std::int32_t source = partial(slots[i]) ? page_at(slots[i], full) : kNoPage;
         for (const auto last = child + counts[i]; child != last; ++child) {
-            std::copy_n(pages, full, row(*child));
-            if (partial_index(slots[i]) >= 0) {
-                const PageCopy copy{pages[full], take_page()};
-                row(*child)[full] = copy.destination;
-                result.copies.push_back(copy);
-            }
             lengths_[*child] = length;
-            held_[*child] = static_cast<std::int32_t>(pages_of(length));
+            held_[*child] = static_cast<std::int32_t>(full);
+            last_[*child] = shared;
+            hold(shared);
+            if (source == kNoPage) continue;
+            append_page(*child);
+            result.copies.push_back({source, last_[*child]});
         }
     }
     return result;
@@ -305,47 +331,48 @@ void PageManager::trim(Ints slots) {
     for (const std::int32_t slot : slots) shrink(slot, pages_of(lengths_[slot]));
 }
 
-// What neighbours among the slots have in common, as the children of a beam do, is counted off once
-// for all of them: the cost follows from different pages, not from how long histories are.
 void PageManager::release(Ints slots) {
     check_slots(slots);
-    // Pages at positions `begin` and on of the current slot's row, which all slots from `first` to
-    // the current one hold in the same places. What stands above is held by later ones alone.
-    struct Run {
-        std::int64_t begin;
-        std::size_t first;
-    };
-    std::vector<Run> runs;
-    std::int64_t before = 0;  // what the slot has in common with the one before it
-    for (std::size_t i = 0; i < slots.size(); ++i) {
-        std::int32_t* const pages = row(slots[i]);
-        std::int64_t end = held_[slots[i]];
-        const std::int64_t after = i + 1 == slots.size() ? 0 : same_pages(slots[i], slots[i + 1]);
-        if (before < end) runs.push_back({before, i});
-        // Last page first, so that the next slot to grow gets them back in ascending order.
-        while (end > after) {
-            const auto [begin, first] = runs.back();
-            const auto holders = static_cast<std::int32_t>(i - first + 1);
-            while (end > std::max(begin, after)) drop_page(pages[--end], holders);
-            if (begin >= after) runs.pop_back();
-        }
-        std::fill_n(pages, held_[slots[i]], kNoPage);
-        before = after;
-    }
     for (const std::int32_t slot : slots) {
+        drop(last_[slot]);
+        last_[slot] = kNoPage;
         lengths_[slot] = 0;
         held_[slot] = kFree;
         free_slots_.push_back(slot);
     }
 }
 
-std::int64_t PageManager::same_pages(std::int32_t a, std::int32_t b) const {
-    const std::int32_t* const pages = row(a);
-    const auto most = std::min(held_[a], held_[b]);
-    return std::mismatch(pages, pages + most, row(b)).first - pages;
+std::vector<std::int32_t> PageManager::page_table(Ints slots) const {
+    std::int64_t width = 0;
+    for (const std::int32_t slot : slots) {
+        check_slot(slot);
+        width = std::max<std::int64_t>(width, held_[slot]);
+    }
+    std::vector<std::int32_t> table(slots.size() * static_cast<std::size_t>(width), kNoPage);
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        copy_table(slots[i], 0, table.data() + static_cast<std::int64_t>(i) * width);
+    }
+    return table;
+}
+
+void PageManager::copy_table(std::int32_t slot, std::int64_t begin, std::int32_t* out) const {
+    std::int32_t page = last_[slot];
+    for (std::int64_t i = held_[slot]; i-- > begin; page = before_[page]) out[i - begin] = page;
 }
 
 // ---- the prefix cache ----
+
+PageManager::Beginning PageManager::find_beginning(const std::int32_t* tokens,
+                                                   std::int64_t count) const {
+    Beginning found{kNoPage, 0};
+    for (; found.pages < count / page_size_; ++found.pages) {
+        const std::int32_t* const next = tokens + found.pages * page_size_;
+        const std::int32_t page = cache_.find(cache_.key(found.last, next));
+        if (page == kNoPage) break;
+        found.last = page;
+    }
+    return found;
+}
 
 std::vector<std::int32_t> PageManager::match(Ints tokens, Ints counts) const {
     check_sequences(tokens, counts);
@@ -353,12 +380,7 @@ std::vector<std::int32_t> PageManager::match(Ints tokens, Ints counts) const {
     matched.reserve(counts.size());
     const std::int32_t* next = tokens.data();
     for (const std::int32_t count : counts) {
-        std::int32_t page = kNoPage;
-        std::int64_t found = 0;
-        for (; found < count / page_size_; ++found) {
-            page = cache_.find(cache_.key(page, next + found * page_size_));
-            if (page == kNoPage) break;
-        }
+        const std::int64_t found = find_beginning(next, count).pages;
         matched.push_back(static_cast<std::int32_t>(found * page_size_));
         next += count;
     }
@@ -378,16 +400,12 @@ std::vector<std::int32_t> PageManager::adopt(Ints slots, Ints tokens, Ints count
     const std::int32_t* next = tokens.data();
     for (std::size_t i = 0; i < slots.size(); ++i) {
         const std::int32_t slot = slots[i];
-        std::int32_t& held = held_[slot];
-        std::int32_t page = kNoPage;
-        // It fits into the row: the pages stood in the same places of another one.
-        while (held < counts[i] / page_size_) {
-            page = cache_.find(cache_.key(page, next + held * page_size_));
-            if (page == kNoPage) break;
-            if (references_[page]++ == 1) cache_.mark_in_use(page);
-            row(slot)[held++] = page;
-        }
-        lengths_[slot] = adopted[i] = static_cast<std::int32_t>(held * page_size_);
+        // Not too many for a slot: the pages stood in the same places of another one.
+        const auto [last, pages] = find_beginning(next, counts[i]);
+        hold(last);
+        last_[slot] = last;
+        held_[slot] = static_cast<std::int32_t>(pages);
+        lengths_[slot] = adopted[i] = static_cast<std::int32_t>(pages * page_size_);
         ++statistics_.lookups;
         statistics_.lookup_tokens += counts[i];
         statistics_.hit_tokens += adopted[i];
@@ -400,6 +418,7 @@ std::int64_t PageManager::remember(Ints slots, Ints tokens, Ints counts) {
     check_amounts(slots, counts, "token counts");
     check_sequences(tokens, counts);
     std::int64_t most = 0;
+    std::int32_t longest = 0;
     for (std::size_t i = 0; i < slots.size(); ++i) {
         if (counts[i] > lengths_[slots[i]]) {
             throw PageMisuse("cannot remember " + std::to_string(counts[i]) + " tokens of " +
@@ -407,31 +426,29 @@ std::int64_t PageManager::remember(Ints slots, Ints tokens, Ints counts) {
                              std::to_string(lengths_[slots[i]]));
         }
         most += counts[i] / page_size_;
+        longest = std::max(longest, held_[slots[i]]);
     }
     if (!cache_.enabled()) return 0;
     std::vector<std::int32_t> added;
     added.reserve(static_cast<std::size_t>(most));
+    std::vector<std::int32_t> pages(static_cast<std::size_t>(longest));
     const std::int32_t* next = tokens.data();
     for (std::size_t i = 0; i < slots.size(); ++i) {
-        const std::int32_t* pages = row(slots[i]);
+        copy_table(slots[i], 0, pages.data());
         std::int32_t parent = kNoPage;
         for (std::int64_t k = 0; k < counts[i] / page_size_; ++k) {
-            const std::int32_t page = pages[k];
+            const std::int32_t page = pages[static_cast<std::size_t>(k)];
             const PrefixCache::Key key = cache_.key(parent, next + k * page_size_);
             parent = page;
             const std::int32_t known = cache_.find(key);
             if (known == page) continue;
             if (cache_.holds(page)) {
-                for (const std::int32_t taken_back : added) {
-                    cache_.erase(taken_back);
-                    --references_[taken_back];
-                }
+                for (const std::int32_t taken_back : added) cache_.erase(taken_back);
                 throw PageMisuse("page " + std::to_string(k) + " of " + slot_name(slots[i]) +
                                  " is cached with other tokens than these");
             }
             if (known != kNoPage) break;
             cache_.insert(key, page);
-            ++references_[page];
             added.push_back(page);
         }
         next += counts[i];
@@ -441,7 +458,7 @@ std::int64_t PageManager::remember(Ints slots, Ints tokens, Ints counts) {
 
 void PageManager::drop_cache() {
     for (auto page = static_cast<std::int32_t>(num_pages()); page-- > 0;) {
-        if (cache_.holds(page) && --references_[page] == 0) free_pages_.push_back(page);
+        if (cache_.holds(page) && holders_[page] == 0) free_pages_.push_back(page);
     }
     cache_.clear();
 }

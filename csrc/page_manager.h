@@ -6,22 +6,32 @@
 //
 // Terms
 //   page    room for the keys and values of `page_size` consecutive tokens
-//   slot    one sequence: a row of the page table and a length
+//   slot    one sequence: its last page, the number of pages it holds, and a length
 //   length  the number of tokens whose keys and values stand in a slot
-//   cached  said of a page that the prefix cache (prefix_cache.h) holds a reference to, so that
-//           another sequence with the same beginning finds it, even when no slot has it any more
+//   holder  of a page: a slot that ends in it, or a page in use that follows it
+//   in use  said of a page that has a holder, so that some slot has it among its pages
+//   cached  said of a page that the prefix cache (prefix_cache.h) keeps, so that another sequence
+//           with the same beginning finds it, even when no slot has it any more
+//
+// Whoever shares a page shares all pages before it, since what stands in a page follows from them.
+// So each page follows one other, or none, and pages form trees; a slot's pages are found from its
+// last one backwards. A fork adds one holder to one page, however many pages come before it, and a
+// release goes back only as far as pages lose their last holder.
 //
 // Sharing rules; check() verifies them
-//   1. A page's reference count is the number of table entries that name it, and one more if it
-//      is cached.
+//   1. A slot's pages are its last one and those that come before it, back to one that follows
+//      none. A page's count of holders is the number of slots that end in it and of pages in use
+//      that follow it.
 //   2. A slot holds at least ceil(length / page_size) pages. Those beyond are reserved ahead and
 //      belong to that slot alone.
-//   3. A page is written only by a slot that owns it alone. A shared page that a slot wants to
-//      write at (the partial last page of a slot cut back by truncate) is replaced by reserve
-//      (copy-on-write); extend and places refuse to run before that. The cache's reference
-//      counts: a cached page is never written, and the last slot to rewrite it needs a copy, too.
-//   4. A slot that holds a cached page holds the cached pages before it, too, in the same places.
-//   5. A cached page that no slot holds counts as free. It is taken when no other is left: the one
+//   3. A page is written only by a slot that owns it alone: no other slot has it, and it is not
+//      cached. One that is shared, and partial in some slot, is that slot's last: only truncate
+//      makes such pages, and it gives up what lies beyond. reserve replaces it (copy-on-write);
+//      extend and places refuse to run before that. The last slot to rewrite a cached page needs
+//      a copy, too.
+//   4. A cached page follows the page before it in the cache. So a slot that holds it holds the
+//      cached pages before it, too, in the same places.
+//   5. A cached page that is not in use counts as free. It is taken when no other is left: the one
 //      that has been without a slot longest first, and always before the pages that it follows.
 //
 // Every operation takes many slots at once and is all-or-nothing: it checks everything first,
@@ -79,7 +89,7 @@ public:
     // `hash_bits`: how much of its hashes the prefix cache uses; fewer than 64 are for tests.
     PageManager(std::int64_t num_pages, std::int64_t page_size, std::int64_t max_slots,
                 std::int64_t max_pages_per_slot, bool prefix_cache = false, int hash_bits = 64);
-    // Views of the tables are handed out; a copy or a move would leave them dangling.
+    // Views of the columns are handed out; a copy or a move would leave them dangling.
     PageManager(const PageManager&) = delete;
     PageManager& operator=(const PageManager&) = delete;
 
@@ -109,8 +119,15 @@ public:
     // Gives up the pages reserved beyond the length.
     void trim(Ints slots);
 
-    // Gives up the slots and their references to pages.
+    // Gives up the slots, and the pages that nobody else holds.
     void release(Ints slots);
+
+    // The pages of slots[i], in order, reserved ones too, and kNoPage behind them:
+    // [slots.size(), the most pages that one of them holds]. A slot may be given twice.
+    std::vector<std::int32_t> page_table(Ints slots) const;
+
+    // Writes the pages of a slot in use from the one at `begin` on to `out`: held - begin of them.
+    void copy_table(std::int32_t slot, std::int64_t begin, std::int32_t* out) const;
 
     // ---- the prefix cache; with the cache off these find nothing and keep nothing ----
     // `tokens` are token ids of one sequence after the other, counts[i] of the i-th.
@@ -140,7 +157,7 @@ public:
     // Throws std::logic_error, naming the rule, if the state is inconsistent. Walks everything.
     void check() const;
 
-    std::int64_t num_pages() const { return static_cast<std::int64_t>(references_.size()); }
+    std::int64_t num_pages() const { return static_cast<std::int64_t>(holders_.size()); }
     std::int64_t page_size() const { return page_size_; }
     std::int64_t max_slots() const { return static_cast<std::int64_t>(lengths_.size()); }
     std::int64_t max_pages_per_slot() const { return max_pages_per_slot_; }
@@ -152,18 +169,22 @@ public:
     std::int64_t free_slots() const { return static_cast<std::int64_t>(free_slots_.size()); }
 
     // These addresses stay the same for the manager's lifetime.
-    // page_table [max_slots, max_pages_per_slot], -1 = no page; lengths [max_slots];
-    // held [max_slots], pages held, reserved ones too, -1 = free slot; references [num_pages].
-    const std::int32_t* page_table() const { return page_table_.data(); }
+    // lengths [max_slots]; held [max_slots], pages held, reserved ones too, -1 = free slot;
+    // last [max_slots], the last of these pages, kNoPage = none; before [num_pages], the page that
+    // each follows, of one neither in use nor cached without a meaning; holders [num_pages].
     const std::int32_t* lengths() const { return lengths_.data(); }
     const std::int32_t* held() const { return held_.data(); }
-    const std::int32_t* references() const { return references_.data(); }
+    const std::int32_t* last() const { return last_.data(); }
+    const std::int32_t* before() const { return before_.data(); }
+    const std::int32_t* holders() const { return holders_.data(); }
+
+    static constexpr std::int32_t kNoPage = PrefixCache::kNoPage;
 
 private:
-    static constexpr std::int32_t kNoPage = PrefixCache::kNoPage;  // in page_table_
-    static constexpr std::int32_t kFree = -1;                      // in held_
+    static constexpr std::int32_t kFree = -1;  // in held_
     static std::string slot_name(std::int32_t slot) { return "slot " + std::to_string(slot); }
 
+    void check_slot(std::int32_t slot) const;
     void check_slots(Ints slots) const;
     void check_amounts(Ints slots, Ints amounts, const char* what) const;
     void check_growth(Ints slots, Ints tokens) const;
@@ -173,30 +194,39 @@ private:
     void check_free_slots(std::int64_t wanted) const;
 
     std::int32_t take_page();
-    void drop_page(std::int32_t page, std::int32_t holders = 1);
-    // How many of their first pages two slots have in common.
-    std::int64_t same_pages(std::int32_t a, std::int32_t b) const;
+    void append_page(std::int32_t slot);
+    void hold(std::int32_t page);
+    void drop(std::int32_t page);
     void shrink(std::int32_t slot, std::int64_t pages);
 
-    std::int32_t* row(std::int32_t slot) { return page_table_.data() + slot * max_pages_per_slot_; }
-    const std::int32_t* row(std::int32_t slot) const {
-        return page_table_.data() + slot * max_pages_per_slot_;
-    }
+    // The pages in the cache that a sequence begins with: the last of them, and how many.
+    struct Beginning {
+        std::int32_t last;
+        std::int64_t pages;
+    };
+    Beginning find_beginning(const std::int32_t* tokens, std::int64_t count) const;
+
     std::int64_t pages_of(std::int64_t tokens) const {
         return (tokens + page_size_ - 1) / page_size_;
     }
-    // Index in the row of the page that position `length` falls into, if that page already holds
-    // tokens of the slot; -1 at a page boundary.
-    std::int64_t partial_index(std::int32_t slot) const {
-        return lengths_[slot] % page_size_ == 0 ? -1 : lengths_[slot] / page_size_;
+    // The page at an index among those that a slot holds; kNoPage for index -1.
+    std::int32_t page_at(std::int32_t slot, std::int64_t index) const;
+    bool partial(std::int32_t slot) const { return lengths_[slot] % page_size_ != 0; }
+    // A slot's last page, if the next token would go there and tokens of the slot stand there
+    // already; else kNoPage. A partial page with others behind it is the slot's own (rule 3).
+    std::int32_t page_to_own(std::int32_t slot) const {
+        return partial(slot) && held_[slot] == pages_of(lengths_[slot]) ? last_[slot] : kNoPage;
     }
+    // Holders, and the cache.
+    std::int32_t owners(std::int32_t page) const { return holders_[page] + cache_.holds(page); }
 
     std::int64_t page_size_;
     std::int64_t max_pages_per_slot_;
-    std::vector<std::int32_t> page_table_;
     std::vector<std::int32_t> lengths_;
-    std::vector<std::int32_t> held_;  // pages held by a slot; kFree for a free slot
-    std::vector<std::int32_t> references_;
+    std::vector<std::int32_t> held_;     // pages held by a slot; kFree for a free slot
+    std::vector<std::int32_t> last_;     // of a slot's pages
+    std::vector<std::int32_t> before_;   // the page that a page follows
+    std::vector<std::int32_t> holders_;  // of a page
     std::vector<std::int32_t> free_pages_;  // without those of the cache
     std::vector<std::int32_t> free_slots_;
     PrefixCache cache_;

@@ -11,7 +11,9 @@ void PageManager::check() const {
     const auto expect = [](bool holds, const std::string& rule) {
         if (!holds) throw std::logic_error("broken page state: " + rule);
     };
-    std::vector<std::int32_t> occurrences(references_.size(), 0);
+    const auto pages = static_cast<std::size_t>(num_pages());
+    std::vector<std::int32_t> slots_with(pages, 0);
+    std::vector<std::int32_t> holders(pages, 0);
     std::int64_t free_slots_found = 0;
     for (std::int32_t slot = 0; slot < max_slots(); ++slot) {
         const std::string name = slot_name(slot);
@@ -19,35 +21,44 @@ void PageManager::check() const {
         if (held_[slot] == kFree) ++free_slots_found;
         expect(lengths_[slot] >= 0 && pages_of(lengths_[slot]) <= held,
                name + " holds too few pages for its length");
-        expect(held <= max_pages_per_slot_, name + " holds more pages than its row has");
-        for (std::int64_t i = 0; i < max_pages_per_slot_; ++i) {
-            const std::int32_t page = row(slot)[i];
-            if (i >= held) {
-                expect(page == kNoPage, name + " names a page that it does not hold");
-                continue;
-            }
+        expect(held <= max_pages_per_slot_, name + " holds more pages than a slot may");
+        std::int32_t page = last_[slot];
+        for (std::int64_t i = held; i-- > 0; page = before_[page]) {
             expect(page >= 0 && page < num_pages(), name + " holds a page that does not exist");
-            ++occurrences[page];
-            expect(i < pages_of(lengths_[slot]) || references_[page] == 1,
-                   name + " shares a page reserved ahead");
-            expect(!cache_.holds(page) ||
-                       cache_.parent(page) == (i == 0 ? kNoPage : row(slot)[i - 1]),
-                   name + " holds a cached page, but another one before it than the cache");
+            ++slots_with[page];
         }
+        expect(page == kNoPage, name + " has pages before its first one");
+        if (held > 0) ++holders[last_[slot]];
     }
     for (std::int32_t page = 0; page < num_pages(); ++page) {
-        occurrences[page] += cache_.holds(page);
+        if (slots_with[page] > 0 && before_[page] != kNoPage) ++holders[before_[page]];
+        expect(!cache_.holds(page) || cache_.parent(page) == before_[page],
+               "a cached page follows another one than in the cache");
     }
-    expect(occurrences == references_, "a reference count differs from the table entries");
-    cache_.check(references_);
+    expect(holders == holders_, "a count of holders differs from what the slots hold");
+    for (std::int32_t slot = 0; slot < max_slots(); ++slot) {
+        std::int32_t page = last_[slot];
+        for (std::int64_t i = std::max(held_[slot], 0); i-- > 0; page = before_[page]) {
+            const bool shared = slots_with[page] > 1 || cache_.holds(page);
+            expect(!shared || i < pages_of(lengths_[slot]),
+                   slot_name(slot) + " shares a page reserved ahead");
+            expect(!shared || i < lengths_[slot] / page_size_ || page == last_[slot],
+                   slot_name(slot) + " shares a partial page that is not its last");
+        }
+    }
+    cache_.check(holders_);
 
+    std::vector<bool> found_free(pages, false);
     for (const std::int32_t page : free_pages_) {
-        expect(page >= 0 && page < num_pages() && occurrences[page] == 0,
+        expect(page >= 0 && page < num_pages() && slots_with[page] == 0 && !cache_.holds(page) &&
+                   !found_free[page],
                "a free page is in use, or free twice");
-        occurrences[page] = -1;
+        found_free[page] = true;
     }
-    expect(std::ranges::find(occurrences, 0) == occurrences.end(),
-           "a page is neither free nor in use");
+    for (std::int32_t page = 0; page < num_pages(); ++page) {
+        expect(found_free[page] || slots_with[page] > 0 || cache_.holds(page),
+               "a page is neither free nor in use");
+    }
 
     std::vector<bool> listed(lengths_.size(), false);
     for (const std::int32_t slot : free_slots_) {

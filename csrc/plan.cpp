@@ -3,39 +3,30 @@
 #include <algorithm>
 #include <string>
 
+#include "fields.h"
+
 namespace w2s {
 namespace {
 
-// A field of a buffer: `used` items that the caller writes, and spare ones up to `size`.
 template <typename T>
 T* field(std::span<std::byte> buffer, PassLayout::Offsets offsets, PassField which,
          std::int64_t size) {
-    const std::int64_t offset = offsets[static_cast<std::size_t>(which)];
-    if (offset < 0) return nullptr;
-    const std::int64_t bytes = size * static_cast<std::int64_t>(sizeof(T));
-    if (offset > static_cast<std::int64_t>(buffer.size()) - bytes) {
-        throw PageMisuse("a field of a pass ends behind its buffer");
-    }
-    std::byte* const begin = buffer.data() + offset;
-    if (reinterpret_cast<std::uintptr_t>(begin) % alignof(T) != 0) {
-        throw PageMisuse("a field of a pass lies at an odd address");
-    }
-    return reinterpret_cast<T*>(begin);
+    return field_of<T>(buffer, offsets[static_cast<std::size_t>(which)], size);
 }
 
-// `values`, and `spare` for the rest of `size` items.
-template <typename T>
-void fill(T* target, const std::vector<T>& values, std::int64_t size, T spare) {
-    if (target == nullptr) return;
-    std::fill(std::copy(values.begin(), values.end(), target), target + size, spare);
+// Puts the pages of a slot, from its `begin`-th on, behind those of a table.
+void append_pages(const PageManager& pages, std::int32_t slot, std::int64_t begin,
+                  std::vector<std::int32_t>& table) {
+    const std::size_t end = table.size();
+    table.resize(end + static_cast<std::size_t>(pages.held()[slot] - begin));
+    pages.copy_table(slot, begin, table.data() + end);
 }
 
 }  // namespace
 
 PassLayout::PassLayout(const PageManager& pages, Ints slots, Ints counts, const RowTree& tree,
                        std::int64_t split_keys, std::int64_t split_queries, std::int64_t ahead)
-    : slots_(slots.begin(), slots.end()),
-      places_(pages.places(slots, counts)) {  // checks slots and counts
+    : places_(pages.places(slots, counts)) {  // checks slots and counts
     if (split_keys < 1) throw PageMisuse("a split has at least one key");
     const std::size_t rows = slots.size();
     old_.reserve(rows);
@@ -46,14 +37,12 @@ PassLayout::PassLayout(const PageManager& pages, Ints slots, Ints counts, const 
         starts_.push_back(starts_.back() + counts[i]);
         max_q_ = std::max<std::int64_t>(max_q_, counts[i]);
         max_k_ = std::max<std::int64_t>(max_k_, std::int64_t{old_[i]} + counts[i] + ahead);
-        shape_.pages = std::max<std::int64_t>(shape_.pages, pages.held()[slots[i]]);
-        const std::int32_t* const held = pages.page_table() + slots[i] * pages.max_pages_per_slot();
-        tables_.emplace_back(held, held + pages.held()[slots[i]]);
     }
     own_.assign(rows, 0);
     parts_.assign(rows, 0);
     check(tree);
     cut(tree, split_keys, split_queries);
+    take_tables(pages, slots);
     for (std::size_t i = 0; i < rows; ++i) {
         if (counts[i] > split_queries) continue;
         const std::int64_t own = std::int64_t{old_[i]} + counts[i] - own_[i] + ahead;
@@ -62,6 +51,7 @@ PassLayout::PassLayout(const PageManager& pages, Ints slots, Ints counts, const 
     shape_.rows = static_cast<std::int64_t>(rows);
     shape_.tokens = static_cast<std::int64_t>(places_.size());
     shape_.splits = static_cast<std::int64_t>(splits_.size());
+    shape_.pages = static_cast<std::int64_t>(table_.size());
 }
 
 void PassLayout::check(const RowTree& tree) const {
@@ -72,10 +62,10 @@ void PassLayout::check(const RowTree& tree) const {
     expect(tree.count.size() == segments && tree.begin.size() == segments &&
                tree.end.size() == segments,
            "its columns differ in length");
-    expect(tree.own.size() == slots_.size() || (tree.own.empty() && segments == 0),
+    expect(tree.own.size() == old_.size() || (tree.own.empty() && segments == 0),
            "it is one of another number of rows");
-    const auto rows = static_cast<std::int64_t>(slots_.size());
-    std::vector<std::int32_t> reached(slots_.size(), 0);
+    const auto rows = static_cast<std::int64_t>(old_.size());
+    std::vector<std::int32_t> reached(old_.size(), 0);
     for (std::size_t i = 0; i < segments; ++i) {
         expect(tree.first[i] >= 0 && tree.count[i] >= 1 &&
                    std::int64_t{tree.first[i]} + tree.count[i] <= rows,
@@ -122,6 +112,19 @@ void PassLayout::cut(const RowTree& tree, std::int64_t split_keys, std::int64_t 
     });
 }
 
+void PassLayout::take_tables(const PageManager& pages, Ints slots) {
+    std::vector<std::int32_t> first_key = own_;
+    for (const Split& s : splits_) {
+        first_key[s.table_row] = std::min(first_key[s.table_row], s.begin);
+    }
+    table_start_.reserve(slots.size());
+    for (std::size_t row = 0; row < slots.size(); ++row) {
+        const std::int64_t begin = first_key[row] / pages.page_size();
+        table_start_.push_back(static_cast<std::int32_t>(std::ssize(table_) - begin));
+        append_pages(pages, slots[row], begin, table_);
+    }
+}
+
 void PassLayout::write(std::span<std::byte> buffer, Offsets offsets, const PassShape& room,
                        bool back) const {
     if (offsets.size() != static_cast<std::size_t>(PassField::kCount)) {
@@ -142,7 +145,8 @@ void PassLayout::write(std::span<std::byte> buffer, Offsets offsets, const PassS
     std::int64_t* const positions = int64s(PassField::kPositions, room.tokens);
     std::int64_t* const write = int64s(PassField::kWrite, room.tokens);
     std::int64_t* const stride = int64s(PassField::kStride, room.tokens);
-    std::int32_t* const table = int32s(PassField::kPageTable, room.rows * room.pages);
+    std::int32_t* const table = int32s(PassField::kPageTable, room.pages);
+    std::int32_t* const table_start = int32s(PassField::kTableStart, room.rows);
     std::int32_t* const lengths = int32s(PassField::kLengths, room.rows);
     std::int32_t* const starts = int32s(PassField::kStarts, room.rows + 1);
     std::int32_t* const own = int32s(PassField::kOwn, room.rows);
@@ -151,6 +155,8 @@ void PassLayout::write(std::span<std::byte> buffer, Offsets offsets, const PassS
     std::int32_t* const splits = int32s(PassField::kSplits, 6 * room.splits);
 
     fill(write, places_, room.tokens, std::int64_t{-1});
+    if (table != nullptr) std::copy(table_.begin(), table_.end(), table);
+    fill(table_start, table_start_, room.rows, 0);
     fill(starts, starts_, room.rows + 1, starts_.back());
     fill(own, own_, room.rows, 0);
     fill(parts, parts_, room.rows, 0);
@@ -168,18 +174,10 @@ void PassLayout::write(std::span<std::byte> buffer, Offsets offsets, const PassS
         if (token_rows != nullptr) {
             std::fill(token_rows + begin, token_rows + end, static_cast<std::int32_t>(row));
         }
-        if (table != nullptr) {
-            std::int32_t* const target = table + row * room.pages;
-            std::fill(std::copy(tables_[row].begin(), tables_[row].end(), target),
-                      target + room.pages, -1);
-        }
     }
     if (lengths != nullptr) std::fill(lengths + shape_.rows, lengths + room.rows, 0);
     if (positions != nullptr) std::fill(positions + shape_.tokens, positions + room.tokens, 0);
     if (token_rows != nullptr) std::fill(token_rows + shape_.tokens, token_rows + room.tokens, 0);
-    if (table != nullptr) {
-        std::fill(table + shape_.rows * room.pages, table + room.rows * room.pages, -1);
-    }
     if (splits != nullptr) {
         std::int32_t* next = splits;
         for (const Split& s : splits_) {

@@ -3,8 +3,12 @@
 // kernels/paged_attention.py.
 //
 // All of it lies in one buffer, so that one copy brings it to a device. The buffer may have room
-// for more rows, tokens, splits and pages a row than the pass has, as that of a recording has.
-// What is spare belongs to nobody: it reads no key, and is written nowhere.
+// for more rows, tokens, splits and pages than the pass has, as that of a recording has. What is
+// spare belongs to nobody: it reads no key, and is written nowhere.
+//
+// The rows' tables of pages are ragged. A row's begins with the first page that anyone reads by it:
+// that of its own keys, or of the first split that is found by it. So what rows share stands in the
+// table of one of them, and is copied once.
 #pragma once
 
 #include <array>
@@ -32,15 +36,16 @@ struct PassShape {
     std::int64_t rows = 0;
     std::int64_t tokens = 0;
     std::int64_t splits = 0;
-    std::int64_t pages = 0;  // of a row
+    std::int64_t pages = 0;  // entries of all tables
 };
 
-// The fields of a buffer. S rows, T tokens, N splits, M pages a row.
+// The fields of a buffer. S rows, T tokens, N splits, P pages.
 enum class PassField {
     kPositions,   // int64 [T], each token's position in its row
     kWrite,       // int64 [T], where its keys and values go: page * page_size + offset, or -1
     kStride,      // int64 [T], 1 for a token of a row, 0 for a spare one
-    kPageTable,   // int32 [S, M], ending in -1
+    kPageTable,   // int32 [P], one row's table behind the other; what is spare is not written
+    kTableStart,  // int32 [S], where entry 0 of each row is, or would be
     kLengths,     // int32 [S], tokens of each row, new ones included
     kStarts,      // int32 [S + 1], where each row's new tokens begin
     kOwn,         // int32 [S], where each row's own keys begin
@@ -50,6 +55,7 @@ enum class PassField {
     kCount
 };
 
+// It holds all that it writes: slots may change as soon as it is made.
 class PassLayout {
 public:
     using Ints = std::span<const std::int32_t>;
@@ -57,7 +63,6 @@ public:
     using Offsets = std::span<const std::int64_t>;
 
     // counts[i] new tokens of slots[i]; the room for them is reserved, and they do not count yet.
-    // The manager must live, and these slots stay as they are, until the last call of write().
     //
     // split_keys: the most keys of a split. split_queries: a row of more new tokens shares nothing,
     // and its keys are not cut. ahead: how many passes of one token a row follow.
@@ -88,15 +93,16 @@ private:
 
     void check(const RowTree& tree) const;
     void cut(const RowTree& tree, std::int64_t split_keys, std::int64_t split_queries);
+    void take_tables(const PageManager& pages, Ints slots);
 
-    std::vector<std::int32_t> slots_;
-    std::vector<std::vector<std::int32_t>> tables_;
     std::vector<std::int32_t> old_;     // tokens of each row before the pass
     std::vector<std::int32_t> starts_;  // where its new tokens begin, and the end
     std::vector<std::int64_t> places_;
     std::vector<std::int32_t> own_;
     std::vector<std::int32_t> parts_;
     std::vector<Split> splits_;
+    std::vector<std::int32_t> table_;
+    std::vector<std::int32_t> table_start_;
     PassShape shape_;
     std::int64_t max_q_ = 0;
     std::int64_t max_k_ = 0;

@@ -110,7 +110,7 @@ void PrefixCache::clear() {
     size_ = idle_ = 0;
 }
 
-void PrefixCache::check(std::span<const std::int32_t> references) const {
+void PrefixCache::check(std::span<const std::int32_t> holders) const {
     const auto expect = [](bool holds, const char* rule) {
         if (!holds) throw std::logic_error(std::string("broken prefix cache: ") + rule);
     };
@@ -135,12 +135,12 @@ void PrefixCache::check(std::span<const std::int32_t> references) const {
         if (!holds(page)) continue;
         const std::int32_t before = parent(page);
         expect(before == kNoPage || holds(before), "the parent of a cached page is not cached");
-        expect(before == kNoPage || references[before] >= references[page],
+        expect(before == kNoPage || holders[before] > 0 || holders[page] == 0,
                "a slot holds a cached page without its parent");
         const Key own = key(before, tokens(page));
         expect(own.hash == entries_[page].hash && find(own) == page,
                "a cached page is not found by its tokens");
-        if (references[page] == 1) ++alone;
+        if (holders[page] == 0) ++alone;
     }
     expect(alone == idle_, "the number of idle pages is wrong");
 
@@ -148,7 +148,7 @@ void PrefixCache::check(std::span<const std::int32_t> references) const {
     std::int64_t length = 0;
     std::int32_t older = ring();
     for (std::int32_t page = entries_[ring()].newer; page != ring(); page = entries_[page].newer) {
-        expect(++length <= idle_ && holds(page) && references[page] == 1,
+        expect(++length <= idle_ && holds(page) && holders[page] == 0,
                "the idle list names a page in use");
         expect(entries_[page].older == older, "the idle list differs backwards");
         const std::int32_t before = parent(page);

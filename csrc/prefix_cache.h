@@ -1,7 +1,7 @@
 // The prefix cache: which page holds the keys and values of which beginning of a prompt.
 //
 // It is the part of PageManager that finds a full page again by what stands in it. It sees tokens
-// and page numbers only; references and free pages stay with the manager.
+// and page numbers only; who holds a page, and which are free, stays with the manager.
 //
 // Terms
 //   entry   a cached page: its tokens, and the cached page that the sequence has before it
@@ -68,8 +68,8 @@ public:
     void clear();
 
     // Throws std::logic_error, naming the rule, if table and list are inconsistent in themselves,
-    // or with the number of references to each page, the cache's own included.
-    void check(std::span<const std::int32_t> references) const;
+    // or with the number of holders of each page (page_manager.h).
+    void check(std::span<const std::int32_t> holders) const;
     std::int32_t parent(std::int32_t page) const { return entries_[page].parent; }
 
 private:

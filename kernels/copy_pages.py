@@ -68,10 +68,10 @@ def _fake(kv: Tensor, pairs: Tensor) -> None:
 
 def _cuda(kv: Tensor, pairs: Tensor) -> None:
     launch = _library()
+    if launch is None or not is_one_launch(kv):
+        return _torch(kv, pairs)
     layers, two, pages = kv.shape[:3]
     page_bytes = math.prod(kv.shape[3:]) * kv.element_size()
-    if launch is None or page_bytes % _VECTOR or kv.data_ptr() % _VECTOR:
-        return _torch(kv, pairs)
     if pairs.numel() == 0 or kv.numel() == 0:
         return None
     stream = torch.cuda.current_stream(kv.device).cuda_stream
@@ -81,6 +81,14 @@ def _cuda(kv: Tensor, pairs: Tensor) -> None:
     if error:
         raise RuntimeError(f"the copy of {len(pairs)} pages was not launched: cudaError {error}")
     return None
+
+
+def is_one_launch(kv: Tensor) -> bool:
+    """Whether copying pages of this pool is one launch that a CUDA graph can hold."""
+    if not kv.is_cuda:
+        return True
+    page_bytes = math.prod(kv.shape[3:]) * kv.element_size()
+    return _library() is not None and page_bytes % _VECTOR == 0 and kv.data_ptr() % _VECTOR == 0
 
 
 def library_path() -> str | None:

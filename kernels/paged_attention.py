@@ -36,8 +36,8 @@ class SharedSegments(NamedTuple):
         token_rows: int32 [T], the row of each token. Tokens of no row may have any number.
         splits: int32 [N, 6], longest work first; each is (first_token, tokens, begin, end,
             table_row, part): the tokens of the segment's rows, the positions begin : end of at
-            most SPLIT_KEYS keys, the row of the page table to find them by, and how many splits
-            come before it in its rows. One of 0 tokens does nothing: room for launches in graphs.
+            most SPLIT_KEYS keys, the row whose pages they are found by, and how many splits come
+            before it in its rows. One of 0 tokens does nothing: room for launches in graphs.
         max_tokens, max_parts, max_own: bounds of the tokens of a split, the parts of a row, and
             the keys that no segment holds, of a row of at most SPLIT_QUERIES new tokens: others'
             keys are not cut. Known to the host, see ``max_q``.
@@ -70,6 +70,7 @@ def paged_attention(
     max_k: int,
     max_own: int | None = None,
     shared: SharedSegments | None = None,
+    table_start: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of S rows, each with n new tokens, over all their keys.
 
@@ -88,7 +89,7 @@ def paged_attention(
             H. The new tokens' keys and values have been written. Positions that no row's length
             covers may hold anything, NaN included.
         page_table: int32 [S, M]; entry m of a row is the page of its keys m * page_size and on.
-            Entries past a row's length are not used.
+            Entries past a row's length are not used. See ``table_start`` for int32 [P].
         lengths: int32 [S], the keys of each row.
         cu_seqlens_q: int32 [S + 1]; row s has the tokens cu_seqlens_q[s] : cu_seqlens_q[s + 1],
             which may be none.
@@ -102,6 +103,10 @@ def paged_attention(
         shared: which keys rows have in common; None: none, or it is not known. Rows of more than
             SPLIT_QUERIES new tokens share nothing. It changes how often keys are read, and the
             order of a row's sums, never their terms.
+        table_start: int32 [S]; with it page_table is int32 [P], and entry m of row s is its number
+            table_start[s] + m, which may be negative for entries that no one reads. A row needs
+            those from its first own key on, and, if splits are found by it, from the first of
+            these on: what rows share need stand there once. None: page_table is [S, M].
 
     Returns:
         [T, H, D] of q's dtype, contiguous. A query that sees no key gives 0. Tokens from
@@ -119,14 +124,18 @@ def paged_attention(
     if q.dtype != pages.dtype:
         raise ValueError(f"q is {q.dtype} and pages are {pages.dtype}: they must be the same")
     if (
-        page_table.ndim != 2
-        or lengths.shape != page_table.shape[:1]
-        or cu_seqlens_q.shape != (len(page_table) + 1,)
+        page_table.ndim != (2 if table_start is None else 1)
+        or (table_start is None and lengths.shape != page_table.shape[:1])
+        or lengths.ndim != 1
+        or cu_seqlens_q.shape != (len(lengths) + 1,)
     ):
+        table = "[S, M]" if table_start is None else "[P]"
         raise ValueError(
             f"page_table {tuple(page_table.shape)}, lengths {tuple(lengths.shape)} and"
-            f" cu_seqlens_q {tuple(cu_seqlens_q.shape)} must be [S, M], [S] and [S + 1]"
+            f" cu_seqlens_q {tuple(cu_seqlens_q.shape)} must be {table}, [S] and [S + 1]"
         )
+    if table_start is not None and table_start.shape != lengths.shape:
+        raise ValueError(f"table_start {tuple(table_start.shape)} must be [S] = [{len(lengths)}]")
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"sinks {tuple(sinks.shape)} must be [H] = [{q.shape[1]}]")
     if window is not None and window < 1:
@@ -146,7 +155,7 @@ def paged_attention(
     nothing = (*_NOTHING_SHARED[:-1], max_k if max_own is None else max_own)
     out: Tensor = _operator(
         q, pages, page_table, lengths, cu_seqlens_q, scale, window, softcap, sinks, max_q, max_k,
-        *(shared or nothing),
+        *(shared or nothing), table_start,
     )  # fmt: skip
     return out
 
@@ -170,15 +179,17 @@ def _torch(
     max_tokens: int,
     max_parts: int,
     max_own: int,
+    table_start: Tensor | None = None,
 ) -> Tensor:
     """All rows at once, padded to ``max_q`` queries and ``max_k`` keys.
 
-    What is shared is not looked at: a row finds the same keys in its own pages.
+    What is shared only says where a row's pages are found, if they are not all in its own entries.
     """
     tokens, heads, dim = q.shape
-    rows = len(page_table)
+    rows = len(lengths)
     _, count, page_size, kv_heads, _ = pages.shape
-    longest = min(max_k, page_table.shape[1] * page_size)
+    # Every page of a row has an entry: in its own table, or in one that it shares.
+    longest = min(max_k, page_table.shape[-1] * page_size)
     if q.numel() == 0 or rows == 0 or longest == 0 or max_q == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     group = heads // kv_heads
@@ -190,7 +201,16 @@ def _torch(
     # Padding repeats another token or key; what comes of it is masked or not gathered below.
     written = t < total
     place = torch.where(written, t, 0)
-    page = page_table.long().gather(1, place // page_size).clamp(0, count - 1)
+    if table_start is None:
+        page = page_table.long().gather(1, place // page_size)
+    else:
+        first = table_start.long()[:, None]
+        if own is not None and parts is not None and splits is not None:
+            first = first[_found_by(t, own, parts, splits, start, max_parts), 0]
+        entry = torch.where(written, first + place // page_size, 0)
+        # A row without queries may need entries that do not exist, and is not needed itself.
+        page = page_table.long()[entry.clamp(0, len(page_table) - 1)]
+    page = page.clamp(0, count - 1)
     # Values are masked and not only weighted by 0: 0 * NaN is NaN.
     kv = pages.flatten(1, 2)[:, page * page_size + place % page_size]  # [2, S, L, Hkv, D]
     kv = kv.masked_fill(~written[:, :, None, None], 0)
@@ -222,6 +242,28 @@ def _torch(
     return out
 
 
+def _found_by(
+    t: Tensor, own: Tensor, parts: Tensor, splits: Tensor, start: Tensor, max_parts: int
+) -> Tensor:
+    """The row by whose entries each key ``t`` [L] of each row is found, int64 [S, L].
+
+    ``start``: int64 [S + 1], cu_seqlens_q. A row without queries may get any.
+    """
+    rows = len(own)
+    row = torch.arange(rows, device=t.device)
+    first_token, count, _, end, table_row, part = splits.long().T[:, None, :]  # [1, N] each
+    tokens = start[:-1, None]
+    covers = (first_token <= tokens) & (tokens < first_token + count)  # [S, N]
+    # A row's splits by their number; those that are none of the row go where nobody looks.
+    place = torch.where(covers, part, max_parts)
+    by_part = torch.zeros(2, rows, max_parts + 1, dtype=torch.int64, device=t.device)
+    by_part.scatter_(2, place.expand(2, -1, -1), torch.stack([table_row, end]).expand(2, rows, -1))
+    table_rows, ends = by_part
+    ends = torch.where(torch.arange(max_parts + 1, device=t.device) < parts[:, None], ends, 2**31)
+    behind = torch.searchsorted(ends, t.expand(rows, -1).contiguous(), right=True)
+    return torch.where(t < own[:, None], table_rows.gather(1, behind), row[:, None])
+
+
 def _fake(
     q: Tensor,
     pages: Tensor,
@@ -241,6 +283,7 @@ def _fake(
     max_tokens: int,
     max_parts: int,
     max_own: int,
+    table_start: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape)
 
@@ -264,12 +307,13 @@ def _triton(
     max_tokens: int,
     max_parts: int,
     max_own: int,
+    table_start: Tensor | None = None,
 ) -> Tensor:
     serves = q.dtype in _SERVED and q.shape[2] <= _LARGEST_DIM
-    path = launch if serves and q.numel() > 0 and len(page_table) * max_q > 0 else _torch
+    path = launch if serves and q.numel() > 0 and len(lengths) * max_q > 0 else _torch
     return path(
         q, pages, page_table, lengths, cu_seqlens_q, scale, window, softcap, sinks, max_q, max_k,
-        own, parts, token_rows, splits, max_tokens, max_parts, max_own,
+        own, parts, token_rows, splits, max_tokens, max_parts, max_own, table_start,
     )  # fmt: skip
 
 
@@ -277,7 +321,7 @@ _operator = register(
     "paged_attention(Tensor q, Tensor pages, Tensor page_table, Tensor lengths,"
     " Tensor cu_seqlens_q, float scale, int? window, float? softcap, Tensor? sinks, SymInt max_q,"
     " SymInt max_k, Tensor? own, Tensor? parts, Tensor? token_rows, Tensor? splits,"
-    " SymInt max_tokens, SymInt max_parts, SymInt max_own) -> Tensor",
+    " SymInt max_tokens, SymInt max_parts, SymInt max_own, Tensor? table_start=None) -> Tensor",
     torch_path=_torch,
     triton_path=_triton,
     fake=_fake,

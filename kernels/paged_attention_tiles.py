@@ -57,12 +57,23 @@ def _normalised(acc, m, s, sinks, head):
 
 
 @jit
+def _entries(page_table, table_start, table_stride, row):
+    """Where entry 0 of a row's pages stands, or would, if a ragged table had it."""
+    first = row.to(tl.int64) * table_stride
+    if table_start is not None:
+        first = tl.load(table_start + row)
+    return page_table + first
+
+
+@jit
 def _walk(
     asked, keys, values, table, begin, end, first, last, scale, softcap,
     TILE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
     PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries ``asked`` [TILE, LANES] over the keys begin : end of a row of the table.
+    """A tile of queries ``asked`` [TILE, LANES] over the keys begin : end of a row.
+
+    Its pages are found by ``table``, of which no entry is read before that of ``begin``.
 
     An item sees the keys from ``first`` on, in a window, to ``last``: numbers, or [TILE, 1].
     Returns maxima m and sums s of the weights, [TILE], and the weighted values acc [TILE, LANES];
@@ -125,15 +136,15 @@ def _store_part(
 # Strides of q, and the size of the pages, are the model's; the rest varies from call to call.
 @jit(
     do_not_specialize=[
-        "page_table", "lengths", "cu_seqlens_q", "sinks", "own", "parts", "token_rows", "splits",
-        "sums", "peaks", "table_stride", "entries", "shared_blocks", "rows", "blocks",
-        "own_splits", "most", "queries", "window",
+        "page_table", "table_start", "lengths", "cu_seqlens_q", "sinks", "own", "parts",
+        "token_rows", "splits", "sums", "peaks", "table_stride", "entries", "shared_blocks", "rows",
+        "blocks", "own_splits", "most", "queries", "window",
     ]
 )  # fmt: skip
 def attend(
-    q, pages, page_table, lengths, cu_seqlens_q, sinks, own, parts, token_rows, splits, out, sums,
-    peaks, q_token, q_head, values, table_stride, entries, shared_blocks, rows, blocks, own_splits,
-    most, queries, window, scale, softcap,
+    q, pages, page_table, table_start, lengths, cu_seqlens_q, sinks, own, parts, token_rows, splits,
+    out, sums, peaks, q_token, q_head, values, table_stride, entries, shared_blocks, rows, blocks,
+    own_splits, most, queries, window, scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
     PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CUT: tl.constexpr,
     SPLIT_QUERIES: tl.constexpr, SHARED_TILE: tl.constexpr, TILE: tl.constexpr,
@@ -149,8 +160,8 @@ def attend(
         if tile < entries * shared_blocks:
             _shared_tile(
                 tile // shared_blocks, tile % shared_blocks, kv_head,
-                q, pages, page_table, lengths, cu_seqlens_q, token_rows, splits, sums, peaks,
-                q_token, q_head, values, table_stride, most, queries, window, scale, softcap,
+                q, pages, page_table, table_start, lengths, cu_seqlens_q, token_rows, splits, sums,
+                peaks, q_token, q_head, values, table_stride, most, queries, window, scale, softcap,
                 HEADS, GROUP, DIM, LANES, PAGE_SIZE, WINDOW, SOFTCAP, SHARED_TILE, KEYS,
             )  # fmt: skip
             return
@@ -159,8 +170,8 @@ def attend(
     # last block of queries, which sees the most keys, begins first.
     _own_tail(
         tile % rows, blocks - 1 - tile // rows // own_splits, tile // rows % own_splits, kv_head,
-        q, pages, page_table, lengths, cu_seqlens_q, sinks, own, parts, out, sums, peaks,
-        q_token, q_head, values, table_stride, most, queries, window, scale, softcap,
+        q, pages, page_table, table_start, lengths, cu_seqlens_q, sinks, own, parts, out, sums,
+        peaks, q_token, q_head, values, table_stride, most, queries, window, scale, softcap,
         HEADS, GROUP, DIM, LANES, PAGE_SIZE, WINDOW, SOFTCAP, CUT, SPLIT_QUERIES, TILE, KEYS,
         SPLIT_KEYS,
     )  # fmt: skip
@@ -169,7 +180,7 @@ def attend(
 @jit
 def _shared_tile(
     entry, block, kv_head,
-    q, pages, page_table, lengths, cu_seqlens_q, token_rows, splits, sums, peaks,
+    q, pages, page_table, table_start, lengths, cu_seqlens_q, token_rows, splits, sums, peaks,
     q_token, q_head, values, table_stride, most, queries, window, scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
     PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TILE: tl.constexpr,
@@ -184,7 +195,7 @@ def _shared_tile(
         return
     begin = tl.load(entry + 2)
     end = tl.load(entry + 3)
-    table = page_table + tl.load(entry + 4).to(tl.int64) * table_stride
+    table = _entries(page_table, table_start, table_stride, tl.load(entry + 4))
     part = tl.load(entry + 5)
 
     item = first_item + tl.arange(0, TILE)
@@ -220,7 +231,7 @@ def _shared_tile(
 @jit
 def _own_tail(
     row, block, split, kv_head,
-    q, pages, page_table, lengths, cu_seqlens_q, sinks, own, parts, out, sums, peaks,
+    q, pages, page_table, table_start, lengths, cu_seqlens_q, sinks, own, parts, out, sums, peaks,
     q_token, q_head, values, table_stride, most, queries, window, scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
     PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CUT: tl.constexpr,
@@ -260,9 +271,10 @@ def _own_tail(
     if CUT:
         begin = tl.maximum(begin, origin + split * SPLIT_KEYS)
         end = tl.where(count > 1, tl.minimum(end, origin + (split + 1) * SPLIT_KEYS), end)
+    table = _entries(page_table, table_start, table_stride, row)
     m, s, acc = _walk(
-        asked, pages + kv_head * DIM, values, page_table + row.to(tl.int64) * table_stride,
-        begin, end, (position - window + 1)[:, None], position[:, None], scale, softcap,
+        asked, pages + kv_head * DIM, values, table, begin, end,
+        (position - window + 1)[:, None], position[:, None], scale, softcap,
         TILE, HEADS, DIM, LANES, PAGE_SIZE, WINDOW, SOFTCAP, KEYS,
     )  # fmt: skip
 

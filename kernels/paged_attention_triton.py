@@ -99,14 +99,17 @@ def launch(
     max_tokens: int,
     max_parts: int,
     max_own: int,
+    table_start: Tensor | None = None,
 ) -> Tensor:
     """The operator for float16, bfloat16 and float32, D up to 256, and at least one query."""
     _, heads, dim = q.shape
-    rows = len(page_table)
+    rows = len(lengths)
     if q.stride(2) != 1:
         q = q.contiguous()
-    if page_table.stride(1) != 1:
+    if page_table.stride(-1) != 1:
         page_table = page_table.contiguous()
+    table_stride = page_table.stride(0) if table_start is None else 0
+    table_start = None if table_start is None else table_start.contiguous()
     lengths, cu_seqlens_q = lengths.contiguous(), cu_seqlens_q.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
     page_size, kv_heads = pages.shape[2:4]
@@ -142,8 +145,8 @@ def launch(
     }  # fmt: skip
     programs = (entries * shared_blocks + rows * blocks * own_splits) * kv_heads
     attend[(programs,)](
-        q, pages, page_table, lengths, cu_seqlens_q, sinks, own, parts, token_rows, splits, out,
-        sums, peaks, q.stride(0), q.stride(1), pages.stride(0), page_table.stride(0), entries,
+        q, pages, page_table, table_start, lengths, cu_seqlens_q, sinks, own, parts, token_rows,
+        splits, out, sums, peaks, q.stride(0), q.stride(1), pages.stride(0), table_stride, entries,
         shared_blocks, rows, blocks, own_splits, most, queries, window or 0, scale, softcap or 0.0,
         HEADS=kv_heads, GROUP=group, PAGE_SIZE=page_size, SOFTCAP=softcap is not None,
         CUT=most > 1, SHARED_TILE=table.shared_tile, TILE=table.tile, **both,

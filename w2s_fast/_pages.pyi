@@ -68,6 +68,8 @@ class PageManager:
     def truncate(self, slots: Int32, lengths: Int32) -> None: ...
     def trim(self, slots: Int32) -> None: ...
     def release(self, slots: Int32) -> None: ...
+    def page_table(self, slots: Int32) -> Int32:
+        """[n, the most pages that one of them holds]; -1 behind a slot's pages."""
     def match(self, tokens: Int32, counts: Int32) -> Int32:
         """Returns how many tokens of each sequence are cached."""
     def adopt(self, slots: Int32, tokens: Int32, counts: Int32) -> Int32:
@@ -100,17 +102,20 @@ class PageManager:
     @property
     def free_slots(self) -> int: ...
     @property
-    def page_table(self) -> Int32:
-        """Read-only live view [max_slots, max_pages_per_slot]; -1 = no page."""
-    @property
     def lengths(self) -> Int32:
         """Read-only live view [max_slots]."""
     @property
     def held_pages(self) -> Int32:
         """Read-only live view [max_slots]: pages held, reserved ones too; -1 = free slot."""
     @property
-    def reference_counts(self) -> Int32:
-        """Read-only live view [num_pages]: the slots with the page, plus one if it is cached."""
+    def last_pages(self) -> Int32:
+        """Read-only live view [max_slots]: the last of these pages; -1 = none."""
+    @property
+    def pages_before(self) -> Int32:
+        """Read-only live view [num_pages]: the page that each follows; -1 = none."""
+    @property
+    def holders(self) -> Int32:
+        """Read-only live view [num_pages]: slots that end in each, and pages in use that follow."""
 
 def fill_fields(
     buffer: NDArray[np.uint8],
@@ -289,9 +294,50 @@ def lay_out_rows(
 ) -> tuple[Int32, tuple[Float32, Int64, Float64, Float64, Int64, Int64, Int64], Tree]:
     """Returns slots [S], sampling columns [S] each, and what the rows share."""
 
+class PassRoom:
+    """Where the fields of a pass lie in a buffer, in PassField's order; and the room there is."""
+
+    def __init__(self, offsets: Int64, rows: int, tokens: int, splits: int, pages: int) -> None: ...
+
+Bounds = tuple[int, int, int, int, int, int, int, int, int]
+
+class DrawLayout:
+    """One draw of many requests, as recordings run it; see csrc/draw.h."""
+
+    def __init__(self, requests: Sequence[Beams], base: PageManager) -> None: ...
+    @property
+    def rows(self) -> int:
+        """Candidates that will grow."""
+    @property
+    def tokens(self) -> int:
+        """What the sources run, and the most of one of them: ``max_new``."""
+    @property
+    def max_new(self) -> int: ...
+    @property
+    def num_sources(self) -> int: ...
+    def begin(self, steps: int, split_keys: int, split_queries: int) -> None:
+        """Move on in the base's pages. OutOfPages, in the middle of it."""
+    @property
+    def bounds(self) -> tuple[Bounds, Bounds]:
+        """As PassLayout.bounds: of the sources' pass, and of the rows' first one."""
+    @property
+    def before(self) -> Int32:
+        """Pages to be copied before the sources run: [num_before, 2]."""
+    @property
+    def num_before(self) -> int: ...
+    @property
+    def num_copies(self) -> int:
+        """Pages to be copied before the second tokens: they are among the rows' columns."""
+    def write_rows(self, buffer: NDArray[np.uint8], room: PassRoom, columns: Int64) -> None: ...
+    def write_sources(
+        self, buffer: NDArray[np.uint8], room: PassRoom, columns: Int64, rows: int
+    ) -> None: ...
+
 def take_tokens(
-    requests: Sequence[Beams], tokens: Int64, logprobs: Float32, steps: int
-) -> Broken: ...
+    requests: Sequence[Beams], memory: NDArray[np.uint8], rows: int, logprobs: int
+) -> Broken:
+    """``memory``: of Draws, [steps, n]; where in a step log-probs begin."""
+
 def release_finished(requests: Sequence[Beams], manager: PageManager, model: int) -> None: ...
 
 class ScoringLayout:
@@ -305,31 +351,60 @@ class ScoringLayout:
         weights: Sequence[float],
     ) -> None: ...
     @property
-    def counts(self) -> Int32: ...
+    def counts(self) -> Int32:
+        """New tokens of each candidate that runs."""
+    @property
+    def cu_tokens(self) -> Int64: ...
     @property
     def rows(self) -> list[tuple[Int32, Tree, Int32]]:
         """Of each model of the guides slots [S], what the rows share, and how many tokens each
         holds before its chunk [S]."""
     @property
-    def cu_tokens(self) -> Int64: ...
+    def columns(self) -> list[tuple[str, str, int]]:
+        """Name, dtype and items of each column; those of score_select from weights on."""
     @property
-    def max_candidates(self) -> int: ...
+    def sizes(self) -> tuple[int, int, int, int, int, int, int]:
+        """Rounds, candidates, new tokens, ids that end responses, known tokens; the most candidates
+        of a round, and the most it keeps."""
     @property
-    def max_width(self) -> int: ...
+    def num_drawn(self) -> int:
+        """Rows of the tokens that are not known."""
+    def begin(
+        self, managers: Sequence[PageManager], split_keys: int, split_queries: int
+    ) -> list[Int32]:
+        """Move on in the guides' pages: of each model, pages to be copied.
+
+        OutOfPages, in the middle of it."""
     @property
-    def nbytes(self) -> int: ...
-    @property
-    def fields(self) -> list[tuple[str, str, int, int]]:
-        """Name, dtype, offset in bytes and count of each; those of score_select from weights on."""
-    def write(self, buffer: NDArray[np.uint8]) -> None: ...
+    def bounds(self) -> list[Bounds]:
+        """As PassLayout.bounds, of each model."""
+    def write(
+        self,
+        buffer: NDArray[np.uint8],
+        offsets: Int64,
+        items: Int64,
+        room: int,
+        rooms: Sequence[PassRoom],
+    ) -> None:
+        """``offsets``, ``items``: of the columns. ``room``: rows of the buffer of drawn tokens.
+        ``rooms``: of the models' passes."""
 
 def take_scores(
     requests: Sequence[Beams],
     cu_tokens: Int64,
-    token_scores: Float64,
-    scores: Float64,
-    broken: Int64,
-) -> Broken: ...
+    packed: Int64,
+    kept: int,
+    candidates: int,
+    tokens: int,
+) -> Broken:
+    """``packed``: of score_select, for so many kept in all, candidates and tokens."""
+
+def same_dicts(now: list[dict[str, Any]], seen: list[dict[str, Any]]) -> bool:
+    """Whether they are equal; what cannot be compared is not."""
+
+def same_numbers(objects: list[Any], name: str, numbers: list[int], call: bool) -> bool:
+    """Whether an attribute of each object, or what it returns, is the number."""
+
 def end_rounds(requests: Sequence[Beams], kept: Int64, managers: Sequence[PageManager]) -> None: ...
 def keep_all(requests: Sequence[Beams], managers: Sequence[PageManager]) -> None: ...
 def round_pages(requests: Sequence[Beams], page_sizes: Sequence[int]) -> Int64:

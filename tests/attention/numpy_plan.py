@@ -24,6 +24,9 @@ def only(tree: RowTree, rows: NDArray[np.bool_]) -> RowTree:
     return RowTree(kept[:, 0], kept[:, 1], kept[:, 2], kept[:, 3], np.where(rows, tree.own, 0))
 
 
+NO_PAGES = np.empty(0, np.int32)
+
+
 class SplitSegments(NamedTuple):
     """The segments of a tree, cut into splits: what SharedSegments is.
 
@@ -63,6 +66,23 @@ class SplitSegments(NamedTuple):
         return cls(tree.own, parts, token_rows, splits[longest_first])
 
 
+def ragged_tables(
+    pool: PagePool, slots: Ints, own: Int32Array, splits: Int32Array
+) -> tuple[Int32Array, Int32Array]:
+    """The tables of rows that share splits int32 [N, 6], each from the first page read by it.
+
+    Returns the entries int32 [P], and int32 [S], where entry 0 of each row would be.
+    """
+    tables, starts, entries = [NO_PAGES], [], 0
+    for row, (table, key) in enumerate(zip(pool.page_table(slots).cpu().numpy(), own)):
+        begins = [begin for _, _, begin, _, table_row, _ in splits.tolist() if table_row == row]
+        first = min([int(key), *begins]) // pool.page_size
+        tables.append(table[table >= 0][first:])
+        starts.append(entries - first)
+        entries += len(tables[-1])
+    return np.concatenate(tables), np.array(starts, np.int32)
+
+
 def pad(array: NDArray[Any], size: int, spare: int) -> NDArray[Any]:
     return np.concatenate([array, np.full(size - len(array), spare, array.dtype)])
 
@@ -90,11 +110,13 @@ class NumpyPlan(NamedTuple):
         tree = RowTree.of([], len(new)) if tree is None else only(tree, new <= split_queries)
         cut = SplitSegments.of(tree, new, split_keys)
         offset = np.arange(start[-1]) - np.repeat(start[:-1], new)
+        table, table_start = ragged_tables(pool, slots, cut.own, cut.splits)
         fields = {
             "positions": np.repeat(old, new) + offset,
             "write": pool.places(slots, new).cpu().numpy(),
             "stride": np.ones(start[-1], np.int64),
-            "page_table": pool.page_table(slots).cpu().numpy(),
+            "page_table": table,
+            "table_start": table_start,
             "lengths": keys,
             "cu_seqlens_q": start,
             "own": cut.own.astype(np.int32),
@@ -109,7 +131,7 @@ class NumpyPlan(NamedTuple):
                 rows=len(new),
                 tokens=int(start[-1]),
                 splits=len(cut.splits),
-                pages=fields["page_table"].shape[1],
+                pages=len(table),
                 max_q=int(new.max(initial=0)),
                 max_k=int(keys.max() + ahead) if len(keys) else 0,
                 max_own=int((keys - tree.own)[short].max() + ahead) if short.any() else 0,
@@ -119,17 +141,19 @@ class NumpyPlan(NamedTuple):
         )
 
     def padded(self, rows: int, tokens: int, splits: int, pages: int) -> dict[str, NDArray[Any]]:
-        """The fields with room for more: spare rows and tokens read nothing and write nowhere."""
+        """The fields with room for more: spare rows and tokens read nothing and write nowhere.
+
+        Spare entries of page_table are -1 here, and anything in a pass.
+        """
         have = self.fields
-        table = np.full((rows, pages), -1, np.int32)
-        table[: self.bounds.rows, : self.bounds.pages] = have["page_table"]
         room = np.zeros((splits, 6), np.int32)
         room[: self.bounds.splits] = have["splits"]
         return {
             "positions": pad(have["positions"], tokens, 0),
             "write": pad(have["write"], tokens, -1),
             "stride": pad(have["stride"], tokens, 0),
-            "page_table": table,
+            "page_table": pad(have["page_table"], pages, -1),
+            "table_start": pad(have["table_start"], rows, 0),
             "lengths": pad(have["lengths"], rows, 0),
             "cu_seqlens_q": pad(have["cu_seqlens_q"], rows + 1, self.bounds.tokens),
             "own": pad(have["own"], rows, 0),

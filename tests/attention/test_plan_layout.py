@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -59,13 +60,19 @@ def lay_out(
 def written(
     layout: PassLayout, more: tuple[int, int, int, int] = (0, 0, 0, 0), back: bool = False
 ) -> dict[str, Any]:
-    """What it writes into a buffer full of something else, with room for some ``more``."""
+    """What it writes into a buffer full of something else, with room for some ``more``.
+
+    Entries of page_table that it leaves alone are -1.
+    """
     room = [have + spare for have, spare in zip(layout.bounds, more)]
     made = PassFields(*room, shares=True, spare=True, more={"last": Field(torch.int64, (3,))})
     buffer = torch.full((made.fields.nbytes,), 77, dtype=torch.uint8)
     made.write(layout, buffer.numpy(), back)
     fields = {name: view.numpy() for name, view in made.fields.tensors(buffer).items()}
     assert (fields.pop("last") == 0x4D4D4D4D4D4D4D4D).all()  # not ours to write
+    spare = fields["page_table"][layout.bounds[3] :]
+    assert (spare == 0x4D4D4D4D).all()
+    spare[:] = -1
     return fields
 
 
@@ -176,14 +183,55 @@ def test_a_layout_does_not_leave_its_buffer() -> None:
         layout.write(buffer, made._offsets + 2**62, *shape)
     with pytest.raises(PageMisuse, match="odd address"):
         layout.write(buffer, made._offsets + 1, *shape)
-    with pytest.raises(PageMisuse, match="10 fields"):
+    with pytest.raises(PageMisuse, match="11 fields"):
         layout.write(buffer, made._offsets[1:], *shape)
     with pytest.raises(TypeError):
         layout.write(buffer.astype(np.float32), made._offsets, *shape)
     assert np.array_equal(buffer, before)
-    forest.pool.release(forest.slots)
-    with pytest.raises(PageMisuse, match="has changed"):
-        made.write(layout, buffer)
+
+
+def test_a_layout_depends_on_nothing_that_happens_later() -> None:
+    forest = make_forest([Request(40, ((2, 10, 10), (2, 3, 9)))], 1, 1, 1)
+    layout = lay_out(forest, forest.tree(), 16)
+    before = written(layout)
+    pool, slots = forest.pool, forest.slots
+    pool.extend(slots, forest.counts)
+    pool.reserve(slots, [16] * len(slots))
+    assert all(np.array_equal(array, before[name]) for name, array in written(layout).items())
+    children = pool.fork(slots[:1], [2])
+    pool.release(slots)
+    pool.reserve(children, [16, 16])  # pages that were the rows'
+    assert all(np.array_equal(array, before[name]) for name, array in written(layout).items())
+    del forest, pool
+    gc.collect()
+    assert all(np.array_equal(array, before[name]) for name, array in written(layout).items())
+
+
+def entries_of(forest: Forest) -> int:
+    return Bounds.of(lay_out(forest, forest.tree(), SPLIT_KEYS)).pages
+
+
+@pytest.mark.parametrize("new", [1, 5])
+def test_what_is_copied_of_a_history_is_an_entry_a_page_and_not_one_a_row(new: int) -> None:
+    """16 rows of one request, whose tails fill the pages that they always have."""
+    size, more = 16, 40
+
+    def request(prompt: int, history: int) -> Forest:
+        levels = ((4, history, history), (4, 0, 0))
+        return make_forest([Request(prompt, levels, (new, new))], 1, 1, 1, size)
+
+    short = entries_of(request(10 * size, 10 * size))
+    assert short == 10 + 4 * 10 + 16
+    assert entries_of(request((10 + more) * size, 10 * size)) == short + more
+    assert entries_of(request(10 * size, (10 + more) * size)) == short + 4 * more
+    # Rows of a page that is partly shared have it twice: where it is read, and where it goes on.
+    assert entries_of(request(10 * size + 3, 10 * size + 2)) == 10 + 4 * 11 + 12
+
+
+def test_rows_that_share_nothing_have_their_whole_tables() -> None:
+    forest = make_forest([Request(40, ((3, 10, 10),))], 1, 1, 1)
+    bounds = Bounds.of(lay_out(forest, None, SPLIT_KEYS))
+    assert bounds.pages == int(forest.pool.manager.held_pages[forest.slots].sum()) == 3 * 4
 
 
 @settings(max_examples=60)

@@ -11,14 +11,20 @@ def i32(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
+def pages(manager: PageManager, slot: int) -> list[int]:
+    """The pages of a slot, in order."""
+    return manager.page_table(i32(slot))[0].tolist()
+
+
 def state(manager: PageManager) -> tuple:
     """Everything that can be seen from outside."""
     statistics = manager.cache_statistics
     return (
-        manager.page_table.tolist(),
         manager.lengths.tolist(),
         manager.held_pages.tolist(),
-        manager.reference_counts.tolist(),
+        manager.last_pages.tolist(),
+        manager.pages_before.tolist(),
+        manager.holders.tolist(),
         manager.free_pages,
         manager.free_slots,
         manager.cached_pages,

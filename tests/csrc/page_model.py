@@ -1,10 +1,12 @@
 """A page manager's model in plain Python, and the manager beside it.
 
-The model keeps, for each slot, the list of its tokens. Beside it stands a memory with one value
-for each (page, offset), written only where places says and copied only where the returned
-copies say, as the owner of a KV tensor would do. The value stands for the token and all tokens
-before it, as keys and values do. If the manager shared a page that it should not, freed one still
-in use, or found a wrong one in the prefix cache, some slot would read back another's tokens.
+The model keeps, for each slot, the list of its tokens and the list of its pages. Which page is
+taken next is the manager's to choose; all else that becomes of the lists follows from the
+operations. Beside them stands a memory with one value for each (page, offset), written only where
+places says and copied only where the returned copies say, as the owner of a KV tensor would do.
+The value stands for the token and all tokens before it, as keys and values do. If the manager
+shared a page that it should not, freed one still in use, or found a wrong one in the prefix cache,
+some slot would read back another's tokens.
 
 Of the prefix cache the model knows which beginnings are cached, in which page, and in which order
 they will be evicted.
@@ -38,7 +40,7 @@ class PageModel:
         self.manager = manager
         self.memory = np.full((manager.num_pages, manager.page_size), GARBAGE, np.int64)
         self.tokens: dict[int, list[int]] = {}  # of each live slot
-        self.held: dict[int, int] = {}  # pages each live slot should hold
+        self.pages: dict[int, list[int]] = {}  # of each live slot, reserved ones too
         self.next_token = 0
         self.alphabet = alphabet
         self.beginnings: dict[tuple[int, ...], int] = {}  # the value that stands for each
@@ -50,18 +52,29 @@ class PageModel:
     def pages_of(self, tokens: int) -> int:
         return -(-tokens // self.manager.page_size)
 
-    def row(self, slot: int) -> list[int]:
-        return [page for page in self.manager.page_table[slot].tolist() if page >= 0]
+    def tables(self) -> dict[int, list[int]]:
+        """The manager's own, of each slot."""
+        slots = sorted(self.tokens)
+        rows = self.manager.page_table(i32(slots)).tolist()
+        return {s: [p for p in row if p >= 0] for s, row in zip(slots, rows, strict=True)}
+
+    def slots_with(self) -> Counter:
+        """How many slots have each page."""
+        return Counter(chain(*self.pages.values()))
 
     def owners(self) -> Counter:
-        return Counter(page for slot in self.tokens for page in self.row(slot))
+        """Those, and the cache."""
+        return self.slots_with() + Counter(self.cached.values())
 
-    def references(self) -> Counter:
-        return self.owners() + Counter(self.cached.values())
+    def holders(self) -> Counter:
+        """How many slots end in each page, and how many different pages follow it."""
+        rows = self.pages.values()
+        follows = {page: row[i] for row in rows for i, page in enumerate(row[1:])}
+        return Counter(row[-1] for row in rows if row) + Counter(follows.values())
 
     def unused(self) -> int:
         """Pages that neither a slot nor the cache holds."""
-        return self.manager.num_pages - len(self.references())
+        return self.manager.num_pages - len(self.owners())
 
     def value_of(self, tokens: list[int]) -> int:
         return self.beginnings.setdefault(tuple(tokens), len(self.beginnings))
@@ -79,18 +92,18 @@ class PageModel:
 
     def partial(self, slot: int) -> int | None:
         whole, rest = divmod(len(self.tokens[slot]), self.manager.page_size)
-        return self.row(slot)[whole] if rest else None
+        return self.pages[slot][whole] if rest else None
 
     def writable(self, slot: int) -> int:
-        if self.references()[self.partial(slot)] > 1:
+        if self.owners()[self.partial(slot)] > 1:
             return 0
-        return self.held[slot] * self.manager.page_size - len(self.tokens[slot])
+        return len(self.pages[slot]) * self.manager.page_size - len(self.tokens[slot])
 
     # -- what happens in every operation --
 
     def state(self) -> tuple:
         m = self.manager
-        arrays = (m.page_table, m.lengths, m.held_pages, m.reference_counts)
+        arrays = (m.lengths, m.held_pages, m.last_pages, m.pages_before, m.holders)
         s = m.cache_statistics
         counts = (m.free_pages, m.free_slots, m.cached_pages, s.lookups, s.hit_tokens, s.evictions)
         return (*(array.tobytes() for array in arrays), *counts)
@@ -122,9 +135,9 @@ class PageModel:
 
     def let_go(self, dropped: list[int]) -> None:
         """Cached pages become idle when the last slot lets go of them, in that order."""
-        owners = self.owners()
+        in_use = self.slots_with()
         last = {page: i for i, page in enumerate(dropped)}
-        idle = [key for key, page in self.cached.items() if page not in owners]
+        idle = [key for key, page in self.cached.items() if page not in in_use]
         new = [key for key in idle if key not in self.idle]
         self.idle += sorted(new, key=lambda key: last[self.cached[key]])
 
@@ -136,27 +149,39 @@ class PageModel:
             slots = done[0].tolist()
             assert len(slots) == n and not set(slots) & self.tokens.keys()
             self.tokens |= {slot: [] for slot in slots}
-            self.held |= dict.fromkeys(slots, 0)
+            self.pages |= {slot: [] for slot in slots}
 
     def reserve_tokens(self, slots, wanted) -> bool:
-        references, needed, held = self.references(), 0, dict(self.held)
+        owners, rewritten, missing = self.owners(), [], dict.fromkeys(slots, 0)
         for slot, n in zip(slots, wanted, strict=True):
             if n == 0:
                 continue
-            if (page := self.partial(slot)) is not None and references[page] > 1:
-                references[page] -= 1
-                needed += 1
-            held[slot] = max(held[slot], self.pages_of(len(self.tokens[slot]) + n))
-            needed += held[slot] - self.held[slot]
+            if (page := self.partial(slot)) is not None and owners[page] > 1:
+                owners[page] -= 1
+                rewritten.append((slot, page))
+            pages = self.pages_of(len(self.tokens[slot]) + n)
+            missing[slot] = max(0, pages - len(self.pages[slot]))
+        needed = len(rewritten) + sum(missing.values())
         assert self.manager.pages_needed(i32(slots), i32(wanted)) == needed
-        enough = needed <= self.manager.num_pages - len(self.owners())
+        enough = needed <= self.manager.num_pages - len(self.slots_with())
         evicted = needed - self.unused()
         if done := self.attempt(enough, OutOfPages, self.manager.reserve, i32(slots), i32(wanted)):
-            self.copy(done[0])
-            self.done["copied on write"] += len(done[0])
-            self.held = held
+            copies = done[0]
+            self.copy(copies)
+            self.done["copied on write"] += len(copies)
+            assert copies[:, 0].tolist() == [page for _, page in rewritten]
+            taken = copies[:, 1].tolist()
+            before, after = self.slots_with(), self.tables()
+            for (slot, page), copy in zip(rewritten, taken, strict=True):
+                assert self.pages[slot][-1] == page  # else others have it, too, and what follows
+                self.pages[slot][-1] = copy
+            for slot, n in missing.items():
+                new = after[slot][len(after[slot]) - n :] if n else []
+                self.pages[slot] += new
+                taken += new
+            assert len(set(taken)) == needed and before.keys().isdisjoint(taken)
             self.evict(evicted)
-            self.let_go(done[0][:, 0].tolist())
+            self.let_go([page for _, page in rewritten])
         return enough
 
     def write_tokens(self, slots, counts, tokens=None) -> bool:
@@ -182,33 +207,40 @@ class PageModel:
         pairs = list(zip(slots, counts, strict=True))
         pages = sum(n for slot, n in pairs if self.partial(slot) is not None)
         free_slots = self.manager.max_slots - len(self.tokens)
-        free_pages = self.manager.num_pages - len(self.owners())
+        free_pages = self.manager.num_pages - len(self.slots_with())
         enough = sum(counts) <= free_slots and pages <= free_pages
         evicted = pages - self.unused()
         if done := self.attempt(enough, OutOfPages, self.manager.fork, i32(slots), i32(counts)):
             children, copies = done[0]
             self.copy(copies)
             self.evict(evicted)
+            before, rest = self.slots_with(), iter(copies.tolist())
+            assert before.keys().isdisjoint(copies[:, 1].tolist())
             parents = [slot for slot, n in pairs for _ in range(n)]
             for child, parent in zip(children.tolist(), parents, strict=True):
                 assert child not in self.tokens
                 self.tokens[child] = list(self.tokens[parent])
-                self.held[child] = self.pages_of(len(self.tokens[parent]))
+                full = len(self.tokens[parent]) // self.manager.page_size
+                self.pages[child] = self.pages[parent][:full]
+                if (page := self.partial(parent)) is not None:
+                    source, destination = next(rest)
+                    assert source == page
+                    self.pages[child].append(destination)
+            assert next(rest, None) is None
 
     def cut(self, slots, lengths) -> None:
         pairs = list(zip(slots, lengths, strict=True))
-        dropped = [page for slot, n in pairs for page in self.row(slot)[self.pages_of(n) :][::-1]]
+        dropped = [page for slot, n in pairs for page in self.pages[slot][self.pages_of(n) :][::-1]]
         self.attempt(True, PageMisuse, self.manager.truncate, i32(slots), i32(lengths))
         for slot, n in pairs:
-            del self.tokens[slot][n:]
-            self.held[slot] = self.pages_of(n)
+            del self.tokens[slot][n:], self.pages[slot][self.pages_of(n) :]
         self.let_go(dropped)
 
     def release_slots(self, slots) -> None:
-        dropped = [page for slot in slots for page in self.row(slot)[::-1]]
+        dropped = [page for slot in slots for page in self.pages[slot][::-1]]
         self.attempt(True, PageMisuse, self.manager.release, i32(slots))
         for slot in slots:
-            del self.tokens[slot], self.held[slot]
+            del self.tokens[slot], self.pages[slot]
         self.let_go(dropped)
 
     def adopt_prompts(self, slots, prompts) -> bool:
@@ -219,12 +251,12 @@ class PageModel:
         lengths = [len(keys) * self.manager.page_size for keys in found]
         flat, counts = i32(list(chain(*prompts))), i32([len(prompt) for prompt in prompts])
         assert self.manager.match(flat, counts).tolist() == lengths
-        allowed = all(self.held[slot] == 0 for slot in slots)
+        allowed = not any(self.pages[slot] for slot in slots)
         if done := self.attempt(allowed, PageMisuse, self.manager.adopt, i32(slots), flat, counts):
             assert done[0].tolist() == lengths
             for slot, keys in zip(slots, found, strict=True):
                 self.tokens[slot] = list(keys[-1]) if keys else []
-                self.held[slot] = len(keys)
+                self.pages[slot] = [self.cached[key] for key in keys]
                 self.idle = [key for key in self.idle if key not in keys]
                 self.done["pages adopted"] += len(keys)
         return allowed
@@ -237,7 +269,7 @@ class PageModel:
         if done := self.attempt(allowed, PageMisuse, self.manager.remember, *args):
             before = len(self.cached)
             for slot, prompt in zip(slots, prompts, strict=True):
-                pages = zip(self.full_pages(prompt), self.row(slot), strict=False)
+                pages = zip(self.full_pages(prompt), self.pages[slot], strict=False)
                 for key, page in pages:
                     if not self.manager.prefix_cache or self.cached.setdefault(key, page) != page:
                         break

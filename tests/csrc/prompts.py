@@ -42,7 +42,3 @@ def run(manager: PageManager, *prompts: list[int]) -> None:
     """One request after the other, each from its beginning to its end."""
     for prompt in prompts:
         manager.release(i32(begin(manager, prompt)))
-
-
-def pages(manager: PageManager, slot: int) -> list[int]:
-    return [page for page in manager.page_table[slot].tolist() if page >= 0]

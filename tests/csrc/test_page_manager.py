@@ -6,7 +6,7 @@ import gc
 import numpy as np
 import pytest
 
-from tests.csrc.managers import PAGE_SIZE, i32, state
+from tests.csrc.managers import PAGE_SIZE, i32, pages, state
 from w2s_fast._pages import PageManager
 from w2s_fast.errors import OutOfPages, PageMisuse, W2SFastError
 
@@ -33,7 +33,7 @@ def test_a_new_pool_is_all_free(manager):
     assert (manager.num_pages, manager.page_size) == (16, PAGE_SIZE)
     assert (manager.max_slots, manager.max_pages_per_slot) == (8, 4)
     assert (manager.free_pages, manager.used_pages, manager.free_slots) == (16, 0, 8)
-    assert (manager.page_table == -1).all() and (manager.held_pages == -1).all()
+    assert (manager.last_pages == -1).all() and (manager.held_pages == -1).all()
 
 
 def test_a_fresh_slot_is_empty_and_holds_no_page(manager):
@@ -68,7 +68,7 @@ def test_a_pruned_page_is_free_again(manager):
     grow(manager, slots, 8, 3)
     manager.release(slots[:1])
     assert manager.used_pages == 1 and manager.free_slots == 7
-    assert (manager.page_table[slots[0]] == -1).all() and manager.lengths[slots[0]] == 0
+    assert manager.last_pages[slots[0]] == -1 and manager.lengths[slots[0]] == 0
     manager.release(slots[1:])
     assert manager.free_pages == manager.num_pages
 
@@ -76,24 +76,24 @@ def test_a_pruned_page_is_free_again(manager):
 def test_a_page_just_freed_is_the_next_one_used(manager):
     slots = manager.allocate(2)
     grow(manager, slots, 8, 4)
-    freed = manager.page_table[slots[0], :2].tolist()
+    freed = pages(manager, slots[0])
     manager.release(slots[:1])
     again = manager.allocate(1)
     assert again.tolist() == [slots[0]]
     manager.reserve(again, i32(8))
-    assert manager.page_table[again[0], :2].tolist() == freed
+    assert pages(manager, again[0]) == freed
 
 
 def test_fork_shares_full_pages_and_copies_a_partial_one(manager):
     (parent,) = slots = manager.allocate(1)
     grow(manager, slots, 6)
     children, copies = manager.fork(slots, i32(2))
-    table = manager.page_table
-    full, partial = table[parent, :2]
-    assert table[children, 0].tolist() == [full, full]
-    assert copies.tolist() == [[partial, table[child, 1]] for child in children]
-    assert len({partial, *table[children, 1]}) == 3
-    assert manager.reference_counts[full] == 3 and manager.reference_counts[partial] == 1
+    full, partial = pages(manager, parent)
+    table = manager.page_table(children)
+    assert table[:, 0].tolist() == [full, full]
+    assert copies.tolist() == [[partial, own] for own in table[:, 1]]
+    assert len({partial, *table[:, 1]}) == 3
+    assert manager.holders[[full, partial, *table[:, 1]]].tolist() == [3, 1, 1, 1]
     assert manager.lengths[children].tolist() == [6, 6]
 
 
@@ -102,6 +102,18 @@ def test_fork_at_a_page_boundary_copies_nothing(manager):
     grow(manager, slots, 8)
     _, copies = manager.fork(slots, i32(3))
     assert copies.shape == (0, 2) and manager.used_pages == 2
+
+
+def test_fork_and_release_touch_one_page_however_long_the_history_is(manager):
+    slots = manager.allocate(1)
+    grow(manager, slots, 14)
+    held = pages(manager, slots[0])
+    assert manager.holders[held].tolist() == [1, 1, 1, 1]
+    children, copies = manager.fork(slots, i32(2))
+    assert manager.holders[held].tolist() == [1, 1, 3, 1]
+    assert manager.holders[copies[:, 1]].tolist() == [1, 1]
+    manager.release(children)
+    assert manager.holders[held].tolist() == [1, 1, 1, 1] and manager.used_pages == 4
 
 
 def test_fork_groups_children_by_parent_in_order(manager):
@@ -162,15 +174,15 @@ def test_a_shared_page_cut_by_truncate_is_copied_before_it_is_written(manager):
     grow(manager, slots, 8)
     children, _ = manager.fork(slots, i32(1))
     manager.truncate(children, i32(6))
-    shared = manager.page_table[slots[0], 1]
+    shared = pages(manager, slots[0])[1]
     for write in (manager.places, manager.extend):
         with pytest.raises(PageMisuse, match="shared"):
             write(children, i32(1))
     assert manager.pages_needed(children, i32(1)) == 1
     copies = manager.reserve(children, i32(1))
-    fresh = manager.page_table[children[0], 1]
+    first, fresh = pages(manager, children[0])
     assert copies.tolist() == [[shared, fresh]] and fresh != shared
-    assert manager.reference_counts[shared] == 1
+    assert manager.holders[[first, shared, fresh]].tolist() == [2, 1, 1]
     assert manager.places(children, i32(1)).tolist() == [fresh * PAGE_SIZE + 2]
 
 
@@ -188,20 +200,42 @@ def test_the_last_of_all_owners_keeps_the_shared_page(manager):
     children, _ = manager.fork(slots, i32(2))
     owners = np.concatenate([slots, children])
     manager.truncate(owners, i32(1, 2, 3))
-    shared = manager.page_table[slots[0], 0]
-    assert manager.pages_needed(owners, i32(1, 1, 1)) == 2
+    (shared,) = pages(manager, slots[0])
+    for _ in range(2):  # asking changes nothing
+        assert manager.pages_needed(owners, i32(1, 1, 1)) == 2
     copies = manager.reserve(owners, i32(1, 1, 1))
     assert copies[:, 0].tolist() == [shared, shared] and shared not in copies[:, 1]
-    assert manager.page_table[owners[2], 0] == shared and manager.used_pages == 3
+    assert pages(manager, owners[2]) == [shared] and manager.used_pages == 3
+
+
+def test_a_page_table_is_as_wide_as_its_longest_slot(manager):
+    slots = manager.allocate(3)
+    grow(manager, slots, 9, 2, 0)
+    table = manager.page_table(slots[[1, 0, 2, 1]])
+    assert table.dtype == np.int32
+    first, second, third = pages(manager, slots[0])
+    (other,) = pages(manager, slots[1])
+    assert len({first, second, third, other}) == 4
+    short = [other, -1, -1]
+    assert table.tolist() == [short, [first, second, third], [-1, -1, -1], short]
+    assert manager.page_table(slots[2:]).shape == (1, 0)
+    assert manager.page_table(i32()).shape == (0, 0)
+
+
+VIEWS = ("lengths", "held_pages", "last_pages", "pages_before", "holders")
 
 
 def test_views_share_memory_stay_in_place_and_are_read_only(manager):
-    table, lengths, counts = manager.page_table, manager.lengths, manager.reference_counts
+    views = {name: getattr(manager, name) for name in VIEWS}
     slots = manager.allocate(2)
     grow(manager, slots, 5, 1)
-    assert lengths[slots].tolist() == [5, 1] and (table[slots, 0] >= 0).all()
-    assert counts.sum() == 3
-    for view, name in ((table, "page_table"), (lengths, "lengths"), (counts, "reference_counts")):
+    (first, second), (other,) = (pages(manager, slot) for slot in slots)
+    assert views["lengths"][slots].tolist() == [5, 1]
+    assert views["held_pages"][slots].tolist() == [2, 1]
+    assert views["last_pages"][slots].tolist() == [second, other]
+    assert views["pages_before"][[first, second, other]].tolist() == [-1, first, -1]
+    assert views["holders"].sum() == 3
+    for name, view in views.items():
         assert view.ctypes.data == getattr(manager, name).ctypes.data
         with pytest.raises(ValueError, match="read-only"):
             view[0] = 1
@@ -265,6 +299,8 @@ MISUSES = {
     "extend beyond the reserved": lambda m, s: m.extend(s, i32(1, 1)),
     "mapping beyond the reserved": lambda m, s: m.places(s, i32(1, 1)),
     "longer by truncate": lambda m, s: m.truncate(s, i32(1, 5)),
+    "table of a free slot": lambda m, s: m.page_table(i32(s[0], 7)),
+    "table of an unknown slot": lambda m, s: m.page_table(i32(99)),
 }
 
 
@@ -291,25 +327,37 @@ def test_a_pool_of_impossible_size_is_refused(sizes):
         PageManager(*sizes)
 
 
+# Slot 0 has pages 0 and 1, and page 2 reserved; slot 1 has pages 0 and 1, and half of page 3.
 @pytest.mark.parametrize(
-    ("table", "index", "value", "rule"),
+    ("column", "index", "value", "rule"),
     [
-        ("page_table", 0, 1, "reference count"),
-        ("page_table", 1, -1, "does not exist"),
-        ("page_table", 3, 5, "does not hold"),
-        ("lengths", 0, 9, "too few pages"),
-        ("lengths", 0, 3, "reserved ahead"),
-        ("reference_counts", 0, 1, "reference count"),
+        ("last_pages", 1, 2, "count of holders"),
+        ("last_pages", 0, 99, "does not exist"),
+        ("last_pages", 5, 3, "before its first"),
+        ("pages_before", 2, 0, "does not exist"),
+        ("pages_before", 1, -1, "does not exist"),
+        ("pages_before", 0, 3, "before its first"),
+        ("pages_before", 3, 2, "before its first"),
+        ("lengths", 0, 13, "too few pages"),
+        ("lengths", 1, 4, "shares a page reserved ahead"),
+        ("lengths", 1, 6, "shares a partial page that is not its last"),
+        ("holders", 0, 2, "count of holders"),
+        ("holders", 1, 1, "count of holders"),
+        ("holders", 4, 1, "count of holders"),
+        ("held_pages", 0, 2, "before its first"),
+        ("held_pages", 0, 5, "more pages than a slot may"),
         ("held_pages", 5, 0, "slot is in use"),
     ],
 )
-def test_check_names_the_broken_rule(table, index, value, rule):
+def test_check_names_the_broken_rule(column, index, value, rule):
     manager = make()
     slots = manager.allocate(1)
     grow(manager, slots, 8)
-    manager.fork(slots, i32(1))
+    children, _ = manager.fork(slots, i32(1))
+    manager.reserve(slots, i32(4))
+    grow(manager, children, 2)
     manager.check()
-    address = getattr(manager, table).ctypes.data
+    address = getattr(manager, column).ctypes.data
     ctypes.cast(address, ctypes.POINTER(ctypes.c_int32))[index] = value
     with pytest.raises(RuntimeError, match=rule):
         manager.check()

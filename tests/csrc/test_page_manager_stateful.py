@@ -110,13 +110,13 @@ class Pages(PageModel, RuleBasedStateMachine):
         slots = self.draw_slots(data)
         self.cut(slots, self.draw_amounts(data, slots, lambda slot: len(self.tokens[slot])))
 
-    @precondition(lambda self: max(self.references().values(), default=0) > 1)
+    @precondition(lambda self: max(self.owners().values(), default=0) > 1)
     @rule(data=st.data())
     def roll_back_into_a_shared_page_and_rewrite(self, data):
         """What a change of tokenisation does to one of several hypotheses."""
-        references = self.references()
+        owners = self.owners()
         shared = {
-            slot: sum(references[page] > 1 for page in self.row(slot)) * self.manager.page_size
+            slot: sum(owners[page] > 1 for page in self.pages[slot]) * self.manager.page_size
             for slot in self.tokens
         }
         sharing = st.sampled_from(sorted(slot for slot, n in shared.items() if n))
@@ -136,7 +136,8 @@ class Pages(PageModel, RuleBasedStateMachine):
     def trim(self, data):
         slots = self.draw_slots(data)
         self.attempt(True, PageMisuse, self.manager.trim, i32(slots))
-        self.held |= {slot: self.pages_of(len(self.tokens[slot])) for slot in slots}
+        for slot in slots:
+            del self.pages[slot][self.pages_of(len(self.tokens[slot])) :]
 
     @precondition(lambda self: len(self.tokens) > 1)
     @rule(data=st.data())
@@ -150,7 +151,7 @@ class Pages(PageModel, RuleBasedStateMachine):
     def adopt(self, data, careful):
         slots = self.draw_slots(data)
         if careful:
-            slots = [slot for slot in slots if self.held[slot] == 0]
+            slots = [slot for slot in slots if not self.pages[slot]]
         self.adopt_prompts(slots, [self.draw_prompt(data) for _ in slots])
 
     @precondition(lambda self: self.tokens)
@@ -187,8 +188,9 @@ class Pages(PageModel, RuleBasedStateMachine):
         wanted = self.manager.free_pages - left
         slots, counts = sorted(self.tokens), []
         for slot in slots:
-            own = self.held[slot] * self.manager.page_size - len(self.tokens[slot])
-            pages = max(0, min(wanted, self.manager.max_pages_per_slot - self.held[slot]))
+            held = len(self.pages[slot])
+            own = held * self.manager.page_size - len(self.tokens[slot])
+            pages = max(0, min(wanted, self.manager.max_pages_per_slot - held))
             counts.append(own + pages * self.manager.page_size if pages else 0)
             wanted -= pages
         if self.reserve_tokens(slots, counts):
@@ -218,7 +220,7 @@ class Pages(PageModel, RuleBasedStateMachine):
         self.attempt(False, PageMisuse, m.truncate, i32(slots), longer)
         for slot in slots:
             prompt = self.tokens[slot][: m.page_size]
-            if self.cached.get(tuple(prompt), -1) in self.row(slot)[:1]:
+            if self.cached.get(tuple(prompt), -1) in self.pages[slot][:1]:
                 lie = i32([*prompt[:-1], prompt[-1] + 1])
                 size = i32([len(lie)])
                 self.attempt(False, PageMisuse, m.remember, i32([slot]), lie, size)
@@ -231,20 +233,21 @@ class Pages(PageModel, RuleBasedStateMachine):
         for slot, tokens in self.tokens.items():
             assert self.manager.lengths[slot] == len(tokens)
             values = [self.value_of(tokens[: i + 1]) for i in range(len(tokens))]
-            assert self.memory[self.row(slot)].reshape(-1)[: len(tokens)].tolist() == values
+            assert self.memory[self.pages[slot]].reshape(-1)[: len(tokens)].tolist() == values
 
     @invariant()
     def each_slot_holds_the_pages_it_should(self):
-        for slot, held in self.held.items():
-            assert len(self.row(slot)) == self.manager.held_pages[slot] == held
+        assert self.tables() == self.pages
+        for slot, pages in self.pages.items():
+            assert self.manager.held_pages[slot] == len(pages)
 
     @invariant()
-    def reference_counts_are_occurrences_and_the_rest_is_free(self):
+    def holders_follow_from_the_tables_and_the_rest_is_free(self):
         self.manager.check()
-        references = self.references()
-        counts = self.manager.reference_counts.tolist()
-        assert counts == [references[page] for page in range(self.manager.num_pages)]
-        assert self.manager.free_pages == self.manager.num_pages - len(self.owners())
+        holders = self.holders()
+        counts = self.manager.holders.tolist()
+        assert counts == [holders[page] for page in range(self.manager.num_pages)]
+        assert self.manager.free_pages == self.manager.num_pages - len(self.slots_with())
         assert self.manager.free_slots == self.manager.max_slots - len(self.tokens)
 
     @invariant()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.csrc.managers import PAGE_SIZE, i32
+from tests.csrc.managers import PAGE_SIZE, i32, pages
 from tests.csrc.prompts import (
     FIRST,
     SECOND,
@@ -13,7 +13,6 @@ from tests.csrc.prompts import (
     grow,
     make,
     match,
-    pages,
     remember,
     run,
 )
@@ -97,7 +96,8 @@ def test_a_fork_of_a_remembered_slot_adds_nothing_new(manager):
     children, copies = manager.fork(i32(slot), i32(2))
     assert len(copies) == 0
     assert remember(manager, children[0], FIRST + SECOND) == 0
-    assert manager.reference_counts[pages(manager, slot)].tolist() == [4, 4]
+    assert [pages(manager, child) for child in children] == [pages(manager, slot)] * 2
+    assert manager.used_pages == manager.cached_pages == 2
 
 
 @pytest.mark.parametrize("hash_bits", [0, 1, 2, 64])
@@ -192,12 +192,29 @@ def test_pages_reserved_ahead_are_written_while_the_prompt_is_cached(manager):
     assert manager.held_pages[slot] == manager.used_pages == 1
 
 
-def test_the_cache_counts_as_one_reference(manager):
+def test_the_cache_keeps_a_page_without_holding_it(manager):
     slot = begin(manager, FIRST + SECOND[:1])
     held = pages(manager, slot)
-    assert manager.reference_counts[held].tolist() == [2, 1]
+    assert manager.holders[held].tolist() == [1, 1]
     manager.release(i32(slot))
-    assert manager.reference_counts[held].tolist() == [1, 0]
+    assert manager.holders[held].tolist() == [0, 0]
+    assert manager.cached_pages == 1 and manager.free_pages == manager.num_pages
+    slots = manager.allocate(2)
+    manager.reserve(slots, i32(16, 16))  # others first
+    assert held[1] in manager.page_table(slots) and held[0] not in manager.page_table(slots)
+    assert match(manager, FIRST) == 4
+
+
+def test_pages_adopted_are_held_from_the_last_one_backwards(manager):
+    run(manager, FIRST + SECOND + THIRD)
+    slots = manager.allocate(2)
+    adopt(manager, slots[0], FIRST + SECOND + THIRD)
+    whole = pages(manager, slots[0])
+    assert manager.holders[whole].tolist() == [1, 1, 1]
+    adopt(manager, slots[1], FIRST)
+    assert manager.holders[whole].tolist() == [2, 1, 1]
+    manager.release(slots[:1])
+    assert manager.holders[whole].tolist() == [1, 0, 0]
 
 
 # ---- switches and statistics ----
@@ -213,7 +230,7 @@ def test_without_the_cache_nothing_is_found_and_nothing_kept():
     manager.check()
     other = manager.allocate(1).item()
     assert adopt(manager, other, FIRST + SECOND) == 0
-    assert manager.cached_pages == 0 and manager.reference_counts.sum() == 0
+    assert manager.cached_pages == 0 and manager.holders.sum() == 0
     assert manager.cache_statistics.lookups == 0
     manager.drop_cache()
     manager.check()
@@ -233,7 +250,7 @@ def test_a_dropped_cache_finds_nothing_and_slots_keep_their_pages(manager):
         manager.cached_pages == 0 and match(manager, FIRST + SECOND) == match(manager, THIRD) == 0
     )
     assert pages(manager, slot) == held and manager.used_pages == 2
-    assert manager.reference_counts.sum() == 2
+    assert manager.holders[held].tolist() == [1, 1] and manager.holders.sum() == 2
     manager.truncate(i32(slot), i32(6))
     assert len(grow(manager, slot, 2)) == 0  # its own again: nothing to copy
     assert remember(manager, slot, FIRST + SECOND) == 2

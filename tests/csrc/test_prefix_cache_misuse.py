@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from tests.csrc.managers import i32, state
+from tests.csrc.managers import i32, pages, state
 from tests.csrc.prompts import FIRST, SECOND, THIRD, begin, grow, make, match, remember, run
 from w2s_fast.errors import PageMisuse
 
@@ -66,20 +66,26 @@ def test_a_hash_of_impossible_width_is_refused(hash_bits):
         make(hash_bits=hash_bits)
 
 
-def test_check_misses_a_reference_of_the_cache(manager):
+def test_check_sees_a_cached_page_in_use_that_no_slot_holds(manager):
     run(manager, FIRST)
-    counts = manager.reference_counts
-    address = ctypes.cast(counts.ctypes.data, ctypes.POINTER(ctypes.c_int32))
-    address[0] = 0
-    with pytest.raises(RuntimeError, match="reference count"):
-        manager.check()
+    address = ctypes.cast(manager.holders.ctypes.data, ctypes.POINTER(ctypes.c_int32))
     address[0] = 1
+    with pytest.raises(RuntimeError, match="count of holders"):
+        manager.check()
+    address[0] = 0
 
 
-def test_check_sees_a_slot_that_holds_a_cached_page_behind_the_wrong_one():
+@pytest.mark.parametrize("held", [True, False])
+def test_check_sees_a_cached_page_behind_the_wrong_one(held):
     manager = make()
     slot = begin(manager, FIRST + SECOND)
-    table = ctypes.cast(manager.page_table.ctypes.data, ctypes.POINTER(ctypes.c_int32))
-    table[4 * slot], table[4 * slot + 1] = table[4 * slot + 1], table[4 * slot]
-    with pytest.raises(RuntimeError, match="another one before it"):
+    first, second = pages(manager, slot)
+    before = ctypes.cast(manager.pages_before.ctypes.data, ctypes.POINTER(ctypes.c_int32))
+    if held:  # the other way round
+        last = ctypes.cast(manager.last_pages.ctypes.data, ctypes.POINTER(ctypes.c_int32))
+        last[slot], before[first], before[second] = first, second, -1
+    else:
+        manager.release(i32(slot))
+        before[second] = -1
+    with pytest.raises(RuntimeError, match="another one than in the cache"):
         manager.check()

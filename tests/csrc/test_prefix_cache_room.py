@@ -39,9 +39,10 @@ def test_the_whole_pool_can_be_had_from_a_full_cache():
 
 
 def evict_one(manager: PageManager) -> None:
-    """Takes all pages that are simply free, and one of the cache."""
+    """Takes all pages that are simply free, and one of the cache. No slot may hold a page."""
+    assert manager.used_pages == 0
     slot = manager.allocate(1)
-    free = manager.num_pages - np.count_nonzero(manager.reference_counts)
+    free = manager.num_pages - manager.cached_pages
     manager.reserve(slot, i32((free + 1) * PAGE_SIZE))
     manager.release(slot)
 

@@ -22,7 +22,7 @@ from w2s_fast.kernels.paged_attention_triton import SPLIT_QUERIES
 
 
 def bounds_of(rows: int, max_q: int, shared: tuple[int, int, int, int], pages: int) -> Bounds:
-    """Bounds of a pass: splits, max_tokens, max_parts, max_own."""
+    """Bounds of a pass: splits, max_tokens, max_parts, max_own; entries of all its tables."""
     splits, max_tokens, max_parts, max_own = shared
     return Bounds(
         rows, rows * max_q, splits, pages, max_q, 16 * pages, max_own, max_tokens, max_parts
@@ -34,18 +34,18 @@ def bounds_of(rows: int, max_q: int, shared: tuple[int, int, int, int], pages: i
     max_q=st.integers(1, 64),
     shared=st.tuples(*[st.integers(1, 5000)] * 4)
     | st.integers(0, 20000).map(lambda own: (0, 0, 0, own)),
-    pages=st.integers(1, 3000),
-    more_pages=st.integers(0, 3000),
+    most=st.integers(1, 3000),
+    filled=st.floats(0, 1),
 )
 def test_a_bucket_is_never_too_small(
-    rows: int, max_q: int, shared: tuple[int, int, int, int], pages: int, more_pages: int
+    rows: int, max_q: int, shared: tuple[int, int, int, int], most: int, filled: float
 ) -> None:
-    padded = round_up_rows(rows, 1500)
-    most = pages + more_pages
+    """``filled``: the share of their tables that rows have, of ``most`` pages a row."""
+    padded, pages = round_up_rows(rows, 1500), int(filled * rows * most)
     bucket = Bucket.of(bounds_of(rows, max_q, shared, pages), padded, padded * max_q, most)
     wanted = (rows, rows * max_q, max_q, *shared, pages)
     assert all(have >= want for have, want in zip(bucket, wanted, strict=True))
-    assert bucket.pages <= most
+    assert bucket.pages <= padded * most
     # Not much too large either, once past the smallest.
     smallest = Bucket.smallest(padded, padded * max_q, bucket.max_q, most)
     assert bucket.max_q < 2 * max_q

@@ -170,10 +170,11 @@ def dense(forest: Forest, plan: KernelPlan, dtype: torch.dtype, window: int | No
     """Every row against its own keys, gathered, with products in ``dtype``."""
     out = []
     size, group = forest.pool.page_size, forest.queries.shape[1] // forest.pool.kv.shape[4]
+    table = forest.pool.page_table(forest.slots).long()
     queries = forest.queries.split(forest.counts.tolist())
     for row, (q, length) in enumerate(zip(queries, plan.lengths.tolist())):
         t = torch.arange(length, device="cuda")
-        kv = forest.pool.kv[0][:, plan.page_table[row, t // size].long(), t % size].to(dtype)
+        kv = forest.pool.kv[0][:, table[row, t // size], t % size].to(dtype)
         k, v = kv.repeat_interleave(group, dim=2).transpose(1, 2)  # [H, L, D]
         x = (q.to(dtype).transpose(0, 1) @ k.mT).to(torch.promote_types(dtype, torch.float32))
         distance = t[length - len(q) :, None] - t

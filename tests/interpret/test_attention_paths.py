@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from tests.interpret.attention import check, launched
 from tests.interpret.rule import DEVICE
-from tests.kernels.forests import Forest, Request, attend, make_forest
+from tests.kernels.forests import Forest, Request, attend, make_forest, strewn_tables
 from w2s_fast.attention.kernel import KernelPlan
 from w2s_fast.kernels import paged_attention_tiles as kernels
 
@@ -81,6 +82,26 @@ def test_no_split_is_launched_for_rows_that_have_none() -> None:
             blocks = -(-17 * 4 // heads // 16)
             assert len(tails) == len(requests) * blocks * splits * heads
             check(forest, plan, scale=0.25)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter tells what it runs")
+@pytest.mark.parametrize("window", [None, 45])
+def test_entries_that_no_row_needs_are_not_read(window: int | None) -> None:
+    forest = make_forest([Request(70, ((2, 18, 30), (3, 1, 4)), (1, 2)), Request(20, shares=False)])
+    plan, size = forest.plan(), forest.pool.page_size
+    table, start = strewn_tables(forest, plan, seed=0)
+    plan = replace(plan, page_table=table, table_start=start)
+    (bad,) = forest.pool.page_table([0])[0].tolist()
+    read = set()
+    with launched():
+        for name, x in launches(forest, plan, scale=0.25, window=window):
+            if name == "_walk" and number(x["begin"]) < number(x["end"]):
+                entry = (number(x["table"]) - table.data_ptr()) // table.itemsize
+                first, last = number(x["begin"]) // size, (number(x["end"]) - 1) // size
+                read |= set(range(entry + first, entry + last + 1))
+    assert min(read) >= 0 and bad not in table[sorted(read)]
+    # All that is needed is read; in a window, some of it.
+    assert (len(read) == int((table != bad).sum())) == (window is None)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter tells what it runs")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.interpret.attention import check, launched, trees
 from tests.interpret.rule import DEVICE, DTYPES
-from tests.kernels.forests import Forest, Request, attend, make_forest
+from tests.kernels.forests import Forest, Request, assert_tables_agree, attend, make_forest
 from tests.kernels.test_paged_attention import NAN
 from w2s_fast.attention.contract import LayerOptions
 from w2s_fast.attention.kernel import KernelPlan
@@ -58,6 +58,30 @@ def test_every_forest_gives_the_definition(
         check(forest, forest.plan(), scale=dim**-0.5, window=window, softcap=softcap, sinks=sinks)
 
 
+@settings(max_examples=10)
+@given(
+    requests=trees(),
+    page_size=st.sampled_from([1, 3, 16, 48]),
+    split_keys=st.sampled_from([16, 32, 512]),
+    window=st.sampled_from([None, None, 1, 9, 17, 40]),
+    shared=st.sampled_from([True, True, False]),
+    aborted=st.sampled_from([0.0, 0.4]),
+    seed=st.integers(0, 2**16),
+)
+def test_ragged_tables_give_the_bits_of_full_ones(
+    requests: list[Request],
+    page_size: int,
+    split_keys: int,
+    window: int | None,
+    shared: bool,
+    aborted: float,
+    seed: int,
+) -> None:
+    forest = make_forest(requests, page_size=page_size, device=DEVICE, aborted=aborted, seed=seed)
+    with launched(split_keys=split_keys):
+        assert_tables_agree(forest, shared, seed, scale=0.25, window=window)
+
+
 SEARCH = Request(61, ((3, 18, 70), (2, 1, 4)))
 
 
@@ -72,13 +96,13 @@ def test_the_launch_table_gives_the_definition(dim: int, dtype: torch.dtype) -> 
 def needed(forest: Forest, plan: KernelPlan) -> Tensor:
     """bool [pages, page_size]: what stands where the launch has to read it."""
     assert plan.shared is not None
-    size = forest.pool.page_size
+    size, table = forest.pool.page_size, forest.pool.page_table(forest.slots)
     read = torch.zeros(forest.pool.kv.shape[2:4], dtype=torch.bool)
     runs = [(row, begin, end) for _, _, begin, end, row, _ in plan.shared.splits.tolist()]
     runs += zip(range(len(plan.lengths)), plan.shared.own.tolist(), plan.lengths.tolist())
     for row, begin, end in runs:
         for t in range(begin, end):
-            read[plan.page_table[row, t // size], t % size] = True
+            read[table[row, t // size], t % size] = True
     return read
 
 

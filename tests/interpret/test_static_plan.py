@@ -106,6 +106,6 @@ def test_steps_write_and_read_what_the_plans_own_steps_do(data: st.DataObject) -
                 q, k, v = new[step, : len(plan.positions)].unbind(1)
                 out.append(plan.attend(0, q, k[:, :2], v[:, :2], options)[:5])
             got.append(torch.stack(out))
-    assert len(forests[0].slots) == 5
+    assert len(forests[0].slots) == 5 and (plan.write[5:] == -1).all()
     assert torch.equal(got[0], got[1])
     assert torch.equal(forests[0].pool.kv.nan_to_num(), forests[1].pool.kv.nan_to_num())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,8 @@ class Forest:
 
     def case(self, plan: KernelPlan) -> Case:
         """All rows, as the tests of paged_attention have them, on the CPU."""
-        tensors = (self.queries, self.pool.kv[0], plan.page_table, plan.lengths, plan.cu_seqlens_q)
+        table = self.pool.page_table(self.slots)
+        tensors = (self.queries, self.pool.kv[0], table, plan.lengths, plan.cu_seqlens_q)
         return Case(*(t.cpu() for t in tensors), plan.max_q, plan.max_k)
 
 
@@ -144,10 +145,54 @@ def make_forest(
     )
 
 
+def strewn_tables(forest: Forest, plan: KernelPlan, seed: int) -> tuple[Tensor, Tensor]:
+    """The tables of a plan of all rows, once more: page_table int32 [P], and table_start.
+
+    The entries that a row needs stand alone, in any order of rows. All others, between them and
+    around them, are a page of NaN.
+    """
+    size, tables = forest.pool.page_size, forest.pool.page_table(forest.slots).tolist()
+    first, splits = [0] * len(tables), []
+    if plan.shared is not None:
+        first, splits = plan.shared.own.tolist(), plan.shared.splits.tolist()
+    for _, tokens, begin, _, row, _ in splits:
+        first[row] = min(first[row], begin) if tokens else first[row]
+    bad = [int(forest.pool.page_table([0])[0, 0])] * 3
+    assert forest.pool.kv[:, :, bad].isnan().all()
+    found, starts = list(bad), [0] * len(tables)
+    for row in np.random.default_rng(seed).permutation(len(tables)):
+        begin, end = first[row] // size, -(-int(plan.lengths[row]) // size)
+        starts[row] = len(found) - begin
+        found += tables[row][begin:end] + bad
+    device = plan.page_table.device
+    return (
+        torch.tensor(found, dtype=torch.int32, device=device),
+        torch.tensor(starts, dtype=torch.int32, device=device),
+    )
+
+
+def assert_tables_agree(forest: Forest, shared: bool, seed: int, **rule: Any) -> None:
+    """Full tables, the plan's, and those of :func:`strewn_tables` give the same bits."""
+    plan = forest.plan(shared=shared)
+    found = attend(forest, plan, **rule)
+    assert found.isfinite().all()
+    full = paged_attention(
+        forest.queries, forest.pool.kv[0], forest.pool.page_table(forest.slots), plan.lengths,
+        plan.cu_seqlens_q, **rule, max_q=plan.max_q, max_k=plan.max_k, max_own=plan.max_own,
+        shared=plan.shared,
+    ).cpu()  # fmt: skip
+    assert torch.equal(found, full)
+    table, start = strewn_tables(forest, plan, seed)
+    # Every other entry of a larger table: what is strided is read in place, or copied.
+    for page_table in (table, table.repeat_interleave(2)[::2]):
+        strewn = replace(plan, page_table=page_table, table_start=start)
+        assert torch.equal(attend(forest, strewn, **rule), full)
+
+
 def attend(forest: Forest, plan: KernelPlan, queries: Tensor | None = None, **rule: Any) -> Tensor:
     """What the operator gives for a plan of all rows, or of those that ``queries`` are of."""
     return paged_attention(
         forest.queries if queries is None else queries, forest.pool.kv[0], plan.page_table,
         plan.lengths, plan.cu_seqlens_q, **rule, max_q=plan.max_q, max_k=plan.max_k,
-        max_own=plan.max_own, shared=plan.shared,
+        max_own=plan.max_own, shared=plan.shared, table_start=plan.table_start,
     ).cpu()  # fmt: skip

@@ -181,8 +181,9 @@ def paged_attention_case(
     softcap: float | None = None,
     sinks: bool = False,
     siblings: int = 0,
+    ragged: bool = False,
 ) -> Case:
-    """``siblings``: the rows of a segment; 0: nothing is shared."""
+    """``siblings``: the rows of a segment; 0: nothing is shared. ``ragged``: so are the tables."""
     heads, kv_heads, dim = {**HEADS, **ODD_HEADS}[model]
     tokens = siblings * max_q
 
@@ -190,11 +191,13 @@ def paged_attention_case(
         i32 = torch.int32
         paged_attention._triton(
             meta(rows * max_q, heads, dim, dtype=dtype),
-            meta(2, 4096, 16, kv_heads, dim, dtype=dtype), meta(rows, -(-max_k // 16), dtype=i32),
+            meta(2, 4096, 16, kv_heads, dim, dtype=dtype),
+            meta(*[max_k + rows] if ragged else [rows, -(-max_k // 16)], dtype=i32),
             meta(rows, dtype=i32), meta(rows + 1, dtype=i32), 0.125, window, softcap,
             meta(heads, dtype=dtype) if sinks else None, max_q, max_k,
             *(meta(n, dtype=i32) if siblings else None for n in (rows, rows, rows * max_q)),
             meta(24, 6, dtype=i32) if siblings else None, tokens, 9, 40 if siblings else max_k,
+            meta(rows, dtype=i32) if ragged else None,
         )  # fmt: skip
 
     # From 64 queries times heads on, a product is one of a whole warp group.
@@ -207,7 +210,7 @@ def paged_attention_case(
         90: "wgmma.mma_async" if wide else "mma.sync",
         100: "tcgen05.mma" if wide else "mma.sync",
     }
-    options = f"{window}-{softcap}-{sinks}-{siblings}"
+    options = f"{window}-{softcap}-{sinks}-{siblings}-{ragged}"
     name = f"paged_attention-{model}-{rows}x{max_q}-{max_k}-{options}"
     return Case(name, launch, kernels, products)
 
@@ -274,6 +277,15 @@ CASES = [
     paged_attention_case(
         "8b", 16, 1, 4200, CUT, window=1024, softcap=30.0, sinks=True, siblings=16
     ),
+    # Ragged tables, as plans have them, take no more.
+    paged_attention_case("gpt2", 16, 1, 1024, {"attend": 96, "merge_parts": 64}, ragged=True),
+    paged_attention_case("8b", 4, 512, 512, {"attend": 192}, ragged=True),
+    *(
+        paged_attention_case(
+            model, 16, max_q, 4200, {"attend": most, "merge_parts": 64}, siblings=16, ragged=True
+        )
+        for model, max_q, most in (("gpt2", 1, 96), ("8b", 5, 240))
+    ),
 ]
 
 
@@ -325,8 +337,8 @@ def test_attention_in_float32_spills_nothing(max_q: int, siblings: int, model: s
         assert "tf32" not in c.ptx  # exact products only
 
 
-@pytest.mark.parametrize("siblings", [0, 7])
-def test_rows_and_bounds_compile_no_attention_anew(siblings: int) -> None:
+@pytest.mark.parametrize(("siblings", "ragged"), [(0, False), (7, False), (7, True)])
+def test_rows_and_bounds_compile_no_attention_anew(siblings: int, ragged: bool) -> None:
     """Rows, odd buffers and tables included, and bounds with one tile are one variant."""
     kernels = {
         (c.name, c.ptx)
@@ -334,7 +346,7 @@ def test_rows_and_bounds_compile_no_attention_anew(siblings: int) -> None:
         for c in compilations(
             90,
             lambda rows=rows, max_q=max_q, max_k=max_k: paged_attention_case(  # type: ignore[misc]
-                "8b", rows, max_q, max_k, {}, siblings=siblings
+                "8b", rows, max_q, max_k, {}, siblings=siblings, ragged=ragged
             ).launch(torch.bfloat16),
         )
     }

@@ -60,6 +60,8 @@ def operators() -> dict[str, Operator]:
         splits=torch.tensor([[0, 3, 0, 4, 0, 0]]).int(), max_tokens=3, max_parts=1, max_own=4,
     )  # fmt: skip
     pages[:, 1] = pages[:, 3]
+    # Only the first one's table has the page of these.
+    ragged = (torch.tensor([3, 0, 4, 2]).int(), torch.tensor([0, 1, 3]).int())
     k, v, slots = torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.tensor([12, -1, 6])
     kv, pairs = torch.randn(3, 2, 5, 4, 2, 8), torch.tensor([[4, 1], [0, -1], [4, 2]]).int()
     return {
@@ -76,6 +78,12 @@ def operators() -> dict[str, Operator]:
             paged,
             {**attention, "shared": shared},
             (*paged, *attention.values(), *shared),
+        ),
+        "paged_attention by ragged tables": (
+            paged_attention,
+            (*paged[:2], ragged[0], *paged[3:]),
+            {**attention, "shared": shared, "table_start": ragged[1]},
+            (*paged[:2], ragged[0], *paged[3:], *attention.values(), *shared, ragged[1]),
         ),
         "token_logprob": (
             token_logprob,

@@ -28,7 +28,7 @@ class Bounds(NamedTuple):
     """What a pass needs room for, and what bounds its launches.
 
     Attributes:
-        rows, tokens, splits, pages: S and T, N of SharedSegments, and the most pages of a row.
+        rows, tokens, splits, pages: S and T, N of SharedSegments, and P, entries of page_table.
         max_q, max_k: the most new tokens, and the most keys of a row.
         max_own: the most keys outside of segments of a row whose keys may be cut, which has at most
             SPLIT_QUERIES new tokens; 0: there is none.
@@ -87,7 +87,7 @@ class PassFields:
         spare: bool,
         more: Mapping[str, Field] = {},
     ) -> None:
-        """For so many rows, tokens, splits, and pages a row.
+        """For so many rows, tokens, splits, and entries of their tables of pages.
 
         Args:
             shares: whether rows share keys. spare: whether there may be tokens of no row.
@@ -98,7 +98,8 @@ class PassFields:
             "positions": Field(int64, (tokens,)),
             "write": Field(int64, (tokens,)),
             "stride": Field(int64, (tokens,)),
-            "page_table": Field(int32, (rows, pages)),
+            "page_table": Field(int32, (pages,)),
+            "table_start": Field(int32, (rows,)),
             "lengths": Field(int32, (rows,)),
             "cu_seqlens_q": Field(int32, (rows + 1,)),
             "own": Field(int32, (rows,)),
@@ -123,7 +124,7 @@ class PassFields:
         return PassRoom(offsets, *self._room)
 
     def write(self, layout: PassLayout, buffer: NDArray[np.uint8], back: bool = False) -> None:
-        """Fill in all fields of the plan, in a buffer uint8 [nbytes]; see PassLayout.write."""
+        """Fill in all fields of the plan, in a buffer uint8 [nbytes]; see csrc/plan.h."""
         layout.write(buffer, self._offsets, *self._room, back)
 
 
@@ -132,12 +133,15 @@ class KernelPlan(Placement):
     """Passes over a pool through the operators write_kv and paged_attention.
 
     Attributes:
+        page_table: int32 [P], see paged_attention: what rows share stands there once.
+        table_start: int32 [S], where entry 0 of each row is, or would be.
         lengths: int32 [S], the tokens of each row, new ones included.
         cu_seqlens_q: int32 [S + 1], where each row's new tokens begin.
         max_q, max_k, max_own: see :class:`Bounds`.
         shared: which keys rows have in common; None: none, or it would not pay.
     """
 
+    table_start: Tensor
     lengths: Tensor
     cu_seqlens_q: Tensor
     max_q: int
@@ -180,6 +184,7 @@ class KernelPlan(Placement):
         return cls(
             pool=pool,
             page_table=tensors["page_table"],
+            table_start=tensors["table_start"],
             positions=tensors["positions"],
             write=tensors["write"],
             stride=tensors.get("stride", 1),
@@ -195,6 +200,9 @@ class KernelPlan(Placement):
         """Move on by a token a row, in place. What is shared stays as it is."""
         super().advance()
         self.lengths += self.stride
+
+    def page_of(self, entry: Tensor) -> Tensor:
+        return self.page_table[self.table_start + entry]
 
     def attend(
         self,
@@ -218,4 +226,5 @@ class KernelPlan(Placement):
             max_k=self.max_k,
             max_own=self.max_own,
             shared=self.shared,
+            table_start=self.table_start,
         )

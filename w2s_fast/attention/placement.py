@@ -67,5 +67,14 @@ class Placement:
         """Move on by a token a row, in place: with one new token a row, and room reserved."""
         self.positions += self.stride
         size = self.pool.page_size
-        page = self.page_table.gather(1, (self.positions // size)[:, None])[:, 0]
-        self.write.copy_(page * size + self.positions % size)
+        place = self.page_of(self.positions // size) * size + self.positions % size
+        if isinstance(self.stride, Tensor):
+            place = torch.where(self.stride > 0, place, -1)
+        self.write.copy_(place)
+
+    def page_of(self, entry: Tensor) -> Tensor:
+        """The page of an entry of each row's table; int64 [S] -> int32 [S].
+
+        With one token a row. What comes of rows that have no page is not defined.
+        """
+        return self.page_table.gather(1, entry[:, None])[:, 0]

@@ -18,11 +18,12 @@ from w2s_fast._pages import PassLayout
 from w2s_fast.attention.kernel import Bounds, KernelPlan, PassFields, lay_out
 from w2s_fast.attention.staging import Field, Room, host_buffer
 from w2s_fast.cache import NO_COPIES, Int32Array, PagePool
-from w2s_fast.kernels.copy_pages import copy_pages
+from w2s_fast.kernels.copy_pages import copy_pages, is_one_launch
 from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
 
-# Pages a row that most buckets have room for: 2,048 tokens with pages of 16.
-_PAGES = 128
+# Entries of page tables that most buckets have room for: with pages of 16, 2,048 tokens that 16
+# rows share, all or some of them, and 128 of each row's own.
+_SHARED_PAGES, _OWN_PAGES = 128, 8
 _COPIES = "copies"  # of pages, before the pass
 
 
@@ -36,7 +37,7 @@ class Bucket(NamedTuple):
         rows, tokens: S and T. max_q: the most new tokens of a row.
         splits, max_tokens, max_parts: of SharedSegments; N is ``splits``. 0: nothing is shared.
         max_own: see :class:`Bounds`.
-        pages: of a row. With those of all rows, the longest part of what is copied for a pass.
+        pages: entries of all rows' tables, the longest part of what is copied for a pass.
     """
 
     rows: int
@@ -57,7 +58,7 @@ class Bucket(NamedTuple):
         each of their 4 histories; a row has up to 4 of them.
         """
         sharing = 16 * min(max_q, SPLIT_QUERIES)
-        pages = min(_PAGES, most_pages)
+        pages = min(-(-rows // 16) * _SHARED_PAGES + rows * _OWN_PAGES, rows * most_pages)
         return cls(rows, tokens, max_q, max(rows // 2, 8), sharing, 4, SPLIT_KEYS, pages)
 
     @classmethod
@@ -65,7 +66,7 @@ class Bucket(NamedTuple):
         """The first bucket of so many rows and tokens that is large enough for a pass."""
         max_q = 1 << max(0, bounds.max_q - 1).bit_length()
         least = cls.smallest(rows, tokens, max_q, most_pages)
-        pages = min(_rung(bounds.pages, least.pages, 4), most_pages)
+        pages = min(_rung(bounds.pages, least.pages, 4), rows * most_pages)
         max_own = _rung(bounds.max_own, least.max_own, 4)
         if max_q > SPLIT_QUERIES and not bounds.splits:
             # Room for partial results of rows that have none would be most of a pass's memory.
@@ -103,6 +104,7 @@ class StaticPlan:
     buffer: Tensor
     nothing: dict[str, NDArray[Any]]
     made: PassFields
+    _records_copies: bool
 
     @classmethod
     def cut(
@@ -126,13 +128,14 @@ class StaticPlan:
             bucket.pages,
             shares=bucket.splits > 0,
             spare=True,
-            more={**more, _COPIES: Field(torch.int32, (2 * bucket.rows,))},
+            more={**more, _COPIES: Field(torch.int32, (2 * bucket.rows,), spare=-1)},
         )
 
     @classmethod
     def over(cls, bucket: Bucket, pool: PagePool, made: PassFields, buffer: Tensor) -> StaticPlan:
         """The plan of a bucket, over memory uint8 of the bytes of :meth:`fields_of`."""
-        max_k = bucket.pages * pool.page_size
+        # Each page of a row has an entry of its own, in the row's table or in one that it shares.
+        max_k = min(bucket.pages * pool.page_size, pool.max_tokens_per_slot)
         bounds = Bounds(
             *(bucket.rows, bucket.tokens, bucket.splits, bucket.pages, bucket.max_q, max_k),
             *(bucket.max_own, bucket.max_tokens, bucket.max_parts),
@@ -140,7 +143,7 @@ class StaticPlan:
         tensors = made.fields.tensors(buffer)
         plan = KernelPlan.over(pool, tensors, bounds)
         ours = {name: tensors[name] for name in made.more}
-        return cls(plan, ours, buffer, made.fields.nothing(made.more), made)
+        return cls(plan, ours, buffer, made.fields.nothing(made.more), made, is_one_launch(pool.kv))
 
     def clear(self) -> None:
         """No row is left, and no token."""
@@ -153,11 +156,11 @@ class StaticPlan:
         copies: Int32Array = NO_COPIES,
         back: bool = False,
     ) -> None:
-        """Take over a pass within the bucket, in one copy; then copy pages, at most one a row.
+        """Take over a pass within the bucket, in one copy; see also :meth:`copy_pages`.
 
         Args:
             more: values for the first places of those fields; ``spare`` stands behind them.
-            copies: pages that the pass reads; see :meth:`PagePool.copy_pages`.
+            copies: pages that the pass reads, at most one a row; see :meth:`PagePool.copy_pages`.
             back: rows stand one token behind, for steps that begin by moving on: the plan is right
                 after :meth:`KernelPlan.advance`.
         """
@@ -166,9 +169,30 @@ class StaticPlan:
         self.made.write(layout, array, back)
         self.made.fields.fill(array, {**self.nothing, **more, _COPIES: copies.ravel()})
         self.buffer.copy_(host, non_blocking=True)
-        self.copy_pages(len(copies))
 
     def copy_pages(self, count: int) -> None:
         """Copy the first ``count`` pairs of pages that were loaded."""
         if count:
-            copy_pages(self.plan.pool.kv, self.more[_COPIES].view(-1, 2)[:count])
+            copy_pages(self.plan.pool.kv, self._pairs[:count])
+
+    def copy_recorded(self) -> None:
+        """Within what is recorded: copy all pairs that were loaded, if that can be recorded.
+
+        If not, :meth:`copy_unrecorded` does it beside.
+        """
+        if self._records_copies:
+            copy_pages(self.plan.pool.kv, self._pairs)
+
+    def copy_unrecorded(self, count: int) -> None:
+        """Copy the first ``count`` pairs, unless :meth:`copy_recorded` does."""
+        if not self._records_copies:
+            self.copy_pages(count)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the buffer."""
+        return self.made.fields.nbytes
+
+    @property
+    def _pairs(self) -> Tensor:
+        return self.more[_COPIES].view(-1, 2)

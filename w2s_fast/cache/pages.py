@@ -84,7 +84,6 @@ class PagePool:
         self.max_tokens_per_slot = max_pages_per_slot * page_size
         self.bytes_per_token = layers * 2 * num_kv_heads * head_dim * self.kv.element_size()
         # The views share the manager's memory; making one costs more than reading it.
-        self._page_table = self.manager.page_table
         self._lengths = self.manager.lengths
         self._held = self.manager.held_pages
 
@@ -149,7 +148,7 @@ class PagePool:
         self.manager.trim(as_int32(slots))
 
     def release(self, slots: Ints) -> None:
-        """Gives up the slots, and with them their references to pages."""
+        """Gives up the slots, and the pages that nobody else holds."""
         self.manager.release(as_int32(slots))
 
     def release_others(self, slots: Ints) -> None:
@@ -231,9 +230,7 @@ class PagePool:
         a table made after `reserve` serves until the reserved room is full. Shorter rows end
         in -1.
         """
-        rows = self._live(slots)
-        pages = int(self._held[rows].max(initial=0))
-        table = torch.from_numpy(self._page_table[rows, :pages])
+        table = torch.from_numpy(self.manager.page_table(as_int32(slots)))
         return table.to(self.device, non_blocking=True)
 
     def copy_pages(self, copies: Int32Array) -> None:

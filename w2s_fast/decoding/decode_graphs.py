@@ -115,6 +115,7 @@ class DecodeGraphs:
         recording = self.recordings.find(bucket)
         step = recording.static
         step.plan.load(layout, sampling._asdict(), copies, back=True)
+        step.plan.copy_pages(len(copies))
         drawn = Draws(step.drawn.memory, rows, padded)
         drawn.put(0, step.sampling.first(rows).draw(logits))
         return self._replay(recording, drawn, steps)
@@ -147,19 +148,24 @@ class DecodeGraphs:
             min(round_up_tokens(of_sources.tokens), most),
             self._most_pages,
         )
+        # Few shapes: what there is room for depends on the rows alone, as long as that is enough.
+        sources = sources._replace(
+            splits=max(sources.splits, bucket.splits if sources.splits else 0),
+            pages=max(sources.pages, bucket.pages),
+        )
         recording, first = self.recordings.find(bucket), self.firsts.find((sources, bucket))
         step, before = recording.static, first.static
-        for static, plan in ((step, step.plan), (before, before.sources)):
-            host = host_buffer(len(plan.buffer), plan.buffer.device)
-            if static is step:
-                layout.write_rows(host.numpy(), step.room, step.columns)
-            else:
-                layout.write_sources(host.numpy(), before.room, before.columns, padded)
-            plan.buffer.copy_(host, non_blocking=True)
-        if len(layout.before):
+        if layout.num_before:
             self._model.pool.copy_pages(layout.before)
+        device = self._model.device
+        host = host_buffer(step.plan.nbytes, device)
+        layout.write_rows(host.numpy(), step.room, step.columns)
+        step.plan.buffer.copy_(host, non_blocking=True)
+        host = host_buffer(before.sources.nbytes, device)
+        layout.write_sources(host.numpy(), before.room, before.columns, padded)
+        before.sources.buffer.copy_(host, non_blocking=True)
         first.replay()
-        step.plan.copy_pages(layout.num_copies)
+        step.plan.copy_unrecorded(layout.num_copies)
         return self._replay(recording, Draws(step.drawn.memory, rows, padded), steps)
 
     def _replay(self, recording: Recording[Step], drawn: Draws, steps: int) -> Draws:

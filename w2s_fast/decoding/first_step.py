@@ -38,4 +38,5 @@ class FirstStep:
         step, plan, more = self.step, self.sources.plan, self.sources.more
         hidden = run_body(step.model.view, more["tokens"], plan.positions, plan, step.body)
         logits = step.model.logits(hidden.index_select(0, more["last"]))[:, : step.vocab_size]
+        step.plan.copy_recorded()
         step.drawn.put(0, step.sampling.draw(logits.index_select(0, more["source"])))

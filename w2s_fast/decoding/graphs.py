@@ -68,6 +68,7 @@ class Recordings(Generic[B, S]):
         self._static: dict[B, S] = {}
         self._made: dict[B, Recording[S]] = {}
         self._missed: Counter[B] = Counter()  # how often each came without a recording
+        self._missed_most = 0  # of those the most: asked for after every step
         self._failed = False
         self._moves = self._moved()
         models[0].recorded.append(self)
@@ -92,10 +93,12 @@ class Recordings(Generic[B, S]):
         if self._moves != moves:
             self._moves = moves
             self._missed.update(list(self._made))
+            self._missed_most = max(self._missed.values(), default=0)
             self._made.clear()
         if bucket in self._made:
             return self._made[bucket]
         self._missed[bucket] += 1
+        self._missed_most = max(self._missed_most, self._missed[bucket])
         static = self.static_of(bucket)
         return Recording(static.run, static)
 
@@ -103,20 +106,21 @@ class Recordings(Generic[B, S]):
         """Whether some bucket was missed ``least`` times: :meth:`record_missed` would record it."""
         return max(self._missed.values(), default=0) >= least
 
-    @inference
     def record_missed(self, least: int = 2) -> bool:
         """Record the bucket that was missed most often, if that was ``least`` times.
 
         Returns:
             Whether there was one.
         """
-        for bucket, times in self._missed.most_common(1):
-            if times >= least:
-                del self._missed[bucket]
-                self.make(bucket)
-                return True
-        return False
+        if self._missed_most < least:
+            return False
+        ((bucket, _),) = self._missed.most_common(1)
+        del self._missed[bucket]
+        self._missed_most = max(self._missed.values(), default=0)
+        self.make(bucket)
+        return True
 
+    @inference
     def make(self, bucket: B) -> None:
         """Record a bucket, unless there are too many, or this model cannot be recorded."""
         if not self.usable or bucket in self._made or len(self._made) >= _MOST_RECORDINGS:

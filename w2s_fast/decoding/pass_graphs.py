@@ -34,6 +34,7 @@ class _Pass:
 
     def run(self) -> None:
         plan = self.plan.plan
+        self.plan.copy_recorded()
         hidden = run_body(self.model.view, self.tokens, plan.positions, plan, self.body)
         self.hidden[: len(hidden)].copy_(hidden)
 
@@ -100,6 +101,7 @@ class PassGraphs:
             static.tokens[:count].copy_(tokens)
         else:
             static.plan.load(layout, {"tokens": np.asarray(tokens, np.int64)}, copies)
+        static.plan.copy_unrecorded(len(copies))
         recording.replay()
         return self._hidden[:count].clone()
 

@@ -73,15 +73,17 @@ class _Scoring:
 
     Attributes:
         bucket: its own. guides: whose models run.
-        plans: of each model, within ``buffer``. columns: what travels beside them, by name.
+        plans: of each model, within ``buffer`` uint8 [nbytes].
+        columns: what travels beside them, by name.
         drawn: tokens as they were drawn. packed: what comes out, int64 [n].
         offsets, items: of the columns. rooms: where the plans lie. copies_at: where pairs of pages
-            of each model lie.
+            of each model lie, up to the end of its plan.
     """
 
     bucket: _Bucket
     guides: Sequence[PagedGuide]
     buffer: Tensor
+    nbytes: int
     plans: list[StaticPlan]
     columns: dict[str, Tensor]
     drawn: Draws
@@ -89,7 +91,7 @@ class _Scoring:
     offsets: NDArray[np.int64]
     items: NDArray[np.int64]
     rooms: list[PassRoom]
-    copies_at: list[int]
+    copies_at: list[tuple[int, int]]
 
     def clear(self) -> None:
         self.buffer.zero_()
@@ -127,6 +129,7 @@ def _run(
 ) -> Partials:
     """What model ``m`` of a guide leaves of the log-probs of ``new``."""
     model, plan = guide.models[m], plans[m].plan
+    plans[m].copy_recorded()
     body = model.replays.body if isinstance(model.replays, PassGraphs) else None
     hidden = run_body(model.view, chunks[m], plan.positions, plan, body)
     return model.token_partials(hidden, new, guide.vocab_size)
@@ -150,7 +153,7 @@ class ScoreGraphs:
         self._max_tokens = min(
             [most_pass_tokens(max_rows), *(model.max_pass_tokens for model in self._models)]
         )
-        device = self._models[0].device
+        self._device = device = self._models[0].device
         with torch.inference_mode():
             self._room, self._drawn, self._packed = Room(device), Room(device), Room(device)
         self.recordings: Recordings[_Bucket, _Scoring]
@@ -200,14 +203,15 @@ class ScoreGraphs:
         )
         recording = self.recordings.find(bucket)
         static = recording.static
-        host = host_buffer(len(static.buffer), static.buffer.device)
+        host = host_buffer(static.nbytes, self._device)
         array = host.numpy()
         layout.write(array, static.offsets, static.items, bucket.rows, static.rooms)
-        for begin, pairs in zip(static.copies_at, copies):
-            array[begin : begin + pairs.nbytes] = pairs.reshape(-1).view(np.uint8)
+        for (begin, end), pairs in zip(static.copies_at, copies):
+            array[begin:end].view(np.int32).fill(-1)
+            array[begin : begin + pairs.nbytes].view(np.int32)[:] = pairs.reshape(-1)
         static.buffer.copy_(host, non_blocking=True)
         for model, plan, pairs, others in zip(self._models, static.plans, copies, more):
-            plan.copy_pages(len(pairs))
+            plan.copy_unrecorded(len(pairs))
             if len(others):
                 model.pool.copy_pages(others)
         if drawn is not None:
@@ -253,6 +257,7 @@ class ScoreGraphs:
             bucket=bucket,
             guides=self._guides,
             buffer=buffer,
+            nbytes=ends[-1],
             plans=plans,
             columns=fields.tensors(buffer),
             drawn=Draws(memory, bucket.rows),
@@ -260,7 +265,10 @@ class ScoreGraphs:
             offsets=fields.offsets_of(columns),
             items=np.array([field.shape[0] for field in columns.values()], np.int64),
             rooms=[own.room_at(begin) for own, begin in zip(made, ends)],
-            copies_at=[begin + own.fields.offsets["copies"] for own, begin in zip(made, ends)],
+            copies_at=[
+                (begin + own.fields.offsets["copies"], end)
+                for own, begin, end in zip(made, ends, ends[1:])
+            ],
         )
 
 

@@ -2,10 +2,10 @@
 //
 //     random_operations OPERATIONS ROUNDS SEED
 //
-// The model keeps the tokens of each slot and a memory of one value per (page, offset), written
-// and copied only as the manager says. The value is a hash of the token and all tokens before it,
-// as keys and values follow from them. Prints how often each thing happened; exits 1, naming the
-// broken statement, if manager and model disagree.
+// The model keeps the tokens and the pages of each slot, and a memory of one value per (page,
+// offset), written and copied only as the manager says. The value is a hash of the token and all
+// tokens before it, as keys and values follow from them. Prints how often each thing happened;
+// exits 1, naming the broken statement, if manager and model disagree.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -78,6 +78,19 @@ struct World {
         return (length + page_size - 1) / page_size;
     }
 
+    // The manager's own.
+    Ints table(std::int32_t slot) const {
+        Ints row(static_cast<std::size_t>(manager.held()[slot]));
+        manager.copy_table(slot, 0, row.data());
+        return row;
+    }
+
+    std::set<std::int32_t> in_use() const {
+        std::set<std::int32_t> result;
+        for (const auto& [_, own] : pages) result.insert(own.begin(), own.end());
+        return result;
+    }
+
     void copy(const std::vector<w2s::PageCopy>& copies) {
         std::set<std::int32_t> sources;
         std::set<std::int32_t> destinations;
@@ -116,6 +129,7 @@ struct World {
     void allocate() {
         for (const std::int32_t slot : manager.allocate(pick(0, 3))) {
             REQUIRE(tokens.emplace(slot, Ints{}).second);
+            pages[slot].clear();
         }
         ++happened["allocate"];
     }
@@ -129,6 +143,25 @@ struct World {
         REQUIRE(left >= 0 && left <= std::ssize(copies));
         copy(copies);
         happened["copied on write"] += static_cast<long>(copies.size());
+        const std::set<std::int32_t> before = in_use();
+        std::set<std::int32_t> used = before;
+        const auto fresh = [&](std::int32_t page) { return used.insert(page).second; };
+        auto next = copies.begin();
+        for (std::size_t i = 0; i < slots.size(); ++i) {
+            if (counts[i] == 0) continue;
+            const auto length = std::ssize(tokens[slots[i]]);
+            Ints& own = pages[slots[i]];
+            if (next != copies.end() && length % page_size != 0 && own.back() == next->source) {
+                REQUIRE(std::ssize(own) == pages_of(length) && fresh(next->destination));
+                own.back() = next++->destination;
+            }
+            const Ints now = table(slots[i]);
+            while (std::ssize(own) < pages_of(length + counts[i])) {
+                REQUIRE(own.size() < now.size() && fresh(now[own.size()]));
+                own.push_back(now[own.size()]);
+            }
+        }
+        REQUIRE(next == copies.end() && std::ssize(used) == std::ssize(before) + needed);
     }
 
     void reserve_ahead() {
@@ -226,13 +259,13 @@ struct World {
         room.splits += pick(0, 3);
         room.pages += pick(0, 3);
         const std::vector<std::int64_t> sizes{
-            8 * room.tokens, 8 * room.tokens, 8 * room.tokens, 4 * room.rows * room.pages,
+            8 * room.tokens, 8 * room.tokens, 8 * room.tokens, 4 * room.pages, 4 * room.rows,
             4 * room.rows, 4 * (room.rows + 1), 4 * room.rows, 4 * room.rows, 4 * room.tokens,
             24 * room.splits};
         std::vector<std::int64_t> offsets;
         std::int64_t bytes = 0;
         for (std::size_t i = 0; i < sizes.size(); ++i) {
-            const bool left_out = i != 1 && i != 3 && pick(0, 5) == 0;
+            const bool left_out = i != 1 && i != 3 && i != 4 && pick(0, 5) == 0;
             offsets.push_back(left_out ? -1 : bytes);
             if (!left_out) bytes += (sizes[i] + 7) / 8 * 8;
         }
@@ -243,14 +276,20 @@ struct World {
             REQUIRE(write[i] == (i < std::ssize(where) ? where[i] : -1));
         }
         const auto* table = reinterpret_cast<const std::int32_t*>(buffer.data() + offsets[3]);
-        for (std::int64_t i = 0; i < room.rows * room.pages; ++i) {
-            const std::int64_t row = i / room.pages;
-            const std::int64_t page = i % room.pages;
-            const bool held = row < std::ssize(slots) && page < manager.held()[slots[row]];
-            REQUIRE(table[i] == (held ? manager.page_table()[slots[row] *
-                                                             manager.max_pages_per_slot() + page]
-                                      : -1));
+        const auto* start = reinterpret_cast<const std::int32_t*>(buffer.data() + offsets[4]);
+        std::int64_t entries = 0;
+        for (std::int64_t row = 0; row < room.rows; ++row) {
+            if (row >= std::ssize(slots)) {
+                REQUIRE(start[row] == 0);
+                continue;
+            }
+            const std::int64_t first = entries - start[row];
+            REQUIRE(0 <= first && first <= manager.lengths()[slots[row]] / page_size);
+            for (std::int64_t page = first; page < manager.held()[slots[row]]; ++page) {
+                REQUIRE(table[entries++] == pages[slots[row]][page]);
+            }
         }
+        REQUIRE(entries == layout.shape().pages);
         for (const std::int32_t count : counts) REQUIRE(count <= layout.max_q());
         happened["pass laid out"] += 1;
         happened["splits"] += layout.shape().splits;
@@ -290,6 +329,9 @@ struct World {
         for (std::size_t i = 0; i < slots.size(); ++i) {
             REQUIRE(tokens[slots[i]].empty() && adopted[i] % page_size == 0);
             tokens[slots[i]].assign(prompts[i].begin(), prompts[i].begin() + adopted[i]);
+            REQUIRE(pages[slots[i]].empty());
+            pages[slots[i]] = table(slots[i]);
+            REQUIRE(std::ssize(pages[slots[i]]) == adopted[i] / page_size);
             happened["pages adopted"] += adopted[i] / page_size;
         }
         return adopted;
@@ -342,6 +384,7 @@ struct World {
         const std::int64_t evicted = manager.cache_statistics().evictions;
         const Ints slot = manager.allocate(1);
         tokens[slot[0]] = {};
+        pages[slot[0]] = {};
         const Ints whole = prompt();
         const Ints adopted = adopt_prompts(slot, {whole});
         const Ints rest(whole.begin() + adopted[0], whole.end());
@@ -352,6 +395,7 @@ struct World {
         if (pick(0, 3) > 0) {
             manager.release(slot);
             tokens.erase(slot[0]);
+            pages.erase(slot[0]);
         }
         happened["evicted"] += manager.cache_statistics().evictions - evicted;
     }
@@ -361,14 +405,24 @@ struct World {
         const Ints counts = amounts(slots, 2);
         const w2s::ForkResult result = manager.fork(slots, counts);
         copy(result.copies);
+        std::set<std::int32_t> used = in_use();
+        auto next = result.copies.begin();
         auto child = result.children.begin();
         for (std::size_t i = 0; i < slots.size(); ++i) {
             for (std::int32_t n = 0; n < counts[i]; ++n) {
                 const Ints inherited = tokens[slots[i]];
+                Ints shared = pages[slots[i]];
+                shared.resize(static_cast<std::size_t>(pages_of(std::ssize(inherited))));
+                if (std::ssize(inherited) % page_size != 0) {
+                    REQUIRE(next != result.copies.end() && next->source == shared.back());
+                    shared.back() = next++->destination;
+                    REQUIRE(used.insert(shared.back()).second);
+                }
+                pages[*child] = shared;
                 REQUIRE(tokens.emplace(*child++, inherited).second);
             }
         }
-        REQUIRE(child == result.children.end());
+        REQUIRE(child == result.children.end() && next == result.copies.end());
         ++happened["fork"];
     }
 
@@ -382,7 +436,7 @@ struct World {
         manager.truncate(slots, lengths);
         for (std::size_t i = 0; i < slots.size(); ++i) {
             tokens[slots[i]].resize(static_cast<std::size_t>(lengths[i]));
-            REQUIRE(manager.held()[slots[i]] == pages_of(lengths[i]));
+            pages[slots[i]].resize(static_cast<std::size_t>(pages_of(lengths[i])));
         }
         ++happened["truncate"];
     }
@@ -391,7 +445,7 @@ struct World {
         const Ints slots = some_slots();
         manager.trim(slots);
         for (const std::int32_t slot : slots) {
-            REQUIRE(manager.held()[slot] == pages_of(manager.lengths()[slot]));
+            pages[slot].resize(static_cast<std::size_t>(pages_of(std::ssize(tokens[slot]))));
         }
         ++happened["trim"];
     }
@@ -400,7 +454,10 @@ struct World {
         Ints slots = some_slots();
         slots.resize((slots.size() + 1) / 2);
         manager.release(slots);
-        for (const std::int32_t slot : slots) tokens.erase(slot);
+        for (const std::int32_t slot : slots) {
+            tokens.erase(slot);
+            pages.erase(slot);
+        }
         ++happened["release"];
     }
 
@@ -435,29 +492,44 @@ struct World {
 
     void compare() {
         manager.check();
-        std::vector<std::int32_t> owners(static_cast<std::size_t>(manager.num_pages()), 0);
+        Ints slots;
+        std::size_t width = 0;
+        std::map<std::int32_t, std::int32_t> before;   // each page in use: the one that it follows
+        std::map<std::int32_t, std::int32_t> holders;  // without those that have none
         for (std::int32_t slot = 0; slot < manager.max_slots(); ++slot) {
             const auto found = tokens.find(slot);
             REQUIRE((found == tokens.end()) == (manager.held()[slot] < 0));
             if (found == tokens.end()) continue;
-            const std::int32_t* row = manager.page_table() + slot * manager.max_pages_per_slot();
-            for (std::int32_t i = 0; i < manager.held()[slot]; ++i) ++owners[row[i]];
+            const Ints& own = pages[slot];
+            REQUIRE(table(slot) == own);
+            const std::int32_t begin = pick(0, std::ssize(own));
+            Ints end(own.size() - begin);
+            manager.copy_table(slot, begin, end.data());
+            REQUIRE(std::equal(end.begin(), end.end(), own.begin() + begin));
+            slots.push_back(slot);
+            width = std::max(width, own.size());
+            for (std::size_t i = 1; i < own.size(); ++i) before[own[i]] = own[i - 1];
+            if (!own.empty()) ++holders[own.back()];
             const auto length = static_cast<std::int32_t>(found->second.size());
             REQUIRE(manager.lengths()[slot] == length);
             const std::vector<std::uint64_t> expected = values(found->second);
             for (std::int32_t i = 0; i < length; ++i) {
-                const std::int64_t where = row[i / page_size] * page_size + i % page_size;
+                const std::int64_t where = own[i / page_size] * page_size + i % page_size;
                 REQUIRE(memory[where] == expected[i]);
             }
         }
-        REQUIRE(manager.free_pages() == std::count(owners.begin(), owners.end(), 0));
-        std::int64_t cached = 0;
-        for (std::size_t page = 0; page < owners.size(); ++page) {
-            const std::int32_t more = manager.references()[page] - owners[page];
-            REQUIRE(more == 0 || more == 1);
-            cached += more;
+        REQUIRE(manager.free_pages() == manager.num_pages() - std::ssize(in_use()));
+        for (const auto& [_, page] : before) ++holders[page];
+        for (std::int32_t page = 0; page < manager.num_pages(); ++page) {
+            const auto found = holders.find(page);
+            REQUIRE(manager.holders()[page] == (found == holders.end() ? 0 : found->second));
         }
-        REQUIRE(cached == manager.cached_pages());
+        Ints tables;
+        for (const std::int32_t slot : slots) {
+            tables.insert(tables.end(), pages[slot].begin(), pages[slot].end());
+            tables.resize(tables.size() + width - pages[slot].size(), w2s::PageManager::kNoPage);
+        }
+        REQUIRE(manager.page_table(slots) == tables);
     }
 
     void finish() {
@@ -474,7 +546,8 @@ struct World {
     const std::int64_t capacity;
     w2s::PageManager manager;
     std::vector<std::uint64_t> memory;
-    std::map<std::int32_t, Ints> tokens;
+    std::map<std::int32_t, Ints> tokens;  // of each live slot
+    std::map<std::int32_t, Ints> pages;   // of each live slot, reserved ones too
 };
 
 }  // namespace
