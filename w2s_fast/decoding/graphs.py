@@ -104,7 +104,7 @@ class Recordings(Generic[B, S]):
 
     def missed(self, least: int) -> bool:
         """Whether some bucket was missed ``least`` times: :meth:`record_missed` would record it."""
-        return max(self._missed.values(), default=0) >= least
+        return self._missed_most >= least
 
     def record_missed(self, least: int = 2) -> bool:
         """Record the bucket that was missed most often, if that was ``least`` times.
