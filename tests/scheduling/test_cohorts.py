@@ -34,6 +34,7 @@ from tests.support.engines import (
 from tests.support.recorded import Recorded
 from tests.support.tiny_models import tiny_model, tiny_triple
 from w2s_fast import Engine, SearchParams
+from w2s_fast.decoding.graphs import Recordings
 from w2s_fast.errors import Aborted, EngineFailure
 from w2s_fast.scheduling.cohorts import cohorts_of
 from w2s_fast.scheduling.scheduler import Room
@@ -447,3 +448,19 @@ def test_it_takes_as_long_as_the_longer_side_and_the_edges(
         waits = max(0, device_s - opens_s), max(0, device_s - closes_s)
         assert seconds(2) == steps * host_s + sum(waits)
     assert seconds(2) < seconds(1)
+
+
+def test_passes_are_recorded_while_others_wait_but_nothing_is_in_flight() -> None:
+    e = in_cohorts(Recorded.of(tiny_triple(eos=(), layers=1), max_rows=64).engine)
+    made: list[tuple[int, int]] = []
+    make = Recordings.make
+
+    def counted(self: Recordings[Any, Any], bucket: Any) -> None:
+        made.append((len(e.runner._in_flight), len(e.runner._under_way)))
+        make(self, bucket)
+
+    often = mock.patch("w2s_fast.scheduling.runner._MISSED_OFTEN", 2)
+    with often, mock.patch.object(Recordings, "make", counted):
+        run_out(e, submitted(e, FOUR, LONG))
+    assert not any(flying for flying, _ in made)
+    assert sum(waiting > 0 for _, waiting in made) > 2
