@@ -35,7 +35,7 @@ from tests.support.recorded import Recorded
 from tests.support.tiny_models import tiny_model, tiny_triple
 from w2s_fast import Engine, SearchParams
 from w2s_fast.decoding.graphs import Recordings
-from w2s_fast.errors import Aborted, EngineFailure
+from w2s_fast.errors import Aborted, EngineFailure, InvalidRequest
 from w2s_fast.scheduling.cohorts import cohorts_of
 from w2s_fast.scheduling.scheduler import Room
 from w2s_fast.search import InFlight, Request, Search
@@ -290,6 +290,60 @@ def test_who_is_in_flight_keeps_its_pages() -> None:
     assert s.choose([second], two_to) == ([], [], False)
     assert s.running == [second, first]
     assert wide in s.choose((), two_to).run
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrivals=st.lists(
+        st.tuples(
+            st.integers(0, 3),  # turns since the one before
+            st.integers(1, 30),  # prompt
+            st.integers(1, 4),  # W and K
+            st.integers(1, 9),  # rounds
+            st.integers(-1, 1),  # priority
+        ),
+        min_size=1,
+        max_size=20,
+    ),
+    pages=st.integers(30, 90),
+    max_rows=st.integers(1, 40),
+)
+def test_nobody_waits_for_ever_in_two_cohorts(
+    arrivals: list[tuple[int, int, int, int, int]], pages: int, max_rows: int
+) -> None:
+    """A wide request is not kept out by narrow ones, of which some always fly."""
+    s = scheduler(4 * pages, max_rows)
+    later, left, flights, wait = list(arrivals), {}, [], 0
+    for _ in range(3000):
+        while later and wait >= later[0][0]:
+            _, prompt, width, rounds, priority = later.pop(0)
+            params = replace(WIDE, beam_width=width, successors=width)
+            one = request(prompt, params, priority=priority)
+            with suppress(InvalidRequest):
+                s.check(one)
+                s.submit(one)
+                left[one] = rounds
+                wait = 0
+        wait += 1
+        flying = [one for step in flights for one in step]
+        chosen = s.choose(flying, two_to)
+        everybody = [*flying, *chosen.run]
+        assert len(set(everybody)) == len(everybody)
+        assert sum(one.promised[0] for one in everybody) <= pages
+        rows = sum(one.rows for one in everybody)
+        assert rows <= max_rows or len(everybody) == 1
+        if chosen.run:
+            flights.append(chosen.run)
+        while len(flights) > (1 if chosen.apart and chosen.run else 0):
+            for one in flights.pop(0):
+                one.beams = request(len(one.prompt), one.params).beams
+                left[one] -= 1
+                if left[one] == 0:
+                    s.remove(one)
+                    del left[one]
+        if not left and not later:
+            return
+    pytest.fail(f"{len(left)} requests never ended")
 
 
 # Whoever asks for something that concerns a step in flight
