@@ -308,12 +308,15 @@ def test_who_is_in_flight_keeps_its_pages() -> None:
     pages=st.integers(30, 90),
     max_rows=st.integers(1, 40),
 )
+@example([(0, 2, 2, 9, 0), (0, 2, 2, 9, 0), (3, 2, 3, 2, -1)], 90, 8)
 def test_nobody_waits_for_ever_in_two_cohorts(
     arrivals: list[tuple[int, int, int, int, int]], pages: int, max_rows: int
 ) -> None:
     """A wide request is not kept out by narrow ones, of which some always fly."""
     s = scheduler(4 * pages, max_rows)
-    later, left, flights, wait = list(arrivals), {}, [], 0
+    later, wait, passed_over = list(arrivals), 0, 0
+    left: dict[Request, int] = {}
+    flights: list[list[Request]] = []
     for _ in range(3000):
         while later and wait >= later[0][0]:
             _, prompt, width, rounds, priority = later.pop(0)
@@ -332,6 +335,9 @@ def test_nobody_waits_for_ever_in_two_cohorts(
         assert sum(one.promised[0] for one in everybody) <= pages
         rows = sum(one.rows for one in everybody)
         assert rows <= max_rows or len(everybody) == 1
+        urgent = min(left, key=lambda one: one.urgency, default=None)
+        passed_over = 0 if urgent in everybody or urgent is None else passed_over + 1
+        assert passed_over <= 1, "it waits until nobody is in flight"
         if chosen.run:
             flights.append(chosen.run)
         while len(flights) > (1 if chosen.apart and chosen.run else 0):
