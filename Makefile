@@ -16,6 +16,8 @@ help: ## list the targets
 demo: .venv/installed ## steer the bundled models, show the table and a search tree
 	$(BIN)/w2s-fast demo
 
+# Every worker would compile all test files anew where bytecode is not to be written.
+test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/installed ## run the tests, on all cores (at most 8); what needs quiet comes last, alone
 	W2S_FAST_BACKEND=interpret $(BIN)/pytest $(SPREAD) tests/interpret
 	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m "not alone"

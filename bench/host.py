@@ -41,7 +41,7 @@ from tests.support.device import Counts, Device
 
 # Rounds before the first that is measured: until then shapes come for the first time, and are
 # recorded when they come again.
-WARM_UP = 4
+WARM_UP = 6
 COUNTED = 3  # rounds, of which the largest counts are kept: some copy pages, others need not
 FUNCTIONS_SHOWN = 25
 

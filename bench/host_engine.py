@@ -5,8 +5,8 @@ taken out: they answer random hidden states that were drawn before. Recordings r
 clock, so that there are tokens, scores and survivors; but those that the last round replayed, too,
 are not run again, and the host finds what stood there. Computing on the CPU would throw what the
 host needs out of its caches. What is left is what the host does on a GPU as well, with two
-differences: an operator of torch that is no part of a recording is computed here and launched there,
-and our own operators' launches are left out; ``bench.host`` counts both.
+differences: an operator of torch that no recording holds is computed here and launched there, and
+the launches of our own operators are left out; ``bench.host`` counts both.
 """
 
 from __future__ import annotations

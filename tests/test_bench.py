@@ -45,6 +45,7 @@ def dry_run(
     )
 
 
+@pytest.mark.long
 def test_a_dry_run_times_every_kernel_and_ends_with_a_summary(tmp_path: Path) -> None:
     run = dry_run(tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -72,6 +73,7 @@ def test_a_dry_run_times_every_kernel_and_ends_with_a_summary(tmp_path: Path) ->
     assert all(row["us"] > 0 and not row["error"] for row in report["rows"])
 
 
+@pytest.mark.long
 def test_a_dry_run_of_the_engine_compares_the_ways_to_decode(tmp_path: Path) -> None:
     run = dry_run(tmp_path, "engine", OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stdout + run.stderr
@@ -93,6 +95,7 @@ def test_a_part_that_fails_hides_no_other(tmp_path: Path) -> None:
     assert timings.startswith("timings") and "FAILED: exit code 1" in timings
 
 
+@pytest.mark.long
 def test_a_quick_run_measures_every_ratio_of_the_search(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

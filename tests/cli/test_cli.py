@@ -209,7 +209,6 @@ def undisturbed(
     return records(output)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_is_resumed_without_loss(
     long_command: list[str],

@@ -1,6 +1,7 @@
 """Random sequences of operations on a page manager agree with the model in page_model.py."""
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -265,6 +266,7 @@ class Pages(PageModel, RuleBasedStateMachine):
             assert self.manager.free_slots == self.manager.max_slots
 
 
+@pytest.mark.long
 def test_random_operations_agree_with_the_model():
     run_state_machine_as_test(
         Pages,

@@ -10,7 +10,7 @@ import pytest
 from tests.support.made_once import made_once
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-D_GLIBCXX_ASSERTIONS"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-D_GLIBCXX_ASSERTIONS"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -37,6 +37,7 @@ def program(tmp_path_factory) -> Path:
     return made_once(tmp_path_factory, "random_operations", build) / "random_operations"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_operations_are_clean_under_the_sanitizers(program, seed):
     done = subprocess.run([program, "150000", "6000", str(seed)], capture_output=True, text=True)

@@ -44,23 +44,30 @@ def record(base: PagedModel, guides: list[PagedModel], vocab_size: int) -> Any:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_compiled_search_finds_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and put together again, without the compiler behind it, which takes its time."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    models = tiny_triple((family, "llama", "gpt2"), eos=(0, 6, 13))
+    # What one layer does to the next is the same in all models: the base has two.
+    base = tiny_model(family, eos=(0, 6, 13))
+    models = (base, *tiny_triple(("llama", "llama", "gpt2"), layers=1)[1:])
     engine = make_engine(*models)
+    # The guides of both families are the same: they are compiled with the first.
+    compiled = models_of(engine) if family == "llama" else [engine.base]
     engine._search.base.decoder.graphs = record(
-        engine.base, models_of(engine)[1:], engine._models.vocab_size
+        engine.base, compiled[1:], engine._models.vocab_size
     )
     expected = found(make_engine(*models).generate(RAGGED_PROMPTS, MIXED))
     for _ in range(2):
         assert found(engine.generate(RAGGED_PROMPTS, MIXED)) == expected
     assert not counters["graph_break"]
-    # Of each of three models: one token, one row of several, many rows. Not one for each bucket.
-    assert counters["stats"]["unique_graphs"] <= 9
+    # Of each model: one token, one row of several, many rows; of Gemma 2, some twice. Not one for
+    # each bucket.
+    assert 0 < counters["stats"]["unique_graphs"] <= (6 if family == "gemma2" else 9)
 
 
+@pytest.mark.long
 def test_the_compiler_writes_every_layer_to_its_own_place() -> None:
     """As torch 2.13 does not where the shape of the pages may vary."""
     model = PagedModel(tiny_model("gpt2", dtype=torch.float32), kv_cache_tokens=512, page_size=4)

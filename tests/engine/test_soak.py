@@ -250,6 +250,7 @@ class Soak:
         return score
 
 
+@pytest.mark.long
 def test_soak(soak_seconds: float) -> None:
     """No lost request, no leaked page, no wrong neighbour."""
     alone()

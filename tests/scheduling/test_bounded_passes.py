@@ -90,6 +90,7 @@ TOKEN = st.integers(1, VOCABULARY - 1)
 PROMPT = st.lists(TOKEN, min_size=1, max_size=6) | st.lists(TOKEN, min_size=20, max_size=70)
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None)
 @given(
     prompts=st.lists(PROMPT, min_size=1, max_size=5),

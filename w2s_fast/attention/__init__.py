@@ -11,7 +11,7 @@ from w2s_fast.attention.dense import dense_attention
 from w2s_fast.attention.flash import FlashAttention
 from w2s_fast.attention.gathered import GatheredPlan
 from w2s_fast.attention.interface import ATTENTION_NAME
-from w2s_fast.attention.kernel import SPLIT_KEYS, SPLIT_QUERIES, Bounds, KernelPlan, lay_out
+from w2s_fast.attention.kernel import Bounds, KernelPlan, lay_out
 from w2s_fast.attention.row_tree import Level, RowTree
 from w2s_fast.attention.staging import (
     Columns,
@@ -23,6 +23,7 @@ from w2s_fast.attention.staging import (
     to_device,
 )
 from w2s_fast.attention.static_plan import Bucket, StaticPlan
+from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
 
 __all__ = [
     "ATTENTION_NAME",

@@ -37,6 +37,7 @@ from w2s_fast.decoding import (
 )
 from w2s_fast.kernels.linear_logprob_partials import Partials
 from w2s_fast.kernels.score_select import packed_words, score_select
+from w2s_fast.kernels.select_beams import MAX_CANDIDATES
 from w2s_fast.models import PagedModel, run_body
 from w2s_fast.search.guide import PagedGuide
 from w2s_fast.search.selection import Selection
@@ -178,6 +179,7 @@ class ScoreGraphs:
             or len(counts) == 0
             or candidates > self._max_rows
             or tokens > self._max_tokens
+            or max_candidates > MAX_CANDIDATES  # which torch selects, and asks the host
             or int(counts.max()) > MOST_NEW
         ):
             return None
