@@ -31,6 +31,7 @@ import w2s_fast.kernels
 from tests.support.device import DEVICE, Device
 from tests.support.recorder import set_up_as_on_cuda
 from w2s_fast import Engine, Guide, SearchParams
+from w2s_fast.scheduling import Runner
 from w2s_fast.search import Request
 
 BEAM_WIDTH = SUCCESSORS = 4
@@ -172,6 +173,8 @@ class HostEngine:
                 # All enter in the same step, so that their rounds begin together.
                 max_pass_tokens=size.requests * max(size.prompt, ROWS * size.chunk),
             )
+        # A step of all of them, so that the host's part of a round is seen as a whole.
+        self.engine.runner = Runner(self.engine._search, self.engine._scheduler, cohorts=1)
         for model in (self.engine.base, *self.engine.guides[0].models):
             self._take_out_body(model)
         self._requests: list[Request] = []

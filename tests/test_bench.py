@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench.cohorts
 import bench.host
 import bench.search
 import bench.search_cases
@@ -122,6 +123,14 @@ def test_a_quick_run_measures_every_ratio_of_the_search(
         assert all(value > 0 for ratio in case["ratios"] for value in ratio["values"])
     printed = capsys.readouterr().out
     assert all(name in printed for name, _, _ in ratios)
+
+
+def test_one_cohort_and_two_are_timed_at_every_number_of_rows(tmp_path: Path) -> None:
+    out = tmp_path / "cohorts.json"
+    assert bench.cohorts.main(["--dry-run", "--out", str(out)]) == 0
+    pairs = json.loads(out.read_text())["pairs"]
+    assert [(pair["base"], pair["rows"]) for pair in pairs] == [("tiny", 32), ("tiny", 48)]
+    assert all(pair["one_ms"] > 0 and pair["two_ms"] > 0 for pair in pairs)
 
 
 def test_a_ratio_compares_seconds_a_token_within_a_turn() -> None:

@@ -96,8 +96,8 @@ class EngineStats:
         failed: requests that ended with an error.
         aborted: requests that their callers gave up.
         set_aside: how often a request gave up its pages for others and was recomputed.
-        steps: times that all running requests went a step further; a step is a round or, with
-            long chunks, a part of one.
+        steps: times that all running requests, or of many rows those of one cohort, went a step
+            further; a step is a round or, with long chunks, a part of one.
         rounds: selections, of all requests together.
         busy_s: seconds within steps.
         sampled_tokens: by the base.

@@ -144,14 +144,14 @@ def without(request: Request) -> Any:
     """Scheduler.choose that does not see a request."""
     choose = Scheduler.choose
 
-    def chosen(self: Scheduler) -> Any:
+    def chosen(self: Scheduler, *others: Any) -> Any:
         if request in self.waiting:
             self.waiting.remove(request)
             try:
-                return choose(self)
+                return choose(self, *others)
             finally:
                 self.waiting.append(request)
-        return choose(self)
+        return choose(self, *others)
 
     return chosen
 

@@ -83,6 +83,16 @@ def test_all_pieces_together_are_the_answer(params: SearchParams, prompt: Any) -
     assert_all_pages_free(e)
 
 
+def test_ahead_what_ends_a_response_is_not_given_out_before() -> None:
+    """All may have ended in the middle of a round, which ends with the next step."""
+    e = text_engine()
+    expected = e.generate(["Hé "] * 3, seeds := [replace(METHODS[-1], seed=s) for s in range(3)])
+    with mock.patch.object(e._search, "_ahead", True):
+        streams = [list(e.stream("Hé ", own)) for own in seeds]
+    for pieces, result in zip(streams, expected):
+        assert joined(pieces) == (result.text, result.token_ids)
+
+
 @pytest.mark.parametrize("params", METHODS)
 def test_without_a_tokenizer_pieces_are_tokens(params: SearchParams) -> None:
     e = engine()

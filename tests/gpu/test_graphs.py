@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.gpu.test_search import models, results
+from tests.support.cohorts import in_cohorts
 from w2s_fast import Engine, Guide
 from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.pass_graphs import PassGraphs
@@ -50,6 +51,16 @@ def test_two_engines_do_not_share_what_they_replay(expected: list[list[list[int]
     engines = [engine_of(), engine_of()]
     for _ in range(2):
         assert [tokens(engine) for engine in engines] == [expected] * 2
+
+
+def test_two_cohorts_find_the_same(expected: list[list[list[int]]]) -> None:
+    engine = in_cohorts(engine_of())
+    for _ in range(3):
+        assert tokens(engine) == expected
+    assert engine.stats().steps > 0 and not engine.runner._in_flight
+    for model in paged(engine):
+        model.pool.drop_cache()
+        assert model.pool.free_pages == model.pool.num_pages
 
 
 def test_work_beside_is_done_after_what_came_before_and_before_what_comes_after() -> None:

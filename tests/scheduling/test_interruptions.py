@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import w2s_fast
+from tests.support.cohorts import in_cohorts
 from tests.support.engines import assert_all_pages_free, found, make_engine, models_of, quiet
 from tests.support.tiny_models import tiny_model
 from w2s_fast import Engine, SearchParams
@@ -258,6 +259,28 @@ def test_the_next_turn_mends_what_a_second_interrupt_left() -> None:
         except BaseException as failure:
             raise AssertionError(f"{work.__name__} at {at}, and again") from failure
     assert raised[2] > raised[1]
+
+
+@pytest.mark.usefixtures("repeatable")
+def test_steps_in_flight_leave_nothing_behind_either() -> None:
+    """Wherever steps of two cohorts are chosen, launched and finished; and twice, now and then."""
+    e = in_cohorts(small_engine())
+    answer = found(e.generate([OTHER], CBS))
+    owners = ("scheduling/runner.py", "scheduling/scheduler.py", "search/search.py")
+    places = list(every_place([generate, leave_a_stream, score], e))
+    ours = [(work, at) for work, at in places if at[0][0].endswith(owners)]
+    assert len(ours) > 100
+    for i, (work, at) in enumerate(ours):
+        start(e)
+        other = bystander(e)
+        again = i * i % 97 if i % 3 == 0 else -1
+        with suppress(KeyboardInterrupt, EngineFailure), Lines(at, again=again):
+            work(e)
+        try:
+            check(e, other, answer if i % 5 == 0 else None)
+            assert not e.runner._in_flight
+        except BaseException as failure:
+            raise AssertionError(f"{work.__name__} at {at}, again {again}") from failure
 
 
 OPERATIONS = ("allocate", "reserve", "extend", "fork_beams", "take_tokens", "release_finished")

@@ -78,8 +78,7 @@ class Device:
         self._modes = ExitStack()
 
     def __enter__(self) -> Device:
-        self._modes.enter_context(_Operators(self))
-        self._modes.enter_context(_Calls(self))
+        self._see()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -133,7 +132,12 @@ class Device:
         try:
             yield
         finally:
-            self.__enter__()
+            self._see()
+
+    def _see(self) -> None:
+        """From here on what this thread does is seen."""
+        self._modes.enter_context(_Operators(self))
+        self._modes.enter_context(_Calls(self))
 
     def _copied(self, blocks: bool) -> None:
         self.counts.copies += 1

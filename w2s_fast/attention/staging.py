@@ -128,7 +128,10 @@ class Columns:
 
 
 class Reading:
-    """Tensors of a device on their way to the host, which goes on meanwhile."""
+    """Tensors of a device on their way to the host, which goes on meanwhile.
+
+    What is launched later may overwrite them: it is their values now that arrive.
+    """
 
     def __init__(self, *tensors: Tensor) -> None:
         """All of one device."""
@@ -142,7 +145,7 @@ class Reading:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(device))
         else:
-            self._here = [t.to("cpu", non_blocking=True) for t in tensors]
+            self._here = [t.to("cpu", non_blocking=True, copy=True) for t in tensors]
 
     def wait(self) -> list[Tensor]:
         """The tensors on the host, once they are there."""

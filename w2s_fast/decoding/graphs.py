@@ -102,6 +102,10 @@ class Recordings(Generic[B, S]):
         static = self.static_of(bucket)
         return Recording(static.run, static)
 
+    def missed(self, least: int) -> bool:
+        """Whether some bucket was missed ``least`` times: :meth:`record_missed` would record it."""
+        return self._missed_most >= least
+
     def record_missed(self, least: int = 2) -> bool:
         """Record the bucket that was missed most often, if that was ``least`` times.
 

@@ -58,6 +58,10 @@ class Replays(Protocol):
 class Recorded(Protocol):
     """What is recorded of a model's passes: see :mod:`w2s_fast.decoding.graphs`."""
 
+    def missed(self, least: int) -> bool:
+        """Whether some shape was missed ``least`` times."""
+        ...
+
     def record_missed(self, least: int = 2) -> bool:
         """Record, between two steps, one shape that was missed ``least`` times; False: none."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,9 +13,10 @@ from w2s_fast._pages import Hold
 from w2s_fast.cache import PagePool
 from w2s_fast.decoding import HomeStream
 from w2s_fast.errors import Aborted, EngineFailure, OutOfPages, W2SFastError
+from w2s_fast.scheduling.cohorts import cohorts_of
 from w2s_fast.scheduling.process import OwnProcess
 from w2s_fast.scheduling.scheduler import Room, Scheduler
-from w2s_fast.search import Request, Search
+from w2s_fast.search import InFlight, Request, Search
 from w2s_fast.stats import EngineStats, PoolStats
 
 # A pass that was run so often without a recording gets one though others wait for it meanwhile.
@@ -44,17 +45,22 @@ class Runner:
     well; several threads take turns. Requests may be submitted and given up at any time from any
     thread, and both take effect between two steps.
 
+    Of many rows a turn launches the step of one cohort, and finishes the step of another, which an
+    earlier turn launched: the device runs one while the host is busy with the other. Whoever asks
+    for something that concerns a step in flight has it finished first.
+
     A turn may be interrupted at any place, by Ctrl-C as by an error. Nobody cleans up where that
     happens: the turn ends by :meth:`_mend`, which asks what the requests that go on hold and frees
     everything else, and if that is interrupted, too, the next turn begins with it. So that it can
     tell, whatever a request is or holds changes by one assignment, before anything that follows
-    from it is done.
+    from it is done. A step in flight goes on, unless it was just being launched or finished.
 
     Attributes:
         process: the only one in which steps are taken.
     """
 
-    def __init__(self, search: Search, scheduler: Scheduler) -> None:
+    def __init__(self, search: Search, scheduler: Scheduler, *, cohorts: int | None = None) -> None:
+        """``cohorts``: in how many the requests run; None: by their rows, see :mod:`.cohorts`."""
         self._search = search
         self._scheduler = scheduler
         self.process = OwnProcess()
@@ -68,7 +74,9 @@ class Runner:
             False  # whether changed weights are being followed, or were not to the end
         )
         self._under_way: dict[Request, None] = {}  # arrived, and not ended or not told so
-        self._stepping: Sequence[Request] = ()  # those in the step that is being taken
+        self._stepping: Sequence[Request] = ()  # those of the step that is being worked at
+        self._in_flight: tuple[InFlight, ...] = ()  # the oldest first; nobody is in two of them
+        self._cohorts = cohorts
         self._whole = True  # whether the last turn came to its end
         self._outcomes = _Outcomes()
         self._set_aside = 0
@@ -89,9 +97,9 @@ class Runner:
     def turn_with(self, rooms: Sequence[Room]) -> Hold:
         """For ``with``: a turn in which so many pages and slots are free.
 
-        Running requests are set aside for it, the least urgent first, and go on afterwards. Those
-        in the middle of a round end it before that, in steps in which nobody begins another. What
-        an exception leaves behind in the pools is given back.
+        Running requests are set aside for it, the least urgent first, and go on afterwards. Steps
+        in flight are finished, and those in the middle of a round end it before that, in steps in
+        which nobody begins another. What an exception leaves behind in the pools is given back.
 
         Raises:
             OutOfPages: on entering: there would not be so much if nothing ran.
@@ -121,11 +129,12 @@ class Runner:
         self._given_up.append((request, error or Aborted("the request was given up")))
 
     def settle(self) -> None:
-        """Let abortions take effect, now or when the turn under way is over. Never waits.
+        """Let abortions take effect, now or when the turn under way is over.
 
-        So it can be called where generators are closed: by the garbage collector, which may come
-        in the middle of a step, in the thread that takes it. In another process nothing is left
-        to be freed.
+        Never waits for a turn; for the device, where one of these requests is in flight. So it can
+        be called where generators are closed: by the garbage collector, which may come in the
+        middle of a step, in the thread that takes it. In another process nothing is left to be
+        freed.
         """
         had = self.process.is_here
         while had and self._given_up:
@@ -134,7 +143,10 @@ class Runner:
                     self._settle()
 
     def advance(self, awaited: Collection[Request]) -> None:
-        """Take a step when it is our turn, unless one of the awaited requests ended before."""
+        """Take a step when it is our turn, unless one of the awaited requests ended before.
+
+        In several cohorts launch one, and finish the oldest of those in flight.
+        """
         with self.turn():
             if not any(request.ended for request in awaited):
                 self._step()
@@ -149,6 +161,8 @@ class Runner:
         while True:
             idle = not self._under_way and not self._arrived
             least = 2 if idle else _MISSED_OFTEN
+            if self._in_flight and any(own.missed(least) for own in recorded):
+                self._land()
             if not any(own.record_missed(least) for own in recorded) or not idle:
                 return
 
@@ -195,6 +209,7 @@ class Runner:
     def _make_room(self, rooms: Sequence[Room]) -> None:
         self._settle()
         self._follow_models()
+        self._land()
         while not all(room.there for room in rooms):
             if (request := self._scheduler.set_aside_for(rooms)) is not None:
                 self._put_aside([request])
@@ -215,6 +230,8 @@ class Runner:
             self._arrived.popleft()
         for _ in range(given_up):
             request, error = self._given_up[0]
+            if any(request in step.requests for step in self._in_flight):
+                self._land()
             if request in self._under_way and not request.ended:
                 request.error = error
                 self._search.abort(request)
@@ -225,26 +242,41 @@ class Runner:
         """Bring those requests a step further whose turn it is."""
         self._settle()
         self._follow_models()
-        chosen, set_aside = self._scheduler.choose()
+        flying = [request for step in self._in_flight for request in step.requests]
+        chosen, set_aside, apart = self._scheduler.choose(flying, self._cohorts_of)
         self._put_aside(set_aside)
-        self._run(chosen)
+        if not apart and not flying:
+            self._run(chosen)
+            return
+        if chosen:
+            self._launch(chosen)
+        self._land(1 if apart and chosen else 0)
+
+    def _cohorts_of(self, rows: int) -> int:
+        if self._cohorts is not None:
+            return self._cohorts
+        return cohorts_of(rows) if self._search.ahead else 1
 
     def _follow_models(self) -> None:
         """Where weights were changed, running requests give up what they hold, and recompute it.
 
-        What a request drew and kept before stays; the round under way begins again. One that has
-        given out tokens of that round cannot take them back, and ends with an error.
+        What a request drew and kept before stays; the round under way begins again, also where it
+        is in flight: nothing of that is read. One that has given out tokens of that round cannot
+        take them back, and ends with an error.
         """
         # Who was interrupted here does not know how far that came, and does it all again.
         announced = self._weights_changed.is_set() or self._following
         self._following = True
         self._weights_changed.clear()
         changed = [model.name for model in self._search.models if model.follow(announced)]
+        if changed:
+            self._in_flight = ()
         for request in list(self._scheduler.running) if changed else ():
             self._search.start_over(request)
             if len(request.agreed) > len(request.agreed_tokens()):
                 why = "in the middle of a round of which tokens had been streamed"
                 request.error = EngineFailure(f"weights of {', '.join(changed)} changed {why}")
+            if request.error is not None:  # or it failed in the step that was in flight
                 self._leave(request)
         self._following = False
 
@@ -254,27 +286,56 @@ class Runner:
         self._set_aside += len(requests)
 
     def _run(self, chosen: Sequence[Request]) -> None:
-        """Bring the chosen requests a step further.
+        """Bring the chosen requests a step further."""
+        self._work_at(chosen, partial(self._search.step, chosen))
+        self._steps += bool(chosen)
+        self._step_taken(chosen)
 
-        A failure inside the models that concerns no single request ends all that took part, with
+    def _launch(self, chosen: Sequence[Request]) -> None:
+        """Launch a step of theirs, to be finished in a later turn."""
+
+        def launch() -> None:
+            self._in_flight = (*self._in_flight, self._search.launch(chosen))
+
+        self._work_at(chosen, launch)
+
+    def _land(self, left: int = 0) -> None:
+        """Finish the oldest steps in flight, until so many are left."""
+        while len(self._in_flight) > left:
+            requests = self._in_flight[0].requests
+            self._work_at(requests, self._finish_oldest)
+            self._steps += 1
+            self._step_taken(requests)
+
+    def _finish_oldest(self) -> None:
+        oldest, *others = self._in_flight
+        self._in_flight = tuple(others)
+        self._search.finish(oldest)
+
+    def _work_at(self, requests: Sequence[Request], work: Callable[[], None]) -> None:
+        """Do the work of a step of these requests, or a part of it.
+
+        A failure inside the models that concerns no single request ends all that take part, with
         :class:`EngineFailure`; those that wait go on.
         """
-        before = _counts(chosen)
+        before = _counts(requests)
         begin = time.perf_counter()
-        self._stepping = chosen
+        self._stepping = requests
         try:
-            self._search.step(chosen)
+            work()
         except Exception as error:
             self._mend(error)
         finally:
-            self._steps += bool(chosen)
             self._busy_s += time.perf_counter() - begin
-            rounds, sampled, scored = (a - b for a, b in zip(_counts(chosen), before))
+            rounds, sampled, scored = (a - b for a, b in zip(_counts(requests), before))
             self._rounds += rounds
             self._sampled_tokens += sampled
             self._scored_tokens += scored
         self._stepping = ()
-        for request in chosen:
+
+    def _step_taken(self, requests: Sequence[Request]) -> None:
+        """Let those go who are done, and tell the others."""
+        for request in requests:
             if request.ended:  # it failed, and has been let go
                 continue
             if request.done:
@@ -287,12 +348,15 @@ class Runner:
     def _mend(self, error: BaseException | None) -> None:
         """Bring back order after an interruption, wherever it was; None: by what is not known.
 
-        Who took part in a step ends, since its models may be anywhere. Afterwards every slot is
-        held by a request that goes on, or free. May itself be interrupted, and begun again.
+        Who took part in a step that was being launched or finished ends, since its models may be
+        anywhere. Afterwards every slot is held by a request that goes on, or free. May itself be
+        interrupted, and begun again.
         """
         for request in self._stepping:
             if not request.done:  # each its own error: callers raise it, and add to it
                 request.error = _failure(error)
+        stepping = set(self._stepping)
+        self._in_flight = tuple(s for s in self._in_flight if stepping.isdisjoint(s.requests))
         self._stepping = ()
         requests = list(self._under_way)
         alive = [request for request in requests if not request.done]

@@ -8,20 +8,26 @@ Order: a request is as urgent as the step in which it came, plus ``ROUNDS_PER_PR
 each level of priority. That number never changes, so nobody is overtaken for ever; and every step
 serves the most urgent first, running or not, so the most urgent one waits at most for the rounds
 that are under way.
+
+In several cohorts each step takes a share of all rows: those of the others are in flight, or wait
+for the next step. So a request stays with the same ones, the rows of the cohorts stay alike, and
+who comes joins the one that has fewer.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from heapq import merge
+from itertools import accumulate
 from typing import NamedTuple
 
 from w2s_fast._pages import round_pages
 from w2s_fast.cache import PagePool
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
+from w2s_fast.scheduling.cohorts import one_cohort
 from w2s_fast.scheduling.footprint import OfGuide, pages_at_most
 from w2s_fast.search import Request
 
@@ -36,10 +42,14 @@ _MOST_MISSES = 16
 
 
 class Choice(NamedTuple):
-    """Which requests take part in the next step, and which running ones give up their pages."""
+    """Which requests take part in the next step, and which running ones give up their pages.
+
+    ``apart``: others take their steps in another cohort, so nobody need wait for this one.
+    """
 
     run: list[Request]
     set_aside: list[Request]
+    apart: bool = False
 
 
 class Room(NamedTuple):
@@ -117,18 +127,33 @@ class Scheduler:
         self.running = [request for request in found if request.beams.holds]
         self.waiting = sorted((r for r in found if not r.beams.holds), key=_urgency)
 
-    def choose(self) -> Choice:
-        """Decide who takes part in the next step; ``running`` and ``waiting`` follow."""
+    def choose(
+        self,
+        in_flight: Collection[Request] = (),
+        cohorts_of: Callable[[int], int] = one_cohort,
+    ) -> Choice:
+        """Decide who takes part in the next step; ``running`` and ``waiting`` follow.
+
+        Nobody does if somebody more urgent than those in flight had to wait for their pages or
+        rows: it is decided again when they are no longer in flight.
+
+        Args:
+            in_flight: those of steps under way, who keep their rows and what they were promised.
+            cohorts_of: how many cohorts so many rows, of all that run, are run in.
+        """
         self._steps += 1
         pages = [share.model.pool.num_pages for share in self._shares]
         free, headroom = pages, [own // _HEADROOM for own in pages]
-        chosen = self.in_round
-        rows = sum(request.rows for request in chosen)
-        for request in chosen:
+        flying = set(in_flight)
+        chosen = [request for request in self.in_round if request not in flying]
+        taken = [*in_flight, *chosen]
+        rows = sum(request.rows for request in taken)
+        for request in taken:
             free = [f - p for f, p in zip(free, request.promised)]
-        between = sorted((r for r in self.running if not r.in_round), key=_urgency)
+        latest = max(map(_urgency, in_flight), default=None)
+        between = [r for r in self.running if not (r.in_round or r in flying)]
+        between.sort(key=_urgency)
         set_aside: list[Request] = []
-        entered: list[Request] = []
         misses = 0
         running = set(between)
         # All that may be looked at: the requests that run, and as many of the others as can enter
@@ -139,8 +164,8 @@ class Scheduler:
             waits = request not in running
             if waits and misses == _MOST_MISSES:
                 continue
-            fits = not chosen or rows + request.rows <= self.max_rows
-            if waits and chosen:
+            fits = not rows or rows + request.rows <= self.max_rows
+            if waits and rows:
                 fits = fits and all(n == 0 or n + h <= f for n, h, f in zip(needed, headroom, free))
             else:
                 fits = fits and all(n <= f for n, f in zip(needed, free))
@@ -149,20 +174,26 @@ class Scheduler:
                 free = [f - n for f, n in zip(free, needed)]
                 rows += request.rows
                 chosen.append(request)
-                if waits:
-                    entered.append(request)
+            elif latest is not None and _urgency(request) < latest:
+                return Choice([], [])
             elif waits:
                 misses += 1
             else:
                 set_aside.append(request)
-        for request in entered:
-            self.waiting.remove(request)
-            request.stats.enter()
+        share = rows / cohorts_of(rows)
+        before = accumulate((request.rows for request in chosen), initial=0)
+        run = [request for request, others in zip(chosen, before) if others < share]
+        later = [r for r in chosen[len(run) :] if r in running or r.in_round]
+        for request in run:
+            if request not in running and not request.in_round:
+                self.waiting.remove(request)
+                request.stats.enter()
         for request in set_aside:
             self._wait(request)
             request.stats.wait()
-        self.running = chosen
-        return Choice(list(chosen), set_aside)
+        self.running = [*in_flight, *run, *later]
+        apart = len(run) < len(chosen) or (bool(in_flight) and cohorts_of(rows) > 1)
+        return Choice(run, set_aside, apart)
 
     @property
     def in_round(self) -> list[Request]:

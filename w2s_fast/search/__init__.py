@@ -9,6 +9,6 @@ from w2s_fast._pages import Beam
 from w2s_fast.search.guide import Guide, PagedGuide
 from w2s_fast.search.request import Request
 from w2s_fast.search.score_graphs import ScoreGraphs
-from w2s_fast.search.search import Search
+from w2s_fast.search.search import InFlight, Search
 
-__all__ = ["Beam", "Guide", "PagedGuide", "Request", "ScoreGraphs", "Search"]
+__all__ = ["Beam", "Guide", "InFlight", "PagedGuide", "Request", "ScoreGraphs", "Search"]

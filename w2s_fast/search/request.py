@@ -92,7 +92,12 @@ class Request:
         return self.beams.round == 1 and not self.beams.forked
 
     def agreed_tokens(self) -> list[int]:
-        """The longest common prefix of all hypotheses; no EOS among it as long as one goes on."""
+        """The longest common prefix of all hypotheses; no EOS among it as long as one goes on.
+
+        As before where all have ended in the middle of a round: what ended them is no text.
+        """
+        if self.in_round and not self.beams.tokens_left:
+            return self.agreed
         return self.beams.agreed()
 
     def rounds(self) -> list[Round]:

@@ -8,6 +8,7 @@ request nearest to its selection still needs, and scores and selects those that 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,30 @@ MAX_STEP_TOKENS = 16
 # A step samples at least this many tokens, as long as some chunk asks for them: with chunks of many
 # lengths the guides would otherwise run after nearly every token.
 LEAST_STEP_TOKENS = 4
+
+
+class InFlight(NamedTuple):
+    """A step that was launched, and of which the host has not read everything.
+
+    Others may be launched before it is finished. They run behind it on the same stream, from the
+    same recordings, and overwrite the same memory: plans, what the steps drew, what was selected.
+    So all that is to be read is on its way to the host when they begin, into memory of its own,
+    and nobody waits for them.
+
+    Attributes:
+        requests: who takes part. complete: those whose round ends with this step, if they stay
+            sound. scored: those of them whose candidates the guides have scored.
+        drawn: tokens that the host has not read; None: it has all.
+        selection: among the candidates of ``scored``; None: there are none.
+        reading: of what was drawn, and of the selection; None: of nothing.
+    """
+
+    requests: Sequence[Request]
+    complete: Sequence[Request]
+    scored: Sequence[Request]
+    drawn: Drawn | None
+    selection: Selection | None
+    reading: Reading | None
 
 
 class Search:
@@ -74,7 +99,11 @@ class Search:
         guides = self.guides.guides
         return [self.base.model, *(model for guide in guides for model in guide.models)]
 
-    @inference
+    @property
+    def ahead(self) -> bool:
+        """Whether a step is launched before the host reads what it draws."""
+        return self._ahead
+
     def step(self, requests: Sequence[Request]) -> None:
         """Bring every request some tokens further; select in those whose round is complete.
 
@@ -84,40 +113,63 @@ class Search:
         A request in which a model produced NaN or infinity gets its ``error`` and gives its
         pages back; the others are not touched by it.
         """
+        self.finish(self.launch(requests))
+
+    @inference
+    def launch(self, requests: Sequence[Request]) -> InFlight:
+        """The part of a step in which the device is given its work; :meth:`finish` is the other.
+
+        Until then nobody else may touch these requests. Ahead, the host waits for nothing here,
+        unless chunks end one soon after the other, or texts enter that begin alike.
+        """
         # Tokens that each model may still run of texts: nobody waits long for those of others.
         most = [model.max_pass_tokens for model in self.models]
         for request in requests:
             if request.beams.aside:
                 request.beams.resume()
         begin_rounds(_beams(requests))
-        requests = self._enter(requests, most)
-        left = tokens_left(_beams(requests))
+        going_on = self._enter(requests, most)
+        left = tokens_left(_beams(going_on))
         tokens = _step_tokens(left.tolist())
         drawn = None
         while tokens > 0 and (left > 0).any():
             if drawn is not None:
                 self._take(drawn)
-                left = tokens_left(_beams(requests))
+                left = tokens_left(_beams(going_on))
                 if not (left > 0).any():
                     drawn = None
                     break
             count = min(tokens, int(left[left > 0].min()))
-            drawn = self.base.draw([r for r, more in zip(requests, left > 0) if more], count)
+            drawn = self.base.draw([r for r, more in zip(going_on, left > 0) if more], count)
             tokens -= count
             # As far as is known: who ends before that is complete, too.
             left = np.where(left > 0, left - count, 0)
         if drawn is not None and not self._ahead:
             self._take(drawn)
-            drawn, left = None, tokens_left(_beams(requests))
-        complete = [r for r, more in zip(requests, left > 0) if r.error is None and not more]
+            drawn, left = None, tokens_left(_beams(going_on))
+        complete = [r for r, more in zip(going_on, left > 0) if r.error is None and not more]
         scored = [request for request in complete if request.uses_guides]
         new = [request for request in scored if request.beams.round == 1]
         with timed("prefill_s", [request.stats for request in new]):
             waiting = self.guides.prefill(new, most)
         scored = [request for request in scored if request not in waiting]
+        drawing, draws = ([], None) if drawn is None else (drawn.requests, drawn.draws)
         with timed("scoring_s", [request.stats for request in scored]):
-            self._score(scored, drawn)
-        unscored = [r for r in complete if r.error is None and not r.uses_guides]
+            selection = self.guides.score(scored, drawing, draws) if scored else None
+        tensors = [] if draws is None else [draws.memory]
+        tensors += [] if selection is None else [selection.packed]
+        reading = Reading(*tensors) if tensors else None
+        return InFlight(requests, complete, scored, drawn, selection, reading)
+
+    @inference
+    def finish(self, step: InFlight) -> None:
+        """Read what a step found, and close the rounds that end with it."""
+        if step.selection is not None:
+            with timed("scoring_s", [request.stats for request in step.scored]):
+                self._score(step, step.selection)
+        elif step.drawn is not None:
+            self._take(step.drawn, step.reading)
+        unscored = [r for r in step.complete if r.error is None and not r.uses_guides]
         keep_all(_beams(unscored), self._managers)
         _count_rounds(unscored)
 
@@ -145,30 +197,24 @@ class Search:
         self.base.keep_only(requests)
         self.guides.keep_only(requests)
 
-    def _take(self, drawn: Drawn) -> None:
-        """Read what was drawn, and give it to the candidates."""
+    def _take(self, drawn: Drawn, reading: Reading | None = None) -> None:
+        """Read what was drawn, and give it to the candidates; ``reading``: it is under way."""
         with timed("decode_s", [request.stats for request in drawn.requests]):
-            (memory,) = Reading(drawn.draws.memory).wait()
+            (memory,) = (reading or Reading(drawn.draws.memory)).wait()
             self.base.take(drawn, memory)
         self._abort_failed(drawn.requests)
 
-    def _score(self, requests: Sequence[Request], drawn: Drawn | None) -> None:
-        """Score the tokens that the round brought, and keep the best candidates.
+    def _score(self, step: InFlight, selection: Selection) -> None:
+        """Take over the scores of the tokens that the round brought, and keep the best candidates.
 
-        ``drawn``: the last of them, which the host has not read yet; of other requests, too.
+        The last of these tokens may not have been read yet; nor those of other requests.
         """
-        if not requests:
-            if drawn is not None:
-                self._take(drawn)
-            return
-        if drawn is None:
-            selection = self.guides.score(requests, [], None)
-            (packed,) = Reading(selection.packed).wait()
-        else:
-            selection = self.guides.score(requests, drawn.requests, drawn.draws)
-            # The one place where the host waits for the device.
-            memory, packed = Reading(drawn.draws.memory, selection.packed).wait()
-            self.base.take(drawn, memory)
+        requests, drawn = step.scored, step.drawn
+        assert step.reading is not None
+        # The one place where the host waits for the device.
+        *memory, packed = step.reading.wait()
+        if drawn is not None:
+            self.base.take(drawn, *memory)
         words = packed.numpy()
         if selection.to_be_repeated(words):
             if drawn is not None:
