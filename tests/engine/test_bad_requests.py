@@ -171,7 +171,10 @@ def test_a_cache_too_small_for_anything_is_refused_by_name_or_serves_what_fits(
     message, results = None, []
     try:
         e = Engine(
-            base=tiny_model("llama"), device="cpu", kv_cache_tokens=tokens, page_size=page_size
+            base=tiny_model("llama", layers=1),
+            device="cpu",
+            kv_cache_tokens=tokens,
+            page_size=page_size,
         )
         results = e.generate([[1]], single)
     except W2SFastError as error:

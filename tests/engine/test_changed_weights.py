@@ -27,7 +27,7 @@ SLOW = SearchParams(method="bon", successors=3, max_new_tokens=40, ignore_eos=Tr
 
 def models() -> Triple:
     """Models that no other test sees."""
-    return Triple(*(copy.deepcopy(model) for model in tiny_triple(dtype=torch.float32)))
+    return Triple(*(copy.deepcopy(model) for model in tiny_triple(layers=2, dtype=torch.float32)))
 
 
 def middle(model: PreTrainedModel) -> nn.Parameter:

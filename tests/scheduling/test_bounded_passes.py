@@ -294,7 +294,7 @@ def test_an_error_in_any_piece_leaves_no_page(which: int) -> None:
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("which", ["base", "tuned", "untuned"])
 def test_a_broken_number_in_a_piece_ends_only_that_request(which: str, cache: bool) -> None:
-    triple = tiny_triple(("llama", "llama", "llama"), eos=(), dtype=torch.float32)
+    triple = tiny_triple(("llama", "llama", "llama"), layers=2, eos=(), dtype=torch.float32)
     broken = broken_triple(triple, which, 7, math.nan)
     e = make_engine(*broken, max_pass_tokens=8, prefix_cache=cache)
     sound = [t % 6 + 1 for t in range(50)]

@@ -40,8 +40,10 @@ def without_rehearsal(models: Triple) -> Engine:
 @pytest.mark.parametrize("length", [24, 64, 100])
 def test_the_first_usual_request_records_nothing_and_runs_from_recordings(length: int) -> None:
     models = tiny_triple(eos=())
-    engine, steps, passes = Recorded.of(models)
-    before, replayed = recordings(engine), [replays(graphs) for graphs in (steps, *passes)]
+    made = Recorded.of(models)
+    engine = made.engine
+    graphs = (made.steps, *made.rounds, *made.passes[1:])
+    before, replayed = recordings(engine), [replays(own) for own in graphs]
     prompt = [p % 18 + 1 for p in range(length)]
     with unrecorded_passes() as unrecorded:
         results = engine.generate([prompt], USUAL)
@@ -50,10 +52,11 @@ def test_the_first_usual_request_records_nothing_and_runs_from_recordings(length
     as_rehearsed = length == 64
     assert unrecorded == ([] if as_rehearsed else [[length], [length - 1], [length - 1]])
     rounds = USUAL.max_new_tokens // USUAL.chunk_length
-    expected = [rounds * (USUAL.chunk_length - 1), rounds - 1, rounds, rounds]
+    # Steps, first tokens, and selections; and the prompts of the guides' models.
+    expected = [rounds * (USUAL.chunk_length - 1), rounds - 1, rounds, 0, 0]
     if as_rehearsed:
-        expected[1:] = [count + 1 for count in expected[1:]]
-    assert [replays(graphs) for graphs in (steps, *passes)] == [
+        expected = [expected[0], rounds, rounds, 1, 1]
+    assert [replays(own) for own in graphs] == [
         old + new for old, new in zip(replayed, expected, strict=True)
     ]
     plain = make_engine(*models)

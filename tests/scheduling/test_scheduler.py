@@ -27,6 +27,7 @@ from tests.support.engines import (
 from tests.support.tiny_models import tiny_model, tiny_triple
 from w2s_fast import Engine, SearchParams
 from w2s_fast._pages import begin_rounds, end_rounds, round_pages, take_tokens
+from w2s_fast.decoding import Draws
 from w2s_fast.models.model import PagedModel
 from w2s_fast.scheduling.scheduler import ROUNDS_PER_PRIORITY, Scheduler
 from w2s_fast.search.guide_side import GuideSide
@@ -115,8 +116,10 @@ def _grow(request: Request, tokens: int, kept: int) -> None:
     """A round in which every candidate grows by so many tokens, and the first ones are kept."""
     begin_rounds([request.beams])
     rows = len(request.beams.candidates)
-    drawn = np.full((rows, tokens), 2)
-    assert not take_tokens([request.beams], drawn, np.zeros((rows, tokens), np.float32), tokens)
+    drawn = Draws.empty(tokens, rows, torch.device("cpu"))
+    drawn.tokens.fill_(2)
+    drawn.logprobs.zero_()
+    assert not take_tokens([request.beams], drawn.memory.numpy(), rows, drawn.logprobs_at)
     end_rounds([request.beams], np.arange(kept)[None], [])
 
 

@@ -77,7 +77,7 @@ def test_cached_pages_never_stand_in_the_way(page_size: int) -> None:
 
 
 def test_a_request_set_aside_finds_its_prompt_again() -> None:
-    triple = tiny_triple(eos=(), layers=2)
+    triple = tiny_triple(eos=())
     e = make_engine(*triple, kv_cache_tokens=420)
     params = replace(SEARCH, max_new_tokens=40)
     prompts = [[i, *SYSTEM[:20]] for i in range(1, 6)]
