@@ -162,6 +162,21 @@ private:
     std::optional<w2s::ScoringPasses> passes_;
 };
 
+py::list indices(const std::vector<std::uint8_t>& flags) {
+    py::list found;
+    for (std::size_t i = 0; i < flags.size(); ++i) {
+        if (flags[i]) found.append(i);
+    }
+    return found;
+}
+
+template <typename Flag>
+py::list flags(const Requests& requests, Flag flag) {
+    py::list found(requests.size());
+    for (std::size_t i = 0; i < requests.size(); ++i) found[i] = py::bool_(flag(*requests[i]));
+    return found;
+}
+
 std::optional<std::int32_t> parent_of(const BeamContents& beam) {
     if (beam.parent < 0) return std::nullopt;
     return beam.parent;
@@ -266,12 +281,20 @@ void bind_beams(py::module_& module) {
         return tree(w2s::cut_levels(given, rows));
     }, py::arg("levels"), py::arg("rows"));
     module.def("begin_rounds", &w2s::begin_rounds, py::arg("requests"));
-    module.def("tokens_left", [](const Requests& requests) {
-        return move_to_numpy(w2s::tokens_left(requests));
-    }, py::arg("requests"));
+    module.def("tokens_left", &w2s::tokens_left, py::arg("requests"));
     module.def("entering", [](const Requests& requests, const Beams::Managers& managers) {
-        return move_to_numpy(w2s::entering(requests, managers)).attr("view")("bool");
+        return indices(w2s::entering(requests, managers));
     }, py::arg("requests"), py::arg("managers"));
+    module.def("progress", [](const Requests& requests) {
+        const auto [sampled, scored] = w2s::progress(requests);
+        return py::make_tuple(sampled, scored);
+    }, py::arg("requests"));
+    module.def("in_rounds", [](const Requests& requests) {
+        return flags(requests, [](const Beams& beams) { return beams.open(); });
+    }, py::arg("requests"));
+    module.def("are_done", [](const Requests& requests) {
+        return flags(requests, [](const Beams& beams) { return beams.done(); });
+    }, py::arg("requests"));
     module.def("lacking", [](const Requests& requests, const PageManager& manager, int model) {
         return move_to_numpy(w2s::lacking(requests, manager, model)).attr("view")("bool");
     }, py::arg("requests"), py::arg("manager"), py::arg("model"));

@@ -46,6 +46,7 @@ PageManager::PageManager(std::int64_t num_pages, std::int64_t page_size, std::in
     held_.assign(static_cast<std::size_t>(max_slots), kFree);
     last_.assign(static_cast<std::size_t>(max_slots), kNoPage);
     before_.assign(static_cast<std::size_t>(num_pages), kNoPage);
+    run_of_.assign(static_cast<std::size_t>(num_pages), kNoRun);
     holders_.assign(static_cast<std::size_t>(num_pages), 0);
     free_pages_ = descending(num_pages);
     free_slots_ = descending(max_slots);
@@ -158,6 +159,10 @@ std::int32_t PageManager::take_page() {
 // The page before it keeps its number of holders: the slot no longer ends there, but here.
 void PageManager::append_page(std::int32_t slot) {
     const std::int32_t page = take_page();
+    if (run_of_[page] != kNoRun) {  // what it followed when it was in use before
+        free_runs_.push_back(run_of_[page]);
+        run_of_[page] = kNoRun;
+    }
     before_[page] = last_[slot];
     holders_[page] = 1;
     last_[slot] = page;
@@ -357,7 +362,32 @@ std::vector<std::int32_t> PageManager::page_table(Ints slots) const {
 
 void PageManager::copy_table(std::int32_t slot, std::int64_t begin, std::int32_t* out) const {
     std::int32_t page = last_[slot];
-    for (std::int64_t i = held_[slot]; i-- > begin; page = before_[page]) out[i - begin] = page;
+    for (std::int64_t end = held_[slot]; end > begin;) {
+        if (end % kRun == 0 && end - begin >= kRun) {
+            const std::int32_t* const run = run_up_to(page);
+            end -= kRun;
+            std::copy_n(run, kRun, out + (end - begin));
+            page = before_[run[0]];
+        } else {
+            out[--end - begin] = page;
+            page = before_[page];
+        }
+    }
+}
+
+const std::int32_t* PageManager::run_up_to(std::int32_t page) const {
+    std::int32_t& run = run_of_[page];
+    if (run == kNoRun) {
+        if (free_runs_.empty()) {
+            free_runs_.push_back(static_cast<std::int32_t>(runs_.size()));
+            runs_.emplace_back();
+        }
+        Run& pages = runs_[free_runs_.back()];
+        for (std::int64_t i = kRun; i-- > 0; page = before_[page]) pages[i] = page;
+        run = free_runs_.back();
+        free_runs_.pop_back();
+    }
+    return runs_[run].data();
 }
 
 // ---- the prefix cache ----

@@ -40,6 +40,7 @@
 // throws has evicted nothing.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -225,6 +226,17 @@ private:
     std::vector<std::int32_t> lengths_;
     std::vector<std::int32_t> held_;     // pages held by a slot; kFree for a free slot
     std::vector<std::int32_t> last_;     // of a slot's pages
+    // Walking back through a history costs a wait for memory a page. So where its length is a
+    // multiple of kRun, the last kRun pages are written down, page after page, when they are first
+    // walked: what a page follows stays what it is as long as the page is in use.
+    static constexpr std::int64_t kRun = 32;
+    static constexpr std::int32_t kNoRun = -1;
+    using Run = std::array<std::int32_t, kRun>;
+    const std::int32_t* run_up_to(std::int32_t page) const;
+    mutable std::vector<std::int32_t> run_of_;  // of a page, in runs_
+    mutable std::vector<Run> runs_;
+    mutable std::vector<std::int32_t> free_runs_;
+
     std::vector<std::int32_t> before_;   // the page that a page follows
     std::vector<std::int32_t> holders_;  // of a page
     std::vector<std::int32_t> free_pages_;  // without those of the cache

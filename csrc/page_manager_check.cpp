@@ -47,6 +47,13 @@ void PageManager::check() const {
         }
     }
     cache_.check(holders_);
+    for (std::int32_t page = 0; page < num_pages(); ++page) {
+        if (run_of_[page] == kNoRun || !(slots_with[page] > 0 || cache_.holds(page))) continue;
+        std::int32_t walked = page;
+        for (std::int64_t i = kRun; i-- > 0; walked = before_[walked]) {
+            expect(runs_[run_of_[page]][i] == walked, "pages were written down in another order");
+        }
+    }
 
     std::vector<bool> found_free(pages, false);
     for (const std::int32_t page : free_pages_) {

@@ -38,8 +38,18 @@ void expect(bool right, const char* what) {
 
 void begin_rounds(const Requests& requests) {
     for (Beams* request : requests) {
+        if (request->aside()) request->resume();
         if (!request->open()) request->begin_round();
     }
+}
+
+Progress progress(const Requests& requests) {
+    Progress found;
+    for (const Beams* request : requests) {
+        found.sampled += request->sampled();
+        found.scored += request->scored();
+    }
+    return found;
 }
 
 Int32s tokens_left(const Requests& requests) {

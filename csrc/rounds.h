@@ -43,8 +43,14 @@ struct BrokenNumber {
     std::int32_t position;  // in its response
 };
 
-// Open a round where none is under way.
+// Open a round where none is under way; nobody is aside any more.
 void begin_rounds(const Requests& requests);
+
+// Tokens sampled and scored so far, of all of them.
+struct Progress {
+    std::int64_t sampled = 0, scored = 0;
+};
+Progress progress(const Requests& requests);
 
 Int32s tokens_left(const Requests& requests);
 

@@ -34,7 +34,7 @@ void bind_unchanged(py::module_& module) {
             if (!same(a, b)) return false;
         }
         return true;
-    }, py::arg("now"), py::arg("seen"));
+    });
     module.def("same_numbers", [](const py::list& objects, const py::str& name,
                                   const py::list& numbers, bool call) {
         if (objects.size() != numbers.size()) return false;
@@ -50,7 +50,7 @@ void bind_unchanged(py::module_& module) {
             if (equal == 0) return false;
         }
         return true;
-    }, py::arg("objects"), py::arg("name"), py::arg("numbers"), py::arg("call"));
+    });
 }
 
 }  // namespace w2s

@@ -274,9 +274,18 @@ def cut_levels(levels: Sequence[tuple[Int32, Int32]], rows: int) -> Tree: ...
 # csrc/rounds.h says what these do. Rows and candidates stand request by request.
 
 def begin_rounds(requests: Sequence[Beams]) -> None: ...
-def tokens_left(requests: Sequence[Beams]) -> Int32: ...
-def entering(requests: Sequence[Beams], managers: Sequence[PageManager]) -> NDArray[np.bool_]:
-    """Returns [R]: whether a request has to wait for texts that do not stand yet."""
+def tokens_left(requests: Sequence[Beams]) -> list[int]: ...
+def entering(requests: Sequence[Beams], managers: Sequence[PageManager]) -> list[int]:
+    """Indices of requests that have to wait for texts that do not stand yet."""
+
+def progress(requests: Sequence[Beams]) -> tuple[int, int]:
+    """Tokens sampled, and tokens scored so far, of all of them."""
+
+def in_rounds(requests: Sequence[Beams]) -> list[bool]:
+    """Of each, whether it is in the middle of a round."""
+
+def are_done(requests: Sequence[Beams]) -> list[bool]:
+    """Of each, whether all its hypotheses are finished, and no round is under way."""
 
 def lacking(requests: Sequence[Beams], manager: PageManager, model: int) -> NDArray[np.bool_]:
     """Returns [R]: whether texts of a request do not stand in one model yet."""
@@ -399,10 +408,10 @@ def take_scores(
 ) -> Broken:
     """``packed``: of score_select, for so many kept in all, candidates and tokens."""
 
-def same_dicts(now: list[dict[str, Any]], seen: list[dict[str, Any]]) -> bool:
+def same_dicts(now: list[dict[str, Any]], seen: list[dict[str, Any]], /) -> bool:
     """Whether they are equal; what cannot be compared is not."""
 
-def same_numbers(objects: list[Any], name: str, numbers: list[int], call: bool) -> bool:
+def same_numbers(objects: list[Any], name: str, numbers: list[int], call: bool, /) -> bool:
     """Whether an attribute of each object, or what it returns, is the number."""
 
 def end_rounds(requests: Sequence[Beams], kept: Int64, managers: Sequence[PageManager]) -> None: ...

@@ -66,7 +66,7 @@ class Bucket(NamedTuple):
         """The first bucket of so many rows and tokens that is large enough for a pass."""
         max_q = 1 << max(0, bounds.max_q - 1).bit_length()
         least = cls.smallest(rows, tokens, max_q, most_pages)
-        pages = min(_rung(bounds.pages, least.pages, 4), rows * most_pages)
+        pages = min(_rung(bounds.pages, least.pages, 2), rows * most_pages)
         max_own = _rung(bounds.max_own, least.max_own, 4)
         if max_q > SPLIT_QUERIES and not bounds.splits:
             # Room for partial results of rows that have none would be most of a pass's memory.

@@ -87,8 +87,8 @@ class _Look:
 
     def still_holds(self) -> bool:
         return (
-            same_numbers(self._counted, "_version", self.versions, call=False)
-            and same_numbers(self._stored, "data_ptr", self.addresses, call=True)
+            same_numbers(self._counted, "_version", self.versions, False)
+            and same_numbers(self._stored, "data_ptr", self.addresses, True)
             and same_dicts(self._held, self._seen)
         )
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from w2s_fast._pages import Hold
+from w2s_fast._pages import Hold, are_done, progress
 from w2s_fast.cache import PagePool
 from w2s_fast.decoding import HomeStream
 from w2s_fast.errors import Aborted, EngineFailure, OutOfPages, W2SFastError
+from w2s_fast.models import inference
 from w2s_fast.scheduling.cohorts import cohorts_of
 from w2s_fast.scheduling.process import OwnProcess
 from w2s_fast.scheduling.scheduler import Room, Scheduler
@@ -149,8 +150,12 @@ class Runner:
         """
         with self.turn():
             if not any(request.ended for request in awaited):
-                self._step()
-                self.record_missed()
+                self._advance()
+
+    @inference  # once: each part of a turn would enter it by itself
+    def _advance(self) -> None:
+        self._step()
+        self.record_missed()
 
     def record_missed(self) -> None:
         """Within a turn, between two steps: record the passes that were missed.
@@ -335,15 +340,16 @@ class Runner:
 
     def _step_taken(self, requests: Sequence[Request]) -> None:
         """Let those go who are done, and tell the others."""
-        for request in requests:
+        for request, done in zip(requests, are_done([request.beams for request in requests])):
             if request.ended:  # it failed, and has been let go
                 continue
-            if request.done:
+            if done or request.error is not None:
                 self._leave(request)
                 continue
             if request.streams:
                 request.agreed = request.agreed_tokens()
-            self._tell(request)
+            if request.listener is not None:
+                self._tell(request)
 
     def _mend(self, error: BaseException | None) -> None:
         """Bring back order after an interruption, wherever it was; None: by what is not known.
@@ -398,11 +404,8 @@ def _pool_stats(pool: PagePool) -> PoolStats:
 
 def _counts(requests: Sequence[Request]) -> tuple[int, int, int]:
     """Rounds, tokens sampled and tokens scored so far."""
-    return (
-        sum(r.stats.rounds for r in requests),
-        sum(r.beams.sampled for r in requests),
-        sum(r.beams.scored for r in requests),
-    )
+    sampled, scored = progress([request.beams for request in requests])
+    return sum(request.stats.rounds for request in requests), sampled, scored
 
 
 def _failure(error: BaseException | None) -> EngineFailure:

@@ -21,9 +21,10 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from heapq import merge
 from itertools import accumulate
+from operator import attrgetter
 from typing import NamedTuple
 
-from w2s_fast._pages import round_pages
+from w2s_fast._pages import in_rounds, round_pages
 from w2s_fast.cache import PagePool
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
@@ -145,22 +146,38 @@ class Scheduler:
         pages = [share.model.pool.num_pages for share in self._shares]
         free, headroom = pages, [own // _HEADROOM for own in pages]
         flying = set(in_flight)
-        chosen = [request for request in self.in_round if request not in flying]
+        here = [r for r in self.running if r not in flying] if flying else self.running
+        opened = in_rounds([request.beams for request in here])
+        chosen = [request for request, is_open in zip(here, opened) if is_open]
+        between = [request for request, is_open in zip(here, opened) if not is_open]
+        between.sort(key=_urgency)
         taken = [*in_flight, *chosen]
         rows = sum(request.rows for request in taken)
         for request in taken:
             free = [f - p for f, p in zip(free, request.promised)]
         latest = max(map(_urgency, in_flight), default=None)
-        between = [r for r in self.running if not (r.in_round or r in flying)]
-        between.sort(key=_urgency)
         set_aside: list[Request] = []
+        entered: set[Request] = set()
         misses = 0
-        running = set(between)
         # All that may be looked at: the requests that run, and as many of the others as can enter
         # or be missed.
-        asking = list(merge(between, self.waiting[: self.max_rows + _MOST_MISSES], key=_urgency))
+        waiting = self.waiting[: self.max_rows + _MOST_MISSES]
+        asking = list(merge(between, waiting, key=_urgency)) if waiting else between
         sizes = [share.model.pool.page_size for share in self._shares]
-        for request, needed in zip(asking, round_pages([r.beams for r in asking], sizes).tolist()):
+        pages_of = round_pages([request.beams for request in asking], sizes).tolist()
+        wanted = sum(request.rows for request in asking)
+        if (
+            not waiting
+            and rows + wanted <= self.max_rows
+            and all(sum(needed) <= f for needed, f in zip(zip(*pages_of), free))
+        ):  # as long as nobody comes, and all have room
+            for request, needed in zip(asking, pages_of):
+                request.promised = needed
+            chosen += asking
+            rows += wanted
+            asking = []
+        running = set(between) if asking else set()
+        for request, needed in zip(asking, pages_of):
             waits = request not in running
             if waits and misses == _MOST_MISSES:
                 continue
@@ -174,6 +191,8 @@ class Scheduler:
                 free = [f - n for f, n in zip(free, needed)]
                 rows += request.rows
                 chosen.append(request)
+                if waits:
+                    entered.add(request)
             elif latest is not None and _urgency(request) < latest:
                 return Choice([], [])
             elif waits:
@@ -183,11 +202,10 @@ class Scheduler:
         share = rows / cohorts_of(rows)
         before = accumulate((request.rows for request in chosen), initial=0)
         run = [request for request, others in zip(chosen, before) if others < share]
-        later = [r for r in chosen[len(run) :] if r in running or r.in_round]
-        for request in run:
-            if request not in running and not request.in_round:
-                self.waiting.remove(request)
-                request.stats.enter()
+        later = [request for request in chosen[len(run) :] if request not in entered]
+        for request in entered.intersection(run):
+            self.waiting.remove(request)
+            request.stats.enter()
         for request in set_aside:
             self._wait(request)
             request.stats.wait()
@@ -198,7 +216,8 @@ class Scheduler:
     @property
     def in_round(self) -> list[Request]:
         """Those in the middle of a round: they keep what they were promised until it ends."""
-        return [request for request in self.running if request.in_round]
+        opened = in_rounds([request.beams for request in self.running])
+        return [request for request, is_open in zip(self.running, opened) if is_open]
 
     def set_aside_for(self, rooms: Iterable[Room]) -> Request | None:
         """Let one running request wait and give up its pages, so that others may have room.
@@ -232,5 +251,4 @@ class Scheduler:
         return [share for share in self._shares if share.guide is None or guides]
 
 
-def _urgency(request: Request) -> tuple[int, int]:
-    return request.urgency
+_urgency: Callable[[Request], tuple[int, int]] = attrgetter("urgency")

@@ -124,35 +124,37 @@ class Search:
         """
         # Tokens that each model may still run of texts: nobody waits long for those of others.
         most = [model.max_pass_tokens for model in self.models]
-        for request in requests:
-            if request.beams.aside:
-                request.beams.resume()
-        begin_rounds(_beams(requests))
-        going_on = self._enter(requests, most)
-        left = tokens_left(_beams(going_on))
-        tokens = _step_tokens(left.tolist())
+        beams = _beams(requests)
+        begin_rounds(beams)
+        going_on: Sequence[Request] = requests
+        if late := entering(beams, self._managers):
+            waiting = self._enter([requests[i] for i in late], most)
+            going_on = [request for request in requests if request not in waiting]
+            beams = _beams(going_on)
+        left = tokens_left(beams)
+        tokens = _step_tokens(left)
         drawn = None
-        while tokens > 0 and (left > 0).any():
+        while tokens > 0 and any(left):
             if drawn is not None:
                 self._take(drawn)
-                left = tokens_left(_beams(going_on))
-                if not (left > 0).any():
+                left = tokens_left(beams)
+                if not any(left):
                     drawn = None
                     break
-            count = min(tokens, int(left[left > 0].min()))
-            drawn = self.base.draw([r for r, more in zip(going_on, left > 0) if more], count)
+            count = min(tokens, min(filter(None, left)))
+            drawn = self.base.draw([r for r, more in zip(going_on, left) if more], count)
             tokens -= count
             # As far as is known: who ends before that is complete, too.
-            left = np.where(left > 0, left - count, 0)
+            left = [more and more - count for more in left]
         if drawn is not None and not self._ahead:
             self._take(drawn)
-            drawn, left = None, tokens_left(_beams(going_on))
-        complete = [r for r, more in zip(going_on, left > 0) if r.error is None and not more]
+            drawn, left = None, tokens_left(beams)
+        complete = [r for r, more in zip(going_on, left) if r.error is None and not more]
         scored = [request for request in complete if request.uses_guides]
-        new = [request for request in scored if request.beams.round == 1]
-        with timed("prefill_s", [request.stats for request in new]):
-            waiting = self.guides.prefill(new, most)
-        scored = [request for request in scored if request not in waiting]
+        if new := [request for request in scored if request.beams.round == 1]:
+            with timed("prefill_s", [request.stats for request in new]):
+                waiting = self.guides.prefill(new, most)
+            scored = [request for request in scored if request not in waiting]
         drawing, draws = ([], None) if drawn is None else (drawn.requests, drawn.draws)
         with timed("scoring_s", [request.stats for request in scored]):
             selection = self.guides.score(scored, drawing, draws) if scored else None
@@ -169,9 +171,9 @@ class Search:
                 self._score(step, step.selection)
         elif step.drawn is not None:
             self._take(step.drawn, step.reading)
-        unscored = [r for r in step.complete if r.error is None and not r.uses_guides]
-        keep_all(_beams(unscored), self._managers)
-        _count_rounds(unscored)
+        if unscored := [r for r in step.complete if r.error is None and not r.uses_guides]:
+            keep_all(_beams(unscored), self._managers)
+            _count_rounds(unscored)
 
     def set_aside(self, request: Request) -> None:
         """Give back all slots of a request between two rounds; its next step recomputes them."""
@@ -243,22 +245,19 @@ class Search:
             if requests[index].error is None:
                 model = self.guides.first_broken(selection, token)
                 requests[index].error = NumericalError.at(model.name, position)
-        sound = [i for i, request in enumerate(requests) if request.error is None]
-        closed = [requests[i] for i in sound]
+        kept, closed = selection.kept(words)[: len(requests)], requests
+        if any(request.error is not None for request in requests):
+            sound = [i for i, request in enumerate(requests) if request.error is None]
+            kept, closed = kept[sound], [requests[i] for i in sound]
         self.guides.remember([request for request in closed if request.beams.round == 1])
-        end_rounds(_beams(closed), selection.kept(words)[sound], self._managers)
+        end_rounds(_beams(closed), kept, self._managers)
         _count_rounds(closed)
 
-    def _enter(self, requests: Sequence[Request], most: list[int]) -> Sequence[Request]:
-        """Run texts that requests go on from, as far as may be; those that can go on now."""
-        lacks = entering(_beams(requests), self._managers)
-        if not lacks.any():
-            return requests
-        late = [request for request, lack in zip(requests, lacks) if lack]
+    def _enter(self, late: Sequence[Request], most: list[int]) -> set[Request]:
+        """Run texts that requests go on from, as far as may be; those that have to wait still."""
         back = [r for r in late if r.uses_guides and r.beams.round > 1]
         with timed("prefill_s", [request.stats for request in late]):
-            waiting = {*self.base.enter(late, most), *self.guides.prefill(back, most)}
-        return [request for request in requests if request not in waiting]
+            return {*self.base.enter(late, most), *self.guides.prefill(back, most)}
 
     def _abort_failed(self, requests: Iterable[Request]) -> None:
         for request in requests:
