@@ -22,7 +22,7 @@
 #include "hold.h"
 #include "page_manager.h"
 #include "plan.h"
-#include "unchanged.h"
+#include "bindings_unchanged.h"
 
 namespace py = pybind11;
 using w2s::PageManager;

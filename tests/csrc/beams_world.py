@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 
 from tests.csrc.beams_model import ModelBeam, ModelRequest
@@ -25,7 +26,9 @@ from w2s_fast._pages import (
     take_tokens,
     tokens_left,
 )
-from w2s_fast.attention import Level, RowTree
+from w2s_fast.attention import Columns, Level, RowTree
+from w2s_fast.decoding import Draws
+from w2s_fast.kernels.score_select import ScoreSelection, packed_words
 from w2s_fast.search import Beam, Request
 
 EOS = {0}
@@ -48,16 +51,38 @@ def seen(beam: Beam) -> tuple[Any, ...]:
 def scoring(requests: Any, drawing: Any, steps: int) -> Any:
     """Counts, rows of every model, the columns by name, and the two bounds."""
     layout = ScoringLayout(requests, drawing, steps, [1.0, -0.5])
-    buffer = np.zeros(layout.nbytes, np.uint8)
-    layout.write(buffer)
-    columns = {}
-    for name, dtype, offset, count in layout.fields:
-        assert offset % 16 == 0
-        columns[name] = (
-            buffer[offset:].view(np.uint8)[: count * np.dtype(dtype).itemsize].view(dtype)
-        )
+    made = Columns(layout.columns)
+    buffer = torch.zeros(made.nbytes, dtype=torch.uint8)
+    layout.write(buffer.numpy(), made.offsets, made.items, layout.num_drawn, [])
+    columns = {name: column.numpy() for name, column in made.cut(buffer).items()}
+    assert not (made.offsets % 16).any()
     assert columns["weights"].tolist() == [1.0, -0.5]
-    return layout.counts, layout.rows, columns, layout.max_candidates, layout.max_width
+    *_, max_candidates, max_width = layout.sizes
+    return layout.counts, layout.rows, columns, max_candidates, max_width
+
+
+def take(requests: Any, tokens: Any, logprobs: Any) -> Any:
+    """take_tokens of tokens and log-probs [rows, steps], as a device would have drawn them."""
+    rows, steps = tokens.shape
+    drawn = Draws(
+        torch.zeros(steps, Draws.bytes_a_step(rows + 2), dtype=torch.uint8), rows, rows + 2
+    )
+    drawn.tokens.copy_(torch.from_numpy(np.array(tokens, np.int64)).T)
+    drawn.logprobs.copy_(torch.from_numpy(np.array(logprobs, np.float32)).T)
+    return take_tokens(requests, drawn.memory.numpy(), rows, drawn.logprobs_at)
+
+
+def take_selected(
+    requests: Any, cu_tokens: Any, token_scores: Any, scores: Any, broken: Any
+) -> Any:
+    """take_scores of a selection as score_select packs it, with room for more than there is."""
+    kept, candidates, tokens = 3, len(scores) + 1, len(token_scores) + 2
+    words = np.zeros(packed_words(1, candidates, tokens, kept), np.int64)
+    found = ScoreSelection.unpack(torch.from_numpy(words), 1, candidates, tokens, kept)
+    found.scores[:-1] = torch.from_numpy(np.array(scores, np.float64))
+    found.broken[:-1] = torch.from_numpy(np.array(broken, np.int64))
+    found.token_scores[:-2] = torch.from_numpy(np.array(token_scores, np.float64))
+    return take_scores(requests, np.array(cu_tokens, np.int64), words, kept, candidates, tokens)
 
 
 @st.composite
@@ -155,7 +180,7 @@ class World:
         which = [i for i, more in zip(which, left) if more]
         if not which:
             return
-        steps = self.draw(st.integers(1, min(int(left[left > 0].min()), 16)))
+        steps = self.draw(st.integers(1, min(16, *filter(None, left))))
         self._check_sources(which)
         slots, counts, *_ = lay_out_sources(self.beams(which), self.managers[0])
         self._grow(0, slots, counts)
@@ -170,7 +195,7 @@ class World:
         )
         logprobs = -np.arange(1, tokens.size + 1, dtype=np.float32).reshape(tokens.shape)
         self._check_scoring(which, tokens, logprobs)
-        assert take_tokens(self.beams(which), tokens, logprobs, steps) == []
+        assert take(self.beams(which), tokens, logprobs) == []
         for (i, beam), new, own in zip(rows, tokens.tolist(), logprobs.tolist()):
             self.models[i].take(beam, new, own)
         release_finished(self.beams(which), self.managers[0], 0)
@@ -336,7 +361,7 @@ class World:
             cu_tokens
         ).astype(bool)
         sound = np.full(len(candidates), -1)
-        assert take_scores(self.beams(which), cu_tokens, scores, totals, sound) == []
+        assert take_selected(self.beams(which), cu_tokens, scores, totals, sound) == []
         for c, (i, beam) in enumerate(candidates):
             own = scores[cu_tokens[c] : cu_tokens[c + 1]].tolist()
             self.models[i].score(beam, own, float(totals[c]))

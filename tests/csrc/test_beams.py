@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.csrc.beams_world import EOS, PAGE, World, scoring, seen
+from tests.csrc.beams_world import EOS, PAGE, World, scoring, seen, take, take_selected
 from w2s_fast import SearchParams
 from w2s_fast._pages import (
     PageManager,
@@ -20,7 +20,6 @@ from w2s_fast._pages import (
     held_slots,
     lacking,
     take_scores,
-    take_tokens,
 )
 from w2s_fast.errors import OutOfPages
 from w2s_fast.search import Request
@@ -64,7 +63,7 @@ def score(one: Request, chunk: int) -> None:
     """Zeros, for chunks of so many tokens."""
     rows = len(one.beams.candidates)
     cu_tokens = np.arange(rows + 1) * chunk
-    take_scores([one.beams], cu_tokens, np.zeros(rows * chunk), np.zeros(rows), np.full(rows, -1))
+    take_selected([one.beams], cu_tokens, np.zeros(rows * chunk), np.zeros(rows), np.full(rows, -1))
 
 
 def test_a_broken_log_prob_is_named_once_and_nothing_behind_it_counts() -> None:
@@ -72,7 +71,7 @@ def test_a_broken_log_prob_is_named_once_and_nothing_behind_it_counts() -> None:
     begin_rounds([one.beams])
     logprobs = np.zeros((4, 3), np.float32)
     logprobs[1, 2], logprobs[2, 0], logprobs[3] = np.nan, np.inf, -np.inf
-    assert take_tokens([one.beams], np.full((4, 3), 7), logprobs, 3) == [(0, -1, 2)]
+    assert take([one.beams], np.full((4, 3), 7), logprobs) == [(0, -1, 2)]
     assert [beam.tokens for beam in one.beams.candidates] == [[7, 7, 7], [7, 7], [], []]
     assert one.beams.sampled == 5
 
@@ -84,7 +83,7 @@ def test_a_broken_number_behind_the_end_of_a_response_is_nobodys() -> None:
     tokens[:, 1] = 0
     logprobs = np.zeros((4, 3), np.float32)
     logprobs[:, 2] = np.nan
-    assert take_tokens([one.beams], tokens, logprobs, 3) == []
+    assert take([one.beams], tokens, logprobs) == []
     assert {beam.finish_reason for beam in one.beams.candidates} == {"eos"}
 
 
@@ -94,9 +93,9 @@ def test_the_first_broken_score_of_a_request_is_named() -> None:
     begin_rounds(beams)
     tokens = np.full((8, 2), 7)
     tokens[:, 0] = [7, 7, 7, 7, 0, 7, 7, 7]
-    take_tokens(beams, tokens, np.zeros((8, 2), np.float32), 2)
+    take(beams, tokens, np.zeros((8, 2), np.float32))
     broken = np.array([-1, -1, -1, -1, -1, 11, 13, -1])
-    found = take_scores(beams, np.arange(0, 18, 2), np.arange(16.0), np.zeros(8), broken)
+    found = take_selected(beams, np.arange(0, 18, 2), np.arange(16.0), np.zeros(8), broken)
     assert found == [(1, 11, 1)]
     # What stands behind the end of a chunk is nobody's score.
     assert [b.tokens for b in two.beams.candidates] == [[0], *[[7, 7]] * 3]
@@ -139,16 +138,16 @@ def test_a_request_waits_until_its_texts_stand() -> None:
         one.beams.set_kept_slots(m, root)
         assert one.beams.kept_slots(m).tolist() == root.tolist()
         grow(m, root, 2)
-        assert entering(beams, managers)[0]
+        assert entering(beams, managers)
     grow(0, one.beams.kept_slots(0), 1)
     # It draws before the guides have its prompt; and waits for them with what it drew.
-    assert not entering(beams, managers)[0]
+    assert not entering(beams, managers)
     assert lacks() == [False, True, True]
     grow(2, one.beams.kept_slots(2), 2)
     assert lacks() == [False, True, False]
     fork_beams(beams, managers[0], 0)
-    assert not entering(beams, managers)[0]
-    take_tokens(beams, np.full((4, 3), 7), np.zeros((4, 3), np.float32), 3)
+    assert not entering(beams, managers)
+    take(beams, np.full((4, 3), 7), np.zeros((4, 3), np.float32))
     score(one, 3)
     end_rounds(beams, np.array([[3, 1]]), managers)
     # It comes back: two texts in three models, of which each says what it lacks.
@@ -156,7 +155,7 @@ def test_a_request_waits_until_its_texts_stand() -> None:
     one.beams.resume()
     begin_rounds(beams)
     for m, prompt in enumerate((4, 2, 5)):
-        assert entering(beams, managers)[0]
+        assert entering(beams, managers)
         slots = managers[m].allocate(2)
         one.beams.set_kept_slots(m, np.array([slots[0], -1], np.int32))
         grow(m, slots[:1], prompt + 3 - 1)
@@ -167,7 +166,7 @@ def test_a_request_waits_until_its_texts_stand() -> None:
         assert lacks()[m]
         grow(m, slots[1:], 1)
         assert not lacks()[m]
-    assert not entering(beams, managers)[0]
+    assert not entering(beams, managers)
 
 
 def test_a_history_is_stored_once() -> None:
@@ -177,7 +176,7 @@ def test_a_history_is_stored_once() -> None:
     for _ in range(3000):
         begin_rounds([one.beams])
         rows = len(one.beams.candidates)
-        take_tokens([one.beams], np.full((rows, 10), 7), np.zeros((rows, 10), np.float32), 10)
+        take([one.beams], np.full((rows, 10), 7), np.zeros((rows, 10), np.float32))
         score(one, 10)
         end_rounds([one.beams], np.array([[1, 3]]), [])
         sizes.append(one.beams.blocks)
@@ -189,10 +188,14 @@ def test_a_history_is_stored_once() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     one = request()
     with pytest.raises(ValueError, match="rows, steps"):
-        take_tokens([one.beams], np.zeros((1, 1), np.int64), np.zeros((1, 1), np.float32), 1)
+        take([one.beams], np.zeros((1, 1), np.int64), np.zeros((1, 1), np.float32))
     begin_rounds([one.beams])
     with pytest.raises(ValueError, match="scores must be"):
-        take_scores([one.beams], np.zeros(5, np.int64), np.zeros(0), np.zeros(3), np.full(3, -1))
+        take_selected([one.beams], np.zeros(4, np.int64), np.zeros(0), np.zeros(3), np.full(3, -1))
+    with pytest.raises(ValueError, match="more candidates"):
+        take_selected([one.beams], np.zeros(9, np.int64), np.zeros(0), np.zeros(3), np.full(3, -1))
+    with pytest.raises(ValueError, match="other words"):
+        take_scores([one.beams], np.zeros(5, np.int64), np.zeros(30, np.int64), 3, 4, 0)
 
 
 def test_equal_tokens_of_other_parents_are_siblings() -> None:
@@ -201,7 +204,7 @@ def test_equal_tokens_of_other_parents_are_siblings() -> None:
     begin_rounds([one.beams])
     zeros = np.zeros((4, 1), np.float32)
     for tokens, kept in (([3, 4, 3, 5], [0, 2]), ([6, 7, 6, 7], [1, 3])):
-        take_tokens([one.beams], np.array(tokens)[:, None], zeros, 1)
+        take([one.beams], np.array(tokens)[:, None], zeros)
         score(one, 1)
         end_rounds([one.beams], np.array([kept]), [])
         begin_rounds([one.beams])

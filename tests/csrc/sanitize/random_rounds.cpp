@@ -9,9 +9,13 @@
 #include <cstdlib>
 #include <memory>
 #include <span>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "draw.h"
 #include "rounds.h"
+#include "scoring.h"
 
 namespace {
 
@@ -42,6 +46,77 @@ std::unique_ptr<Beams> some_request(Random& random) {
 void grow(w2s::PageManager& manager, const w2s::Int32s& slots, const w2s::Int32s& counts) {
     manager.reserve(slots, counts);
     manager.extend(slots, counts);
+}
+
+// Fields one behind the other, of so many items of so many bytes; and their size in all.
+std::int64_t place(const std::vector<std::pair<std::int64_t, std::int64_t>>& fields,
+                   std::vector<std::int64_t>& offsets) {
+    std::int64_t end = 0;
+    for (const auto& [items, bytes] : fields) {
+        offsets.push_back(end);
+        end += (items * bytes + 15) / 16 * 16;
+    }
+    return end;
+}
+
+// A buffer with a little more room than a pass needs, and just as large as that.
+struct Buffer {
+    w2s::PassRoom room;
+    std::vector<std::int64_t> columns;
+    std::vector<std::byte> bytes;
+
+    Buffer(const w2s::PassLayout& pass, std::int64_t more,
+           const std::vector<std::pair<std::int64_t, std::int64_t>>& extra) {
+        w2s::PassShape& shape = room.shape;
+        shape = pass.shape();
+        for (std::int64_t* own : {&shape.rows, &shape.tokens, &shape.splits, &shape.pages}) {
+            *own += more;
+        }
+        std::vector<std::pair<std::int64_t, std::int64_t>> fields{
+            {shape.tokens, 8}, {shape.tokens, 8}, {shape.tokens, 8}, {shape.pages, 4},
+            {shape.rows, 4},   {shape.rows, 4},   {shape.rows + 1, 4}, {shape.rows, 4},
+            {shape.rows, 4},   {shape.tokens, 4}, {6 * shape.splits, 4}};
+        const std::size_t own = fields.size();
+        fields.insert(fields.end(), extra.begin(), extra.end());
+        std::vector<std::int64_t> offsets;
+        bytes.resize(static_cast<std::size_t>(place(fields, offsets)));
+        room.offsets.assign(offsets.begin(), offsets.begin() + static_cast<std::ptrdiff_t>(own));
+        columns.assign(offsets.begin() + static_cast<std::ptrdiff_t>(own), offsets.end());
+    }
+};
+
+// What a recording of a draw is given; as many rows as come out of it.
+std::int64_t draw(const Requests& growing, w2s::PageManager& manager, std::int64_t steps,
+                  std::int64_t more) {
+    w2s::DrawLayout layout(growing, manager);
+    layout.begin(steps, 4, 8);
+    const std::int64_t rows = layout.rows() + more;
+    Buffer of_rows(layout.row_pass(), more,
+                   {{rows, 4}, {rows, 8}, {rows, 8}, {rows, 8}, {rows, 8}, {rows, 8}, {rows, 8},
+                    {1, 8}, {2 * rows, 4}});
+    layout.write_rows(of_rows.bytes, of_rows.room, of_rows.columns);
+    const w2s::PassShape sources = layout.source_pass().shape();
+    Buffer of_sources(layout.source_pass(), more,
+                      {{sources.tokens + more, 8}, {sources.rows + more, 8}, {rows, 8}});
+    layout.write_sources(of_sources.bytes, of_sources.room, of_sources.columns, rows);
+    return layout.rows();
+}
+
+// What a recording of a selection is given.
+void score(const w2s::Scoring& scoring, const Beams::Managers& guides, std::int64_t more) {
+    const w2s::ScoringPasses passes(scoring, guides, 4, 8);
+    for (const w2s::PassLayout& pass : passes.passes()) {
+        Buffer buffer(pass, more, {});
+        pass.write(buffer.bytes, buffer.room.offsets, buffer.room.shape, false);
+    }
+    std::vector<std::int64_t> items, offsets;
+    std::vector<std::pair<std::int64_t, std::int64_t>> fields;
+    scoring.columns([&](const std::string&, const auto& values, auto spare, bool) {
+        items.push_back(std::ssize(values) + more);
+        fields.emplace_back(items.back(), sizeof(spare));
+    });
+    std::vector<std::byte> bytes(static_cast<std::size_t>(place(fields, offsets)));
+    w2s::write_columns(scoring, bytes, offsets, items, scoring.rows + more);
 }
 
 // The slots that a request without any gets, with what its texts have but their last tokens.
@@ -93,13 +168,20 @@ void random_rounds(long rounds, Random& random, std::map<std::string, long>& hap
         }
         if (!growing.empty()) {
             const std::int64_t steps = pick(random, 1, most);
-            const w2s::Sources sources = lay_out_sources(growing, *managers[0]);
-            grow(*managers[0], sources.slots, sources.counts);
-            fork_beams(growing, *managers[0], 0);
-            const w2s::GrowingRows rows = lay_out_rows(growing);
-            grow(*managers[0], rows.slots,
-                 w2s::Int32s(rows.slots.size(), static_cast<std::int32_t>(steps - 1)));
-            std::vector<std::int64_t> tokens(rows.slots.size() * steps);
+            std::int64_t count = 0;
+            if (steps > 1 && pick(random, 0, 1) == 0) {
+                count = draw(growing, *managers[0], steps, pick(random, 0, 3));
+                ++happened["drawn by a recording"];
+            } else {
+                const w2s::Sources sources = lay_out_sources(growing, *managers[0]);
+                grow(*managers[0], sources.slots, sources.counts);
+                fork_beams(growing, *managers[0], 0);
+                const w2s::GrowingRows rows = lay_out_rows(growing);
+                grow(*managers[0], rows.slots,
+                     w2s::Int32s(rows.slots.size(), static_cast<std::int32_t>(steps - 1)));
+                count = std::ssize(rows.slots);
+            }
+            std::vector<std::int64_t> tokens(static_cast<std::size_t>(count * steps));
             for (std::int64_t& token : tokens) token = pick(random, 0, 30);
             std::vector<float> logprobs(tokens.size(), -1.0F);
             if (pick(random, 0, 20) == 0) logprobs[pick(random, 0, tokens.size() - 1)] /= 0.0F;
@@ -125,10 +207,15 @@ void random_rounds(long rounds, Random& random, std::map<std::string, long>& hap
                 }
                 fork_beams(scored, *managers[m], m);
             }
-            const w2s::Scoring scoring = lay_out_scoring(scored, {}, 0);
-            for (int m = 1; m < 3; ++m) {
-                grow(*managers[m], scoring.slots[m - 1], scoring.counts);
-                scoring.levels[m - 1].tree();
+            const w2s::Scoring scoring = lay_out_scoring(scored, {}, 0, {1.0});
+            if (pick(random, 0, 1) == 0) {
+                score(scoring, {all[1], all[2]}, pick(random, 0, 3));
+                ++happened["scored by a recording"];
+            } else {
+                for (int m = 1; m < 3; ++m) {
+                    grow(*managers[m], scoring.slots[m - 1], scoring.counts);
+                    scoring.levels[m - 1].tree();
+                }
             }
             const std::vector<double> scores(scoring.targets.size(), 0.5);
             take_scores(scored, scoring.cu_tokens, scores, scoring.previous,

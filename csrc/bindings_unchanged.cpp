@@ -1,4 +1,4 @@
-#include "unchanged.h"
+#include "bindings_unchanged.h"
 
 namespace py = pybind11;
 
