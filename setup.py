@@ -10,7 +10,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -18,6 +18,9 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent
 # Machine code for those of them that nvcc knows, and PTX of the newest for what comes later.
 CUDA_ARCHITECTURES = ("80", "90", "100")
+
+
+ParallelCompile(default=0).install()  # on all cores
 
 
 def relative(paths) -> list[str]:

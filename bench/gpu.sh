@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Prove and time this machine's GPU at work, without a network:
 #
-#     bench/gpu.sh [folder for the results] [kernels | engine]      default: bench/results kernels
+#     bench/gpu.sh [folder for the results] [kernels | engine | cohorts]
+#                                                             default: bench/results kernels
 #
 # Needs python with torch, triton, transformers, pytest, hypothesis and pybind11, a C++ compiler,
 # and nvcc for the CUDA sources. Builds in place, runs the tests marked `gpu`, times every kernel;
-# or, for `engine`, proves and times recorded passes. At most 8 minutes each. A part that fails
-# hides no other; the last lines say how each part ended.
+# or, for `engine`, proves and times recorded passes; or, for `cohorts`, finds from how many rows on
+# two of them are faster than one. At most 8 minutes each. A part that fails hides no other; the last
+# lines say how each part ended.
 # W2S_FAST_DRY_RUN=1 runs the same parts with tiny shapes on the CPU, with what was built before.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${1:-bench/results}
 what=${2:-kernels}
-case $what in kernels | engine) ;; *) echo "no such parts: $what" >&2; exit 2 ;; esac
+case $what in kernels | engine | cohorts) ;; *) echo "no such parts: $what" >&2; exit 2 ;; esac
 python=${PYTHON:-python3}
 name=$(date +%Y-%m-%d)-$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr ' ' '-')
 name=${name%-}
@@ -48,6 +50,10 @@ elif [ "$what" = engine ]; then
     part "captures that fail" 60 "$python" -m pytest -q -m gpu tests/gpu/test_failed_captures.py \
         --junitxml "$out/$name-capture-tests.xml"
     part "ways to decode" 230 "$python" -m bench.decode --seconds 150 --out "$out/$name-decode.json"
+elif [ "$what" = cohorts ] && [ -n "${W2S_FAST_DRY_RUN:-}" ]; then
+    part "cohorts" 120 "$python" -m bench.cohorts --dry-run --out "$out/$name-cohorts-dry.json"
+elif [ "$what" = cohorts ]; then
+    part "cohorts" 380 "$python" -m bench.cohorts --seconds 240 --out "$out/$name-cohorts.json"
 elif [ -n "${W2S_FAST_DRY_RUN:-}" ]; then
     part "timings" 120 "$python" -m bench.kernels --dry-run --out "$out/$name-kernels-dry.json"
 else

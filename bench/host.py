@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     requests = args.requests or ([1, 2] if args.quick else [1, 16, 64, 256])
     chunks = args.chunks or ([3] if args.quick else [5, 30])
-    lengths = sorted(args.lengths or ([12, 24] if args.quick else [50, 500, 4000]))
+    lengths = sorted(args.lengths or ([18, 30] if args.quick else [50, 500, 4000]))
     prompt = 20 if args.quick else 512
     # Nobody comes to the end: a round that ends a search has other things to do.
     over = WARM_UP + len(lengths) * args.rounds + 2

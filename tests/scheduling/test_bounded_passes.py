@@ -62,7 +62,7 @@ def passes() -> Iterator[list[Pass]]:
 def two_guides(bound: int | None, cache: bool, tokens: int = 4096) -> Engine:
     families = (("gpt2", "llama", 1.0), ("llama", "mistral", -0.5))
     return Engine(
-        base=tiny_model("llama", eos=(0, 6)),
+        base=tiny_model("llama", eos=(0, 6), layers=1),
         guides=[
             Guide(tiny_model(t, seed=10 + g, layers=1), tiny_model(u, seed=20 + g, layers=1), w)
             for g, (t, u, w) in enumerate(families)
