@@ -1,8 +1,80 @@
 #include "bindings_unchanged.h"
 
+#include <cstdint>
+#include <utility>
+#include <vector>
+
 namespace py = pybind11;
 
 namespace {
+
+// Says of dicts whether they were written to, without looking into them: a model has thousands of
+// entries. It may say so of a dict in which all is as before.
+//
+// In CPython 3.12 a dict tells those who watch it; before, each has a number that changes whenever it
+// is written to. 3.13 has no such number, and does not tell of attributes that are set; there it is
+// always said, and dicts have to be compared.
+class DictWatch {
+public:
+    explicit DictWatch(py::list dicts) : dicts_(std::move(dicts)) {
+        for (const py::handle dict : dicts_) {
+            if (!PyDict_Check(dict.ptr())) throw py::type_error("not a dict");
+            watch(dict.ptr());
+        }
+        settle();
+    }
+
+    // What was written until now does not count any more.
+    void settle() { seen_ = state(); }
+
+    bool changed() const { return !watched_ || seen_ != state(); }
+
+private:
+#if PY_VERSION_HEX >= 0x030D0000
+    using State = int;
+
+    void watch(PyObject*) { watched_ = false; }
+
+    State state() const { return 0; }
+#elif PY_VERSION_HEX >= 0x030C0000
+    using State = std::uint64_t;
+
+    // Of all dicts that anybody watches. They are watched as long as they live: another watch may be
+    // at the same ones.
+    static inline std::uint64_t writes_ = 0;
+
+    static int note(PyDict_WatchEvent event, PyObject*, PyObject*, PyObject*) {
+        writes_ += event != PyDict_EVENT_DEALLOCATED;  // of somebody else: ours are kept
+        return 0;
+    }
+
+    void watch(PyObject* dict) {
+        static const int watcher = PyDict_AddWatcher(note);
+        if (watcher >= 0 && PyDict_Watch(watcher, dict) == 0) return;
+        PyErr_Clear();
+        watched_ = false;  // there are eight watchers in all, and others have them
+    }
+
+    State state() const { return writes_; }
+#else
+    using State = std::vector<std::uint64_t>;
+
+    void watch(PyObject*) {}
+
+    State state() const {
+        State found;
+        found.reserve(dicts_.size());
+        for (const py::handle dict : dicts_) {
+            found.push_back(reinterpret_cast<PyDictObject*>(dict.ptr())->ma_version_tag);
+        }
+        return found;
+    }
+#endif
+
+    py::list dicts_;
+    bool watched_ = true;
+    State seen_{};
+};
 
 // As `now == seen` says, where what cannot be compared is not equal. Most of the time each key and
 // each value is the very same object in the same order, which takes a hundredth of asking them.
@@ -25,6 +97,10 @@ bool same(PyObject* now, PyObject* seen) {
 namespace w2s {
 
 void bind_unchanged(py::module_& module) {
+    py::class_<DictWatch>(module, "DictWatch")
+        .def(py::init<py::list>(), py::arg("dicts"))
+        .def("changed", &DictWatch::changed)
+        .def("settle", &DictWatch::settle);
     module.def("same_dicts", [](const py::list& now, const py::list& seen) {
         if (now.size() != seen.size()) return false;
         for (py::size_t i = 0; i < now.size(); ++i) {

@@ -408,6 +408,14 @@ def take_scores(
 ) -> Broken:
     """``packed``: of score_select, for so many kept in all, candidates and tokens."""
 
+class DictWatch:
+    """Says of dicts whether they were written to, without looking into them."""
+
+    def __init__(self, dicts: list[dict[str, Any]]) -> None: ...
+    def changed(self) -> bool:
+        """Since :meth:`settle`, or since it was made. It may say so where all is as it was."""
+    def settle(self) -> None: ...
+
 def same_dicts(now: list[dict[str, Any]], seen: list[dict[str, Any]], /) -> bool:
     """Whether they are equal; what cannot be compared is not."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from w2s_fast._pages import same_dicts, same_numbers
+from w2s_fast._pages import DictWatch, same_dicts, same_numbers
 
 # Settings of training, which a pass in eval mode does not depend on.
 _OF_TRAINING = frozenset(
@@ -74,6 +74,7 @@ class _Look:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._held = [held for module in modules for held in _dicts(module)]
+        self._watch = DictWatch(self._held)
         self._seen = [dict(held) for held in self._held]
         self.settings = [
             {name: value for name, value in seen.items() if name not in _OF_TRAINING}
@@ -89,8 +90,16 @@ class _Look:
         return (
             same_numbers(self._counted, "_version", self.versions, False)
             and same_numbers(self._stored, "data_ptr", self.addresses, True)
-            and same_dicts(self._held, self._seen)
+            and self._same_dicts()
         )
+
+    def _same_dicts(self) -> bool:
+        if not self._watch.changed():
+            return True
+        if not same_dicts(self._held, self._seen):
+            return False
+        self._watch.settle()
+        return True
 
 
 def _dicts(module: nn.Module) -> Iterator[dict[str, Any]]:
