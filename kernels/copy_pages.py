@@ -68,7 +68,7 @@ def _fake(kv: Tensor, pairs: Tensor) -> None:
 
 def _cuda(kv: Tensor, pairs: Tensor) -> None:
     launch = _library()
-    if launch is None or not is_one_launch(kv):
+    if launch is None or not _in_vectors(kv):
         return _torch(kv, pairs)
     layers, two, pages = kv.shape[:3]
     page_bytes = math.prod(kv.shape[3:]) * kv.element_size()
@@ -85,10 +85,13 @@ def _cuda(kv: Tensor, pairs: Tensor) -> None:
 
 def is_one_launch(kv: Tensor) -> bool:
     """Whether copying pages of this pool is one launch that a CUDA graph can hold."""
-    if not kv.is_cuda:
-        return True
+    return not kv.is_cuda or (_library() is not None and _in_vectors(kv))
+
+
+def _in_vectors(kv: Tensor) -> bool:
+    """Whether the CUDA kernel can move these pages."""
     page_bytes = math.prod(kv.shape[3:]) * kv.element_size()
-    return _library() is not None and page_bytes % _VECTOR == 0 and kv.data_ptr() % _VECTOR == 0
+    return page_bytes % _VECTOR == 0 and kv.data_ptr() % _VECTOR == 0
 
 
 def library_path() -> str | None:

@@ -116,6 +116,7 @@ def test_a_quick_run_measures_every_ratio_of_the_search(
         ("same-size-guides", "w2s-fast / A", "<= 0.95"),
         ("same-size-guides", "B / w2s-fast", ">= 16"),
         ("batch", "tokens/s of 8 requests / of 1", ">= 1.8"),
+        ("many-requests", "tokens/s of 64 requests / of 1", ">= 4"),
         ("sample", "w2s-fast / A", "<= 0.85"),
     }
     for case in found["cases"]:
