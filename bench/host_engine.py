@@ -3,25 +3,28 @@
 It is set up as on CUDA, over tiny models on the CPU. Once that is done, the models' bodies are
 taken out: they answer random hidden states that were drawn before. Recordings run on a stopped
 clock, so that there are tokens, scores and survivors; but those that the last round replayed, too,
-are not run again, and the host finds what stood there. Computing on the CPU would throw what the
-host needs out of its caches. What is left is what the host does on a GPU as well, with two
-differences: an operator of torch that no recording holds is computed here and launched there, and
-the launches of our own operators are left out; ``bench.host`` counts both.
+are not run again: the host finds the tokens and scores that stood there, and survivors that are
+drawn. Computing on the CPU would throw what the host needs out of its caches. What is left is what
+the host does on a GPU as well, with two differences: an operator of torch that no recording holds
+is computed here and launched there, and the launches of our own operators are left out;
+``bench.host`` counts both.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import pkgutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch._ops
 from torch import Tensor
@@ -36,8 +39,17 @@ from w2s_fast.search import Request
 
 BEAM_WIDTH = SUCCESSORS = 4
 ROWS = BEAM_WIDTH * SUCCESSORS  # of a request
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, as glibc numbers them
 WIDTH = 4  # of hidden states: as small as can be, for what torch computes is not the host's
 VOCABULARY = 64
+
+
+def keep_memory() -> None:
+    """Let the C library keep what is freed, as torch keeps pinned memory: else a buffer of some
+    hundred kilobytes is asked of the system in each round, which a GPU's host never does."""
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(parameter, 2**30)
 
 
 class Clock:
@@ -155,6 +167,7 @@ class HostEngine:
     ) -> None:
         """``device``: where what crosses is counted; it must exist for all steps. None: nothing
         is counted, and no time is lost by counting. ``clock``: another than the processor's."""
+        keep_memory()
         self.size = size
         self.clock = clock or Clock()
         self.by_hand = 0
@@ -178,6 +191,19 @@ class HostEngine:
         for model in (self.engine.base, *self.engine.guides[0].models):
             self._take_out_body(model)
         self._requests: list[Request] = []
+        self._draw = np.random.default_rng(0)
+        self._counted = device is not None  # then nothing may be copied there beside
+        self._selected: Any = None  # what the last selection was recorded or run on
+        scores = self.engine._search.guides._graphs
+        assert scores is not None
+        find = scores.recordings.find
+
+        def found(bucket: Any) -> Any:
+            recording = find(bucket)
+            self._selected = recording.static
+            return recording
+
+        scores.recordings.find = found  # type: ignore[method-assign]
 
     def _model(self, seed: int) -> GPT2LMHeadModel:
         torch.manual_seed(seed)
@@ -255,6 +281,7 @@ class HostEngine:
         """
         seconds = 0.0
         self._replays.begin_round()
+        self._keep_others()
         before = self.engine.stats()
         rounds = before.rounds
         while rounds == before.rounds:
@@ -269,6 +296,18 @@ class HostEngine:
                 f"{took_part} requests sampled {sampled} tokens; wanted: {self.size}"
             )
         return seconds
+
+    def _keep_others(self) -> None:
+        """Draw who is kept if the selection is not run again: histories then meet, as in a search
+        that has something to choose by."""
+        if self._selected is None or self._counted:
+            return
+        requests, width = self.size.requests, self._selected.bucket.max_width
+        order = self._draw.permuted(np.tile(np.arange(ROWS), (requests, 1)), axis=1)
+        kept = np.full((requests, width), -1)
+        kept[:, :BEAM_WIDTH] = order[:, :BEAM_WIDTH]
+        with torch.inference_mode():
+            self._selected.packed[: kept.size].copy_(torch.from_numpy(kept).flatten())
 
 
 @contextmanager
