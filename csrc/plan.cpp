@@ -14,14 +14,6 @@ T* field(std::span<std::byte> buffer, PassLayout::Offsets offsets, PassField whi
     return field_of<T>(buffer, offsets[static_cast<std::size_t>(which)], size);
 }
 
-// Puts the pages of a slot, from its `begin`-th on, behind those of a table.
-void append_pages(const PageManager& pages, std::int32_t slot, std::int64_t begin,
-                  std::vector<std::int32_t>& table) {
-    const std::size_t end = table.size();
-    table.resize(end + static_cast<std::size_t>(pages.held()[slot] - begin));
-    pages.copy_table(slot, begin, table.data() + end);
-}
-
 }  // namespace
 
 PassLayout::PassLayout(const PageManager& pages, Ints slots, Ints counts, const RowTree& tree,
@@ -107,8 +99,13 @@ void PassLayout::cut(const RowTree& tree, std::int64_t split_keys, std::int64_t 
             std::fill(parts_.begin() + first, parts_.begin() + row, part);
         }
     }
-    std::stable_sort(splits_.begin(), splits_.end(), [](const Split& a, const Split& b) {
-        return a.end - a.begin > b.end - b.begin;
+    const auto keys = [](const Split& s) { return s.end - s.begin; };
+    // Of a long history nearly all are as long as can be.
+    const auto shorter = std::stable_partition(splits_.begin(), splits_.end(), [&](const Split& s) {
+        return keys(s) == split_keys;
+    });
+    std::stable_sort(shorter, splits_.end(), [&](const Split& a, const Split& b) {
+        return keys(a) > keys(b);
     });
 }
 
@@ -118,10 +115,16 @@ void PassLayout::take_tables(const PageManager& pages, Ints slots) {
         first_key[s.table_row] = std::min(first_key[s.table_row], s.begin);
     }
     table_start_.reserve(slots.size());
+    std::int64_t entries = 0;
     for (std::size_t row = 0; row < slots.size(); ++row) {
         const std::int64_t begin = first_key[row] / pages.page_size();
-        table_start_.push_back(static_cast<std::int32_t>(std::ssize(table_) - begin));
-        append_pages(pages, slots[row], begin, table_);
+        table_start_.push_back(static_cast<std::int32_t>(entries - begin));
+        entries += pages.held()[slots[row]] - begin;
+    }
+    table_.resize(static_cast<std::size_t>(entries));
+    for (std::size_t row = 0; row < slots.size(); ++row) {
+        const std::int64_t begin = first_key[row] / pages.page_size();
+        pages.copy_table(slots[row], begin, table_.data() + table_start_[row] + begin);
     }
 }
 

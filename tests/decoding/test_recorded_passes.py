@@ -98,7 +98,7 @@ def test_a_recorded_decode_is_one_copy_and_a_replay_a_step() -> None:
     logits = torch.randn(3, engine._models.vocab_size)
     with launches() as found:
         drawn = engine._search.base.decoder.run(slots, tree, settings(3), logits, 6)
-    assert found == ["staging", "sample_tokens", "copy_", "copy_", *["replay"] * 5, "clone"]
+    assert found == ["staging", "sample_tokens", "copy_", "copy_", *["replay"] * 5]
     tokens, logprobs = drawn.read()
     assert tokens.shape == logprobs.shape == (6, 3)
     for step, draw in enumerate(drawn):
@@ -196,7 +196,6 @@ def test_page_copies_travel_with_a_decode() -> None:
         assert found == [
             *("staging", "copy_pages", "sample_tokens", "copy_", "copy_"),
             *["replay"] * 5,
-            "clone",
         ]
         tokens, _ = drawn.read()
         for slot, own in zip(slots, tokens.T.tolist()):

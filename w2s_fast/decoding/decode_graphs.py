@@ -169,20 +169,22 @@ class DecodeGraphs:
         return self._replay(recording, Draws(step.drawn.memory, rows, padded), steps)
 
     def _replay(self, recording: Recording[Step], drawn: Draws, steps: int) -> Draws:
-        """All steps but the first, whose tokens stand in ``drawn``."""
-        found, left = [], steps - 1
-        while left:
-            count = min(left, _STEPS)
-            for _ in range(count):
+        """All steps but the first, whose tokens stand in ``drawn``.
+
+        Of so many steps as are kept, what is returned stands where it was drawn: it is to be read
+        or copied before these rows, or as many others, are drawn again.
+        """
+        put_away = []
+        for left in range(steps - 1, 0, -_STEPS):
+            for _ in range(min(left, _STEPS)):
                 recording.replay()
-            left -= count
-            # The last draw stays, to be the first of what follows.
-            found.append(drawn.memory[: count + (left == 0)].clone())
-            if left:
-                drawn.memory[0].copy_(drawn.memory[count])
+            if left > _STEPS:
+                put_away.append(drawn.memory[:_STEPS].clone())
+                # The last draw is the first of what follows.
+                drawn.memory[0].copy_(drawn.memory[_STEPS])
                 recording.static.taken.zero_()
-        memory = found[0] if len(found) == 1 else torch.cat(found)
-        return Draws(memory, drawn.rows, drawn.room)
+        memory = drawn.memory[: left + 1]
+        return Draws(torch.cat([*put_away, memory]) if put_away else memory, drawn.rows, drawn.room)
 
     def _prepare(self, bucket: Bucket) -> Step:
         rows = bucket.rows
