@@ -27,7 +27,7 @@ READS = 2  # what was drawn, and what was selected
 COPIES = 3  # the rows of the base, what they come from, and all of the guides
 WAITS = 1
 REPLAYS = 6  # first tokens, 4 steps, and the guides with the selection
-LAUNCHES = 24
+LAUNCHES = 1  # what was drawn goes to where the selection reads it
 
 PARAMS = replace(SEARCH, beam_width=4, successors=4, chunk_length=5, max_new_tokens=25)
 MOST = 3  # requests
