@@ -34,6 +34,7 @@ from tests.support.recorded import (
     unrecorded_passes,
     unrecorded_steps,
 )
+from tests.support.recorder import Recording
 from tests.support.tiny_models import byte_tokenizer, tiny_triple
 from tests.support.tokenizers import with_gaps
 from w2s_fast.attention.row_tree import RowTree
@@ -42,6 +43,7 @@ from w2s_fast.decoding.decoding import Decoding
 from w2s_fast.decoding.graphs import Recordings
 from w2s_fast.scheduling import Scheduler
 from w2s_fast.search import Request, Search
+from w2s_fast.search.score_graphs import _Scoring
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -262,7 +264,7 @@ def test_what_a_bucket_has_too_many_touches_no_page() -> None:
     drawn = steps.run(slots, nothing[5], settings(5), logits[:5], 7)
     assert drawn is not None and len(drawn) == 7
     assert places_written(before) == sorted(written.tolist())
-    assert all(logprobs.isfinite().all() for _, logprobs in drawn)
+    assert drawn.logprobs.isfinite().all()
 
 
 def test_a_chunk_leaves_nothing_behind_for_the_next_one() -> None:
@@ -276,3 +278,37 @@ def test_a_chunk_leaves_nothing_behind_for_the_next_one() -> None:
     assert found(engine.generate(RAGGED_PROMPTS[2:3], narrow)) == found(
         plain.generate(RAGGED_PROMPTS[2:3], narrow)
     )
+
+
+def test_guides_that_cannot_be_recorded_together_are_named_and_go_on() -> None:
+    """Each model of theirs can, by itself."""
+    models = tiny_triple(eos=())
+
+    def record(run: Any) -> Recording:
+        if isinstance(run.__self__, _Scoring):
+            raise RuntimeError("two streams at once")
+        return Recording(run)
+
+    with pytest.warns(UserWarning, match="tuned and untuned do not run in one CUDA graph: .* two "):
+        made = Recorded.of(models, recorder=record)
+    expected = found(make_engine(*models).generate(RAGGED_PROMPTS, MIXED))
+    before = [replays(passes) for passes in made.passes[1:]]
+    for _ in range(3):
+        assert found(made.engine.generate(RAGGED_PROMPTS, MIXED)) == expected
+    firsts, scores = made.rounds
+    assert replays(firsts) > 0 and not len(scores)
+    assert all(replays(p) > count for p, count in zip(made.passes[1:], before))
+
+
+def test_rounds_of_too_many_candidates_are_selected_without_a_recording(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch selects those, and asks the host."""
+    monkeypatch.setattr("w2s_fast.search.score_graphs.MAX_CANDIDATES", 3)
+    models = tiny_triple(eos=())
+    made = Recorded.of(models)
+    params = replace(SEARCH, beam_width=2, successors=2)
+    for _ in range(3):
+        results = made.engine.generate(RAGGED_PROMPTS, params)
+    assert found(results) == found(make_engine(*models).generate(RAGGED_PROMPTS, params))
+    assert not len(made.rounds[1]) and replays(made.rounds[0]) > 0

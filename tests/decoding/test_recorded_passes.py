@@ -99,7 +99,7 @@ def test_a_recorded_decode_is_one_copy_and_a_replay_a_step() -> None:
     with launches() as found:
         drawn = engine._search.base.decoder.run(slots, tree, settings(3), logits, 6)
     assert found == ["staging", "sample_tokens", "copy_", "copy_", *["replay"] * 5]
-    tokens, logprobs = drawn.read()
+    tokens, logprobs = drawn.tokens.numpy(), drawn.logprobs.numpy()
     assert tokens.shape == logprobs.shape == (6, 3)
     for step, draw in enumerate(drawn):
         assert draw.tokens.tolist() == tokens[step].tolist()
@@ -108,9 +108,9 @@ def test_a_recorded_decode_is_one_copy_and_a_replay_a_step() -> None:
     # The same, a step after the other and without recordings.
     model.pool.truncate(slots, [12] * 3)
     plain = Decoder(model, engine._models.vocab_size)
-    again = plain.run(slots, tree, settings(3), logits, 6).read()
-    assert (again[0] == tokens).all()
-    torch.testing.assert_close(torch.from_numpy(again[1]), torch.from_numpy(logprobs))
+    again = plain.run(slots, tree, settings(3), logits, 6)
+    assert (again.tokens.numpy() == tokens).all()
+    torch.testing.assert_close(again.logprobs, torch.from_numpy(logprobs))
 
 
 def forked(model: PagedModel, text: list[int], rows: int) -> tuple[list[int], Int32Array]:
@@ -197,7 +197,7 @@ def test_page_copies_travel_with_a_decode() -> None:
             *("staging", "copy_pages", "sample_tokens", "copy_", "copy_"),
             *["replay"] * 5,
         ]
-        tokens, _ = drawn.read()
+        tokens = drawn.tokens.numpy()
         for slot, own in zip(slots, tokens.T.tolist()):
             assert_recomputed(model, slot, text + own[:-1], other)
         model.pool.release(slots)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -143,7 +144,8 @@ class StaticPlan:
         tensors = made.fields.tensors(buffer)
         plan = KernelPlan.over(pool, tensors, bounds)
         ours = {name: tensors[name] for name in made.more}
-        return cls(plan, ours, buffer, made.fields.nothing(made.more), made, is_one_launch(pool.kv))
+        others = [name for name in made.more if name != _COPIES]
+        return cls(plan, ours, buffer, made.fields.nothing(others), made, is_one_launch(pool.kv))
 
     def clear(self) -> None:
         """No row is left, and no token."""
@@ -167,8 +169,13 @@ class StaticPlan:
         host = host_buffer(len(self.buffer), self.buffer.device)
         array = host.numpy()
         self.made.write(layout, array, back)
-        self.made.fields.fill(array, {**self.nothing, **more, _COPIES: copies.ravel()})
+        self.made.fields.fill(array, {**self.nothing, **more})
+        self.put_copies(array, copies)
         self.buffer.copy_(host, non_blocking=True)
+
+    def put_copies(self, buffer: NDArray[np.uint8], copies: Int32Array) -> None:
+        """Write pairs of pages int32 [n, 2], at most one a row, to what will be copied here."""
+        self.made.fields.fill(buffer, {_COPIES: copies.ravel()})
 
     def copy_pages(self, count: int) -> None:
         """Copy the first ``count`` pairs of pages that were loaded."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from w2s_fast.attention import Field, Fields
@@ -69,22 +66,10 @@ class Draws:
     def __getitem__(self, step: int) -> Draw:
         return Draw(self.tokens[step], self.logprobs[step])
 
-    def __iter__(self) -> Iterator[Draw]:
-        return (self[step] for step in range(len(self)))
-
     def put(self, step: int, draw: Draw) -> None:
         """Keep what a step drew."""
         for ours, theirs in zip(self[step], draw):
             ours.copy_(theirs)
-
-    def read(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Tokens and log-probs [N, S] on the host, which waits for the device once."""
-        return self.on_host(self.memory.cpu())
-
-    def on_host(self, memory: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The same from a copy of ``memory`` that the host has."""
-        here = Draws(memory, self.rows, self.room)
-        return here.tokens.numpy(), here.logprobs.numpy()
 
 
 @functools.lru_cache(maxsize=256)

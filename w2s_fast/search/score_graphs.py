@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -77,8 +78,7 @@ class _Scoring:
         plans: of each model, within ``buffer`` uint8 [nbytes].
         columns: what travels beside them, by name.
         drawn: tokens as they were drawn. packed: what comes out, int64 [n].
-        offsets, items: of the columns. rooms: where the plans lie. copies_at: where pairs of pages
-            of each model lie, up to the end of its plan.
+        offsets, items: of the columns. rooms, spans: where the plans lie.
     """
 
     bucket: _Bucket
@@ -92,7 +92,7 @@ class _Scoring:
     offsets: NDArray[np.int64]
     items: NDArray[np.int64]
     rooms: list[PassRoom]
-    copies_at: list[tuple[int, int]]
+    spans: list[slice]
 
     def clear(self) -> None:
         self.buffer.zero_()
@@ -208,9 +208,8 @@ class ScoreGraphs:
         host = host_buffer(static.nbytes, self._device)
         array = host.numpy()
         layout.write(array, static.offsets, static.items, bucket.rows, static.rooms)
-        for (begin, end), pairs in zip(static.copies_at, copies):
-            array[begin:end].view(np.int32).fill(-1)
-            array[begin : begin + pairs.nbytes].view(np.int32)[:] = pairs.reshape(-1)
+        for plan, span, pairs in zip(static.plans, static.spans, copies):
+            plan.put_copies(array[span], pairs)
         static.buffer.copy_(host, non_blocking=True)
         for model, plan, pairs, others in zip(self._models, static.plans, copies, more):
             plan.copy_unrecorded(len(pairs))
@@ -245,12 +244,11 @@ class ScoreGraphs:
         fields = Fields(columns)
         made = [StaticPlan.fields_of(own) for own in bucket.passes]
         ends = np.cumsum([fields.nbytes, *(own.fields.nbytes for own in made)]).tolist()
+        spans = [slice(begin, end) for begin, end in pairwise(ends)]
         buffer = self._room.take(ends[-1])
         plans = [
-            StaticPlan.over(own, model.pool, parts, buffer[begin:end])
-            for own, model, parts, begin, end in zip(
-                bucket.passes, self._models, made, ends, ends[1:]
-            )
+            StaticPlan.over(own, model.pool, parts, buffer[span])
+            for own, model, parts, span in zip(bucket.passes, self._models, made, spans)
         ]
         words = packed_words(bucket.rounds, bucket.candidates, bucket.tokens, bucket.max_width)
         a_step = Draws.bytes_a_step(bucket.rows)
@@ -266,11 +264,8 @@ class ScoreGraphs:
             packed=self._packed.take(8 * words).view(int64),
             offsets=fields.offsets_of(columns),
             items=np.array([field.shape[0] for field in columns.values()], np.int64),
-            rooms=[own.room_at(begin) for own, begin in zip(made, ends)],
-            copies_at=[
-                (begin + own.fields.offsets["copies"], end)
-                for own, begin, end in zip(made, ends, ends[1:])
-            ],
+            rooms=[own.room_at(span.start) for own, span in zip(made, spans)],
+            spans=spans,
         )
 
 

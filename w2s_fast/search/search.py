@@ -166,9 +166,9 @@ class Search:
     @inference
     def finish(self, step: InFlight) -> None:
         """Read what a step found, and close the rounds that end with it."""
-        if step.selection is not None:
+        if step.selection is not None and step.reading is not None:
             with timed("scoring_s", [request.stats for request in step.scored]):
-                self._score(step, step.selection)
+                self._score(step, step.selection, step.reading)
         elif step.drawn is not None:
             self._take(step.drawn, step.reading)
         if unscored := [r for r in step.complete if r.error is None and not r.uses_guides]:
@@ -206,15 +206,14 @@ class Search:
             self.base.take(drawn, memory)
         self._abort_failed(drawn.requests)
 
-    def _score(self, step: InFlight, selection: Selection) -> None:
+    def _score(self, step: InFlight, selection: Selection, reading: Reading) -> None:
         """Take over the scores of the tokens that the round brought, and keep the best candidates.
 
         The last of these tokens may not have been read yet; nor those of other requests.
         """
         requests, drawn = step.scored, step.drawn
-        assert step.reading is not None
         # The one place where the host waits for the device.
-        *memory, packed = step.reading.wait()
+        *memory, packed = reading.wait()
         if drawn is not None:
             self.base.take(drawn, *memory)
         words = packed.numpy()
