@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <span>
@@ -160,6 +161,37 @@ private:
 
     w2s::Scoring scoring_;
     std::optional<w2s::ScoringPasses> passes_;
+};
+
+// What score_select answers (kernels/score_select.py), with room for so many candidates, tokens, and
+// kept in all.
+struct SelectionWords {
+    std::span<const double> scores;        // [candidates]
+    std::span<const std::int64_t> broken;  // [candidates]
+    std::span<const std::int64_t> tokens;  // [tokens]
+    std::span<const double> logprobs, token_scores;
+
+    SelectionWords(const Array<std::int64_t>& packed, std::int64_t kept, std::int64_t candidates,
+                   std::int64_t count) {
+        const std::span<const std::int64_t> words = span(packed);
+        if (kept < 0 || candidates < 0 || count < 0 ||
+            std::ssize(words) != 2 * kept + 4 * candidates + 3 * count) {
+            throw py::value_error("a selection has other words");
+        }
+        const auto part = [&](std::int64_t begin, std::int64_t size) {
+            return words.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(size));
+        };
+        const auto floats = [&](std::int64_t begin, std::int64_t size) {
+            const auto own = part(begin, size);
+            return std::span(reinterpret_cast<const double*>(own.data()), own.size());
+        };
+        const std::int64_t columns = 2 * kept, rows = columns + 4 * candidates;
+        scores = floats(columns, candidates);
+        broken = part(columns + 2 * candidates, candidates);
+        tokens = part(rows, count);
+        logprobs = floats(rows + count, count);
+        token_scores = floats(rows + 2 * count, count);
+    }
 };
 
 py::list indices(const std::vector<std::uint8_t>& flags) {
@@ -397,6 +429,13 @@ void bind_beams(py::module_& module) {
         .def_property_readonly("cu_tokens", [](const ScoringLayout& self) {
             return move_to_numpy(std::vector(self.scoring().cu_tokens));
         })
+        .def_property_readonly("num_rows", [](const ScoringLayout& self) {
+            return self.scoring().counts.size();
+        })
+        .def_property_readonly("max_new", [](const ScoringLayout& self) {
+            const auto& counts = self.scoring().counts;
+            return counts.empty() ? 0 : *std::ranges::max_element(counts);
+        })
         .def_property_readonly("rows", &ScoringLayout::rows)
         .def_property_readonly("columns", &ScoringLayout::columns)
         .def_property_readonly("sizes", &ScoringLayout::sizes)
@@ -409,29 +448,34 @@ void bind_beams(py::module_& module) {
         .def("write", &ScoringLayout::write, py::arg("buffer").noconvert(),
              py::arg("offsets").noconvert(), py::arg("items").noconvert(), py::arg("room"),
              py::arg("rooms"));
-    // `packed`: of score_select, with room for so many candidates, tokens, and kept in all.
+    // `packed`, and for what it has room: of SelectionWords.
+    module.def("take_selected", [](const Requests& requests, const Requests& drawing,
+                                   const Array<std::int64_t>& cu_tokens,
+                                   const Array<std::int64_t>& packed, std::int64_t kept,
+                                   std::int64_t candidates, std::int64_t tokens,
+                                   std::int64_t steps) {
+        const SelectionWords words(packed, kept, candidates, tokens);
+        return broken(w2s::take_selected(requests, drawing, span(cu_tokens), words.tokens,
+                                         words.logprobs, steps));
+    }, py::arg("requests"), py::arg("drawing"), py::arg("cu_tokens").noconvert(), py::arg("packed").noconvert(),
+               py::arg("kept"), py::arg("candidates"), py::arg("tokens"), py::arg("steps"));
+    // Whether the score of any token is not finite, of so many candidates that there are.
+    module.def("any_broken", [](const Array<std::int64_t>& packed, std::int64_t kept,
+                                std::int64_t candidates, std::int64_t tokens, std::int64_t used) {
+        const SelectionWords words(packed, kept, candidates, tokens);
+        if (used < 0 || used > candidates) throw py::value_error("there are more candidates");
+        return std::ranges::any_of(words.broken.first(static_cast<std::size_t>(used)),
+                                   [](std::int64_t token) { return token >= 0; });
+    }, py::arg("packed").noconvert(), py::arg("kept"), py::arg("candidates"), py::arg("tokens"),
+               py::arg("used"));
     module.def("take_scores", [](const Requests& requests, const Array<std::int64_t>& cu_tokens,
                                  const Array<std::int64_t>& packed, std::int64_t kept,
                                  std::int64_t candidates, std::int64_t tokens) {
-        const std::span<const std::int64_t> words = span(packed);
-        if (kept < 0 || candidates < 0 || tokens < 0 ||
-            std::ssize(words) != 2 * kept + 4 * candidates + 3 * tokens) {
-            throw py::value_error("a selection has other words");
-        }
+        const SelectionWords words(packed, kept, candidates, tokens);
         const auto used = static_cast<std::size_t>(std::max<py::ssize_t>(cu_tokens.size() - 1, 0));
-        const auto part = [&](std::int64_t begin, std::int64_t count) {
-            return words.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count));
-        };
-        const auto floats = [&](std::int64_t begin, std::int64_t count) {
-            const auto own = part(begin, count);
-            return std::span(reinterpret_cast<const double*>(own.data()), own.size());
-        };
-        const auto scores = floats(2 * kept, candidates);
-        const auto first = part(2 * kept + 2 * candidates, candidates);
-        if (used > scores.size()) throw py::value_error("there are more candidates");
-        return broken(w2s::take_scores(requests, span(cu_tokens),
-                                       floats(2 * kept + 4 * candidates + 2 * tokens, tokens),
-                                       scores.first(used), first.first(used)));
+        if (used > words.scores.size()) throw py::value_error("there are more candidates");
+        return broken(w2s::take_scores(requests, span(cu_tokens), words.token_scores,
+                                       words.scores.first(used), words.broken.first(used)));
     }, py::arg("requests"), py::arg("cu_tokens").noconvert(), py::arg("packed").noconvert(),
                py::arg("kept"), py::arg("candidates"), py::arg("tokens"));
     module.def("end_rounds", [](const Requests& requests, const Array<std::int64_t>& kept,

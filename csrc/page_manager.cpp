@@ -362,32 +362,41 @@ std::vector<std::int32_t> PageManager::page_table(Ints slots) const {
 
 void PageManager::copy_table(std::int32_t slot, std::int64_t begin, std::int32_t* out) const {
     std::int32_t page = last_[slot];
-    for (std::int64_t end = held_[slot]; end > begin;) {
-        if (end % kRun == 0 && end - begin >= kRun) {
-            const std::int32_t* const run = run_up_to(page);
-            end -= kRun;
-            std::copy_n(run, kRun, out + (end - begin));
-            page = before_[run[0]];
-        } else {
-            out[--end - begin] = page;
-            page = before_[page];
-        }
+    std::int64_t end = held_[slot];
+    for (; end > begin && (end % kRun != 0 || end - begin < kRun); page = before_[page]) {
+        out[--end - begin] = page;
     }
+    if (end <= begin) return;
+    for (std::int32_t run = run_up_to(page);;) {
+        end -= kRun;
+        std::copy_n(runs_[run].pages.data(), kRun, out + (end - begin));
+        if (end - begin < kRun) {
+            page = before_[runs_[run].pages[0]];
+            break;
+        }
+        if (runs_[run].before == kNoRun) {
+            const std::int32_t before = run_up_to(before_[runs_[run].pages[0]]);
+            runs_[run].before = before;
+        }
+        run = runs_[run].before;
+    }
+    for (; end > begin; page = before_[page]) out[--end - begin] = page;
 }
 
-const std::int32_t* PageManager::run_up_to(std::int32_t page) const {
+std::int32_t PageManager::run_up_to(std::int32_t page) const {
     std::int32_t& run = run_of_[page];
     if (run == kNoRun) {
         if (free_runs_.empty()) {
             free_runs_.push_back(static_cast<std::int32_t>(runs_.size()));
             runs_.emplace_back();
         }
-        Run& pages = runs_[free_runs_.back()];
-        for (std::int64_t i = kRun; i-- > 0; page = before_[page]) pages[i] = page;
+        Run& own = runs_[free_runs_.back()];
+        for (std::int64_t i = kRun; i-- > 0; page = before_[page]) own.pages[i] = page;
+        own.before = kNoRun;
         run = free_runs_.back();
         free_runs_.pop_back();
     }
-    return runs_[run].data();
+    return run;
 }
 
 // ---- the prefix cache ----

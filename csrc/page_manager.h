@@ -228,11 +228,15 @@ private:
     std::vector<std::int32_t> last_;     // of a slot's pages
     // Walking back through a history costs a wait for memory a page. So where its length is a
     // multiple of kRun, the last kRun pages are written down, page after page, when they are first
-    // walked: what a page follows stays what it is as long as the page is in use.
+    // walked: what a page follows stays what it is as long as the page is in use. A run that follows
+    // another one names it, so that there is one wait a run.
     static constexpr std::int64_t kRun = 32;
     static constexpr std::int32_t kNoRun = -1;
-    using Run = std::array<std::int32_t, kRun>;
-    const std::int32_t* run_up_to(std::int32_t page) const;
+    struct Run {
+        std::array<std::int32_t, kRun> pages;
+        std::int32_t before;  // in runs_; kNoRun: nobody has walked there yet
+    };
+    std::int32_t run_up_to(std::int32_t page) const;  // in runs_
     mutable std::vector<std::int32_t> run_of_;  // of a page, in runs_
     mutable std::vector<Run> runs_;
     mutable std::vector<std::int32_t> free_runs_;

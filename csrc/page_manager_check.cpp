@@ -49,10 +49,12 @@ void PageManager::check() const {
     cache_.check(holders_);
     for (std::int32_t page = 0; page < num_pages(); ++page) {
         if (run_of_[page] == kNoRun || !(slots_with[page] > 0 || cache_.holds(page))) continue;
+        const Run& run = runs_[run_of_[page]];
         std::int32_t walked = page;
         for (std::int64_t i = kRun; i-- > 0; walked = before_[walked]) {
-            expect(runs_[run_of_[page]][i] == walked, "pages were written down in another order");
+            expect(run.pages[i] == walked, "pages were written down in another order");
         }
+        expect(run.before == kNoRun || run_of_[walked] == run.before, "a run follows another one");
     }
 
     std::vector<bool> found_free(pages, false);

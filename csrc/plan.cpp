@@ -43,7 +43,6 @@ PassLayout::PassLayout(const PageManager& pages, Ints slots, Ints counts, const 
     shape_.rows = static_cast<std::int64_t>(rows);
     shape_.tokens = static_cast<std::int64_t>(places_.size());
     shape_.splits = static_cast<std::int64_t>(splits_.size());
-    shape_.pages = static_cast<std::int64_t>(table_.size());
 }
 
 void PassLayout::check(const RowTree& tree) const {
@@ -121,10 +120,11 @@ void PassLayout::take_tables(const PageManager& pages, Ints slots) {
         table_start_.push_back(static_cast<std::int32_t>(entries - begin));
         entries += pages.held()[slots[row]] - begin;
     }
-    table_.resize(static_cast<std::size_t>(entries));
+    shape_.pages = entries;
+    table_ = std::make_unique_for_overwrite<std::int32_t[]>(static_cast<std::size_t>(entries));
     for (std::size_t row = 0; row < slots.size(); ++row) {
         const std::int64_t begin = first_key[row] / pages.page_size();
-        pages.copy_table(slots[row], begin, table_.data() + table_start_[row] + begin);
+        pages.copy_table(slots[row], begin, table_.get() + table_start_[row] + begin);
     }
 }
 
@@ -158,7 +158,7 @@ void PassLayout::write(std::span<std::byte> buffer, Offsets offsets, const PassS
     std::int32_t* const splits = int32s(PassField::kSplits, 6 * room.splits);
 
     fill(write, places_, room.tokens, std::int64_t{-1});
-    if (table != nullptr) std::copy(table_.begin(), table_.end(), table);
+    if (table != nullptr) std::copy_n(table_.get(), shape_.pages, table);
     fill(table_start, table_start_, room.rows, 0);
     fill(starts, starts_, room.rows + 1, starts_.back());
     fill(own, own_, room.rows, 0);

@@ -14,6 +14,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -101,7 +102,7 @@ private:
     std::vector<std::int32_t> own_;
     std::vector<std::int32_t> parts_;
     std::vector<Split> splits_;
-    std::vector<std::int32_t> table_;
+    std::unique_ptr<std::int32_t[]> table_;  // shape_.pages of them
     std::vector<std::int32_t> table_start_;
     PassShape shape_;
     std::int64_t max_q_ = 0;

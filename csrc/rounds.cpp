@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <unordered_map>
 
 namespace w2s {
 
@@ -178,6 +179,51 @@ std::vector<BrokenNumber> take_tokens(const Requests& requests,
             if (!fine && sound) broken.push_back({static_cast<std::int32_t>(r), -1, beam.length});
             sound = sound && fine;
             next += count;
+        }
+    }
+    return broken;
+}
+
+std::vector<BrokenNumber> take_selected(const Requests& requests, const Requests& drawing,
+                                        std::span<const std::int64_t> cu_tokens,
+                                        std::span<const std::int64_t> tokens,
+                                        std::span<const double> logprobs, std::int64_t steps) {
+    std::unordered_map<const Beams*, std::int32_t> places;
+    for (const Beams* request : drawing) {
+        places.emplace(request, static_cast<std::int32_t>(places.size()));
+    }
+    expect(places.size() == drawing.size(), "a request draws twice");
+    std::size_t found = 0, candidates = 0;
+    for (const Beams* request : requests) {
+        const bool draws = places.contains(request);
+        found += draws;
+        for (const Beam& beam : request->candidates()) {
+            expect(++candidates < cu_tokens.size(), "there are more candidates");
+            expect(!draws || beam.finished() ||
+                       cu_tokens[candidates] - cu_tokens[candidates - 1] >= steps,
+                   "more tokens were drawn than chunks have");
+        }
+    }
+    expect(found == drawing.size(), "who draws is not among those that are selected from");
+    expect(steps >= 0 && candidates + 1 == cu_tokens.size() &&
+               cu_tokens.back() <= std::ssize(tokens) && tokens.size() == logprobs.size(),
+           "tokens and log-probs must be [T]");
+    std::vector<BrokenNumber> broken;
+    std::vector<float> chunk(static_cast<std::size_t>(steps));
+    std::size_t candidate = 0;
+    for (Beams* request : requests) {
+        const auto place = places.find(request);
+        bool sound = true;
+        for (std::size_t c = 0; c < request->candidates().size(); ++c) {
+            ++candidate;
+            const Beam& beam = request->candidates()[c];
+            if (place == places.end() || beam.finished()) continue;
+            const auto begin = static_cast<std::size_t>(cu_tokens[candidate] - steps);
+            std::ranges::transform(logprobs.subspan(begin, chunk.size()), chunk.begin(),
+                                   [](double value) { return static_cast<float>(value); });
+            const bool fine = request->take(c, tokens.subspan(begin, chunk.size()), chunk);
+            if (!fine && sound) broken.push_back({place->second, -1, beam.length});
+            sound = sound && fine;
         }
     }
     return broken;

@@ -78,6 +78,14 @@ std::vector<BrokenNumber> take_tokens(const Requests& requests,
                                       std::span<const std::int64_t> tokens,
                                       std::span<const float> logprobs, std::int64_t steps);
 
+// The same for those who are `drawing`, from a selection among these requests: candidate c's chunk is
+// cu_tokens[c] : cu_tokens[c + 1], and ends with the `steps` tokens that were drawn for it, if it
+// grows. What is reported is counted among those who are drawing.
+std::vector<BrokenNumber> take_selected(const Requests& requests, const Requests& drawing,
+                                        std::span<const std::int64_t> cu_tokens,
+                                        std::span<const std::int64_t> tokens,
+                                        std::span<const double> logprobs, std::int64_t steps);
+
 // Give back what finished candidates hold in one model.
 void release_finished(const Requests& requests, PageManager& manager, int model);
 

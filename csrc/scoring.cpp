@@ -77,6 +77,7 @@ Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::
                 found.parents.push_back(beam.parent);
                 found.siblings.push_back(alike);
                 if (!runs) continue;
+                expect(!chunk.empty(), "a candidate that runs has new tokens");
                 found.counts.push_back(static_cast<std::int32_t>(chunk.size()));
                 found.targets.insert(found.targets.end(), chunk.begin(), chunk.end());
                 const std::int64_t before =

@@ -376,6 +376,12 @@ class ScoringLayout:
         """Rounds, candidates, new tokens, ids that end responses, known tokens; the most candidates
         of a round, and the most it keeps."""
     @property
+    def num_rows(self) -> int:
+        """Candidates that run."""
+    @property
+    def max_new(self) -> int:
+        """The most new tokens of one of them."""
+    @property
     def num_drawn(self) -> int:
         """Rows of the tokens that are not known."""
     def begin(
@@ -407,6 +413,22 @@ def take_scores(
     tokens: int,
 ) -> Broken:
     """``packed``: of score_select, for so many kept in all, candidates and tokens."""
+
+def take_selected(
+    requests: Sequence[Beams],
+    drawing: Sequence[Beams],
+    cu_tokens: Int64,
+    packed: Int64,
+    kept: int,
+    candidates: int,
+    tokens: int,
+    steps: int,
+) -> Broken:
+    """Of each growing candidate of those ``drawing`` the last ``steps`` tokens of its chunk, as
+    they were drawn. What is broken is counted among them."""
+
+def any_broken(packed: Int64, kept: int, candidates: int, tokens: int, used: int) -> bool:
+    """Whether some score is not finite, of the first ``used`` candidates."""
 
 class DictWatch:
     """Says of dicts whether they were written to, without looking into them."""

@@ -23,6 +23,7 @@ from w2s_fast._pages import (
     lay_out_sources,
     release_finished,
     take_scores,
+    take_selected,
     take_tokens,
     tokens_left,
 )
@@ -72,9 +73,24 @@ def take(requests: Any, tokens: Any, logprobs: Any) -> Any:
     return take_tokens(requests, drawn.memory.numpy(), rows, drawn.logprobs_at)
 
 
-def take_selected(
-    requests: Any, cu_tokens: Any, token_scores: Any, scores: Any, broken: Any
-) -> Any:
+def take_where_selected(requests: Any, drawing: Any, tokens: Any, logprobs: Any) -> Any:
+    """take_selected of what was drawn for some, from a selection that was laid out for more."""
+    steps = tokens.shape[1]
+    layout = ScoringLayout(requests, drawing, steps, [1.0])
+    laid_out = scoring(requests, drawing, steps)[2]
+    targets = laid_out["targets"]
+    kept, candidates, count = 3, len(layout.cu_tokens) + 1, len(targets) + 2
+    words = np.zeros(packed_words(1, candidates, count, kept), np.int64)
+    found = ScoreSelection.unpack(torch.from_numpy(words), 1, candidates, count, kept)
+    for column, drawn, known in (
+        (found.tokens, tokens, laid_out["tokens"]),
+        (found.logprobs, logprobs, laid_out["logprobs"]),
+    ):
+        column[:-2] = torch.from_numpy(np.concatenate([drawn.T.ravel(), known])[targets])
+    return take_selected(requests, drawing, layout.cu_tokens, words, kept, candidates, count, steps)
+
+
+def take_scored(requests: Any, cu_tokens: Any, token_scores: Any, scores: Any, broken: Any) -> Any:
     """take_scores of a selection as score_select packs it, with room for more than there is."""
     kept, candidates, tokens = 3, len(scores) + 1, len(token_scores) + 2
     words = np.zeros(packed_words(1, candidates, tokens, kept), np.int64)
@@ -195,18 +211,27 @@ class World:
         )
         logprobs = -np.arange(1, tokens.size + 1, dtype=np.float32).reshape(tokens.shape)
         self._check_scoring(which, tokens, logprobs)
-        assert take(self.beams(which), tokens, logprobs) == []
+        others = [i for i in range(len(self.models)) if i not in which and self._waits(i)]
+        selected = sorted([*which, *others])
+        if all(self._ends(i, steps) for i in which) and self.draw(st.booleans()):
+            args = self.beams(selected), self.beams(which)
+            assert take_where_selected(*args, tokens, logprobs) == []
+        else:
+            assert take(self.beams(which), tokens, logprobs) == []
         for (i, beam), new, own in zip(rows, tokens.tolist(), logprobs.tolist()):
             self.models[i].take(beam, new, own)
         release_finished(self.beams(which), self.managers[0], 0)
 
+    def _ends(self, i: int, steps: int) -> bool:
+        """Whether the guides score it after so many tokens more."""
+        return self.models[i].params.uses_guides and self.models[i].left() == steps
+
+    def _waits(self, i: int) -> bool:
+        return bool(self.models[i].families) and self._ends(i, 0)
+
     def _check_scoring(self, which: list[int], tokens: Any, logprobs: Any) -> None:
         """What would be scored if all of what is drawn counted, before the host has read it."""
-        complete = [
-            i
-            for i in which
-            if self.models[i].params.uses_guides and self.models[i].left() == tokens.shape[1]
-        ]
+        complete = [i for i in which if self._ends(i, tokens.shape[1])]
         if not complete:
             return
         counts, _, laid_out, _, _ = scoring(
@@ -361,7 +386,7 @@ class World:
             cu_tokens
         ).astype(bool)
         sound = np.full(len(candidates), -1)
-        assert take_selected(self.beams(which), cu_tokens, scores, totals, sound) == []
+        assert take_scored(self.beams(which), cu_tokens, scores, totals, sound) == []
         for c, (i, beam) in enumerate(candidates):
             own = scores[cu_tokens[c] : cu_tokens[c + 1]].tolist()
             self.models[i].score(beam, own, float(totals[c]))

@@ -9,10 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.csrc.beams_world import EOS, PAGE, World, scoring, seen, take, take_selected
+from tests.csrc.beams_world import (
+    EOS,
+    PAGE,
+    World,
+    scoring,
+    seen,
+    take,
+    take_scored,
+    take_where_selected,
+)
 from w2s_fast import SearchParams
 from w2s_fast._pages import (
     PageManager,
+    any_broken,
     begin_rounds,
     end_rounds,
     entering,
@@ -20,6 +30,7 @@ from w2s_fast._pages import (
     held_slots,
     lacking,
     take_scores,
+    take_selected,
 )
 from w2s_fast.errors import OutOfPages
 from w2s_fast.search import Request
@@ -63,7 +74,7 @@ def score(one: Request, chunk: int) -> None:
     """Zeros, for chunks of so many tokens."""
     rows = len(one.beams.candidates)
     cu_tokens = np.arange(rows + 1) * chunk
-    take_selected([one.beams], cu_tokens, np.zeros(rows * chunk), np.zeros(rows), np.full(rows, -1))
+    take_scored([one.beams], cu_tokens, np.zeros(rows * chunk), np.zeros(rows), np.full(rows, -1))
 
 
 def test_a_broken_log_prob_is_named_once_and_nothing_behind_it_counts() -> None:
@@ -95,7 +106,7 @@ def test_the_first_broken_score_of_a_request_is_named() -> None:
     tokens[:, 0] = [7, 7, 7, 7, 0, 7, 7, 7]
     take(beams, tokens, np.zeros((8, 2), np.float32))
     broken = np.array([-1, -1, -1, -1, -1, 11, 13, -1])
-    found = take_selected(beams, np.arange(0, 18, 2), np.arange(16.0), np.zeros(8), broken)
+    found = take_scored(beams, np.arange(0, 18, 2), np.arange(16.0), np.zeros(8), broken)
     assert found == [(1, 11, 1)]
     # What stands behind the end of a chunk is nobody's score.
     assert [b.tokens for b in two.beams.candidates] == [[0], *[[7, 7]] * 3]
@@ -191,11 +202,60 @@ def test_what_does_not_fit_is_refused() -> None:
         take([one.beams], np.zeros((1, 1), np.int64), np.zeros((1, 1), np.float32))
     begin_rounds([one.beams])
     with pytest.raises(ValueError, match="scores must be"):
-        take_selected([one.beams], np.zeros(4, np.int64), np.zeros(0), np.zeros(3), np.full(3, -1))
+        take_scored([one.beams], np.zeros(4, np.int64), np.zeros(0), np.zeros(3), np.full(3, -1))
     with pytest.raises(ValueError, match="more candidates"):
-        take_selected([one.beams], np.zeros(9, np.int64), np.zeros(0), np.zeros(3), np.full(3, -1))
+        take_scored([one.beams], np.zeros(9, np.int64), np.zeros(0), np.zeros(3), np.full(3, -1))
     with pytest.raises(ValueError, match="other words"):
         take_scores([one.beams], np.zeros(5, np.int64), np.zeros(30, np.int64), 3, 4, 0)
+
+
+def test_broken_numbers_are_counted_among_those_who_draw() -> None:
+    """Of a selection among more."""
+    drawing, other = [request(), request()], request()
+    begin_rounds([one.beams for one in (*drawing, other)])
+    take([other.beams], np.full((4, 3), 7), np.zeros((4, 3), np.float32))
+    tokens, logprobs = np.full((8, 3), 5), np.zeros((8, 3), np.float32)
+    logprobs[6, 1:] = np.nan, np.inf
+    requests = [drawing[0].beams, other.beams, drawing[1].beams]
+    assert take_where_selected(requests, [one.beams for one in drawing], tokens, logprobs) == [
+        (1, -1, 1)
+    ]
+    assert [c.tokens for c in other.beams.candidates] == [[7] * 3] * 4
+    assert [c.tokens for c in drawing[1].beams.candidates] == [[5] * n for n in (3, 3, 1, 3)]
+
+
+def test_what_was_not_selected_from_is_refused() -> None:
+    one, other = request(), request()
+    begin_rounds([one.beams, other.beams])
+    with pytest.raises(ValueError, match="new tokens"):
+        scoring([one.beams], [other.beams], 3)
+    with pytest.raises(ValueError, match="not among those"):
+        take_selected([one.beams], [other.beams], np.arange(5) * 3, *words(12), 3)
+    with pytest.raises(ValueError, match="draws twice"):
+        take_selected([one.beams], [one.beams] * 2, np.arange(5) * 3, *words(12), 3)
+    for steps, cu_tokens, match in (
+        (4, np.arange(5) * 3, "than chunks have"),
+        (3, np.arange(6) * 3, r"\[T\]"),
+        (3, np.arange(4) * 3, "more candidates"),
+        (3, np.arange(5) * 9, r"\[T\]"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            take_selected([one.beams], [one.beams], cu_tokens, *words(12), steps)
+    assert [c.tokens for c in one.beams.candidates] == [[]] * 4
+
+
+def words(tokens: int) -> tuple[Any, ...]:
+    """A selection of four candidates, of whom none is kept, and what it has room for."""
+    return np.zeros(4 * 4 + 3 * tokens, np.int64), 0, 4, tokens
+
+
+def test_any_broken_looks_at_those_who_are_there() -> None:
+    packed, *sizes = words(0)
+    packed[8:12] = -1, -1, -1, 3
+    assert not any_broken(packed, *sizes, 3)
+    assert any_broken(packed, *sizes, 4)
+    with pytest.raises(ValueError, match="more candidates"):
+        any_broken(packed, *sizes, 5)
 
 
 def test_equal_tokens_of_other_parents_are_siblings() -> None:

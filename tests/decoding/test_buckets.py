@@ -60,7 +60,7 @@ def test_a_bucket_is_never_too_small(
 @given(rows=st.integers(1, 300), max_rows=st.integers(1, 300))
 def test_numbers_of_rows(rows: int, max_rows: int) -> None:
     recorded = rows_recorded(max_rows)
-    assert recorded == sorted(set(recorded)) and recorded[-1] == max_rows
+    assert list(recorded) == sorted(set(recorded)) and recorded[-1] == max_rows
     if rows <= max_rows:
         assert rows <= round_up_rows(rows, max_rows) <= max(2 * rows, rows + 31)
 

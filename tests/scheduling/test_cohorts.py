@@ -464,7 +464,7 @@ def test_a_launch_overwrites_nothing_that_is_read_of_a_step_in_flight() -> None:
 
     with around_steps(launch, lambda _, do: do()):
         run_out(e, submitted(e, FOUR, SEARCH))
-    assert compared == 2 * (2 * ROUNDS - 1)
+    assert compared == 2 * ROUNDS - 1
     assert overwritten > ROUNDS
 
 

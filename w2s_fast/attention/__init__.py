@@ -20,6 +20,7 @@ from w2s_fast.attention.staging import (
     Reading,
     Room,
     host_buffer,
+    launch_copy,
     to_device,
 )
 from w2s_fast.attention.static_plan import Bucket, StaticPlan
@@ -51,6 +52,7 @@ __all__ = [
     "dense_attention",
     "find_backend",
     "host_buffer",
+    "launch_copy",
     "lay_out",
     "to_device",
 ]

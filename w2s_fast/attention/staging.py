@@ -92,6 +92,11 @@ def host_buffer(nbytes: int, device: torch.device) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
+def launch_copy(source: Tensor, target: Tensor) -> None:
+    """Launch a copy from one side to the other, or on the device. Nobody waits for it."""
+    target.copy_(source, non_blocking=True)
+
+
 def to_device(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
     """Arrays of one dimension as tensors on a device, in one copy."""
     fields = Fields({name: Field(_TORCH[a.dtype], a.shape) for name, a in arrays.items()})
@@ -136,16 +141,16 @@ class Reading:
     def __init__(self, *tensors: Tensor) -> None:
         """All of one device."""
         device = tensors[0].device
+        pinned = device.type == "cuda"
         self._arrived = None
-        if device.type == "cuda":
-            self._here = [
-                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-                for t in tensors
-            ]
+        self._here = []
+        for tensor in tensors:
+            here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            launch_copy(tensor, here)
+            self._here.append(here)
+        if pinned:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(device))
-        else:
-            self._here = [t.to("cpu", non_blocking=True, copy=True) for t in tensors]
 
     def wait(self) -> list[Tensor]:
         """The tensors on the host, once they are there."""

@@ -6,6 +6,7 @@ rows and tokens that a bucket has too many belong to nobody: they read no keys, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from w2s_fast._pages import PassLayout
 from w2s_fast.attention.kernel import Bounds, KernelPlan, PassFields, lay_out
-from w2s_fast.attention.staging import Field, Room, host_buffer
+from w2s_fast.attention.staging import Field, Room, host_buffer, launch_copy
 from w2s_fast.cache import NO_COPIES, Int32Array, PagePool
 from w2s_fast.kernels.copy_pages import copy_pages, is_one_launch
 from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
@@ -51,6 +52,7 @@ class Bucket(NamedTuple):
     pages: int
 
     @classmethod
+    @functools.lru_cache(maxsize=1024)  # asked for in every pass, with the same arguments mostly
     def smallest(cls, rows: int, tokens: int, max_q: int, most_pages: int) -> Bucket:
         """The first bucket of so many rows and tokens, of rows of ``most_pages`` at most.
 
@@ -72,7 +74,10 @@ class Bucket(NamedTuple):
         if max_q > SPLIT_QUERIES and not bounds.splits:
             # Room for partial results of rows that have none would be most of a pass's memory.
             return cls(rows, tokens, max_q, 0, 0, 0, max_own if bounds.max_own else 0, pages)
-        return least._replace(
+        return cls(
+            rows,
+            tokens,
+            max_q,
             splits=_rung(bounds.splits, least.splits, 2),
             max_tokens=_rung(bounds.max_tokens, least.max_tokens, 4),
             max_parts=_rung(bounds.max_parts, least.max_parts, 4),
@@ -171,7 +176,7 @@ class StaticPlan:
         self.made.write(layout, array, back)
         self.made.fields.fill(array, {**self.nothing, **more})
         self.put_copies(array, copies)
-        self.buffer.copy_(host, non_blocking=True)
+        launch_copy(host, self.buffer)
 
     def put_copies(self, buffer: NDArray[np.uint8], copies: Int32Array) -> None:
         """Write pairs of pages int32 [n, 2], at most one a row, to what will be copied here."""

@@ -17,6 +17,7 @@ from w2s_fast.attention import (
     RowTree,
     StaticPlan,
     host_buffer,
+    launch_copy,
     lay_out,
 )
 from w2s_fast.cache import NO_COPIES, Int32Array, Ints
@@ -160,10 +161,10 @@ class DecodeGraphs:
         device = self._model.device
         host = host_buffer(step.plan.nbytes, device)
         layout.write_rows(host.numpy(), step.room, step.columns)
-        step.plan.buffer.copy_(host, non_blocking=True)
+        launch_copy(host, step.plan.buffer)
         host = host_buffer(before.sources.nbytes, device)
         layout.write_sources(host.numpy(), before.room, before.columns, padded)
-        before.sources.buffer.copy_(host, non_blocking=True)
+        launch_copy(host, before.sources.buffer)
         first.replay()
         step.plan.copy_unrecorded(layout.num_copies)
         return self._replay(recording, Draws(step.drawn.memory, rows, padded), steps)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -155,15 +157,17 @@ class Recordings(Generic[B, S]):
         return sum(model.moves for model in self._models)
 
 
-def rows_recorded(max_rows: int) -> list[int]:
+@functools.lru_cache
+def rows_recorded(max_rows: int) -> tuple[int, ...]:
     """Numbers of rows that are recorded. Padding costs little, since weights are read anyway."""
     rungs = [*_ROWS, *range(_ROWS[-1] + _MORE_ROWS, max_rows, _MORE_ROWS)]
-    return [rows for rows in rungs if rows < max_rows] + [max_rows]
+    return (*(rows for rows in rungs if rows < max_rows), max_rows)
 
 
 def round_up_rows(rows: int, max_rows: int) -> int:
     """The next of :func:`rows_recorded`, which ``rows`` must not exceed."""
-    return next(recorded for recorded in rows_recorded(max_rows) if recorded >= rows)
+    recorded = rows_recorded(max_rows)
+    return recorded[bisect_left(recorded, rows)]
 
 
 def round_up_tokens(count: int) -> int:

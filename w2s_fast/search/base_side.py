@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from w2s_fast._pages import (
@@ -17,6 +18,7 @@ from w2s_fast._pages import (
     lay_out_rows,
     lay_out_sources,
     release_finished,
+    take_selected,
     take_tokens,
 )
 from w2s_fast.attention import RowTree, to_device
@@ -25,6 +27,7 @@ from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel, forward_in_passes
 from w2s_fast.search.entrance import enter
 from w2s_fast.search.request import Request
+from w2s_fast.search.selection import Selection
 from w2s_fast.stats import timed
 
 _BASE = 0  # among the models of a request's beams
@@ -108,13 +111,38 @@ class BaseSide:
         Args:
             memory: of the draws, on the host.
         """
-        requests, beams, draws = drawn.requests, _beams(drawn.requests), drawn.draws
-        for index, _, position in take_tokens(beams, memory.numpy(), draws.rows, draws.logprobs_at):
-            request = requests[index]
+        draws = drawn.draws
+        self._taken(
+            drawn,
+            take_tokens(_beams(drawn.requests), memory.numpy(), draws.rows, draws.logprobs_at),
+        )
+
+    def take_selected(
+        self,
+        drawn: Drawn,
+        requests: Sequence[Request],
+        selection: Selection,
+        words: NDArray[np.int64],
+    ) -> None:
+        """The same where it stands in a selection.
+
+        Args:
+            requests: among whom was selected: all that were drawn for, at least.
+            words: what was selected, on the host.
+        """
+        beams, drawing, steps = _beams(requests), _beams(drawn.requests), len(drawn.draws)
+        self._taken(
+            drawn,
+            take_selected(beams, drawing, selection.cu_tokens, words, *selection.sizes, steps),
+        )
+
+    def _taken(self, drawn: Drawn, broken: list[tuple[int, int, int]]) -> None:
+        for index, _, position in broken:
+            request = drawn.requests[index]
             request.error = request.error or NumericalError.at(self.model.name, position)
         if drawn.begun:
             self._remember([request for request in drawn.begun if request.error is None])
-        release_finished(beams, self.model.pool.manager, _BASE)
+        release_finished(_beams(drawn.requests), self.model.pool.manager, _BASE)
 
     def _first_logits(self, requests: Sequence[Request]) -> Tensor:
         """Append what stands before the first tokens; the logits behind, once for each child."""

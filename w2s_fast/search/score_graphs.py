@@ -24,6 +24,7 @@ from w2s_fast.attention import (
     Room,
     StaticPlan,
     host_buffer,
+    launch_copy,
 )
 from w2s_fast.cache import Int32Array
 from w2s_fast.decoding import (
@@ -172,21 +173,21 @@ class ScoreGraphs:
         Returns:
             None if it has to be done without: nothing has happened.
         """
-        counts = layout.counts
+        rows = layout.num_rows
         rounds, candidates, tokens, stops, known, max_candidates, max_width = layout.sizes
         if (
             not self.recordings.usable
-            or len(counts) == 0
+            or rows == 0
             or candidates > self._max_rows
             or tokens > self._max_tokens
             or max_candidates > MAX_CANDIDATES  # which torch selects, and asks the host
-            or int(counts.max()) > MOST_NEW
+            or layout.max_new > MOST_NEW
         ):
             return None
         for model in self._models:
             model.check()
         more = layout.begin(self._managers, SPLIT_KEYS, SPLIT_QUERIES)
-        rows = round_up_rows(len(counts), self._max_rows)
+        rows = round_up_rows(rows, self._max_rows)
         padded = min(round_up_tokens(tokens), self._max_tokens)
         bucket = _Bucket(
             passes=tuple(
@@ -210,13 +211,13 @@ class ScoreGraphs:
         layout.write(array, static.offsets, static.items, bucket.rows, static.rooms)
         for plan, span, pairs in zip(static.plans, static.spans, copies):
             plan.put_copies(array[span], pairs)
-        static.buffer.copy_(host, non_blocking=True)
+        launch_copy(host, static.buffer)
         for model, plan, pairs, others in zip(self._models, static.plans, copies, more):
             plan.copy_unrecorded(len(pairs))
             if len(others):
                 model.pool.copy_pages(others)
         if drawn is not None:
-            static.drawn.memory.copy_(drawn.memory)
+            launch_copy(drawn.memory, static.drawn.memory)
         recording.replay()
         shape = (bucket.rounds, bucket.candidates, bucket.tokens, bucket.max_width)
         return Selection(static.packed, shape, layout.cu_tokens, None)

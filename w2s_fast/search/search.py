@@ -55,7 +55,8 @@ class InFlight(NamedTuple):
             sound. scored: those of them whose candidates the guides have scored.
         drawn: tokens that the host has not read; None: it has all.
         selection: among the candidates of ``scored``; None: there are none.
-        reading: of what was drawn, and of the selection; None: of nothing.
+        reading: of what was drawn, unless all of it stands in the selection, and of the selection;
+            None: of nothing.
     """
 
     requests: Sequence[Request]
@@ -67,7 +68,11 @@ class InFlight(NamedTuple):
 
 
 class Search:
-    """The search over one base and its guides; requests hold their own state."""
+    """The search over one base and its guides; requests hold their own state.
+
+    Attributes:
+        models: the base and the guides' models, each with its own pages.
+    """
 
     def __init__(
         self,
@@ -91,13 +96,8 @@ class Search:
         self.base = BaseSide(base, vocab_size, graphs)
         self.guides = GuideSide(guides, score_graphs)
         self._ahead = ahead
+        self.models = [base, *(model for guide in guides for model in guide.models)]
         self._managers = [model.pool.manager for model in self.models]
-
-    @property
-    def models(self) -> list[PagedModel]:
-        """The base and the guides' models, each with its own pages."""
-        guides = self.guides.guides
-        return [self.base.model, *(model for guide in guides for model in guide.models)]
 
     @property
     def ahead(self) -> bool:
@@ -158,7 +158,9 @@ class Search:
         drawing, draws = ([], None) if drawn is None else (drawn.requests, drawn.draws)
         with timed("scoring_s", [request.stats for request in scored]):
             selection = self.guides.score(scored, drawing, draws) if scored else None
-        tensors = [] if draws is None else [draws.memory]
+        # In a selection stands all that was drawn for whom it selects.
+        apart = selection is None or not set(scored).issuperset(drawing)
+        tensors = [draws.memory] if apart and draws is not None else []
         tensors += [] if selection is None else [selection.packed]
         reading = Reading(*tensors) if tensors else None
         return InFlight(requests, complete, scored, drawn, selection, reading)
@@ -214,9 +216,12 @@ class Search:
         requests, drawn = step.scored, step.drawn
         # The one place where the host waits for the device.
         *memory, packed = reading.wait()
-        if drawn is not None:
-            self.base.take(drawn, *memory)
         words = packed.numpy()
+        if drawn is not None:
+            if memory:
+                self.base.take(drawn, *memory)
+            else:
+                self.base.take_selected(drawn, requests, selection, words)
         if selection.to_be_repeated(words):
             if drawn is not None:
                 self._abort_failed(drawn.requests)
@@ -236,10 +241,8 @@ class Search:
 
         ``words``: what was selected, on the host.
         """
-        rounds, candidates, tokens, width = selection.shape
-        sizes = (rounds * width, candidates, tokens)
         for index, token, position in take_scores(
-            _beams(requests), selection.cu_tokens, words, *sizes
+            _beams(requests), selection.cu_tokens, words, *selection.sizes
         ):
             if requests[index].error is None:
                 model = self.guides.first_broken(selection, token)

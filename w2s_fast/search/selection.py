@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from w2s_fast._pages import any_broken
 from w2s_fast.search.guide import GuidePartials
 
 
@@ -27,6 +28,12 @@ class Selection(NamedTuple):
     cu_tokens: NDArray[np.int64]
     guides: list[GuidePartials] | None
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """How many are kept in all, C and T: what csrc is told of ``packed``."""
+        rounds, candidates, tokens, width = self.shape
+        return rounds * width, candidates, tokens
+
     def to_be_repeated(self, words: NDArray[np.int64]) -> bool:
         """Whether more has to be known, of scores that are not finite, than stands in ``packed``.
 
@@ -36,11 +43,11 @@ class Selection(NamedTuple):
         Args:
             words: ``packed``, on the host.
         """
-        rounds, candidates, _, width = self.shape
-        begin, used = 2 * rounds * width, len(self.cu_tokens) - 1
-        _, counts, broken = words[begin : begin + 3 * candidates].reshape(3, -1)[:, :used]
-        if not (broken >= 0).any():
+        used = len(self.cu_tokens) - 1
+        if not any_broken(words, *self.sizes, used):
             return False
+        kept, candidates, _ = self.sizes
+        counts = words[2 * kept + candidates :][:used]
         return self.guides is None or bool((counts < np.diff(self.cu_tokens)).any())
 
     def kept(self, words: NDArray[np.int64]) -> NDArray[np.int64]:
