@@ -7,7 +7,8 @@ are not run again: the host finds the tokens and scores that stood there, and su
 drawn. Computing on the CPU would throw what the host needs out of its caches. What is left is what
 the host does on a GPU as well, with two differences: an operator of torch that no recording holds
 is computed here and launched there, and the launches of our own operators are left out;
-``bench.host`` counts both.
+``bench.host`` counts both. Of a copy from one side to the other the launch is measured, and not
+the transfer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import ctypes
 import functools
 import importlib
 import pkgutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,6 +36,7 @@ import w2s_fast.kernels
 from tests.support.device import DEVICE, Device
 from tests.support.recorder import set_up_as_on_cuda
 from w2s_fast import Engine, Guide, SearchParams
+from w2s_fast.attention import launch_copy
 from w2s_fast.scheduling import Runner
 from w2s_fast.search import Request
 
@@ -42,6 +45,7 @@ ROWS = BEAM_WIDTH * SUCCESSORS  # of a request
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, as glibc numbers them
 WIDTH = 4  # of hidden states: as small as can be, for what torch computes is not the host's
 VOCABULARY = 64
+_TRIALS, _STOPS = 20, 100  # of the clock, to know what it costs to stop it
 
 
 def keep_memory() -> None:
@@ -56,13 +60,23 @@ class Clock:
     """Seconds without those of stand-ins.
 
     By default of this thread's processor time: the host has nothing to wait for here, so that on a
-    quiet machine it is the same as the wall's.
+    quiet machine it is the same as the wall's. To stop it takes time, too; that is measured first,
+    and does not count.
     """
 
     def __init__(self, timer: Callable[[], float] = time.thread_time) -> None:
         self._timer = timer
         self._away = 0.0
         self._stopped: float | None = None
+        self._cost = 0.0  # of a stop
+        nothing = self.stopped(lambda: None)
+        costs = []
+        for _ in range(_TRIALS):
+            begin = self.now()
+            for _ in range(_STOPS):
+                nothing()
+            costs.append((self.now() - begin) / _STOPS)
+        self._cost = min(costs)
 
     def now(self) -> float:
         """Seconds; only differences mean anything."""
@@ -84,7 +98,7 @@ class Clock:
             try:
                 return function(*args, **kwargs)
             finally:
-                self._away, self._stopped = self._timer() - self._stopped, None
+                self._away, self._stopped = self._timer() - self._stopped + self._cost, None
 
         return run
 
@@ -325,7 +339,23 @@ def _operators_on(clock: Clock) -> Iterator[None]:
                 if isinstance(value, torch._ops.OpOverload) and value.namespace == "w2s_fast"
             }
             patches.enter_context(mock.patch.dict(names, operators))
+        launch = _launches(clock)
+        for name, loaded in list(sys.modules.items()):
+            if name.startswith("w2s_fast.") and vars(loaded).get("launch_copy") is launch_copy:
+                patches.enter_context(mock.patch.object(loaded, "launch_copy", launch))
         yield
+
+
+def _launches(clock: Clock) -> Callable[[Tensor, Tensor], None]:
+    """A launch_copy of which a copy of one byte is measured."""
+    here, there = torch.zeros(2, 1, dtype=torch.uint8)
+    transfer = clock.stopped(launch_copy)
+
+    def launch(source: Tensor, target: Tensor) -> None:
+        there.copy_(here, non_blocking=True)
+        transfer(source, target)
+
+    return launch
 
 
 def _nothing(*_: Any) -> None:

@@ -282,7 +282,7 @@ def test_the_hosts_clock_stands_still_where_a_device_would_compute() -> None:
     _, within = busy()
     assert within - begin < 0.01 and clock.now() - begin < 0.01
     spin()
-    assert clock.now() - begin >= 0.02
+    assert clock.now() - begin >= 0.0199
 
 
 def test_a_profile_of_the_host_names_its_functions(capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,7 +145,7 @@ class Reading:
         self._arrived = None
         self._here = []
         for tensor in tensors:
-            here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            here = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
             launch_copy(tensor, here)
             self._here.append(here)
         if pinned:

@@ -84,6 +84,10 @@ class Scheduler:
         self._shares = [_Share(base, None)]
         for g, models in enumerate(guides):
             self._shares += [_Share(model, (g, m)) for m, model in enumerate(models)]
+        pools = [share.model.pool for share in self._shares]
+        self._pages = [pool.num_pages for pool in pools]
+        self._headroom = [pages // _HEADROOM for pages in self._pages]
+        self._page_sizes = [pool.page_size for pool in pools]
         self._steps = 0
         self._submitted = 0
 
@@ -143,8 +147,7 @@ class Scheduler:
             cohorts_of: how many cohorts so many rows, of all that run, are run in.
         """
         self._steps += 1
-        pages = [share.model.pool.num_pages for share in self._shares]
-        free, headroom = pages, [own // _HEADROOM for own in pages]
+        free = self._pages
         flying = set(in_flight)
         here = [r for r in self.running if r not in flying] if flying else self.running
         opened = in_rounds([request.beams for request in here])
@@ -163,8 +166,7 @@ class Scheduler:
         # or be missed.
         waiting = self.waiting[: self.max_rows + _MOST_MISSES]
         asking = list(merge(between, waiting, key=_urgency)) if waiting else between
-        sizes = [share.model.pool.page_size for share in self._shares]
-        pages_of = round_pages([request.beams for request in asking], sizes).tolist()
+        pages_of = round_pages([request.beams for request in asking], self._page_sizes).tolist()
         wanted = sum(request.rows for request in asking)
         if (
             not waiting
@@ -183,7 +185,9 @@ class Scheduler:
                 continue
             fits = not rows or rows + request.rows <= self.max_rows
             if waits and rows:
-                fits = fits and all(n == 0 or n + h <= f for n, h, f in zip(needed, headroom, free))
+                fits = fits and all(
+                    n == 0 or n + h <= f for n, h, f in zip(needed, self._headroom, free)
+                )
             else:
                 fits = fits and all(n <= f for n, f in zip(needed, free))
             if fits:
@@ -199,9 +203,10 @@ class Scheduler:
                 misses += 1
             else:
                 set_aside.append(request)
-        share = rows / cohorts_of(rows)
-        before = accumulate((request.rows for request in chosen), initial=0)
-        run = [request for request, others in zip(chosen, before) if others < share]
+        run = chosen
+        if (cohorts := cohorts_of(rows)) > 1:
+            before = accumulate((request.rows for request in chosen), initial=0)
+            run = [request for request, others in zip(chosen, before) if others < rows / cohorts]
         later = [request for request in chosen[len(run) :] if request not in entered]
         for request in entered.intersection(run):
             self.waiting.remove(request)
@@ -210,7 +215,7 @@ class Scheduler:
             self._wait(request)
             request.stats.wait()
         self.running = [*in_flight, *run, *later]
-        apart = len(run) < len(chosen) or (bool(in_flight) and cohorts_of(rows) > 1)
+        apart = len(run) < len(chosen) or (bool(in_flight) and cohorts > 1)
         return Choice(run, set_aside, apart)
 
     @property
