@@ -107,7 +107,7 @@ visits = st.lists(
         st.none() | st.none() | st.integers(0, 12),
     ),
     min_size=2,
-    max_size=7,
+    max_size=5,
 )
 
 
@@ -152,7 +152,7 @@ def known_of(e: Engine, one: Request) -> Any:
     return str(one.error) if one.error is not None else found([e.result(one)])
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.sampled_from(EOS),
     st.sampled_from([4096, 160]),
