@@ -211,7 +211,9 @@ def test_an_exception_at_any_line_leaves_nothing_behind() -> None:
     expected = found(e.generate(PROMPTS, PARAMS))
     answer = found(e.generate([OTHER], CBS))
     missed = 0
-    for i, (work, at) in enumerate(list(every_place([score, leave_a_stream, generate_two, generate], e))):
+    for i, (work, at) in enumerate(
+        list(every_place([score, leave_a_stream, generate_two, generate], e))
+    ):
         start(e)
         error = (KeyboardInterrupt, MemoryError, RuntimeError)[i % 3 if i % 5 == 0 else 0]
         other = bystander(e)
