@@ -72,7 +72,8 @@ def test_requests_wait_where_pages_are_few_and_find_the_same(page_size: int) -> 
             for prompt, params in zip(PROMPTS, MIXED):
                 e.make_request(prompt, params)
         except InvalidRequest as error:
-            assert "kv_cache_tokens" in str(error)
+            if "kv_cache_tokens" not in str(error):
+                raise
             return False
         return True
 
