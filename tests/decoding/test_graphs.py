@@ -49,7 +49,8 @@ from w2s_fast.search.score_graphs import _Scoring
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("prompts", [PROMPTS, RAGGED_PROMPTS])
 def test_a_search_from_recordings_finds_the_same(family: str, prompts: list[list[int]]) -> None:
-    models = tiny_triple((family, "llama", "gpt2"), layers=2, eos=(0, 6, 13))
+    layers = 2 if family == "gemma2" else 1  # whose layers differ
+    models = tiny_triple((family, "llama", "gpt2"), layers=layers, eos=(0, 6, 13))
     expected = found(make_engine(*models).generate(prompts, MIXED))
     made = Recorded.of(models)
     engine, steps, _ = made

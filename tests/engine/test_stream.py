@@ -36,9 +36,9 @@ from w2s_fast.text.response import decode_response
 METHODS = [
     *MIXED,
     SearchParams(beam_width=1, successors=4, chunk_length=2, max_new_tokens=12, trace=True),
-    SearchParams(beam_width=3, successors=3, chunk_length=20, max_new_tokens=50, trace=True),
-    SearchParams(finished="replicate", beam_width=2, successors=3, max_new_tokens=30, trace=True),
-    SearchParams(dedup=True, score="mean", temperature=0.3, max_new_tokens=30, trace=True),
+    SearchParams(beam_width=3, successors=3, chunk_length=20, max_new_tokens=26, trace=True),
+    SearchParams(finished="replicate", beam_width=2, successors=3, max_new_tokens=18, trace=True),
+    SearchParams(dedup=True, score="mean", temperature=0.3, max_new_tokens=18, trace=True),
     SearchParams(method="sample", max_new_tokens=40, ignore_eos=True, trace=True),
     SearchParams(method="sample", max_new_tokens=40, stop_token_ids=range(40), trace=True),
 ]

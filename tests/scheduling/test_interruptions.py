@@ -50,6 +50,11 @@ def generate(e: Engine) -> None:
     e.generate(PROMPTS, PARAMS)
 
 
+def generate_two(e: Engine) -> None:
+    """Of which one ends earlier."""
+    e.generate(PROMPTS[2:], PARAMS[2:])
+
+
 def score(e: Engine) -> None:
     e.score(PROMPTS[:2], [[3, 5], [8]])
 
@@ -144,9 +149,9 @@ def start(e: Engine) -> None:
         model.pool.drop_cache()  # so that every run takes the same lines
 
 
-def check(e: Engine, other: Request, answer: Any = None) -> None:
+def check(e: Engine, other: Request, answer: Any, to_its_end: bool = True) -> None:
     """Nothing is left behind but the bystander, which goes on if it did not take part."""
-    if answer is not None:
+    if to_its_end:
         while not other.ended:
             e.runner.advance([other])
     if other.ended:
@@ -206,7 +211,9 @@ def test_an_exception_at_any_line_leaves_nothing_behind() -> None:
     expected = found(e.generate(PROMPTS, PARAMS))
     answer = found(e.generate([OTHER], CBS))
     missed = 0
-    for i, (work, at) in enumerate(list(every_place([score, leave_a_stream, generate], e))):
+    for i, (work, at) in enumerate(
+        list(every_place([score, leave_a_stream, generate_two, generate], e))
+    ):
         start(e)
         error = (KeyboardInterrupt, MemoryError, RuntimeError)[i % 3 if i % 5 == 0 else 0]
         other = bystander(e)
@@ -215,7 +222,7 @@ def test_an_exception_at_any_line_leaves_nothing_behind() -> None:
         missed += not interrupted.raised
         thorough = i % 25 == 0
         try:
-            check(e, other, answer if thorough else None)
+            check(e, other, answer, thorough)
             if thorough:
                 gc.collect()
                 assert_all_pages_free(e)
@@ -230,6 +237,7 @@ def test_an_exception_at_any_line_leaves_nothing_behind() -> None:
 def test_nothing_is_left_behind_while_the_exception_is_kept() -> None:
     """An interactive shell keeps the last one, and with it all frames it went through."""
     e = small_engine()
+    answer = found(e.generate([OTHER], CBS))
     lines = [(work, at) for work, at in every_place([generate], e) if "/scheduling/" in at[0][0]]
     for work, at in lines[::10]:
         other = bystander(e)
@@ -240,7 +248,7 @@ def test_nothing_is_left_behind_while_the_exception_is_kept() -> None:
         except KeyboardInterrupt as interrupt:
             kept = interrupt
         assert kept is not None, at
-        check(e, other)
+        check(e, other, answer, to_its_end=False)
 
 
 @pytest.mark.usefixtures("repeatable")
@@ -267,7 +275,7 @@ def test_steps_in_flight_leave_nothing_behind_either() -> None:
     e = in_cohorts(small_engine())
     answer = found(e.generate([OTHER], CBS))
     owners = ("scheduling/runner.py", "scheduling/scheduler.py", "search/search.py")
-    places = list(every_place([generate, leave_a_stream, score], e))
+    places = list(every_place([generate_two, generate, leave_a_stream, score], e))
     ours = [(work, at) for work, at in places if at[0][0].endswith(owners)]
     assert len(ours) > 100
     for i, (work, at) in enumerate(ours):
@@ -277,7 +285,7 @@ def test_steps_in_flight_leave_nothing_behind_either() -> None:
         with suppress(KeyboardInterrupt, EngineFailure), Lines(at, again=again):
             work(e)
         try:
-            check(e, other, answer if i % 5 == 0 else None)
+            check(e, other, answer, i % 5 == 0)
             assert not e.runner._in_flight
         except BaseException as failure:
             raise AssertionError(f"{work.__name__} at {at}, again {again}") from failure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,18 +63,25 @@ def test_requests_wait_where_pages_are_few_and_find_the_same(page_size: int) -> 
         triple = tiny_triple(eos=(0, 6, 13))
         return make_engine(*triple, page_size=page_size, kv_cache_tokens=tokens)
 
-    # The smallest cache, to the page, in which each request is accepted at all.
-    for tokens in range(6 * page_size, 1024, page_size):
+    def accepted(tokens: int) -> bool:
         try:
             e = with_room_for(tokens)
         except W2SFastError:
-            continue
-        results = e.generate(PROMPTS, MIXED, on_error="return")
-        if all(r.error is None for r in results):
-            break
-        assert all("kv_cache_tokens" in str(r.error) for r in results if r.error is not None)
-    else:
-        pytest.fail("no size was enough")
+            return False
+        try:
+            for prompt, params in zip(PROMPTS, MIXED):
+                e.make_request(prompt, params)
+        except InvalidRequest as error:
+            if "kv_cache_tokens" not in str(error):
+                raise
+            return False
+        return True
+
+    # The smallest cache, to the page, in which each request is accepted at all.
+    sizes = range(6 * page_size, 1024, page_size)
+    tokens = sizes[bisect_left(sizes, True, key=accepted)]
+    e = with_room_for(tokens)
+    results = e.generate(PROMPTS, MIXED)
     assert found(results) == found(engine().generate(PROMPTS, MIXED))
     assert_all_pages_free(e)
     assert tokens <= 40 * 11 // page_size * page_size  # and it is not a wasteful size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -52,16 +54,24 @@ def setting_aside() -> Iterator[list[Request]]:
 LONG = [replace(p, max_new_tokens=40, method="cbs", n=1) for p in MIXED if p.uses_guides]
 
 
+MANY = PROMPTS * 2
+MANY_PARAMS = [replace(p, seed=i) for i, p in zip(range(len(MANY)), itertools.cycle(LONG))]
+
+
+@functools.cache
+def alone() -> Any:
+    """What each of many finds by itself, in an engine with room."""
+    roomy = make_engine(*tiny_triple(eos=(0, 6, 13)))
+    return found([roomy.generate([p], q)[0] for p, q in zip(MANY, MANY_PARAMS)])
+
+
 @pytest.mark.parametrize("tokens", [420, 480, 560])
 def test_requests_set_aside_find_what_they_would_have_found(tokens: int) -> None:
-    roomy = make_engine(*tiny_triple(eos=(0, 6, 13)))
     tight = make_engine(*tiny_triple(eos=(0, 6, 13)), kv_cache_tokens=tokens)
-    prompts, params = PROMPTS * 3, [replace(p, seed=i) for i, p in enumerate(LONG * 5)]
     with setting_aside() as seen:
-        together = tight.generate(prompts, params)
+        together = tight.generate(MANY, MANY_PARAMS)
     assert seen
-    alone = [roomy.generate([p], q)[0] for p, q in zip(prompts, params)]
-    assert found(together) == found(alone)
+    assert found(together) == alone()
     assert_all_pages_free(tight)
 
 

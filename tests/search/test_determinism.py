@@ -38,7 +38,7 @@ def requests() -> tuple[list[list[int]], list[SearchParams]]:
                 beam_width=width,
                 successors=draw.randint(width if method == "bon" else 2, 4),
                 chunk_length=draw.choice([1, 2, 3, 5, 8, None]),
-                max_new_tokens=draw.randint(1, 24),
+                max_new_tokens=draw.randint(1, 19),
                 temperature=draw.choice([0.0, 0.5, 0.7, 1.0, 1.5]),
                 top_k=draw.choice([0, 5, 50]),
                 top_p=draw.choice([0.8, 1.0]),

@@ -95,7 +95,7 @@ def search_params(draw: st.DrawFn, method: str | None = None) -> SearchParams:
 prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=7)
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(
     family=st.sampled_from(FAMILIES),
     eos=st.sampled_from(EOS_SETS),
@@ -118,7 +118,7 @@ def test_any_search_finds_what_the_reference_finds(
         assert_same(result, reference_result)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     eos=st.sampled_from(EOS_SETS[2:]),
     params=search_params("cbs"),

@@ -20,13 +20,13 @@ class Log(NoHost):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []  # the last: what came of each
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        self.calls.append((func, args, kwargs or {}, out))
+        self.calls.append((func, args, kwargs or {}, tensors(out)))
         return out
 
 
@@ -56,9 +56,9 @@ class Recording:
 
     def __call__(self) -> None:
         self.replays += 1
-        for func, args, kwargs, out in self.calls:
+        for func, args, kwargs, made in self.calls:
             again = func(*args, **kwargs)
-            for old, new in zip(tensors(out), tensors(again), strict=True):
+            for old, new in zip(made, tensors(again), strict=True):
                 if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                     old.copy_(new)
 
