@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def little_to_collect() -> Iterator[None]:
-    """Garbage is collected before every run: most of the time, if all modules are looked through."""
+    """Garbage is collected before every run, which would look through all modules, too."""
     gc.freeze()
     yield
     gc.unfreeze()
