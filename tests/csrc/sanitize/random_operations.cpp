@@ -494,8 +494,9 @@ struct World {
         manager.check();
         Ints slots;
         std::size_t width = 0;
-        std::map<std::int32_t, std::int32_t> before;   // each page in use: the one that it follows
-        std::map<std::int32_t, std::int32_t> holders;  // without those that have none
+        const auto all = static_cast<std::size_t>(manager.num_pages());
+        Ints before(all, w2s::PageManager::kNoPage);  // of each page: the one that it follows
+        Ints holders(all, 0);
         for (std::int32_t slot = 0; slot < manager.max_slots(); ++slot) {
             const auto found = tokens.find(slot);
             REQUIRE((found == tokens.end()) == (manager.held()[slot] < 0));
@@ -519,11 +520,10 @@ struct World {
             }
         }
         REQUIRE(manager.free_pages() == manager.num_pages() - std::ssize(in_use()));
-        for (const auto& [_, page] : before) ++holders[page];
-        for (std::int32_t page = 0; page < manager.num_pages(); ++page) {
-            const auto found = holders.find(page);
-            REQUIRE(manager.holders()[page] == (found == holders.end() ? 0 : found->second));
+        for (const std::int32_t page : before) {
+            if (page != w2s::PageManager::kNoPage) ++holders[page];
         }
+        REQUIRE(std::equal(holders.begin(), holders.end(), manager.holders()));
         Ints tables;
         for (const std::int32_t slot : slots) {
             tables.insert(tables.end(), pages[slot].begin(), pages[slot].end());
