@@ -18,10 +18,9 @@ demo: .venv/installed ## steer the bundled models, show the table and a search t
 
 # Every worker would compile all test files anew where bytecode is not to be written.
 test: export PYTHONDONTWRITEBYTECODE =
-test: .venv/installed ## run the tests, on all cores (at most 8); what needs quiet comes last, alone
+test: .venv/installed ## run the tests, on all cores (at most 8)
 	W2S_FAST_BACKEND=interpret $(BIN)/pytest $(SPREAD) tests/interpret
-	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m "not alone"
-	$(BIN)/pytest -m alone $$(grep -rl --include='test_*.py' 'mark\.alone' tests)
+	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD)
 
 lint: .venv/linters ## ruff, and mypy in strict mode
 	$(BIN)/ruff check .

@@ -179,7 +179,6 @@ def test_a_profile_names_the_parts_of_a_round(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.alone
 def test_peak_memory_counts_weights_and_pages() -> None:
     case = cases(quick=True)[0]
     memory = measure(case, quick=True)

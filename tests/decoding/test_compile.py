@@ -51,10 +51,10 @@ def test_a_compiled_search_finds_the_same(family: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     # What one layer does to the next is the same in all models: the base has two.
     base = tiny_model(family, eos=(0, 6, 13))
-    models = (base, *tiny_triple(("llama", "llama", "gpt2"), layers=1)[1:])
+    models = (base, *tiny_triple(("llama", "gpt2", "llama"), layers=1)[1:])
     engine = make_engine(*models)
-    # The guides of both families are the same: they are compiled with the first.
-    compiled = models_of(engine) if family == "llama" else [engine.base]
+    # The guides of both families are the same: one is compiled with the first.
+    compiled = models_of(engine)[:2] if family == "llama" else [engine.base]
     engine._search.base.decoder.graphs = record(
         engine.base, compiled[1:], engine._models.vocab_size
     )
@@ -64,7 +64,7 @@ def test_a_compiled_search_finds_the_same(family: str, monkeypatch: pytest.Monke
     assert not counters["graph_break"]
     # Of each model: one token, one row of several, many rows; of Gemma 2, some twice. Not one for
     # each bucket.
-    assert 0 < counters["stats"]["unique_graphs"] <= (6 if family == "gemma2" else 9)
+    assert 0 < counters["stats"]["unique_graphs"] <= 6
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ from tests.kernels.beams import RoundOfOne, check, run, some_rounds
 from w2s_fast.kernels.select_beams_triton import launch_options
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(some_rounds(most=18, longest=18))
 def test_any_round_agrees_with_the_naive_selection(drawn):
     check(*drawn)

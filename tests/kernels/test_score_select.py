@@ -54,13 +54,13 @@ def select(*rounds: DrawnRound, weights: tuple[float, ...] = (1.0,)) -> ScoreSel
     return call_of(list(rounds), list(weights)).run()
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(drawn_rounds(), spares)
 def test_any_rounds_agree_with_the_naive_selection_and_with_the_operators_apart(drawn, spare):
     check(*drawn, spare)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(drawn_rounds(), spares, vocabularies())
 def test_from_hidden_states_it_is_the_operators_one_after_the_other(drawn, spare, sizes):
     check_from_hidden_states(*drawn, spare, sizes)
