@@ -263,7 +263,7 @@ def test_a_quick_run_times_the_host_and_counts_what_it_asks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "host.json"
-    assert bench.host.main(["--quick", "--rounds", "2", "--out", str(out)]) == 0
+    assert bench.host.main(["--quick", "--turns", "1", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     assert {"cpu", "cores", "threads", "torch", "transformers", "commit", "date"} <= set(found)
     one, two = found["sizes"]
@@ -271,7 +271,7 @@ def test_a_quick_run_times_the_host_and_counts_what_it_asks(
     for size in (one, two):
         short, long = size["lengths"]
         assert short["length"] == 18 and long["length"] >= 30 and short["of_shortest"] == 1
-        assert all(len(at["seconds"]) == 2 and min(at["seconds"]) > 0 for at in size["lengths"])
+        assert all(len(at["seconds"]) == 3 and min(at["seconds"]) > 0 for at in size["lengths"])
         assert short["us_per_row"] == pytest.approx(1e3 * short["ms"] / (16 * size["requests"]))
         assert size["counts"]["replays"] == 4 and size["counts"]["waits"] >= 1
     same = ("waits", "reads", "copies", "replays")
@@ -297,7 +297,7 @@ def test_the_hosts_clock_stands_still_where_a_device_would_compute() -> None:
 
 
 def test_a_profile_of_the_host_names_its_functions(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--quick", "--profile", "--requests", "1", "--rounds", "1"]
+    options = ["--quick", "--profile", "--requests", "1", "--turns", "1"]
     assert bench.host.main(options) == 0
     printed = capsys.readouterr().out
     assert "(advance)" in printed and "cumulative" in printed
@@ -305,5 +305,5 @@ def test_a_profile_of_the_host_names_its_functions(capsys: pytest.CaptureFixture
 
 def test_a_search_that_takes_too_long_is_measured_where_it_has_come_to() -> None:
     size = bench.host.Size(requests=1, chunk=3, prompt=20, longest=60)
-    (at,) = bench.host.measure(size, [48, 51], rounds=1, budget=0)
-    assert (at.length, len(at.seconds)) == (0, 1)
+    (at,) = bench.host.measure(size, [48, 51], turns=1, budget=0)
+    assert (at.length, len(at.seconds)) == (0, 3)
