@@ -103,7 +103,7 @@ def _triton(
         )  # fmt: skip
         choose[(rows,)](
             partial, beta, active, objective, rows, guides, chunks,
-            CHUNKS=triton.next_power_of_2(chunks), enable_fp_fusion=True,
+            CHUNKS=triton.next_power_of_2(chunks), maxnreg=96, enable_fp_fusion=True,
         )  # fmt: skip
     return beta, active, objective
 

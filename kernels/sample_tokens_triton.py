@@ -50,6 +50,7 @@ class Tiling:
 
     block: int = 4096
     group: int = 128
+    warps: int = 4  # of the pass over all tokens
     capacity: int = 2048  # survivors of a row; at V = 128,256 in random order top-k 650 fits
     listed: int = 16  # groups of survivors read at a time: more would take over 128 registers
     guess: int = 256  # groups to look in for the nucleus of top-p without top-k
@@ -65,7 +66,7 @@ def tiling_for(vocab_size: int) -> Tiling:
     if vocab_size > 65_536:
         return Tiling()
     if vocab_size > 16_384:
-        return Tiling(block=2048, group=64, listed=32, guess=192)
+        return Tiling(block=2048, group=64, warps=8, listed=32, guess=192)
     return Tiling(block=2048, group=32, listed=32, guess=128)
 
 
@@ -108,21 +109,24 @@ def launch(
     statistics = (block_max, block_sum, blocks)
     sizes: dict[str, Any] = {"BLOCK": t.block, "BLOCKS": triton.next_power_of_2(blocks)}
 
+    # Where the compiler may choose the registers it aims at too few, and spills: so it is told.
     summarise[(rows * blocks,)](
-        *row, *statistics, group_max, GROUP=t.group, BLOCK=t.block, enable_fp_fusion=True
-    )
+        *row, *statistics, group_max, GROUP=t.group, BLOCK=t.block, num_warps=t.warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     block_weights[(rows * blocks,)](
-        *row, *settings[:4], *statistics, block_weight, **sizes, enable_fp_fusion=True
+        *row, *settings[:4], *statistics, block_weight, **sizes, maxnreg=80, enable_fp_fusion=True
     )
     draw[(rows,)](
         *row, *settings, *statistics, group_max, block_weight, listed, values, ids,
         tokens, logprobs, **sizes, GROUP=t.group, GROUPS=triton.next_power_of_2(groups),
-        CAPACITY=t.capacity, LISTED=t.listed, GUESS=t.guess, num_warps=8, enable_fp_fusion=True,
+        CAPACITY=t.capacity, LISTED=t.listed, GUESS=t.guess, num_warps=8, maxnreg=128,
+        enable_fp_fusion=True,
     )  # fmt: skip
     search[(rows,)](
         *row, *settings, *statistics, values, tokens, logprobs, BLOCK=t.search_block,
         BLOCKS=sizes["BLOCKS"], PIVOTS=t.pivots, ROUNDS=t.rounds, CAPACITY=t.capacity,
-        num_warps=8, enable_fp_fusion=True,
+        num_warps=8, maxnreg=192, enable_fp_fusion=True,
     )  # fmt: skip
     return tokens, logprobs
 

@@ -251,7 +251,7 @@ CASES = [
     paged_attention_case("gpt2", 16, 1, 1024, {"attend": 96, "merge_parts": 64}),
     paged_attention_case("gpt2", 16, 30, 512, {"attend": 128}),
     paged_attention_case("gpt2", 4, 512, 512, {"attend": 168}),
-    paged_attention_case("8b", 16, 1, 512, {"attend": 128}),
+    paged_attention_case("8b", 16, 1, 512, {"attend": 168}),
     paged_attention_case("8b", 16, 1, 4096, {"attend": 168, "merge_parts": 64}),
     paged_attention_case("8b", 16, 5, 4096, {"attend": 192, "merge_parts": 64}),
     paged_attention_case("8b", 16, 16, 4096, {"attend": 255, "merge_parts": 64}),
@@ -269,7 +269,7 @@ CASES = [
         for model, max_q, most in (
             ("gpt2", 1, 96),
             ("8b", 5, 240),
-            ("d80", 5, 192),
+            ("d80", 5, 240),
             ("d96", 1, 240),
             ("gemma", 5, 240),
         )
