@@ -168,7 +168,7 @@ def accumulate(largest, total, slope, x, d):
     return new, total * old + tl.sum(e, 1), slope * old + tl.sum(de, 1)
 
 
-@jit(do_not_specialize=["rows", "guides"])
+@jit(do_not_specialize=["beta", "active", "objective", "rows", "guides"])
 def choose(partial, beta, active, objective, rows, guides, chunks, CHUNKS: tl.constexpr):
     """Merges the chunks of a row in a fixed order, and finds the best guide and weight."""
     row = tl.program_id(0).to(tl.int64)

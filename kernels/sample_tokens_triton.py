@@ -95,8 +95,6 @@ def launch(
     tokens, logprobs = empty(rows, dtype=torch.int64), empty(rows, dtype=torch.float32)
     if rows == 0:
         return tokens, logprobs
-    # Each by itself, where the allocator puts it: a half of one tensor may begin at an address that
-    # is no multiple of 16, for which Triton compiles all kernels that read it once more.
     block_max = empty(rows, blocks, dtype=torch.float32)
     block_sum = empty(rows, blocks, dtype=torch.float32)
     group_max = empty(rows, groups, dtype=torch.float32)
@@ -115,7 +113,7 @@ def launch(
         enable_fp_fusion=True,
     )  # fmt: skip
     block_weights[(rows * blocks,)](
-        *row, *settings[:4], *statistics, block_weight, **sizes, maxnreg=80, enable_fp_fusion=True
+        *row, *settings[:4], *statistics, block_weight, **sizes, maxnreg=88, enable_fp_fusion=True
     )
     draw[(rows,)](
         *row, *settings, *statistics, group_max, block_weight, listed, values, ids,
@@ -131,7 +129,9 @@ def launch(
     return tokens, logprobs
 
 
-@jit
+# What a kernel reads or writes one number a row or block of begins anywhere, as in a buffer that
+# the host filled: no variants for addresses that are multiples of 16.
+@jit(do_not_specialize=["block_max", "block_sum"])
 def summarise(
     logits, row_stride, vocab, block_max, block_sum, blocks, group_max,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
@@ -152,7 +152,11 @@ def summarise(
     tl.store(block_sum + program, tl.sum(tl.sum(exponentials, 1), 0))
 
 
-@jit
+@jit(
+    do_not_specialize=[
+        "temperatures", "top_ks", "top_ps", "min_ps", "block_max", "block_sum", "block_weight",
+    ]
+)  # fmt: skip
 def block_weights(
     logits, row_stride, vocab, temperatures, top_ks, top_ps, min_ps,
     block_max, block_sum, blocks, block_weight, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -182,7 +186,12 @@ def block_weights(
         tl.store(block_weight + program, total)
 
 
-@jit
+@jit(
+    do_not_specialize=[
+        "temperatures", "top_ks", "top_ps", "min_ps", "seeds", "candidates", "positions",
+        "block_max", "block_sum", "block_weight", "tokens", "logprobs",
+    ]
+)  # fmt: skip
 def draw(
     logits, row_stride, vocab,
     temperatures, top_ks, top_ps, min_ps, seeds, candidates, positions,
