@@ -60,13 +60,12 @@ def _launch(
     than 64 items, whose registers the many short own tails would have to pay for. With two stages,
     keys are loaded between products; with three, during them.
 
-    Where tiles are shared and D > 64, shared memory has room for two programs at most. The compiler
-    does not know it, aims at the registers of three, and spills a few; or it takes all there are.
-    Both kinds of tiles fit into 240 with all options.
+    With shared tiles of more than 16 items and D > 64, shared memory has room for two programs, and
+    so may a thread have 255 registers. The compiler does not know it: it aims at three programs and
+    spills a few registers, or takes all. Both kinds of tiles fit into 240, with all options.
     """
-    maxnreg = 240 if shared_items and dim > 64 else None
     if element_size == 4:  # no exact tensor-core product: small tiles, few registers
-        return _Launch(16, 16, keys=32, num_warps=8, num_stages=2, maxnreg=maxnreg)
+        return _Launch(16, 16, keys=32, num_warps=8, num_stages=2, maxnreg=None)
     warp_groups = 90 <= on.arch < 120  # products of 64 rows by four warps at once
     largest = 64 if dim > 128 or (dim > 64 and not warp_groups) else 128
     tile = next((t for t in (16, 32, 64) if items <= t), largest)
@@ -83,7 +82,7 @@ def _launch(
         keys=32 if dim > 128 else 64,
         num_warps=num_warps,
         num_stages=2 if small and max(tile, shared_tile) * dim > 4096 else 3,
-        maxnreg=maxnreg,
+        maxnreg=240 if shared_tile > 16 and dim > 64 else None,
     )
 
 

@@ -107,7 +107,7 @@ def launch(
     statistics = (block_max, block_sum, blocks)
     sizes: dict[str, Any] = {"BLOCK": t.block, "BLOCKS": triton.next_power_of_2(blocks)}
 
-    # Where the compiler may choose the registers it aims at too few, and spills: so it is told.
+    # Registers are bounded: the compiler's own bounds are at times so low that it spills.
     summarise[(rows * blocks,)](
         *row, *statistics, group_max, GROUP=t.group, BLOCK=t.block, num_warps=t.warps,
         enable_fp_fusion=True,
