@@ -253,7 +253,8 @@ CASES = [
     write_kv_case("gpt2", 64),
     write_kv_case("8b", 64),
     write_kv_case("gemma", 64),
-    # Decoding, whole and cut; chunks of 5, 16 and 30; a prompt; all options.
+    # Decoding, whole and cut; chunks of 5, 16 and 30; a prompt; all options. Limits of 168 and 240
+    # are those of as many programs, three and two, as shared memory has room for.
     paged_attention_case("gpt2", 16, 1, 1024, {"attend": 96, "merge_parts": 64}),
     paged_attention_case("gpt2", 16, 30, 512, {"attend": 128}),
     paged_attention_case("gpt2", 4, 512, 512, {"attend": 168}),
