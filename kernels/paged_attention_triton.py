@@ -40,7 +40,7 @@ class _Launch(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None  # registers of a thread; None: the compiler decides
+    maxnreg: int | None = None  # registers of a thread; None: the compiler decides
 
 
 def _launch(
@@ -65,7 +65,7 @@ def _launch(
     spills a few registers, or takes all. Both kinds of tiles fit into 240, with all options.
     """
     if element_size == 4:  # no exact tensor-core product: small tiles, few registers
-        return _Launch(16, 16, keys=32, num_warps=8, num_stages=2, maxnreg=None)
+        return _Launch(tile=16, shared_tile=16, keys=32, num_warps=8, num_stages=2)
     warp_groups = 90 <= on.arch < 120  # products of 64 rows by four warps at once
     largest = 64 if dim > 128 or (dim > 64 and not warp_groups) else 128
     tile = next((t for t in (16, 32, 64) if items <= t), largest)
