@@ -45,6 +45,7 @@ class Compilation:
     shared: int  # bytes
     ptx: str
     cubin: bytes
+    variant: str  # the same for what a process compiles, or loads, but once
 
     @cached_property
     def resources(self) -> dict[str, int]:
@@ -69,6 +70,7 @@ class Compilation:
 
     def __str__(self) -> str:
         return (
+            f"triton {triton.__version__}: "
             f"{self.name} sm_{self.arch} grid {self.grid} {self.num_warps} warps: "
             f"{self.registers} registers, {self.spilled} bytes spilled, {self.shared} shared"
         )
@@ -105,6 +107,7 @@ def _compiling(arch: int, done: list[Compilation]) -> Iterator[None]:
                 shared=kernel.metadata.shared,
                 ptx=kernel.asm["ptx"],
                 cubin=kernel.asm["cubin"],
+                variant=kernel.metadata.hash,
             )
         )
         return kernel
