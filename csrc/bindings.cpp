@@ -202,7 +202,7 @@ PYBIND11_MODULE(_pages, module) {
                                         ints(own)};
                 return std::make_unique<PassLayout>(pages, ints(slots), ints(counts), tree,
                                                     split_keys, split_queries, ahead);
-            }), py::arg("pages"), py::arg("slots").noconvert(),
+            }), py::keep_alive<1, 2>(), py::arg("pages"), py::arg("slots").noconvert(),
             py::arg("counts").noconvert(), py::arg("first").noconvert(),
             py::arg("count").noconvert(), py::arg("begin").noconvert(),
             py::arg("end").noconvert(), py::arg("own").noconvert(), py::arg("split_keys"),

@@ -157,6 +157,7 @@ std::int32_t PageManager::take_page() {
 void PageManager::append_page(std::int32_t slot) {
     const std::int32_t page = take_page();
     if (pages_[page].run != kNoRun) {  // what it followed when it was in use before
+        ++runs_[pages_[page].run].use;
         free_runs_.push_back(pages_[page].run);
         pages_[page].run = kNoRun;
     }
@@ -357,16 +358,19 @@ std::vector<std::int32_t> PageManager::page_table(Ints slots) const {
     return table;
 }
 
-void PageManager::copy_table(std::int32_t slot, std::int64_t begin, std::int32_t* out) const {
+// Calls on_page(index, page) and on_run(index, run) for the pages of a slot from `begin` on, index 0
+// being that one; the last ones first.
+template <typename OnPage, typename OnRun>
+void PageManager::walk(std::int32_t slot, std::int64_t begin, OnPage on_page, OnRun on_run) const {
     std::int32_t page = last_[slot];
     std::int64_t end = held_[slot];
     for (; end > begin && (end % kRun != 0 || end - begin < kRun); page = pages_[page].before) {
-        out[--end - begin] = page;
+        on_page(--end - begin, page);
     }
     if (end <= begin) return;
     for (std::int32_t run = run_up_to(page);;) {
         end -= kRun;
-        std::copy_n(runs_[run].pages.data(), kRun, out + (end - begin));
+        on_run(end - begin, run);
         if (end - begin < kRun) {
             page = pages_[runs_[run].pages[0]].before;
             break;
@@ -377,7 +381,34 @@ void PageManager::copy_table(std::int32_t slot, std::int64_t begin, std::int32_t
         }
         run = runs_[run].before;
     }
-    for (; end > begin; page = pages_[page].before) out[--end - begin] = page;
+    for (; end > begin; page = pages_[page].before) on_page(--end - begin, page);
+}
+
+void PageManager::copy_table(std::int32_t slot, std::int64_t begin, std::int32_t* out) const {
+    walk(
+        slot, begin, [&](std::int64_t index, std::int32_t page) { out[index] = page; },
+        [&](std::int64_t index, std::int32_t run) {
+            std::ranges::copy(runs_[run].pages, out + index);
+        });
+}
+
+void PageManager::append_table(std::int32_t slot, std::int64_t begin, std::int64_t at,
+                               Table& table) const {
+    const auto place = [&](std::int64_t index) { return static_cast<std::int32_t>(at + index); };
+    walk(
+        slot, begin,
+        [&](std::int64_t index, std::int32_t page) { table.pages.push_back({place(index), page}); },
+        [&](std::int64_t index, std::int32_t run) {
+            table.runs.push_back({place(index), run, runs_[run].use});
+        });
+}
+
+void PageManager::write_table(const Table& table, std::int32_t* out) const {
+    for (const auto& [at, run, use] : table.runs) {
+        if (runs_[run].use != use) throw PageMisuse("a table was written after its pages went");
+        std::ranges::copy(runs_[run].pages, out + at);
+    }
+    for (const auto& [at, page] : table.pages) out[at] = page;
 }
 
 std::int32_t PageManager::run_up_to(std::int32_t page) const {

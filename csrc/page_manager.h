@@ -130,6 +130,24 @@ public:
     // Writes the pages of a slot in use from the one at `begin` on to `out`: held - begin of them.
     void copy_table(std::int32_t slot, std::int64_t begin, std::int32_t* out) const;
 
+    // Tables that are to be written once, a little later: a long history is named by its runs.
+    struct Table {
+        struct RunAt {
+            std::int32_t at, run;
+            std::uint32_t use;
+        };
+        struct PageAt {
+            std::int32_t at, page;
+        };
+        std::vector<RunAt> runs;
+        std::vector<PageAt> pages;
+    };
+    // The same pages, to be written to `at` and the places behind it.
+    void append_table(std::int32_t slot, std::int64_t begin, std::int64_t at, Table& table) const;
+    // Slots may have changed meanwhile. PageMisuse: pages were given back, and others have their
+    // place.
+    void write_table(const Table& table, std::int32_t* out) const;
+
     // ---- the prefix cache; with the cache off these find nothing and keep nothing ----
     // `tokens` are token ids of one sequence after the other, counts[i] of the i-th.
 
@@ -238,8 +256,11 @@ private:
     static constexpr std::int32_t kNoRun = -1;
     struct Run {
         std::array<std::int32_t, kRun> pages;
-        std::int32_t before;  // in runs_; kNoRun: nobody has walked there yet
+        std::int32_t before;    // in runs_; kNoRun: nobody has walked there yet
+        std::uint32_t use = 0;  // as which the pages are written down here
     };
+    template <typename OnPage, typename OnRun>
+    void walk(std::int32_t slot, std::int64_t begin, OnPage on_page, OnRun on_run) const;
     std::int32_t run_up_to(std::int32_t page) const;  // in runs_
     mutable std::vector<Run> runs_;
     mutable std::vector<std::int32_t> free_runs_;
