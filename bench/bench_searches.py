@@ -5,6 +5,7 @@ Tiny models show what the search itself costs; with ``--full`` the models are GP
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -38,6 +39,8 @@ def test_search(
     # Tiny operators on several threads would only wait for each other.
     threads(cores() if sizes == "full" else 1)
     case = next(case for case in cases(quick=sizes != "full") if case.name == name)
+    if sizes == "quick":
+        case = dataclasses.replace(case, batch=2)
     bench = Bench(case)
     if torch.cuda.is_available():
         for model in (bench.base, *(model for guide in bench.guides for model in guide[:2])):

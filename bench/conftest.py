@@ -66,7 +66,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    from bench.reports import machine_facts
+    from bench.machine import machine_facts
 
     facts = machine_facts()
     del facts["threads"]  # as many as each test has set

@@ -73,8 +73,8 @@ def cases(device: torch.device, scale: Scale) -> Iterator[Case]:
         ("greedy", ""),
     ):
         yield _sample(device, 4 if tiny else 128, vocab, "bf16", settings, target)
-    yield _select(device, 64, 16, 5, "15 us")
-    yield _select(device, 8, 64, 30)
+    yield _select(device, 2 if tiny else 64, 16, 5, "15 us")
+    yield _select(device, 1 if tiny else 8, 64, 30)
     if tiny:
         yield _score_select(device, 2, 4, 3, 97)
     else:
@@ -107,7 +107,7 @@ def _cpu_cases(device: torch.device) -> Iterator[Case]:
     for tokens in (16, 80):
         yield _linear(device, tokens, vocab, 768, "fp32")
     yield _fuse(device, rows, vocab, "fp32")
-    yield _choose_beta(device, rows, vocab, "fp32")
+    yield _choose_beta(device, 4, vocab, "fp32")
     yield _copy_pages(device, 16, 12, 12, "fp32")
 
 

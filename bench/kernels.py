@@ -77,14 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = head | {"rows": [asdict(row) for row in rows]}
         reports.save(args.out, found, complete=complete)
 
-    gc.freeze()  # every capture collects garbage, and would look through all modules
     save(complete=False)
     end = time.monotonic() + args.seconds
-    for case in (*cases(device, scale), *attention_cases(device, scale)):
-        in_time = time.monotonic() < end
-        rows.append(measure(case, limits) if in_time else failed(case, "not run: time was up"))
-        print(line(rows[-1]), flush=True)
-        save(complete=False)
+    gc.freeze()  # every capture collects garbage, and would look through all modules
+    try:
+        for case in (*cases(device, scale), *attention_cases(device, scale)):
+            in_time = time.monotonic() < end
+            rows.append(measure(case, limits) if in_time else failed(case, "not run: time was up"))
+            print(line(rows[-1]), flush=True)
+            save(complete=False)
+    finally:
+        gc.unfreeze()
     save(complete=True)
     return 1 if any(row.error for row in rows) else 0
 
