@@ -187,6 +187,31 @@ def test_a_case_that_fails_is_a_row_and_the_others_go_on(
     assert found["complete"]
 
 
+INTERRUPTED = """
+def test_first(benchmark):
+    benchmark.pedantic(int, rounds=3)
+
+
+def test_second(benchmark):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    benchmark.pedantic(interrupted, rounds=3)
+"""
+
+
+def test_benchmarks_that_are_interrupted_keep_those_that_were_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # workers take no times
+    file, out = tmp_path / "test_interrupted.py", tmp_path / "out.json"
+    file.write_text(INTERRUPTED)
+    options = ["-q", "-p", "no:logging", "-p", "bench.conftest", f"--benchmark-json={out}"]
+    assert pytest.main([*options, str(file)]) == pytest.ExitCode.INTERRUPTED
+    (first,) = json.loads(out.read_text())["benchmarks"]
+    assert first["name"] == "test_first" and first["stats"]["rounds"] == 3
+
+
 # Some of every group: other tests run all operators and searches.
 CHEAP = "page or round or token_logprob or attention or small-guides"
 
