@@ -20,7 +20,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,18 +109,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes: list[Outcome] = []
     for case in chosen:
         memory = None if args.no_memory else measure(case, args.quick)
-        outcomes.append(Outcome(case, time_case(case, args.repeats), memory))
+        outcomes.append(Outcome(case, {}, memory))
+        for turn, timings in enumerate(time_case(case, args.repeats), start=1):
+            outcomes[-1].timings = timings
+            others = share_of_others(start, machine_seconds())
+            complete = len(outcomes) == len(chosen) and turn == args.repeats
+            reports.save(args.out, said | report(outcomes, others), complete=complete)
         show(outcomes[-1], console)
-        others = share_of_others(start, machine_seconds())
-        complete = len(outcomes) == len(chosen)
-        reports.save(args.out, said | report(outcomes, others), complete=complete)
     if others is not None:
         console.print(f"Other programs took {100 * others:.0f} % of this machine's time meanwhile.")
     return 0
 
 
-def time_case(case: Case, repeats: int) -> dict[str, Timing]:
-    """Every variant ``repeats`` times, in turns; each turn begins with another variant."""
+def time_case(case: Case, repeats: int) -> Iterator[dict[str, Timing]]:
+    """Every variant ``repeats`` times, in turns; each turn begins with another variant.
+
+    Yields what there is after each turn, in one and the same dictionary.
+    """
     bench = Bench(case)
     for variant in case.variants:  # warm up; two chunks show B everything it will see
         bench.run(variant, new_tokens=case.params.tokens_per_round * 2)
@@ -141,7 +146,7 @@ def time_case(case: Case, repeats: int) -> dict[str, Timing]:
             said = f" {variant} {seconds:.2f} s ({cpu_seconds:.2f} s CPU);"
             print(said, end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
-    return timings
+        yield timings
 
 
 def show(outcome: Outcome, console: Console) -> None:

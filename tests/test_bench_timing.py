@@ -18,6 +18,7 @@ import pytest_benchmark.cli
 import torch
 
 import bench.kernels
+import bench.search
 from bench import reports
 from bench.timing import CALLS_A_WALK, Timing, ToldClock, Walk, time_call
 from tests.support.cuda import Cuda, cuda
@@ -164,6 +165,28 @@ def test_timings_that_are_interrupted_keep_their_rows(
     assert [row["us"] for row in found["rows"]] == [row.us for row in measured]
     assert len(measured) == 2 and not found["complete"]
     assert "is kept" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("own_interrupts")
+def test_a_search_that_is_interrupted_keeps_the_turns_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Turns:
+        def __init__(self, case: object) -> None: ...
+
+        def run(self, variant: str, seed: int = 0, new_tokens: int | None = None) -> int:
+            if seed == 2:
+                raise KeyboardInterrupt
+            return 100
+
+    monkeypatch.setattr(bench.search, "Bench", Turns)
+    out = tmp_path / "search.json"
+    options = ["--quick", "--no-memory", "--only", "batch", "--repeats", "3", "--out", str(out)]
+    assert reports.run(lambda: bench.search.main(options)) == 130
+    found = json.loads(out.read_text())
+    (case,) = found["cases"]
+    assert [len(variant["seconds"]) for variant in case["variants"].values()] == [2, 2]
+    assert not found["complete"]
 
 
 def test_a_case_that_fails_is_a_row_and_the_others_go_on(
