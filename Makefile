@@ -36,12 +36,11 @@ lint: .venv/linters ## ruff, and mypy in strict mode
 	ln -s $(addprefix $(CURDIR)/,$(TYPED)) build/typing/w2s_fast/
 	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p w2s_fast
 
-bench: .venv/installed ## time the search against its baselines, its host, and the page manager
+bench: .venv/installed ## time the parts and whole searches, and the search against its baselines
 	mkdir -p bench/results
-	$(BIN)/python bench/page_manager.py > bench/results/page_manager.txt
-	cat bench/results/page_manager.txt
-	$(BIN)/python -m bench.search --out bench/results/search.json
-	$(BIN)/python -m bench.host --out bench/results/host.json
+	$(BIN)/pytest bench/ --benchmark-autosave --benchmark-json bench/results/bench.json \
+		--benchmark-columns min,median,iqr,rounds --benchmark-sort name
+	$(BIN)/python -m bench.search --repeats 3 --out bench/results/search.json
 
 demo-models: .venv/installed ## train the bundled models anew (about 20 minutes on 2 cores)
 	$(BIN)/python -m w2s_fast.demo.train --out w2s_fast/demo

@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import cProfile
 import gc
-import json
-import platform
 import pstats
 import statistics
 import sys
@@ -31,14 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench import reports
 from bench.host_engine import ROWS, Clock, HostEngine, Size
-from bench.machine import cores, machine_seconds, processor, share_of_others
-from bench.timing import commit
+from bench.machine import machine_seconds, share_of_others
 from tests.support.device import Counts, Device
 
 # Rounds before the first that is measured: until then shapes come for the first time, and are
@@ -168,16 +165,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             profile(size, lengths[0], args.turns * TURN)
         return 0
     start = machine_seconds()
-    said = {"command": " ".join(["python -m bench.host", *arguments]), "quick": args.quick}
+    said = reports.facts("bench.host", arguments) | {"quick": args.quick}
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     found: list[tuple[list[At], Counts]] = []
     for size in sizes:
         print(f"{size.requests} requests, chunks of {size.chunk}", file=sys.stderr, flush=True)
         found.append((measure(size, lengths, args.turns, args.seconds), count(size)))
         others = share_of_others(start, machine_seconds())
-        if args.out is not None:  # after every size: the larger ones take long
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(said | report(found, others), indent=1) + "\n")
+        complete = len(found) == len(sizes)
+        reports.save(args.out, said | report(found, others), complete=complete)
         gc.collect()
     show(found, console)
     if others is not None:
@@ -212,18 +208,9 @@ def show(found: Sequence[tuple[Sequence[At], Counts]], console: Console) -> None
 
 
 def report(found: Sequence[tuple[Sequence[At], Counts]], others: float | None) -> dict[str, Any]:
-    """Everything a reader needs to trust a number, or not."""
+    """What was measured, size by size."""
     return {
-        "cpu": processor(),
-        "cores": cores(),
-        "machine": platform.machine(),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "threads": torch.get_num_threads(),
         "share_of_machine_taken_by_others": others,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "rows_of_a_request": ROWS,
         "sizes": [
             {
@@ -250,4 +237,4 @@ def report(found: Sequence[tuple[Sequence[At], Counts]], others: float | None) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reports.run(main))

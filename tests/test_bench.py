@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import bench.cohorts
+import bench.cpu_attention
 import bench.host
 import bench.search
 import bench.search_cases
@@ -245,9 +246,7 @@ def test_transformers_samples_the_promised_tokens_even_where_eos_is_likely() -> 
 
 def test_a_dry_run_times_the_cpus_attention_with_and_without_a_tree(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "bench.cpu_attention", "--dry-run", "--out", str(out)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert bench.cpu_attention.main(["--dry-run", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["what"], row["requests"]) for row in rows] == [
         ("decode", 1),
