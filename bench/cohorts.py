@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from bench.random_models import LARGE, MEDIUM, SMALL, TINY, make, prompts_for
-from bench.report import Report, Seconds, interruptible
+from bench.reports import INTERRUPTED, facts, run
+from bench.rows import Rows, Seconds
 from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.scheduling import Runner
 
@@ -97,7 +98,6 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not (torch.cuda.is_available() or args.dry_run):
         sys.exit("bench.cohorts times a GPU; without one: --dry-run")
-    interruptible()
     seconds = Seconds(args.seconds)
     device = torch.device("cpu") if args.dry_run else torch.device("cuda", 0)
     dtype = torch.float32 if args.dry_run else torch.bfloat16
@@ -105,7 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
     requests = [2, 3] if args.dry_run else [16, 32, 48, 64, 96, 128]
     guide = TINY if args.dry_run else SMALL
     prompt, rounds = (20, 2) if args.dry_run else (256, 8)
-    report = Report(args.out, " ".join(["python -m bench.cohorts", *(arguments or sys.argv[1:])]))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    report = Rows(args.out, facts("bench.cohorts", arguments))
     status = 0
     try:
         guides = [make(guide, seed, device, dtype) for seed in (1, 2)]
@@ -118,14 +119,14 @@ def main(arguments: list[str] | None = None) -> int:
                 report.add(pair)
             del base
             gc.collect()
+        report.end()
     except KeyboardInterrupt:
-        report.say(interrupted=True)
-        status = 130
-    for pair in report.rows:
+        status = INTERRUPTED
+    for pair in report.kept:
         print(f"{pair.base:5} {pair.rows:5} rows  {pair.one_ms} ms a round in one cohort"
               f"  {pair.two_ms} in two  {pair.ratio} x")  # fmt: skip
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

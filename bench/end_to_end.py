@@ -32,9 +32,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from bench import random_models as shapes
 from bench.baselines import GuideModels, generate_rows, released_search
 from bench.device_trace import table
-from bench.report import Report, Seconds, interruptible
+from bench.reports import INTERRUPTED, facts
+from bench.reports import run as run_main
 from bench.roofline import Limits, Load, Weights, decode_seconds, score_seconds
 from bench.rounds import SETTLED, SPARE, Spans, measure, recordings, synchronize, warm_up
+from bench.rows import Rows, Seconds
 from bench.timing import copy_bandwidth, matmul_rate
 from tests.support.recorder import set_up_as_on_cuda
 from w2s_fast import Engine, Guide, SearchParams
@@ -137,7 +139,7 @@ class Bench:
     dtype: torch.dtype
     limits: Limits
     seconds: Seconds
-    report: Report
+    report: Rows
     profile: Path
 
     def has_time_for(self, setting: str, way: str) -> bool:
@@ -408,15 +410,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not (torch.cuda.is_available() or args.dry_run):
         sys.exit("bench.end_to_end times a GPU; without one: --dry-run")
-    interruptible()
     seconds = Seconds(args.seconds)
     device = torch.device("cpu") if args.dry_run else torch.device("cuda", 0)
     dtype = torch.float32 if args.dry_run else torch.bfloat16
     if args.dry_run:
         torch.set_num_threads(1)
-    report = Report(
-        args.out, " ".join(["python -m bench.end_to_end", *(arguments or sys.argv[1:])])
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    report = Rows(args.out, facts("bench.end_to_end", arguments))
     profile = args.out.with_name(f"{args.out.stem}-rounds.txt")
     profile.write_text("")
     status = 0
@@ -426,13 +426,14 @@ def main(arguments: list[str] | None = None) -> int:
         report.say(bandwidth=limits.bandwidth, product_rate=limits.rate)
         bench = Bench(device, dtype, limits, seconds, report, profile)
         (dry_run if args.dry_run else run)(bench)
+        report.end()
+        report.end()
     except KeyboardInterrupt:
-        report.say(interrupted=True)
-        status = 130
-    for line in lines(report.rows):
+        status = INTERRUPTED
+    for line in lines(report.kept):
         print(line)
-    return status or int(any(row.error for row in report.rows))
+    return status or int(any(row.error for row in report.kept))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -22,7 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.report import Report, Seconds, interruptible
+from bench.reports import INTERRUPTED, facts
+from bench.reports import run as run_main
+from bench.rows import Rows, Seconds
 from tests.kernels.forests import Request, attend, make_forest
 from w2s_fast.kernels import choose_beta as choosing
 from w2s_fast.kernels import fuse_logits as fusing
@@ -216,14 +218,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", help="operators whose names begin so")
     parser.add_argument("--seconds", type=float, default=60, help="begin nothing after so long")
     args = parser.parse_args(arguments)
-    interruptible()
     seconds = Seconds(args.seconds)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
-    report = None
-    if args.out is not None:
-        report = Report(args.out, " ".join(["python -m bench.first_use", *sys.argv[1:]]))
-    rows: list[Row] = []
+    arguments = sys.argv[1:] if arguments is None else arguments
+    report = Rows(args.out, facts("bench.first_use", arguments))
     status = 0
     try:
         for case in cases(device, args.small):
@@ -237,12 +236,12 @@ def main(arguments: list[str] | None = None) -> int:
             except Exception as error:
                 traceback.print_exc()
                 row = Row(case.name, error=f"{type(error).__name__}: {error}"[:300])
-            rows.append(row)
             print(row, flush=True)
-            if report is not None:
-                report.add(row)
+            report.add(row)
+        report.end()
     except KeyboardInterrupt:
-        status = 130
+        status = INTERRUPTED
+    rows: list[Row] = report.kept
     slow = sorted((row for row in rows if row.first_s), key=lambda row: -(row.first_s or 0))[:3]
     print(
         f"{len(rows)} operators first used in {sum(row.first_s or 0 for row in rows):.1f} s; "
@@ -253,4 +252,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

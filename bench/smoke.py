@@ -29,8 +29,9 @@ from transformers import PreTrainedModel
 
 from bench import random_models as shapes
 from bench.device_trace import trace
-from bench.report import Report, Seconds, interruptible
+from bench.reports import INTERRUPTED, facts, run
 from bench.rounds import recordings
+from bench.rows import Rows, Seconds
 from tests.support.device import DEVICE as IN_NAME_ONLY
 from tests.support.device import Counts, Device
 from tests.support.recorder import Recording, set_up_as_on_cuda
@@ -347,12 +348,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not (torch.cuda.is_available() or args.dry_run):
         sys.exit("bench.smoke looks at a GPU; without one: --dry-run")
-    interruptible()
     seconds = Seconds(args.seconds)
     if args.dry_run:
         torch.set_num_threads(1)
     where = Where(torch.device("cpu") if args.dry_run else torch.device("cuda", 0))
-    report = Report(args.out, " ".join(["python -m bench.smoke", *(arguments or sys.argv[1:])]))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    report = Rows(args.out, facts("bench.smoke", arguments))
     status = 0
     try:
         for check in CHECKS:
@@ -369,12 +370,12 @@ def main(arguments: list[str] | None = None) -> int:
             verdict = "ok" if row.ok else "FAILED"
             print(f"{verdict:6} {row.name} ({row.seconds:.1f} s): {row.said}", flush=True)
             report.add(row)
+        report.end()
     except KeyboardInterrupt:
-        report.say(interrupted=True)
-        status = 130
-    print(line(report.rows))
-    return status or int(not all(row.ok for row in report.rows))
+        status = INTERRUPTED
+    print(line(report.kept))
+    return status or int(not all(row.ok for row in report.kept))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -21,8 +21,8 @@ import bench.end_to_end
 import bench.smoke
 from bench.device_trace import Interval, Trace, table, trace
 from bench.end_to_end import Row, WideRow, lines
-from bench.report import Report
 from bench.rounds import HostWaits, Spans
+from bench.rows import Rows
 from w2s_fast.attention import Reading
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +79,7 @@ def test_a_dry_run_of_the_search_compares_the_ways(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     assert list(summary(run)) == ["build", "search"]
     report = read(tmp_path, "search")
-    assert {"device", "date", "commit", "torch", "bandwidth", "product_rate"} <= set(report)
+    assert {"gpu", "cpu", "date", "commit", "torch", "bandwidth", "product_rate"} <= set(report)
     searches = [row for row in report["rows"] if "limit_ms" in row]
     assert [(row["way"], row["requests"]) for row in searches] == [
         ("generate", 1), ("generate", 2), ("released", 1),
@@ -201,7 +201,7 @@ def test_who_is_interrupted_keeps_the_rows_that_were_there(
     out = tmp_path / "search.json"
     assert bench.end_to_end.main(["--dry-run", "--out", str(out)]) == 130
     report = json.loads(out.read_text())
-    assert report["interrupted"] and [row["way"] for row in report["rows"]] == ["generate"] * 2
+    assert not report["complete"] and [row["way"] for row in report["rows"]] == ["generate"] * 2
     assert "tiny x 2, ms a chunk: generate" in capsys.readouterr().out
 
 
@@ -229,16 +229,19 @@ def test_nothing_is_begun_when_time_is_up(
     assert "left out, for want of time: half_twice" in capsys.readouterr().out
 
 
-def test_a_report_is_whole_after_every_row(tmp_path: Path) -> None:
+def test_rows_are_on_disk_as_soon_as_they_are_there(tmp_path: Path) -> None:
     out = tmp_path / "new" / "report.json"
-    report = Report(out, "a command", said="before")
+    rows = Rows(out, {"said": "before"})
     assert json.loads(out.read_text())["rows"] == []
     for count in (1, 2):
-        report.add({"count": count})
+        rows.add(Row("xl", count, "plain"))
         found = json.loads(out.read_text())
-        assert found["said"] == "before" and [row["count"] for row in found["rows"]][-1] == count
-    report.say(more=1)
-    assert json.loads(out.read_text())["more"] == 1
+        assert [row["requests"] for row in found["rows"]] == [1, 2][:count]
+        assert found["said"] == "before" and not found["complete"]
+    rows.say(more=1)
+    rows.end()
+    found = json.loads(out.read_text())
+    assert found["more"] == 1 and found["complete"] and len(found["rows"]) == 2
 
 
 def test_one_cohort_and_two_are_timed_at_every_number_of_rows(tmp_path: Path) -> None:
