@@ -127,7 +127,6 @@ class WideRow:
     decode_ms: float
     published_ms: float | None
     published_decode_ms: float | None
-    way: str = "256 rows, 3 tokens"
     error: str = ""
 
 
@@ -158,9 +157,13 @@ class Bench:
         except Exception as error:
             traceback.print_exc()
             self.report.add(Row(setting, 0, way, error=f"{type(error).__name__}: {error}"[:300]))
-        gc.collect()
         if way == COMPILED:
             torch.compiler.reset()
+        self.free()
+
+    def free(self) -> None:
+        """What nobody refers to any more gives its memory back."""
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -281,6 +284,7 @@ def run_setting(bench: Bench, setting: Setting, ways: Sequence[str]) -> None:
     if not any(bench.has_time_for(setting.name, way) for way in ways):
         return
     name = setting.name
+    bench.free()
     base = shapes.make(setting.base, 0, bench.device, bench.dtype)
     if GENERATE in ways and bench.has_time_for(name, GENERATE):
         for count in setting.requests:  # before the guides take their room
@@ -298,6 +302,7 @@ def wide_rows(
 ) -> Iterator[WideRow]:
     """Rows of three tokens each, all of a prompt's at once; the median of five times."""
     new, page = 3, 16
+    bench.free()
     base = shapes.make(config, 0, bench.device, bench.dtype)
     tokens = max(one.requests * (one.context + rows * (new + 2 * page)) for one in asked)
     most = rows * max(one.requests for one in asked)
