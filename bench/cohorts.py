@@ -99,6 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not (torch.cuda.is_available() or args.dry_run):
         sys.exit("bench.cohorts times a GPU; without one: --dry-run")
     seconds = Seconds(args.seconds)
+    if args.dry_run:
+        torch.set_num_threads(1)
     device = torch.device("cpu") if args.dry_run else torch.device("cuda", 0)
     dtype = torch.float32 if args.dry_run else torch.bfloat16
     shapes = [("tiny", TINY)] if args.dry_run else [("1B", MEDIUM), ("8B", LARGE)]

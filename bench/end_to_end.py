@@ -60,6 +60,7 @@ class Setting:
     chunk: int
     prompt: int
     rounds: int
+    page_size: int = 16
 
     @property
     def params(self) -> SearchParams:
@@ -70,7 +71,7 @@ class Setting:
     @property
     def kv_tokens(self) -> int:
         """Room for the hypotheses of all requests, each by itself, and the chunks of all rows."""
-        page = 16
+        page = self.page_size
         own = self.prompt + 4 * (self.params.max_new_tokens + page) + ROWS * (self.chunk + 2 * page)
         return max(self.requests) * own * 11 // 10  # the scheduler leaves some pages free
 
@@ -198,6 +199,7 @@ def search_rows(
     engine = engine_for(
         base, guides, way,
         max_rows=ROWS * max(setting.requests), kv_cache_tokens=setting.kv_tokens,
+        page_size=setting.page_size,
     )  # fmt: skip
     synchronize(bench.device)
     set_up = time.perf_counter() - begin
@@ -390,8 +392,11 @@ def run(bench: Bench) -> None:
 
 
 def dry_run(bench: Bench) -> None:
-    """The same parts with tiny models. To compile even these would take long."""
-    tiny = Setting("tiny", shapes.TINY, shapes.TINY, (1, 2), 3, 20, 2)
+    """The same parts with tiny models. To compile even these would take long.
+
+    Pages are small: on a CPU a recorded row computes with all keys that there is room for.
+    """
+    tiny = Setting("tiny", shapes.TINY, shapes.TINY, (1, 2), 3, 20, 1, page_size=4)
     run_setting(bench, tiny, [GENERATE, RELEASED, GRAPHS, PLAIN])
     config = shapes.qwen3(1, 32, 4, 2, 8, 48, 97)
     asked = [Wide(1, 20), Wide(2, 40)]

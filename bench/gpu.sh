@@ -70,7 +70,6 @@ smoke)
         --only sample_tokens select_beams score_select paged_attention)
     sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
     if [ ${#dry[@]} -gt 0 ]; then
-        part "sanitizer" 60 "${small[@]}"
         part "tests" 60 "${test[@]}" tests/gpu/test_copy_pages.py
     else
         part "tests" 170 "${test[@]}" "${workers[@]}" tests/gpu tests/csrc/test_copy_pages.py \

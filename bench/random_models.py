@@ -67,7 +67,7 @@ def qwen3(
     )
 
 
-TINY = llama(2, 32, 4, 2, 64, 97)
+TINY = llama(1, 32, 4, 2, 64, 97)
 GPT2 = gpt2(12, 768, 12)
 GPT2_XL = gpt2(48, 1600, 25)
 # Of a guide of about 150 million parameters, and of Llama 3.2 1B.

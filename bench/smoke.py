@@ -292,7 +292,7 @@ def alone_and_among_others(where: Where) -> Row:
         count, prompt, params = 3, 8, SearchParams(max_new_tokens=5, ignore_eos=True)
     engine = where.engine(
         base, Guide(tuned, untuned), kv_cache_tokens=32_768 if where.cuda else 2048,
-        prefix_cache=False, max_rows=16 * count,
+        prefix_cache=False, max_rows=16 * count, cuda_graphs=where.cuda,
     )  # fmt: skip
     prompts = shapes.prompts_for(base.config, count, prompt)
 
