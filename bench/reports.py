@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import signal
 import sys
 import time
@@ -12,9 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.machine import cores, processor
+from bench.machine import machine_facts
 from bench.timing import commit
 
 INTERRUPTED = 130  # the exit code that a shell gives for it: 128 + SIGINT
@@ -57,25 +53,3 @@ def facts(program: str, arguments: Sequence[str]) -> dict[str, Any]:
         "commit": commit(),
         **machine_facts(),
     }
-
-
-def machine_facts() -> dict[str, Any]:
-    """The machine, and the versions of what runs there."""
-    return {
-        "cpu": processor(),
-        "cores": cores(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "triton": _version("triton"),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
