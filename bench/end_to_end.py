@@ -35,7 +35,15 @@ from bench.device_trace import table
 from bench.reports import INTERRUPTED, facts
 from bench.reports import run as run_main
 from bench.roofline import Limits, Load, Weights, decode_seconds, score_seconds
-from bench.rounds import SETTLED, SPARE, Spans, measure, recordings, synchronize, warm_up
+from bench.rounds import (
+    SETTLED,
+    Spans,
+    measure,
+    recordings,
+    rounds_needed,
+    synchronize,
+    warm_up,
+)
 from bench.rows import Rows, Seconds
 from bench.timing import copy_bandwidth, matmul_rate
 from tests.support.recorder import set_up_as_on_cuda
@@ -64,8 +72,7 @@ class Setting:
 
     @property
     def params(self) -> SearchParams:
-        rounds = SETTLED + self.rounds + 1 + SPARE
-        new = self.chunk * rounds
+        new = self.chunk * rounds_needed(max(self.requests), self.prompt, self.rounds)
         return SearchParams(chunk_length=self.chunk, max_new_tokens=new, ignore_eos=True)
 
     @property
@@ -374,8 +381,8 @@ def run(bench: Bench) -> None:
     """Everything, the most telling first: what there is no time for is left out at the end."""
     large = torch.cuda.get_device_properties(bench.device).total_memory > _LARGE_GPU
     xl = Setting("gpt2-xl", shapes.GPT2_XL, shapes.GPT2, (1, 16, 64), 5, 512, 10)
-    many = (1, 16, 64) if large else (1, 16)
-    eight = Setting("8B", shapes.LARGE, shapes.LARGE, many, 30, 512, 3)
+    eight = Setting("8B", shapes.LARGE, shapes.LARGE, (1, 16), 30, 512, 3)
+    many = Setting("8B", shapes.LARGE, shapes.LARGE, (64,), 30, 512, 2)
     run_setting(bench, xl, [GENERATE, RELEASED, GRAPHS, PLAIN])
     run_setting(bench, eight, [GENERATE, RELEASED, GRAPHS, PLAIN])
     asked = [
@@ -387,6 +394,8 @@ def run(bench: Bench) -> None:
     name = "Qwen3-1.7B"
     if bench.has_time_for(name, GRAPHS):
         bench.attempt(name, GRAPHS, lambda: wide_rows(bench, name, shapes.QWEN3, asked, 256))
+    if large:
+        run_setting(bench, many, [GRAPHS, PLAIN])
     run_setting(bench, xl, [COMPILED])
     run_setting(bench, eight, [COMPILED])
 

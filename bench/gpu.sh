@@ -66,19 +66,19 @@ test=("$python" -m pytest -q -p no:cacheprovider)
 case $what in
 smoke)
     part "smoke" 120 "$python" -m bench.smoke "${dry[@]}" --seconds 90 --out "$out/$name-smoke.json"
-    small=("$python" -m bench.first_use --small --seconds 50
+    small=("$python" -m bench.first_use --small --seconds 40
         --only sample_tokens select_beams score_select paged_attention)
     sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
     if [ ${#dry[@]} -gt 0 ]; then
         part "tests" 60 "${test[@]}" tests/gpu/test_copy_pages.py
     else
-        part "tests" 170 "${test[@]}" "${workers[@]}" tests/gpu tests/csrc/test_copy_pages.py \
+        part "tests" 160 "${test[@]}" "${workers[@]}" tests/gpu tests/csrc/test_copy_pages.py \
             --ignore tests/gpu/test_failed_captures.py --junitxml "$out/$name-tests.xml"
         # Alone, since they take most of the device's memory.
-        part "captures" 40 "${test[@]}" tests/gpu/test_failed_captures.py \
+        part "captures" 60 "${test[@]}" tests/gpu/test_failed_captures.py \
             --junitxml "$out/$name-captures.xml"
         if [ -x "$sanitizer" ]; then
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "sanitizer" 70 \
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "sanitizer" 60 \
                 "$sanitizer" --tool memcheck --error-exitcode 9 "${small[@]}"
         else
             say "sanitizer" 0 "left out" "there is no compute-sanitizer here"

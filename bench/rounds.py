@@ -25,6 +25,7 @@ from w2s_fast.search import Request
 
 SETTLED = 2  # rounds of every request before the first that counts
 SPARE = 2  # rounds that are still to come when the last has been measured
+_PASS_TOKENS = 8192  # of prompts, in a step: an engine's default where memory is not tight
 _WARM_UP = 2  # searches at most: a shape is recorded when it has come twice
 
 
@@ -99,6 +100,15 @@ class HostWaits:
         return waited
 
 
+def rounds_needed(requests: int, prompt: int, rounds: int, traced: int = 1) -> int:
+    """Rounds that each of these requests has to have for ``rounds`` of them to be measured.
+
+    Prompts of ``prompt`` tokens enter in several steps: those that came first are ahead then.
+    """
+    ahead = -(-requests * prompt // _PASS_TOKENS)
+    return SETTLED + ahead + rounds + traced + SPARE
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for everything that was launched there."""
     if device.type == "cuda":
@@ -125,8 +135,11 @@ def measure(
     """Rounds of these requests, all of them at once, in an engine that nobody else uses.
 
     Args:
-        params: with tokens for ``SETTLED + rounds + traced + SPARE`` rounds.
-        traced: rounds to be traced, after those that are timed; 0: none.
+        params: with tokens for :func:`rounds_needed`; with fewer, fewer rounds are timed.
+        rounds: that are timed. traced: rounds to be traced, after those; 0: none.
+
+    Raises:
+        RuntimeError: no round is left to be timed when all requests run.
     """
     runner, device = engine.runner, engine.base.device
     own = [engine.make_request(prompt, params) for prompt in prompts]
@@ -144,6 +157,11 @@ def measure(
     try:
         while min(request.stats.rounds for request in own) < SETTLED:
             _advance(engine, own)
+        ended = -(-params.max_new_tokens // params.tokens_per_round)
+        left = ended - max(request.stats.rounds for request in own) - traced - 1
+        rounds = min(rounds, left)
+        if rounds < 1:
+            raise _too_short(own)
         decoding, scoring, waits = Spans(device), Spans(device), HostWaits()
         search = engine._search
         with ExitStack() as patches:
@@ -186,4 +204,8 @@ def _advance(engine: Engine, own: Sequence[Request]) -> None:
         if request.error is not None:
             raise request.error
         if request.ended:
-            raise RuntimeError("a request ended before it was measured")
+            raise _too_short(own)
+
+
+def _too_short(own: Sequence[Request]) -> RuntimeError:
+    return RuntimeError(f"the first of {len(own)} requests end before the last ones run")

@@ -28,7 +28,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bench import random_models as shapes
-from bench.device_trace import trace
+from bench.device_trace import Trace, trace
 from bench.reports import INTERRUPTED, facts, run
 from bench.rounds import recordings
 from bench.rows import Rows, Seconds
@@ -238,18 +238,7 @@ def _count_on_cuda(where: Where) -> tuple[Counts, dict[str, int]]:
     _searched(where, engine)
     found = []
     for step in _steps(engine):
-        seen = trace(step, where.device)
-        calls = Counter(call.name for call in seen.calls)
-        moved = Counter(one.name.split()[1] for one in seen.device if one.name[:7] == "Memcpy ")
-        found.append(
-            Counts(
-                reads=moved["DtoH"],
-                copies=moved["HtoD"],
-                waits=sum(calls[name] for name in _WAITS),
-                replays=calls["cudaGraphLaunch"],
-                launches=sum(calls[name] for name in _LAUNCHES),
-            )
-        )
+        found.append(counts_of(trace(step, where.device)))
     places: Counter[str] = Counter()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -263,6 +252,19 @@ def _count_on_cuda(where: Where) -> tuple[Counts, dict[str, int]]:
         if "synchronizing" in str(one.message):
             places[f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}"] += 1
     return Counts.largest(found), dict(places)
+
+
+def counts_of(seen: Trace) -> Counts:
+    """By CUDA's calls, and by the copies between the two sides."""
+    calls = Counter(call.name for call in seen.calls)
+    moved = Counter(one.name.split()[1] for one in seen.device if one.name[:7] == "Memcpy ")
+    return Counts(
+        reads=moved["DtoH"],
+        copies=moved["HtoD"],
+        waits=sum(calls[name] for name in _WAITS),
+        replays=calls["cudaGraphLaunch"],
+        launches=sum(calls[name] for name in _LAUNCHES),
+    )
 
 
 def _count_in_name_only(where: Where) -> tuple[Counts, dict[str, int]]:

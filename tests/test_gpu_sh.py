@@ -5,6 +5,7 @@ On a GPU nobody may wait for more than nine minutes, and the end has to say all 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -19,10 +20,12 @@ import torch
 import bench.cohorts
 import bench.end_to_end
 import bench.smoke
+from bench import random_models as shapes
 from bench.device_trace import Interval, Trace, table, trace
-from bench.end_to_end import Row, WideRow, lines
-from bench.rounds import HostWaits, Spans
+from bench.end_to_end import Row, WideRow, engine_for, lines
+from bench.rounds import HostWaits, Spans, measure, rounds_needed
 from bench.rows import Rows
+from w2s_fast import SearchParams
 from w2s_fast.attention import Reading
 
 ROOT = Path(__file__).parents[1]
@@ -298,6 +301,44 @@ def test_a_device_works_while_any_kernel_runs() -> None:
     assert SEEN.span == 26 and SEEN.busy == 18
     assert SEEN.gaps() == [(8.0, "over", "long")]
     assert Trace([], []).busy == 0
+
+
+def test_what_a_round_asks_is_told_from_cudas_calls() -> None:
+    def at_once(*names: str) -> list[Interval]:
+        return [Interval(name, 0.0, 1.0) for name in names]
+
+    seen = Trace(
+        at_once(
+            "Memcpy HtoD (Pinned -> Device)", "Memcpy HtoD (Pageable -> Device)",
+            "Memcpy DtoH (Device -> Pinned)", "Memcpy DtoD (Device -> Device)", "attend",
+        ),
+        at_once(
+            "cudaGraphLaunch", "cudaGraphLaunch", "cudaLaunchKernel", "cuLaunchKernelEx",
+            "cudaMemcpyAsync", "cudaEventSynchronize", "cudaEventRecord", "cudaDeviceSynchronize",
+        ),
+    )  # fmt: skip
+    found = bench.smoke.counts_of(seen)
+    numbers = (found.reads, found.copies, found.waits, found.replays, found.launches)
+    assert numbers == (1, 2, 1, 2, 2)
+
+
+def test_who_enters_first_has_rounds_left_when_the_last_one_runs() -> None:
+    """Prompts enter in four steps; without these rounds ahead there is less to be measured."""
+    assert rounds_needed(1, 512, 10) == rounds_needed(16, 512, 10) == 2 + 1 + 10 + 1 + 2
+    assert rounds_needed(64, 512, 10) == 2 + 4 + 10 + 1 + 2
+    tiny = shapes.make(shapes.TINY, 0, torch.device("cpu"), torch.float32)
+    guides = [shapes.make(shapes.TINY, seed, tiny.device, torch.float32) for seed in (1, 2)]
+    engine = engine_for(tiny, guides, "plain", kv_cache_tokens=1024, max_pass_tokens=40)
+    prompts = shapes.prompts_for(shapes.TINY, 3, 40)
+    params = SearchParams(beam_width=2, successors=2, chunk_length=2, max_new_tokens=14)
+    found = measure(engine, prompts, params, 10, traced=0)
+    assert found.ms > 0 and found.trace is None and found.busy_ms is None
+    stats = engine.stats()
+    assert stats.running == stats.waiting == 0 and stats.aborted == 3
+    for tokens in (8, 10):
+        short = dataclasses.replace(params, max_new_tokens=tokens)
+        with pytest.raises(RuntimeError, match="the first of 3 requests end before the last ones"):
+            measure(engine, prompts, short, 10, traced=0)
 
 
 def test_a_table_names_kernels_by_their_time_and_the_gaps_between_them() -> None:
