@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,11 +113,11 @@ def cases(device: torch.device, small: bool) -> Iterator[Case]:
 def _selections(device: torch.device) -> Iterator[Case]:
     """One round of W=K=4, L=5."""
     count, new = CANDIDATES, CANDIDATES * CHUNK
-    long = {"dtype": torch.int64, "device": device}
-    drawn = torch.randint(0, 50, (new,), **long)  # type: ignore[call-overload]
+    long: dict[str, Any] = {"dtype": torch.int64, "device": device}
+    drawn = torch.randint(0, 50, (new,), **long)
     cu_tokens = torch.arange(0, new + 1, CHUNK, device=device)
     previous = torch.zeros(count, dtype=torch.float64, device=device)
-    lengths = torch.full((count,), CHUNK, **long)  # type: ignore[call-overload]
+    lengths = torch.full((count,), CHUNK, **long)
     parents = torch.arange(count, dtype=torch.int32, device=device) // 4
     siblings = torch.arange(count, device=device) // 4
     cu_candidates = torch.tensor([0, count], **long)

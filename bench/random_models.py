@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import (
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 # Nothing ends a response before its time.
-_NO_ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+_NO_ENDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def gpt2(layers: int, width: int, heads: int, vocabulary: int = 50_257) -> GPT2Config:
