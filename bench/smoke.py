@@ -249,7 +249,7 @@ def _count_on_cuda(where: Where) -> tuple[Counts, dict[str, int]]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     for one in warned:
-        if "synchronizing" in str(one.message):
+        if "called a synchronizing" in str(one.message):
             places[f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}"] += 1
     return Counts.largest(found), dict(places)
 
