@@ -52,7 +52,7 @@ def rows(most: int = 3) -> st.SearchStrategy[list[tuple[int, int]]]:
     tile=compiled_for([16, 32], 16),
     split_keys=compiled_for([16, 32, 1024], 32),
     split_queries=compiled_for([1, 4, 16], 16),
-    window=compiled_for([None, None, 1, 5, 16, 17, 40], 17),
+    window=compiled_for([None, None, 1, 5, 16, 17, 40], 5, 17, 40),
     softcap=compiled_for([None, None, 3.0], 3.0),
     with_sinks=compiled_for([True, False], True),
     slack=st.sampled_from([0, 0, 5]),
@@ -118,7 +118,7 @@ def test_a_second_launch_merges_only_rows_that_were_cut() -> None:
     rows=rows(),
     split_keys=compiled_for([16, 32], 32),
     split_queries=compiled_for([1, 4, 16], 16),
-    window=compiled_for([None, 5, 33], 33),
+    window=compiled_for([None, 5, 33], 5, 33),
     with_sinks=compiled_for([True, False], True),
     seed=st.integers(0, 2**16),
 )

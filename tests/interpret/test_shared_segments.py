@@ -30,7 +30,7 @@ from w2s_fast.attention.kernel import KernelPlan
     page_size=compiled_for([1, 3, 16, 48], 3),
     tiles=compiled_for([(16, 16), (16, 32), (32, 16)], (16, 32)),
     split_keys=compiled_for([16, 32, 512], 32),
-    window=compiled_for([None, None, 1, 9, 17, 40], 40),
+    window=compiled_for([None, None, 1, 9, 17, 40], 9, 17, 40),
     softcap=compiled_for([None, None, 3.0], None),
     with_sinks=compiled_for([True, False], False),
     aborted=st.sampled_from([0.0, 0.0, 0.4]),
