@@ -9,9 +9,6 @@ import dataclasses
 import gc
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench.cohorts
 import bench.cpu_attention
 import bench.host
 import bench.search
@@ -42,68 +38,6 @@ def little_to_collect() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-def dry_run(
-    out: Path, what: str = "kernels", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "bench/gpu.sh", str(out), what],
-        cwd=ROOT,
-        env={**os.environ, "W2S_FAST_DRY_RUN": "1", "PYTHON": sys.executable, **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.mark.long
-def test_a_dry_run_times_every_kernel_and_ends_with_a_summary(tmp_path: Path) -> None:
-    run = dry_run(tmp_path)
-    assert run.returncode == 0, run.stdout + run.stderr
-    last = run.stdout.strip().splitlines()[-3:]
-    assert last[0] == "== summary"
-    assert [line.split()[0] for line in last[1:]] == ["build", "timings"]
-    assert all(line.endswith("ok") for line in last[1:])
-
-    (file,) = tmp_path.glob("*-kernels-dry.json")
-    report = json.loads(file.read_text())
-    assert report["dry_run"]
-    assert {"gpu", "date", "commit", "command", "torch", "copy_gb_per_s"} <= set(report)
-    names = {row["name"] for row in report["rows"]}
-    assert names == {
-        "copy_pages",
-        "token_logprob",
-        "linear_logprob",
-        "sample_tokens",
-        "score_select",
-        "select_beams",
-        "fuse_logits",
-        "choose_beta",
-        "paged_attention",
-    }
-    assert all(row["us"] > 0 and not row["error"] for row in report["rows"])
-
-
-@pytest.mark.long
-def test_a_dry_run_of_the_engine_compares_the_ways_to_decode(tmp_path: Path) -> None:
-    run = dry_run(tmp_path, "engine", OMP_NUM_THREADS="1")
-    assert run.returncode == 0, run.stdout + run.stderr
-    last = run.stdout.strip().splitlines()[-2:]
-    assert [line.split()[0] for line in last] == ["build", "ways"]
-    (file,) = tmp_path.glob("*-decode-dry.json")
-    report = json.loads(file.read_text())
-    assert {"device", "date", "commit", "torch"} <= set(report)
-    ways = [(row["way"], row["requests"]) for row in report["rows"]]
-    assert ways == [(way, n) for way in ("plain", "graphs", "graphs-lane") for n in (1, 2)]
-    assert all(row["ms_per_round"] > 0 and not row["error"] for row in report["rows"])
-
-
-def test_a_part_that_fails_hides_no_other(tmp_path: Path) -> None:
-    run = dry_run(tmp_path, W2S_FAST_BACKEND="no such backend")  # the timings cannot start
-    assert run.returncode == 1
-    build, timings = run.stdout.strip().splitlines()[-2:]
-    assert build.startswith("build") and build.endswith("ok")
-    assert timings.startswith("timings") and "FAILED: exit code 1" in timings
 
 
 @pytest.mark.long
@@ -136,14 +70,6 @@ def test_a_quick_run_measures_every_ratio_of_the_search(
         assert all(value > 0 for ratio in case["ratios"] for value in ratio["values"])
     printed = capsys.readouterr().out
     assert all(name in printed for name, _, _ in ratios)
-
-
-def test_one_cohort_and_two_are_timed_at_every_number_of_rows(tmp_path: Path) -> None:
-    out = tmp_path / "cohorts.json"
-    assert bench.cohorts.main(["--dry-run", "--out", str(out)]) == 0
-    pairs = json.loads(out.read_text())["pairs"]
-    assert [(pair["base"], pair["rows"]) for pair in pairs] == [("tiny", 32), ("tiny", 48)]
-    assert all(pair["one_ms"] > 0 and pair["two_ms"] > 0 for pair in pairs)
 
 
 def test_a_ratio_compares_seconds_a_token_within_a_turn() -> None:

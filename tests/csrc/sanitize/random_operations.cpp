@@ -524,7 +524,7 @@ struct World {
             if (page != w2s::PageManager::kNoPage) ++holders[page];
         }
         for (std::size_t i = 0; i < holders.size(); ++i) {
-            REQUIRE(holders[i] == manager.holders()[i * PageManager::kPageStride]);
+            REQUIRE(holders[i] == manager.holders()[i * w2s::PageManager::kPageStride]);
         }
         Ints tables;
         for (const std::int32_t slot : slots) {
