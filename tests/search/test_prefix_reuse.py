@@ -167,7 +167,7 @@ def test_pages_shared_by_newcomers_are_within_what_was_promised(page_size: int, 
         return out
 
     with (
-        mock.patch("w2s_fast.scheduling.scheduler._HEADROOM", 10**6),
+        mock.patch.object(e._scheduler, "_headroom", [0] * len(models_of(e))),
         mock.patch.object(Search, "step", watched_step),
         mock.patch.object(PagedModel, "forward", watched_forward),
     ):
