@@ -16,7 +16,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'w2s-fast[test]'")
 
-from tests.kernels.aot import SHARED_LIMIT, SMS, Compilation, compilations
+from bench.aot import SHARED_LIMIT, SMS, Compilation, compilations
 from w2s_fast.kernels import (
     choose_beta,
     fuse_logits,
@@ -366,10 +366,7 @@ def test_products_of_float32_spill_nothing(rows: int) -> None:
 def test_sixteen_rows_fill_the_largest_gpu(arch: int, model: str) -> None:
     for case in (token_logprob_case(model, 16, None, {}), linear_logprob_case(model, 16, 0)):
         first = compilations(arch, lambda case=case: case.launch(torch.bfloat16))[0]  # type: ignore[misc]
-        programs = 1
-        for size in first.grid:
-            programs *= size
-        assert programs >= SMS[arch], str(first)
+        assert first.programs >= SMS[arch], str(first)
 
 
 def test_the_number_of_rows_compiles_nothing_anew() -> None:
