@@ -31,7 +31,7 @@ from w2s_fast.kernels import (
     write_kv,
 )
 from w2s_fast.kernels.copy_pages import library_path
-from w2s_fast.kernels.library import STAND_IN, Gpu
+from w2s_fast.kernels.library import Gpu
 from w2s_fast.kernels.logsumexp import MERGE_BLOCK
 from w2s_fast.kernels.select_beams_triton import launch_options
 
@@ -131,7 +131,7 @@ def _shape(rows: int, vocab: int, pitch: int) -> str:
 def _token_logprob(rows: int, vocab: int, pitch: int) -> Case:
     logits = _half(rows, pitch)[:, :vocab]
     moved = rows * vocab * _HALF
-    table = token_logprob._launch(STAND_IN, pitch % 16 == 0)
+    table = token_logprob._launch(pitch % 16 == 0, softcap=False)
     tiles = -(-vocab // (table.depth * table.lanes * table.vector))
 
     def split(c: Compilation) -> Work:
@@ -145,7 +145,7 @@ def _token_logprob(rows: int, vocab: int, pitch: int) -> Case:
         _shape(rows, vocab, pitch),
         _launched(lambda: token_logprob._triton(logits, _meta(rows), None, 1.0, None)),
         moved,
-        {"_split_rows": split, "_merge_splits": merge},
+        {"_split_rows": split, "_merge_parts": merge},
     )
 
 

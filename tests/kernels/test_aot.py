@@ -220,11 +220,11 @@ CUT = {"attend": 255, "merge_parts": 64}
 FUSION = {"fuse": 96, "grid_sums": 120, "choose": 96}
 
 CASES = [
-    token_logprob_case("gpt2", 16, None, {"_split_rows": 64, "_merge_splits": 64}),
+    token_logprob_case("gpt2", 16, None, {"_split_rows": 64, "_merge_parts": 64}),
     token_logprob_case("gpt2", 2048, None, {"_split_rows": 64}),
-    token_logprob_case("8b", 16, None, {"_split_rows": 64, "_merge_splits": 64}),
+    token_logprob_case("8b", 16, None, {"_split_rows": 64, "_merge_parts": 64}),
     token_logprob_case("8b", 2048, 30.0, {"_split_rows": 64}),
-    token_logprob_case("gpt2", 16, 30.0, {"_split_rows": 64, "_merge_splits": 64}),
+    token_logprob_case("gpt2", 16, 30.0, {"_split_rows": 64, "_merge_parts": 64}),
     linear_logprob_case("gpt2", 1, 96),
     linear_logprob_case("8b", 16, 96),
     linear_logprob_case("70b", 32, 128),
@@ -380,6 +380,21 @@ def test_the_number_of_rows_compiles_nothing_anew() -> None:
         )
     }
     assert len(kernels) == 2
+
+
+@pytest.mark.parametrize("model", ["gpt2", "8b"])
+def test_rows_of_one_program_and_of_several_are_one_kernel(model: str) -> None:
+    """So that their sums are rounded alike."""
+    kernels = [
+        c
+        for rows in (1, 17, 512)
+        for c in compilations(
+            90,
+            lambda rows=rows: token_logprob_case(model, rows, None, {}).launch(torch.bfloat16),  # type: ignore[misc]
+        )
+    ]
+    assert [c.name for c in kernels] == 2 * ["_split_rows", "_merge_parts"] + ["_split_rows"]
+    assert len({(c.name, c.ptx) for c in kernels}) == 2
 
 
 def test_rounds_and_heads_compile_no_selection_anew() -> None:
