@@ -13,8 +13,8 @@ from w2s_fast.kernels.token_logprob import token_logprob
 from w2s_fast.models.body import refuse
 from w2s_fast.models.inference import inference
 
-# Where logits have a pitch that is no multiple of so many, as those of GPT-2's 50,257 ids, products
-# and all that reads logits load single elements.
+# Rows of logits that begin anywhere, as those of GPT-2's 50,257 ids, are written and read by single
+# elements.
 _MULTIPLE = 64
 
 
