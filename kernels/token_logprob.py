@@ -93,16 +93,17 @@ def _launch(aligned: bool, softcap: bool) -> _Launch:
     A lane of [d, v] costs 1 + 1/(d*v) exponentials a logit, and its part's maximum and sum two
     exchanges between the warps: the more ids a part has, the fewer. With 2 exponentials they would
     be the limit before the memory is: a GPU reads as many half-precision logits a second as it has
-    time for 1.7 of each (H200). Where rows are aligned, one thread holds a whole lane of 4 x 8;
-    where not, neighbours lie in different threads, and a lane is one id wide. A part has 4,096 ids
-    in both: 16 rows of 50,257 are 208 programs, enough for 132 multiprocessors, and 4 programs on
-    each have 32 KB of half-precision logits under way. With a soft cap, whose arithmetic takes the
-    registers, it has half as many.
+    time for 1.7 of each (H200). Where rows are aligned, one thread holds a whole lane of 4 x 8, and
+    4 programs of a multiprocessor have 32 KB of half-precision logits under way. Where they are
+    not, neighbours lie in different threads, each with an address of its own, and a soft cap's
+    arithmetic takes registers, too: parts are half as large, and programs twice as many. 16 rows of
+    50,257 are 208 or 400 programs, enough for 132 multiprocessors.
     """
-    depth = 2 if softcap else 4
-    if aligned:
-        return _Launch(depth, lanes=128, vector=8, num_warps=4, programs_per_sm=4)
-    return _Launch(2 * depth, lanes=512, vector=1, num_warps=4, programs_per_sm=4)
+    if not aligned:
+        return _Launch(depth=4, lanes=512, vector=1, num_warps=4, programs_per_sm=8)
+    if softcap:
+        return _Launch(depth=2, lanes=128, vector=8, num_warps=4, programs_per_sm=8)
+    return _Launch(depth=4, lanes=128, vector=8, num_warps=4, programs_per_sm=4)
 
 
 def _triton(

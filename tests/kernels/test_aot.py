@@ -222,7 +222,7 @@ FUSION = {"fuse": 96, "grid_sums": 120, "choose": 96}
 CASES = [
     token_logprob_case("gpt2", 16, None, {"_split_rows": 64, "_merge_parts": 64}),
     token_logprob_case("gpt2", 2048, None, {"_split_rows": 64}),
-    token_logprob_case("8b", 16, None, {"_split_rows": 64, "_merge_parts": 64}),
+    token_logprob_case("8b", 16, None, {"_split_rows": 80, "_merge_parts": 64}),
     token_logprob_case("8b", 2048, 30.0, {"_split_rows": 64}),
     token_logprob_case("gpt2", 16, 30.0, {"_split_rows": 64, "_merge_parts": 64}),
     linear_logprob_case("gpt2", 1, 96),
@@ -387,13 +387,13 @@ def test_rows_of_one_program_and_of_several_are_one_kernel(model: str) -> None:
     """So that their sums are rounded alike."""
     kernels = [
         c
-        for rows in (1, 17, 512)
+        for rows in (1, 17, 2048)
         for c in compilations(
             90,
             lambda rows=rows: token_logprob_case(model, rows, None, {}).launch(torch.bfloat16),  # type: ignore[misc]
         )
     ]
-    assert [c.name for c in kernels] == 2 * ["_split_rows", "_merge_parts"] + ["_split_rows"]
+    assert [c.name for c in kernels].count("_merge_parts") == 2
     assert len({(c.name, c.ptx) for c in kernels}) == 2
 
 
