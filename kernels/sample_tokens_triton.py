@@ -178,7 +178,9 @@ def block_weights(
         tl.store(block_weight + program, total)
 
 
-@jit
+# Whether rows begin at a multiple of 16 is not worth knowing here: a row's few groups are waited
+# for as often, and to load them in vectors takes registers, and with them room for programs.
+@jit(do_not_specialize=["row_stride"])
 def draw(
     logits, row_stride, vocab,
     temperatures, top_ks, top_ps, min_ps, seeds, candidates, positions,

@@ -138,16 +138,16 @@ def score_select_case(
 
 # 64 registers are eight programs of 128 threads on a multiprocessor, 96 are five, 128 are four; 168
 # are one of 256 threads, and so are 255: two warps for each of its schedulers.
-def sample_tokens_case(vocabulary: int, kernels: dict[str, int]) -> Case:
+def sample_tokens_case(vocabulary: int, kernels: dict[str, int], pitch: int | None = None) -> Case:
     def launch(dtype: torch.dtype) -> None:
+        logits = meta(128, pitch or vocabulary, dtype=dtype)[:, :vocabulary]
         temperature, share = meta(128, dtype=torch.float32), meta(128, dtype=torch.float64)
         sample_tokens_triton.launch(
-            meta(128, vocabulary, dtype=dtype), temperature, meta(128), share, share,
-            meta(128), meta(128), meta(128),
-        )  # fmt: skip
+            logits, temperature, meta(128), share, share, meta(128), meta(128), meta(128)
+        )
 
     vectors = {} if vocabulary % 16 else {80: "ld.global.v4", 90: "ld.global.v4"}
-    return Case(f"sample_tokens-{vocabulary}", launch, kernels, vectors)
+    return Case(f"sample_tokens-{vocabulary}-{pitch}", launch, kernels, vectors)
 
 
 def fusion_case(vocabulary: int, kernels: dict[str, int]) -> Case:
@@ -242,6 +242,7 @@ CASES = [
     score_select_case(1, 512, 64),
     score_select_case(1, 1024, 64, splits=1),
     *(sample_tokens_case(v, SAMPLING) for v in (900, 16384, 50257, 128256, 151936, 200019)),
+    sample_tokens_case(50257, SAMPLING, pitch=50304),  # of a padded head
     fusion_case(50257, FUSION),
     fusion_case(128256, FUSION),
     write_kv_case("gpt2", 64),
