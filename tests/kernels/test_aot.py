@@ -146,7 +146,7 @@ def sample_tokens_case(vocabulary: int, kernels: dict[str, int], pitch: int | No
             logits, temperature, meta(128), share, share, meta(128), meta(128), meta(128)
         )
 
-    vectors = {} if vocabulary % 16 else {80: "ld.global.v4", 90: "ld.global.v4"}
+    vectors = {} if (pitch or vocabulary) % 16 else {80: "ld.global.v4", 90: "ld.global.v4"}
     return Case(f"sample_tokens-{vocabulary}-{pitch}", launch, kernels, vectors)
 
 
