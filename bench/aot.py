@@ -49,6 +49,7 @@ class Compilation:
     tensor_columns: int  # of the tensor memory that Blackwell has; 512 in a multiprocessor
     ptx: str
     cubin: bytes
+    variant: str  # the same for what a process compiles, or loads, but once
 
     @property
     def programs(self) -> int:
@@ -90,6 +91,7 @@ class Compilation:
 
     def __str__(self) -> str:
         return (
+            f"triton {triton.__version__}: "
             f"{self.name} sm_{self.arch} grid {self.grid} {self.num_warps} warps: "
             f"{self.registers} registers, {self.spilled} bytes spilled, {self.shared} shared"
         )
@@ -128,6 +130,7 @@ def _compiling(arch: int, done: list[Compilation]) -> Iterator[None]:
                 tensor_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
                 ptx=kernel.asm["ptx"],
                 cubin=kernel.asm["cubin"],
+                variant=kernel.metadata.hash,
             )
         )
         return kernel

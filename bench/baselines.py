@@ -93,7 +93,7 @@ def response_scores(guides: Sequence[GuideModels], rows: Tensor, prompt_tokens: 
         rows: int64 [S, P + T], prompt and response.
     """
     response = rows[:, prompt_tokens:]
-    total = torch.zeros(len(rows), dtype=torch.float64)
+    total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     for guide in guides:
         tuned, untuned = (
             model(input_ids=rows, use_cache=False)
@@ -123,7 +123,7 @@ def released_search(
     result = ReleasedResult([], 0.0, sampled_tokens=0)
     for length in range(0, params.max_new_tokens, params.tokens_per_round):
         chunk = min(params.tokens_per_round, params.max_new_tokens - length)
-        parents = torch.tensor([[*prompt, *response] for response in responses])
+        parents = torch.tensor([[*prompt, *response] for response in responses], device=base.device)
         parents = parents.repeat_interleave(params.successors, dim=0)
         rows = torch.cat([parents, generate_rows(base, parents, chunk, params)], dim=1)
         scores = response_scores(guides, rows, len(prompt))

@@ -10,21 +10,23 @@ that pays is what :mod:`w2s_fast.scheduling.cohorts` has a table of. Models have
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.decode import LARGE, MEDIUM, SMALL, TINY, timed_search
-from bench.timing import commit
-from w2s_fast import Engine, Guide
+from bench.random_models import LARGE, MEDIUM, SMALL, TINY, make, prompts_for
+from bench.reports import INTERRUPTED, facts, run
+from bench.rows import Rows, Seconds
+from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.scheduling import Runner
 
-ROWS = 16  # of a request: W=K=4
+ROWS, CHUNK = 16, 5  # of a request: W=K=4, L=5
 
 
 @dataclass
@@ -42,11 +44,31 @@ class Pair:
     ratio: float
 
 
+def timed_search(engine: Engine, prompts: list[list[int]], rounds: int) -> float:
+    """Seconds of the best of three searches. All their shapes have come twice before."""
+    params = SearchParams(max_new_tokens=CHUNK * rounds, ignore_eos=True)
+    for _ in range(2):
+        engine.generate(prompts, params, progress=False)
+    best = float("inf")
+    for _ in range(3):
+        begin = time.perf_counter()
+        engine.generate(prompts, params, progress=False)
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
 def compare(
-    name: str, base: Any, guides: Any, requests: list[int], *, prompt: int, rounds: int, end: float
-) -> list[Pair]:
-    """Both, at every number of requests; nothing is begun after ``end``."""
-    device = next(base.parameters()).device
+    name: str,
+    base: Any,
+    guides: Any,
+    requests: list[int],
+    *,
+    prompt: int,
+    rounds: int,
+    seconds: Seconds,
+) -> Iterator[Pair]:
+    """Both, at every number of requests; nothing is begun when time is up."""
+    device = base.device
     engine = Engine(
         base,
         Guide(*guides),
@@ -55,55 +77,58 @@ def compare(
         prefix_cache=False,
         max_rows=ROWS * max(requests),
     )
-    pairs = []
     for count in requests:
-        if time.monotonic() > end:
+        if seconds.left < 0:
             print(f"left out, for want of time: {name}, {count} requests", flush=True)
             continue
+        prompts = prompts_for(base.config, count, prompt)
         ms = []
         for cohorts in (1, 2):
             engine.runner = Runner(engine._search, engine._scheduler, cohorts=cohorts)
-            ms.append(1e3 * timed_search(engine, count, prompt, rounds) / rounds)
+            ms.append(1e3 * timed_search(engine, prompts, rounds) / rounds)
         one, two = ms
-        pairs.append(Pair(name, ROWS * count, round(one, 3), round(two, 3), round(two / one, 3)))
-        print(pairs[-1], flush=True)
-    return pairs
+        yield Pair(name, ROWS * count, round(one, 3), round(two, 3), round(two / one, 3))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="tiny models, on the CPU")
-    parser.add_argument("--seconds", type=float, default=240, help="begin nothing after so long")
+    parser.add_argument("--seconds", type=float, default=300, help="begin nothing after so long")
     args = parser.parse_args(arguments)
     if not (torch.cuda.is_available() or args.dry_run):
         sys.exit("bench.cohorts times a GPU; without one: --dry-run")
-    device = torch.device("cpu" if args.dry_run else "cuda")
+    seconds = Seconds(args.seconds)
+    if args.dry_run:
+        torch.set_num_threads(1)
+    device = torch.device("cpu") if args.dry_run else torch.device("cuda", 0)
     dtype = torch.float32 if args.dry_run else torch.bfloat16
-    end = time.monotonic() + args.seconds
     shapes = [("tiny", TINY)] if args.dry_run else [("1B", MEDIUM), ("8B", LARGE)]
     requests = [2, 3] if args.dry_run else [16, 32, 48, 64, 96, 128]
-    guides = [(TINY if args.dry_run else SMALL).make(seed, device, dtype) for seed in (1, 2)]
-    pairs: list[Pair] = []
-    for name, shape in shapes:
-        base = shape.make(0, device, dtype)
-        prompt, rounds = (20, 2) if args.dry_run else (256, 8)
-        pairs += compare(name, base, guides, requests, prompt=prompt, rounds=rounds, end=end)
-        del base
-    report = {
-        "device": "cpu" if args.dry_run else torch.cuda.get_device_name(),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "pairs": [asdict(pair) for pair in pairs],
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    for pair in pairs:
+    guide = TINY if args.dry_run else SMALL
+    prompt, rounds = (20, 2) if args.dry_run else (256, 8)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    report = Rows(args.out, facts("bench.cohorts", arguments))
+    status = 0
+    try:
+        guides = [make(guide, seed, device, dtype) for seed in (1, 2)]
+        for name, shape in shapes:
+            base = make(shape, 0, device, dtype)
+            for pair in compare(
+                name, base, guides, requests, prompt=prompt, rounds=rounds, seconds=seconds
+            ):
+                print(pair, flush=True)
+                report.add(pair)
+            del base
+            gc.collect()
+        report.end()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    for pair in report.kept:
         print(f"{pair.base:5} {pair.rows:5} rows  {pair.one_ms} ms a round in one cohort"
               f"  {pair.two_ms} in two  {pair.ratio} x")  # fmt: skip
-    return 0
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -17,20 +17,17 @@ and gathering.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from bench.timing import commit
+from bench import reports
 from w2s_fast.attention import GatheredPlan, LayerOptions, Level, RowTree
 from w2s_fast.cache import PagePool
 
@@ -67,7 +64,7 @@ class Row:
     dense_to_tree: float | None
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes")
@@ -75,12 +72,22 @@ def main() -> int:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--history", type=int, default=64, help="tokens of a hypothesis")
     parser.add_argument("--seconds", type=float, default=10, help="for each case, about")
-    args = parser.parse_args()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(arguments)
     shape = Shape()
     if args.dry_run:
         shape, args.seconds = Shape(layers=2, heads=2, dim=8), 0.0
         args.prompts, args.requests, args.history = [20], [1, 2], 17
-    rows = []
+    rows: list[Row] = []
+    head = reports.facts("bench.cpu_attention", arguments) | {
+        "dry_run": args.dry_run,
+        "shape": asdict(shape),
+    }
+
+    def save(complete: bool) -> None:
+        found = head | {"rows": [asdict(row) for row in rows]}
+        reports.save(args.out, found, complete=complete)
+
     print(f"{'':7s} prompt requests    tree      flat     dense   flat/tree dense/tree")
     for prompt in args.prompts:
         for requests in args.requests:
@@ -88,8 +95,8 @@ def main() -> int:
             for what, ways in (("decode", case.decode()), ("append", case.append())):
                 rows.append(timed(case, what, ways, args.seconds))
                 print(line(rows[-1]), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report(args, shape, rows), indent=1) + "\n")
+                save(complete=False)
+    save(complete=True)
     return 0
 
 
@@ -241,20 +248,5 @@ def line(row: Row) -> str:
     )
 
 
-def report(args: argparse.Namespace, shape: Shape, rows: list[Row]) -> dict[str, Any]:
-    """Everything a reader needs to trust a number, or not."""
-    return {
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "command": " ".join(["python -m bench.cpu_attention", *sys.argv[1:]]),
-        "dry_run": args.dry_run,
-        "torch": torch.__version__,
-        "shape": asdict(shape),
-        "rows": [asdict(row) for row in rows],
-    }
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reports.run(main))

@@ -6,10 +6,11 @@
     python -m bench.host --quick                            tiny sizes: does it run?
 
 Models and operators take no time (``host_engine.py``); one core, and this thread's processor time.
-Each size is one search that samples whole responses, so that what is measured at a length has come
-there round by round. Where that takes too long, it is measured where the search has come to, and
-that length is reported. What crosses to the device and back is counted in a second, short search
-(tests/support/device.py).
+Each size and length is a search that samples whole responses, so that what is measured at a length
+has come there round by round. Where that takes too long, it is measured where the search has come
+to, and that length is reported. All lengths of a size take turns, so that whatever slows the
+machine down for a while slows all of them; a ratio is taken within a turn. What crosses to the
+device and back is counted in another, short search (tests/support/device.py).
 """
 
 from __future__ import annotations
@@ -17,41 +18,41 @@ from __future__ import annotations
 import argparse
 import cProfile
 import gc
-import json
-import platform
 import pstats
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench import reports
 from bench.host_engine import ROWS, Clock, HostEngine, Size
-from bench.machine import cores, machine_seconds, processor, share_of_others
-from bench.timing import commit
+from bench.machine import machine_seconds, share_of_others
 from tests.support.device import Counts, Device
 
 # Rounds before the first that is measured: until then shapes come for the first time, and are
 # recorded when they come again.
 WARM_UP = 6
 COUNTED = 3  # rounds, of which the largest counts are kept: some copy pages, others need not
+# Rounds of a turn, behind one that is not measured: others had the caches before.
+TURN = 3
 FUNCTIONS_SHOWN = 25
 
 
-@dataclass(frozen=True)
+@dataclass
 class At:
     """Rounds of one size around one length.
 
     Attributes:
-        length: tokens of the responses before the first of these rounds.
+        length: tokens of the responses before the first turn.
         seconds: of the host, round by round.
         by_hand: passes of a round that no recording served, on average. On a GPU the host would
             run the model's own code there: that time is not in ``seconds``.
@@ -66,24 +67,39 @@ class At:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    def ratio_to(self, other: At) -> float:
+        """How much longer than at another length, turn by turn."""
+        turns = range(0, len(self.seconds), TURN)
+        both = (
+            [statistics.median(at.seconds[i : i + TURN]) for i in turns] for at in (self, other)
+        )
+        return statistics.median(a / b for a, b in zip(*both))
 
-def measure(size: Size, lengths: Sequence[int], rounds: int, budget: float) -> Iterator[At]:
-    """Rounds at each of these lengths, in rising order, or as far as ``budget`` seconds go."""
-    host = HostEngine(size)
-    done = 0
-    with host.searching():
-        end = time.monotonic() + budget
-        for length in lengths:
+
+def measure(size: Size, lengths: Sequence[int], turns: int, budget: float) -> list[At]:
+    """Turns at each of these lengths, in rising order, or as far as ``budget`` seconds go."""
+    clock = Clock()
+    end = time.monotonic() + budget
+    hosts = [HostEngine(size, clock=clock) for _ in lengths]
+    found: list[tuple[HostEngine, At]] = []
+    with ExitStack() as searches:
+        for length, host in zip(lengths, hosts):
+            searches.enter_context(host.searching())
+            done = 0
             while (done < WARM_UP or done * size.chunk < length) and time.monotonic() < end:
                 host.round()
                 host.record_missed()
                 done += 1
-            before = host.by_hand
-            seconds = [host.round() for _ in range(rounds)]
-            yield At(size, done * size.chunk, seconds, (host.by_hand - before) / rounds)
-            done += rounds
+            found.append((host, At(size, done * size.chunk, [], 0.0)))
             if time.monotonic() >= end:
-                return
+                break
+        for _ in range(turns):
+            for host, at in found:
+                host.round()
+                before = host.by_hand
+                at.seconds += [host.round() for _ in range(TURN)]
+                at.by_hand += (host.by_hand - before) / (TURN * turns)
+    return [at for _, at in found]
 
 
 def count(size: Size) -> Counts:
@@ -123,22 +139,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, nargs="+", help="at once; each has 16 rows")
     parser.add_argument("--chunks", type=int, nargs="+", help="tokens of a round")
     parser.add_argument("--lengths", type=int, nargs="+", help="of the responses, in tokens")
-    parser.add_argument("--rounds", type=int, default=9, help="measured at each length")
+    parser.add_argument("--turns", type=int, default=7, help=f"of {TURN} rounds, at each length")
     parser.add_argument("--seconds", type=float, default=60, help="to come to the longest length")
     parser.add_argument("--out", type=Path, help="JSON of everything measured")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--profile", action="store_true", help="at the shortest length")
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
-    if args.rounds < 1:
-        parser.error("--rounds is at least 1")
+    if args.turns < 1:
+        parser.error("--turns is at least 1")
     torch.set_num_threads(1)
     requests = args.requests or ([1, 2] if args.quick else [1, 16, 64, 256])
     chunks = args.chunks or ([3] if args.quick else [5, 30])
     lengths = sorted(args.lengths or ([18, 30] if args.quick else [50, 500, 4000]))
     prompt = 20 if args.quick else 512
     # Nobody comes to the end: a round that ends a search has other things to do.
-    over = WARM_UP + len(lengths) * args.rounds + 2
+    over = WARM_UP + args.turns * (TURN + 1) + 2
     sizes = [
         Size(count, chunk, prompt, lengths[-1] + over * chunk)
         for chunk in chunks
@@ -146,19 +162,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     if args.profile:
         for size in sizes:
-            profile(size, lengths[0], args.rounds)
+            profile(size, lengths[0], args.turns * TURN)
         return 0
     start = machine_seconds()
-    said = {"command": " ".join(["python -m bench.host", *arguments]), "quick": args.quick}
+    said = reports.facts("bench.host", arguments) | {"quick": args.quick}
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     found: list[tuple[list[At], Counts]] = []
     for size in sizes:
         print(f"{size.requests} requests, chunks of {size.chunk}", file=sys.stderr, flush=True)
-        found.append((list(measure(size, lengths, args.rounds, args.seconds)), count(size)))
+        found.append((measure(size, lengths, args.turns, args.seconds), count(size)))
         others = share_of_others(start, machine_seconds())
-        if args.out is not None:  # after every size: the larger ones take long
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(said | report(found, others), indent=1) + "\n")
+        complete = len(found) == len(sizes)
+        reports.save(args.out, said | report(found, others), complete=complete)
         gc.collect()
     show(found, console)
     if others is not None:
@@ -182,7 +197,7 @@ def show(found: Sequence[tuple[Sequence[At], Counts]], console: Console) -> None
                 f"{1e3 * at.median:.2f}",
                 f"{1e3 * min(at.seconds):.2f}",
                 f"{1e6 * at.median / at.size.rows:.1f}",
-                f"{at.median / measured[0].median:.2f}",
+                f"{at.ratio_to(measured[0]):.2f}",
                 f"{at.by_hand:.1f}",
             )
         size = measured[0].size
@@ -193,18 +208,9 @@ def show(found: Sequence[tuple[Sequence[At], Counts]], console: Console) -> None
 
 
 def report(found: Sequence[tuple[Sequence[At], Counts]], others: float | None) -> dict[str, Any]:
-    """Everything a reader needs to trust a number, or not."""
+    """What was measured, size by size."""
     return {
-        "cpu": processor(),
-        "cores": cores(),
-        "machine": platform.machine(),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "threads": torch.get_num_threads(),
         "share_of_machine_taken_by_others": others,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "rows_of_a_request": ROWS,
         "sizes": [
             {
@@ -218,7 +224,7 @@ def report(found: Sequence[tuple[Sequence[At], Counts]], others: float | None) -
                         "ms": 1e3 * at.median,
                         "ms_smallest": 1e3 * min(at.seconds),
                         "us_per_row": 1e6 * at.median / at.size.rows,
-                        "of_shortest": at.median / measured[0].median,
+                        "of_shortest": at.ratio_to(measured[0]),
                         "by_hand": at.by_hand,
                         "seconds": at.seconds,
                     }
@@ -231,4 +237,4 @@ def report(found: Sequence[tuple[Sequence[At], Counts]], others: float | None) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reports.run(main))

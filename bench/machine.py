@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def cores() -> int:
@@ -43,3 +47,25 @@ def share_of_others(
         return None
     total, busy, ours = (after - before for before, after in zip(start, end))
     return max(0.0, busy - ours) / total
+
+
+def machine_facts() -> dict[str, Any]:
+    """The machine, and the versions of what runs there."""
+    return {
+        "cpu": processor(),
+        "cores": cores(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "triton": _version("triton"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

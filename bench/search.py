@@ -17,28 +17,25 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.machine import cores, machine_seconds, processor, share_of_others
+from bench import reports
+from bench.machine import cores, machine_seconds, share_of_others
 from bench.search_cases import RELEASED, Bench, Case, Ratio, cases
 from bench.search_memory import Memory, measure
 from bench.search_profile import profile
-from bench.timing import commit
 
 MEMORY_TARGET = 1.2  # x (weights + pages)
 # Baseline B takes most of the time, and its ratios are the furthest from their targets.
@@ -108,24 +105,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             profile(case, console)
         return 0
     start = machine_seconds()
-    outcomes = []
+    said = reports.facts("bench.search", arguments) | {"quick": args.quick}
+    outcomes: list[Outcome] = []
     for case in chosen:
         memory = None if args.no_memory else measure(case, args.quick)
-        outcomes.append(Outcome(case, time_case(case, args.repeats), memory))
+        outcomes.append(Outcome(case, {}, memory))
+        for turn, timings in enumerate(time_case(case, args.repeats), start=1):
+            outcomes[-1].timings = timings
+            others = share_of_others(start, machine_seconds())
+            complete = len(outcomes) == len(chosen) and turn == args.repeats
+            reports.save(args.out, said | report(outcomes, others), complete=complete)
         show(outcomes[-1], console)
-    others = share_of_others(start, machine_seconds())
     if others is not None:
         console.print(f"Other programs took {100 * others:.0f} % of this machine's time meanwhile.")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        found = {"command": " ".join(["python -m bench.search", *arguments]), "quick": args.quick}
-        found |= report(outcomes, others)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
-def time_case(case: Case, repeats: int) -> dict[str, Timing]:
-    """Every variant ``repeats`` times, in turns; each turn begins with another variant."""
+def time_case(case: Case, repeats: int) -> Iterator[dict[str, Timing]]:
+    """Every variant ``repeats`` times, in turns; each turn begins with another variant.
+
+    Yields what there is after each turn, in one and the same dictionary.
+    """
     bench = Bench(case)
     for variant in case.variants:  # warm up; two chunks show B everything it will see
         bench.run(variant, new_tokens=case.params.tokens_per_round * 2)
@@ -146,7 +146,7 @@ def time_case(case: Case, repeats: int) -> dict[str, Timing]:
             said = f" {variant} {seconds:.2f} s ({cpu_seconds:.2f} s CPU);"
             print(said, end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
-    return timings
+        yield timings
 
 
 def show(outcome: Outcome, console: Console) -> None:
@@ -186,23 +186,14 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def report(outcomes: Sequence[Outcome], others: float | None) -> dict[str, Any]:
-    """Everything a reader needs to trust a number, or not."""
+    """What was measured, case by case."""
     return {
-        "cpu": processor(),
-        "cores": cores(),
-        "machine": platform.machine(),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "threads": torch.get_num_threads(),
         "share_of_machine_taken_by_others": others,
         "environment": {
             name: value
             for name, value in os.environ.items()
             if name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_"))
         },
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "cases": [_case_report(outcome) for outcome in outcomes],
     }
 
@@ -247,4 +238,4 @@ def _case_report(outcome: Outcome) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reports.run(main))

@@ -59,10 +59,10 @@ py::array_t<std::int32_t> to_numpy(const std::vector<w2s::PageCopy>& copies) {
 }
 
 // A view that keeps its manager alive.
-py::array view(const py::object& manager, const std::int32_t* data,
-               std::vector<std::int64_t> shape) {
-    py::array_t<std::int32_t> array(std::vector<py::ssize_t>(shape.begin(), shape.end()), data,
-                                    manager);
+py::array view(const py::object& manager, const std::int32_t* data, py::ssize_t size,
+               py::ssize_t stride = 1) {
+    const auto item = static_cast<py::ssize_t>(sizeof(std::int32_t));
+    py::array_t<std::int32_t> array({size}, {stride * item}, data, manager);
     array.attr("setflags")(py::arg("write") = false);
     return array;
 }
@@ -173,23 +173,23 @@ PYBIND11_MODULE(_pages, module) {
         .def_property_readonly("free_slots", &PageManager::free_slots)
         .def_property_readonly("lengths", [](const py::object& self) {
                 const auto& manager = self.cast<const PageManager&>();
-                return view(self, manager.lengths(), {manager.max_slots()});
+                return view(self, manager.lengths(), manager.max_slots());
             })
         .def_property_readonly("held_pages", [](const py::object& self) {
                 const auto& manager = self.cast<const PageManager&>();
-                return view(self, manager.held(), {manager.max_slots()});
+                return view(self, manager.held(), manager.max_slots());
             })
         .def_property_readonly("last_pages", [](const py::object& self) {
                 const auto& manager = self.cast<const PageManager&>();
-                return view(self, manager.last(), {manager.max_slots()});
+                return view(self, manager.last(), manager.max_slots());
             })
         .def_property_readonly("pages_before", [](const py::object& self) {
                 const auto& manager = self.cast<const PageManager&>();
-                return view(self, manager.before(), {manager.num_pages()});
+                return view(self, manager.before(), manager.num_pages(), PageManager::kPageStride);
             })
         .def_property_readonly("holders", [](const py::object& self) {
                 const auto& manager = self.cast<const PageManager&>();
-                return view(self, manager.holders(), {manager.num_pages()});
+                return view(self, manager.holders(), manager.num_pages(), PageManager::kPageStride);
             });
 
     using w2s::PassLayout;
@@ -202,7 +202,7 @@ PYBIND11_MODULE(_pages, module) {
                                         ints(own)};
                 return std::make_unique<PassLayout>(pages, ints(slots), ints(counts), tree,
                                                     split_keys, split_queries, ahead);
-            }), py::arg("pages"), py::arg("slots").noconvert(),
+            }), py::keep_alive<1, 2>(), py::arg("pages"), py::arg("slots").noconvert(),
             py::arg("counts").noconvert(), py::arg("first").noconvert(),
             py::arg("count").noconvert(), py::arg("begin").noconvert(),
             py::arg("end").noconvert(), py::arg("own").noconvert(), py::arg("split_keys"),

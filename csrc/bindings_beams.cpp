@@ -439,7 +439,7 @@ void bind_beams(py::module_& module) {
         .def_property_readonly("rows", &ScoringLayout::rows)
         .def_property_readonly("columns", &ScoringLayout::columns)
         .def_property_readonly("sizes", &ScoringLayout::sizes)
-        .def("begin", &ScoringLayout::begin, py::arg("managers"), py::arg("split_keys"),
+        .def("begin", &ScoringLayout::begin, py::keep_alive<1, 2>(), py::arg("managers"), py::arg("split_keys"),
              py::arg("split_queries"))
         .def_property_readonly("bounds", &ScoringLayout::bounds_of_passes)
         .def_property_readonly("num_drawn", [](const ScoringLayout& self) {

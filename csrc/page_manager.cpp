@@ -45,13 +45,10 @@ PageManager::PageManager(std::int64_t num_pages, std::int64_t page_size, std::in
     lengths_.assign(static_cast<std::size_t>(max_slots), 0);
     held_.assign(static_cast<std::size_t>(max_slots), kFree);
     last_.assign(static_cast<std::size_t>(max_slots), kNoPage);
-    before_.assign(static_cast<std::size_t>(num_pages), kNoPage);
-    run_of_.assign(static_cast<std::size_t>(num_pages), kNoRun);
-    holders_.assign(static_cast<std::size_t>(num_pages), 0);
+    pages_.assign(static_cast<std::size_t>(num_pages), {});
     free_pages_ = descending(num_pages);
     free_slots_ = descending(max_slots);
     seen_.assign(static_cast<std::size_t>(max_slots), 0);
-    leaving_.assign(static_cast<std::size_t>(num_pages), 0);
 }
 
 // ---- checks: none of these changes the visible state ----
@@ -159,19 +156,20 @@ std::int32_t PageManager::take_page() {
 // The page before it keeps its number of holders: the slot no longer ends there, but here.
 void PageManager::append_page(std::int32_t slot) {
     const std::int32_t page = take_page();
-    if (run_of_[page] != kNoRun) {  // what it followed when it was in use before
-        free_runs_.push_back(run_of_[page]);
-        run_of_[page] = kNoRun;
+    if (pages_[page].run != kNoRun) {  // what it followed when it was in use before
+        ++runs_[pages_[page].run].use;
+        free_runs_.push_back(pages_[page].run);
+        pages_[page].run = kNoRun;
     }
-    before_[page] = last_[slot];
-    holders_[page] = 1;
+    pages_[page].before = last_[slot];
+    pages_[page].holders = 1;
     last_[slot] = page;
     ++held_[slot];
 }
 
 // One more holder. A page that had none holds the one before it from now on.
 void PageManager::hold(std::int32_t page) {
-    for (; page != kNoPage && holders_[page]++ == 0; page = before_[page]) {
+    for (; page != kNoPage && pages_[page].holders++ == 0; page = pages_[page].before) {
         if (cache_.holds(page)) cache_.mark_in_use(page);
     }
 }
@@ -180,7 +178,7 @@ void PageManager::hold(std::int32_t page) {
 // first, so that the next slot to grow gets them back in ascending order.
 // Cannot throw: the stack keeps the capacity for all pages that it started with.
 void PageManager::drop(std::int32_t page) {
-    for (; page != kNoPage && --holders_[page] == 0; page = before_[page]) {
+    for (; page != kNoPage && --pages_[page].holders == 0; page = pages_[page].before) {
         if (cache_.holds(page)) {
             cache_.mark_idle(page);
         } else {
@@ -200,7 +198,7 @@ void PageManager::shrink(std::int32_t slot, std::int64_t pages) {
 
 std::int32_t PageManager::page_at(std::int32_t slot, std::int64_t index) const {
     std::int32_t page = last_[slot];
-    for (std::int64_t i = held_[slot]; i-- > index + 1;) page = before_[page];
+    for (std::int64_t i = held_[slot]; i-- > index + 1;) page = pages_[page].before;
     return page;
 }
 
@@ -225,13 +223,13 @@ std::int64_t PageManager::pages_needed(Ints slots, Ints tokens) const {
             0, pages_of(std::int64_t{lengths_[slot]} + tokens[i]) - held_[slot]);
         // When all owners of a page are in this call, the last of them can keep it.
         if (const std::int32_t page = page_to_own(slot);
-            page != kNoPage && owners(page) - leaving_[page] > 1) {
-            ++leaving_[page];
+            page != kNoPage && owners(page) - pages_[page].leaving > 1) {
+            ++pages_[page].leaving;
             ++needed;
         }
     }
     for (const std::int32_t slot : slots) {
-        if (last_[slot] != kNoPage) leaving_[last_[slot]] = 0;
+        if (last_[slot] != kNoPage) pages_[last_[slot]].leaving = 0;
     }
     return needed;
 }
@@ -244,7 +242,7 @@ std::vector<PageCopy> PageManager::reserve(Ints slots, Ints tokens) {
         if (tokens[i] == 0) continue;
         const std::int32_t slot = slots[i];
         if (const std::int32_t page = page_to_own(slot); page != kNoPage && owners(page) > 1) {
-            last_[slot] = before_[page];
+            last_[slot] = pages_[page].before;
             --held_[slot];
             hold(last_[slot]);
             append_page(slot);
@@ -272,7 +270,7 @@ std::vector<std::int64_t> PageManager::places(Ints slots, Ints tokens) const {
         for (auto next = end; position >= begin; --position) {
             const std::int64_t offset = position % page_size_;
             *--next = page * page_size_ + offset;
-            if (offset == 0) page = before_[page];
+            if (offset == 0) page = pages_[page].before;
         }
     }
     return positions;
@@ -360,38 +358,68 @@ std::vector<std::int32_t> PageManager::page_table(Ints slots) const {
     return table;
 }
 
-void PageManager::copy_table(std::int32_t slot, std::int64_t begin, std::int32_t* out) const {
+// Calls on_page(index, page) and on_run(index, run) for the pages of a slot from `begin` on, index 0
+// being that one; the last ones first.
+template <typename OnPage, typename OnRun>
+void PageManager::walk(std::int32_t slot, std::int64_t begin, OnPage on_page, OnRun on_run) const {
     std::int32_t page = last_[slot];
     std::int64_t end = held_[slot];
-    for (; end > begin && (end % kRun != 0 || end - begin < kRun); page = before_[page]) {
-        out[--end - begin] = page;
+    for (; end > begin && (end % kRun != 0 || end - begin < kRun); page = pages_[page].before) {
+        on_page(--end - begin, page);
     }
     if (end <= begin) return;
     for (std::int32_t run = run_up_to(page);;) {
         end -= kRun;
-        std::copy_n(runs_[run].pages.data(), kRun, out + (end - begin));
+        on_run(end - begin, run);
         if (end - begin < kRun) {
-            page = before_[runs_[run].pages[0]];
+            page = pages_[runs_[run].pages[0]].before;
             break;
         }
         if (runs_[run].before == kNoRun) {
-            const std::int32_t before = run_up_to(before_[runs_[run].pages[0]]);
+            const std::int32_t before = run_up_to(pages_[runs_[run].pages[0]].before);
             runs_[run].before = before;
         }
         run = runs_[run].before;
     }
-    for (; end > begin; page = before_[page]) out[--end - begin] = page;
+    for (; end > begin; page = pages_[page].before) on_page(--end - begin, page);
+}
+
+void PageManager::copy_table(std::int32_t slot, std::int64_t begin, std::int32_t* out) const {
+    walk(
+        slot, begin, [&](std::int64_t index, std::int32_t page) { out[index] = page; },
+        [&](std::int64_t index, std::int32_t run) {
+            std::ranges::copy(runs_[run].pages, out + index);
+        });
+}
+
+void PageManager::append_table(std::int32_t slot, std::int64_t begin, std::int64_t at,
+                               Table& table) const {
+    const auto place = [&](std::int64_t index) { return static_cast<std::int32_t>(at + index); };
+    walk(
+        slot, begin,
+        [&](std::int64_t index, std::int32_t page) { table.pages.push_back({place(index), page}); },
+        [&](std::int64_t index, std::int32_t run) {
+            table.runs.push_back({place(index), run, runs_[run].use});
+        });
+}
+
+void PageManager::write_table(const Table& table, std::int32_t* out) const {
+    for (const auto& [at, run, use] : table.runs) {
+        if (runs_[run].use != use) throw PageMisuse("a table was written after its pages went");
+        std::ranges::copy(runs_[run].pages, out + at);
+    }
+    for (const auto& [at, page] : table.pages) out[at] = page;
 }
 
 std::int32_t PageManager::run_up_to(std::int32_t page) const {
-    std::int32_t& run = run_of_[page];
+    std::int32_t& run = pages_[page].run;
     if (run == kNoRun) {
         if (free_runs_.empty()) {
             free_runs_.push_back(static_cast<std::int32_t>(runs_.size()));
             runs_.emplace_back();
         }
         Run& own = runs_[free_runs_.back()];
-        for (std::int64_t i = kRun; i-- > 0; page = before_[page]) own.pages[i] = page;
+        for (std::int64_t i = kRun; i-- > 0; page = pages_[page].before) own.pages[i] = page;
         own.before = kNoRun;
         run = free_runs_.back();
         free_runs_.pop_back();
@@ -497,7 +525,7 @@ std::int64_t PageManager::remember(Ints slots, Ints tokens, Ints counts) {
 
 void PageManager::drop_cache() {
     for (auto page = static_cast<std::int32_t>(num_pages()); page-- > 0;) {
-        if (cache_.holds(page) && holders_[page] == 0) free_pages_.push_back(page);
+        if (cache_.holds(page) && pages_[page].holders == 0) free_pages_.push_back(page);
     }
     cache_.clear();
 }

@@ -130,6 +130,24 @@ public:
     // Writes the pages of a slot in use from the one at `begin` on to `out`: held - begin of them.
     void copy_table(std::int32_t slot, std::int64_t begin, std::int32_t* out) const;
 
+    // Tables that are to be written once, a little later: a long history is named by its runs.
+    struct Table {
+        struct RunAt {
+            std::int32_t at, run;
+            std::uint32_t use;
+        };
+        struct PageAt {
+            std::int32_t at, page;
+        };
+        std::vector<RunAt> runs;
+        std::vector<PageAt> pages;
+    };
+    // The same pages, to be written to `at` and the places behind it.
+    void append_table(std::int32_t slot, std::int64_t begin, std::int64_t at, Table& table) const;
+    // Slots may have changed meanwhile. PageMisuse: pages were given back, and others have their
+    // place.
+    void write_table(const Table& table, std::int32_t* out) const;
+
     // ---- the prefix cache; with the cache off these find nothing and keep nothing ----
     // `tokens` are token ids of one sequence after the other, counts[i] of the i-th.
 
@@ -158,7 +176,7 @@ public:
     // Throws std::logic_error, naming the rule, if the state is inconsistent. Walks everything.
     void check() const;
 
-    std::int64_t num_pages() const { return static_cast<std::int64_t>(holders_.size()); }
+    std::int64_t num_pages() const { return static_cast<std::int64_t>(pages_.size()); }
     std::int64_t page_size() const { return page_size_; }
     std::int64_t max_slots() const { return static_cast<std::int64_t>(lengths_.size()); }
     std::int64_t max_pages_per_slot() const { return max_pages_per_slot_; }
@@ -171,13 +189,15 @@ public:
 
     // These addresses stay the same for the manager's lifetime.
     // lengths [max_slots]; held [max_slots], pages held, reserved ones too, -1 = free slot;
-    // last [max_slots], the last of these pages, kNoPage = none; before [num_pages], the page that
-    // each follows, of one neither in use nor cached without a meaning; holders [num_pages].
+    // last [max_slots], the last of these pages, kNoPage = none. And of pages, kPageStride numbers
+    // from one to the next: before, the page that each follows, of one neither in use nor cached
+    // without a meaning; holders.
     const std::int32_t* lengths() const { return lengths_.data(); }
     const std::int32_t* held() const { return held_.data(); }
     const std::int32_t* last() const { return last_.data(); }
-    const std::int32_t* before() const { return before_.data(); }
-    const std::int32_t* holders() const { return holders_.data(); }
+    const std::int32_t* before() const { return &pages_.front().before; }
+    const std::int32_t* holders() const { return &pages_.front().holders; }
+    static constexpr std::int64_t kPageStride = 4;
 
     static constexpr std::int32_t kNoPage = PrefixCache::kNoPage;
 
@@ -219,7 +239,9 @@ private:
         return partial(slot) && held_[slot] == pages_of(lengths_[slot]) ? last_[slot] : kNoPage;
     }
     // Holders, and the cache.
-    std::int32_t owners(std::int32_t page) const { return holders_[page] + cache_.holds(page); }
+    std::int32_t owners(std::int32_t page) const {
+        return pages_[page].holders + cache_.holds(page);
+    }
 
     std::int64_t page_size_;
     std::int64_t max_pages_per_slot_;
@@ -234,25 +256,32 @@ private:
     static constexpr std::int32_t kNoRun = -1;
     struct Run {
         std::array<std::int32_t, kRun> pages;
-        std::int32_t before;  // in runs_; kNoRun: nobody has walked there yet
+        std::int32_t before;    // in runs_; kNoRun: nobody has walked there yet
+        std::uint32_t use = 0;  // as which the pages are written down here
     };
+    template <typename OnPage, typename OnRun>
+    void walk(std::int32_t slot, std::int64_t begin, OnPage on_page, OnRun on_run) const;
     std::int32_t run_up_to(std::int32_t page) const;  // in runs_
-    mutable std::vector<std::int32_t> run_of_;  // of a page, in runs_
     mutable std::vector<Run> runs_;
     mutable std::vector<std::int32_t> free_runs_;
 
-    std::vector<std::int32_t> before_;   // the page that a page follows
-    std::vector<std::int32_t> holders_;  // of a page
+    // Pages come in any order, so what is known of one lies together: one wait for memory a page.
+    struct Page {
+        std::int32_t before = kNoPage;  // the page that it follows
+        std::int32_t holders = 0;
+        mutable std::int32_t run = kNoRun;  // up to here, in runs_
+        mutable std::int32_t leaving = 0;   // scratch of pages_needed, 0 between calls
+    };
+    static_assert(sizeof(Page) == kPageStride * sizeof(std::int32_t));
+    std::vector<Page> pages_;
     std::vector<std::int32_t> free_pages_;  // without those of the cache
     std::vector<std::int32_t> free_slots_;
     PrefixCache cache_;
     CacheStatistics statistics_;
 
-    // Scratch, so that checks allocate nothing. `seen_` marks the slots of the current call with
-    // its number; `leaving_` is all zero between calls.
+    // Scratch, so that checks allocate nothing: the slots of the current call, by its number.
     mutable std::vector<std::uint64_t> seen_;
     mutable std::uint64_t call_ = 0;
-    mutable std::vector<std::int32_t> leaving_;
 };
 
 }  // namespace w2s

@@ -25,7 +25,7 @@ void PageManager::check() const {
                "holds too few pages for its length", slot);
         expect(held <= max_pages_per_slot_, "holds more pages than a slot may", slot);
         std::int32_t page = last_[slot];
-        for (std::int64_t i = held; i-- > 0; page = before_[page]) {
+        for (std::int64_t i = held; i-- > 0; page = pages_[page].before) {
             expect(page >= 0 && page < num_pages(), "holds a page that does not exist", slot);
             ++slots_with[page];
         }
@@ -33,14 +33,16 @@ void PageManager::check() const {
         if (held > 0) ++holders[last_[slot]];
     }
     for (std::int32_t page = 0; page < num_pages(); ++page) {
-        if (slots_with[page] > 0 && before_[page] != kNoPage) ++holders[before_[page]];
-        expect(!cache_.holds(page) || cache_.parent(page) == before_[page],
+        if (slots_with[page] > 0 && pages_[page].before != kNoPage) ++holders[pages_[page].before];
+        expect(!cache_.holds(page) || cache_.parent(page) == pages_[page].before,
                "a cached page follows another one than in the cache");
     }
-    expect(holders == holders_, "a count of holders differs from what the slots hold");
+    std::vector<std::int32_t> counted;
+    for (const Page& page : pages_) counted.push_back(page.holders);
+    expect(holders == counted, "a count of holders differs from what the slots hold");
     for (std::int32_t slot = 0; slot < max_slots(); ++slot) {
         std::int32_t page = last_[slot];
-        for (std::int64_t i = std::max(held_[slot], 0); i-- > 0; page = before_[page]) {
+        for (std::int64_t i = std::max(held_[slot], 0); i-- > 0; page = pages_[page].before) {
             const bool shared = slots_with[page] > 1 || cache_.holds(page);
             expect(!shared || i < pages_of(lengths_[slot]),
                    "shares a page reserved ahead", slot);
@@ -48,15 +50,16 @@ void PageManager::check() const {
                    "shares a partial page that is not its last", slot);
         }
     }
-    cache_.check(holders_);
+    cache_.check(counted);
     for (std::int32_t page = 0; page < num_pages(); ++page) {
-        if (run_of_[page] == kNoRun || !(slots_with[page] > 0 || cache_.holds(page))) continue;
-        const Run& run = runs_[run_of_[page]];
+        if (pages_[page].run == kNoRun || !(slots_with[page] > 0 || cache_.holds(page))) continue;
+        const Run& run = runs_[pages_[page].run];
         std::int32_t walked = page;
-        for (std::int64_t i = kRun; i-- > 0; walked = before_[walked]) {
+        for (std::int64_t i = kRun; i-- > 0; walked = pages_[walked].before) {
             expect(run.pages[i] == walked, "pages were written down in another order");
         }
-        expect(run.before == kNoRun || run_of_[walked] == run.before, "a run follows another one");
+        expect(run.before == kNoRun || pages_[walked].run == run.before,
+               "a run follows another one");
     }
 
     std::vector<bool> found_free(pages, false);

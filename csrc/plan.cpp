@@ -18,7 +18,7 @@ T* field(std::span<std::byte> buffer, PassLayout::Offsets offsets, PassField whi
 
 PassLayout::PassLayout(const PageManager& pages, Ints slots, Ints counts, const RowTree& tree,
                        std::int64_t split_keys, std::int64_t split_queries, std::int64_t ahead)
-    : places_(pages.places(slots, counts)) {  // checks slots and counts
+    : places_(pages.places(slots, counts)), pages_(&pages) {  // places checks slots and counts
     if (split_keys < 1) throw PageMisuse("a split has at least one key");
     const std::size_t rows = slots.size();
     old_.reserve(rows);
@@ -121,10 +121,10 @@ void PassLayout::take_tables(const PageManager& pages, Ints slots) {
         entries += pages.held()[slots[row]] - begin;
     }
     shape_.pages = entries;
-    table_ = std::make_unique_for_overwrite<std::int32_t[]>(static_cast<std::size_t>(entries));
+    table_.pages.reserve(4 * slots.size());
     for (std::size_t row = 0; row < slots.size(); ++row) {
         const std::int64_t begin = first_key[row] / pages.page_size();
-        pages.copy_table(slots[row], begin, table_.get() + table_start_[row] + begin);
+        pages.append_table(slots[row], begin, table_start_[row] + begin, table_);
     }
 }
 
@@ -158,7 +158,7 @@ void PassLayout::write(std::span<std::byte> buffer, Offsets offsets, const PassS
     std::int32_t* const splits = int32s(PassField::kSplits, 6 * room.splits);
 
     fill(write, places_, room.tokens, std::int64_t{-1});
-    if (table != nullptr) std::copy_n(table_.get(), shape_.pages, table);
+    if (table != nullptr) pages_->write_table(table_, table);
     fill(table_start, table_start_, room.rows, 0);
     fill(starts, starts_, room.rows + 1, starts_.back());
     fill(own, own_, room.rows, 0);

@@ -14,7 +14,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <span>
 #include <vector>
 
@@ -56,7 +55,8 @@ enum class PassField {
     kCount
 };
 
-// It holds all that it writes: slots may change as soon as it is made.
+// Slots may change as soon as it is made; pages that they had then may not be given back before it
+// is written. It refers to the manager.
 class PassLayout {
 public:
     using Ints = std::span<const std::int32_t>;
@@ -102,7 +102,8 @@ private:
     std::vector<std::int32_t> own_;
     std::vector<std::int32_t> parts_;
     std::vector<Split> splits_;
-    std::unique_ptr<std::int32_t[]> table_;  // shape_.pages of them
+    const PageManager* pages_;
+    PageManager::Table table_;
     std::vector<std::int32_t> table_start_;
     PassShape shape_;
     std::int64_t max_q_ = 0;

@@ -103,7 +103,7 @@ def _triton(
         )  # fmt: skip
         choose[(rows,)](
             partial, beta, active, objective, rows, guides, chunks,
-            CHUNKS=triton.next_power_of_2(chunks), enable_fp_fusion=True,
+            CHUNKS=triton.next_power_of_2(chunks), maxnreg=96, enable_fp_fusion=True,
         )  # fmt: skip
     return beta, active, objective
 
@@ -168,7 +168,7 @@ def accumulate(largest, total, slope, x, d):
     return new, total * old + tl.sum(e, 1), slope * old + tl.sum(de, 1)
 
 
-@jit(do_not_specialize=["rows", "guides"])
+@jit(do_not_specialize=["beta", "active", "objective", "rows", "guides"])
 def choose(partial, beta, active, objective, rows, guides, chunks, CHUNKS: tl.constexpr):
     """Merges the chunks of a row in a fixed order, and finds the best guide and weight."""
     row = tl.program_id(0).to(tl.int64)

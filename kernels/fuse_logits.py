@@ -71,7 +71,7 @@ def difference(tuned, untuned):
     return tl.where((tuned == untuned) & (tuned == -float("inf")), 0.0, tuned - untuned)
 
 
-@jit(do_not_specialize=["guides"])
+@jit(do_not_specialize=["beta", "beta_guide", "beta_row", "guides"])
 def fuse(
     base, base_row, tuned, tuned_guide, tuned_row, untuned, untuned_guide, untuned_row,
     beta, beta_guide, beta_row, fused, vocab, blocks, guides, BLOCK: tl.constexpr,

@@ -96,7 +96,8 @@ def _walk(
         # Constants, so that the compiler sees how keys are aligned.
         place = page * (PAGE_SIZE * HEADS * DIM) + (key % PAGE_SIZE) * (HEADS * DIM)
         known = written[:, None] & (lane < DIM)[None, :]
-        k = tl.load(keys + place[:, None] + lane[None, :], mask=known, other=0.0)
+        at = keys + place[:, None] + lane[None, :]
+        k = tl.load(at, mask=known, other=0.0)
         x = tl.dot(asked, tl.trans(k), input_precision="ieee")
         x = soften(x, scale, softcap, SOFTCAP) * _LOG2E
         seen = key[None, :] <= last
@@ -109,7 +110,7 @@ def _walk(
         fade = tl.exp2(m - top)
         s = s * fade + tl.sum(weight, 1)
         acc = acc * fade[:, None]
-        v = tl.load(keys + values + place[:, None] + lane[None, :], mask=known, other=0.0)
+        v = tl.load(at + values, mask=known, other=0.0)
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
         m = top
     return m, s, acc

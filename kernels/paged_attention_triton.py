@@ -40,6 +40,7 @@ class _Launch(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # registers of a thread; None: the compiler decides
 
 
 def _launch(
@@ -58,6 +59,10 @@ def _launch(
     a WGMMA. Both kinds of tiles stand in one kernel: a shared one takes no more warps, and no more
     than 64 items, whose registers the many short own tails would have to pay for. With two stages,
     keys are loaded between products; with three, during them.
+
+    With shared tiles of more than 16 items and D > 64, shared memory has room for two programs, and
+    so may a thread have 255 registers. The compiler does not know it: it aims at three programs and
+    spills a few registers, or takes all. Both kinds of tiles fit into 240, with all options.
     """
     if element_size == 4:  # no exact tensor-core product: small tiles, few registers
         return _Launch(tile=16, shared_tile=16, keys=32, num_warps=8, num_stages=2)
@@ -77,6 +82,7 @@ def _launch(
         keys=32 if dim > 128 else 64,
         num_warps=num_warps,
         num_stages=2 if small and max(tile, shared_tile) * dim > 4096 else 3,
+        maxnreg=240 if shared_tile > 16 and dim > 64 else None,
     )
 
 
@@ -150,7 +156,8 @@ def launch(
         shared_blocks, rows, blocks, own_splits, most, queries, window or 0, scale, softcap or 0.0,
         HEADS=kv_heads, GROUP=group, PAGE_SIZE=page_size, SOFTCAP=softcap is not None,
         CUT=most > 1, SHARED_TILE=table.shared_tile, TILE=table.tile, **both,
-        num_warps=table.num_warps, num_stages=table.num_stages, enable_fp_fusion=True,
+        num_warps=table.num_warps, num_stages=table.num_stages, maxnreg=table.maxnreg,
+        enable_fp_fusion=True,
     )  # fmt: skip
     if most > 1:
         merge_parts[(rows * queries, heads)](

@@ -86,7 +86,12 @@ def draw_in_order(weight, total, u):
     return tl.sum((tl.cumsum(weight, 0) <= target).to(tl.int32), 0)
 
 
-@jit
+@jit(
+    do_not_specialize=[
+        "temperatures", "top_ks", "top_ps", "min_ps", "seeds", "candidates", "positions",
+        "block_max", "block_sum", "tokens", "logprobs",
+    ]
+)  # fmt: skip
 def search(
     logits, row_stride, vocab,
     temperatures, top_ks, top_ps, min_ps, seeds, candidates, positions,

@@ -50,6 +50,7 @@ class Tiling:
 
     block: int = 4096
     group: int = 128
+    warps: int = 4  # of the pass over all tokens
     capacity: int = 2048  # survivors of a row; at V = 128,256 in random order top-k 650 fits
     listed: int = 16  # groups of survivors read at a time: more would take over 128 registers
     guess: int = 256  # groups to look in for the nucleus of top-p without top-k
@@ -65,7 +66,7 @@ def tiling_for(vocab_size: int) -> Tiling:
     if vocab_size > 65_536:
         return Tiling()
     if vocab_size > 16_384:
-        return Tiling(block=2048, group=64, listed=32, guess=192)
+        return Tiling(block=2048, group=64, warps=8, listed=32, guess=192)
     return Tiling(block=2048, group=32, listed=32, guess=128)
 
 
@@ -94,8 +95,6 @@ def launch(
     tokens, logprobs = empty(rows, dtype=torch.int64), empty(rows, dtype=torch.float32)
     if rows == 0:
         return tokens, logprobs
-    # Each by itself, where the allocator puts it: a half of one tensor may begin at an address that
-    # is no multiple of 16, for which Triton compiles all kernels that read it once more.
     block_max = empty(rows, blocks, dtype=torch.float32)
     block_sum = empty(rows, blocks, dtype=torch.float32)
     group_max = empty(rows, groups, dtype=torch.float32)
@@ -108,26 +107,31 @@ def launch(
     statistics = (block_max, block_sum, blocks)
     sizes: dict[str, Any] = {"BLOCK": t.block, "BLOCKS": triton.next_power_of_2(blocks)}
 
+    # Registers are bounded: the compiler's own bounds are at times so low that it spills.
     summarise[(rows * blocks,)](
-        *row, *statistics, group_max, GROUP=t.group, BLOCK=t.block, enable_fp_fusion=True
-    )
+        *row, *statistics, group_max, GROUP=t.group, BLOCK=t.block, num_warps=t.warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     block_weights[(rows * blocks,)](
-        *row, *settings[:4], *statistics, block_weight, **sizes, enable_fp_fusion=True
+        *row, *settings[:4], *statistics, block_weight, **sizes, maxnreg=88, enable_fp_fusion=True
     )
     draw[(rows,)](
         *row, *settings, *statistics, group_max, block_weight, listed, values, ids,
         tokens, logprobs, **sizes, GROUP=t.group, GROUPS=triton.next_power_of_2(groups),
-        CAPACITY=t.capacity, LISTED=t.listed, GUESS=t.guess, num_warps=8, enable_fp_fusion=True,
+        CAPACITY=t.capacity, LISTED=t.listed, GUESS=t.guess, num_warps=8, maxnreg=128,
+        enable_fp_fusion=True,
     )  # fmt: skip
     search[(rows,)](
         *row, *settings, *statistics, values, tokens, logprobs, BLOCK=t.search_block,
         BLOCKS=sizes["BLOCKS"], PIVOTS=t.pivots, ROUNDS=t.rounds, CAPACITY=t.capacity,
-        num_warps=8, enable_fp_fusion=True,
+        num_warps=8, maxnreg=192, enable_fp_fusion=True,
     )  # fmt: skip
     return tokens, logprobs
 
 
-@jit
+# What a kernel reads or writes one number a row or block of begins anywhere, as in a buffer that
+# the host filled: no variants for addresses that are multiples of 16.
+@jit(do_not_specialize=["block_max", "block_sum"])
 def summarise(
     logits, row_stride, vocab, block_max, block_sum, blocks, group_max,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
@@ -154,7 +158,11 @@ def summarise(
     tl.store(block_sum + program, tl.sum(tl.sum(exponentials, 1), 0))
 
 
-@jit
+@jit(
+    do_not_specialize=[
+        "temperatures", "top_ks", "top_ps", "min_ps", "block_max", "block_sum", "block_weight",
+    ]
+)  # fmt: skip
 def block_weights(
     logits, row_stride, vocab, temperatures, top_ks, top_ps, min_ps,
     block_max, block_sum, blocks, block_weight, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -186,7 +194,12 @@ def block_weights(
 
 # Whether rows begin at a multiple of 16 is not worth knowing here: a row's few groups are waited
 # for as often, and to load them in vectors takes registers, and with them room for programs.
-@jit(do_not_specialize=["row_stride"])
+@jit(
+    do_not_specialize=[
+        "row_stride", "temperatures", "top_ks", "top_ps", "min_ps", "seeds", "candidates",
+        "positions", "block_max", "block_sum", "block_weight", "tokens", "logprobs",
+    ]
+)  # fmt: skip
 def draw(
     logits, row_stride, vocab,
     temperatures, top_ks, top_ps, min_ps, seeds, candidates, positions,

@@ -130,6 +130,33 @@ def test_a_pass_without_rows_is_all_spare() -> None:
     assert not any(array.any() for array in others)
 
 
+def test_slots_may_change_before_it_is_written_but_no_page_may_be_somebody_elses() -> None:
+    """A long history is named by its runs of 32 pages, and found where they are written down."""
+    pool = PagePool(1, 1, 1, 300, 2, 8, 256, torch.float32, "cpu")
+
+    def grown(tokens: int) -> Any:
+        slots = pool.allocate(1)
+        pool.reserve(slots, [tokens])
+        pool.extend(slots, [tokens - 1])
+        return slots
+
+    one = np.ones(1, np.int32)
+    slots = grown(200)
+    own = pool.manager.page_table(slots)[0].tolist()
+    layout = PassLayout(pool.manager, slots, one, *(NONE,) * 5, SPLIT_KEYS, SPLIT_QUERIES)
+    pool.extend(slots, one)
+    child = pool.fork(slots, [1])
+    pool.release(slots)
+    pool.reserve(child, [20])
+    room = (1, 1, 0, 100)
+    assert written(layout, room)["page_table"].tolist()[: len(own)] == own
+    pool.release(child)
+    others = [grown(200) for _ in range(3)]
+    pool.manager.page_table(np.concatenate(others))  # their runs are written down
+    with pytest.raises(PageMisuse, match="after its pages went"):
+        written(layout, room)
+
+
 def test_what_makes_no_sense_is_refused() -> None:
     forest = make_forest([Request(40, ((2, 10, 10),))], 1, 1, 1)
     good = forest.tree()

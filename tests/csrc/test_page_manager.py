@@ -357,7 +357,7 @@ def test_check_names_the_broken_rule(column, index, value, rule):
     manager.reserve(slots, i32(4))
     grow(manager, children, 2)
     manager.check()
-    address = getattr(manager, column).ctypes.data
-    ctypes.cast(address, ctypes.POINTER(ctypes.c_int32))[index] = value
+    view = getattr(manager, column)
+    ctypes.c_int32.from_address(view.ctypes.data + index * view.strides[0]).value = value
     with pytest.raises(RuntimeError, match=rule):
         manager.check()

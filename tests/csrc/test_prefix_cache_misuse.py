@@ -68,11 +68,16 @@ def test_a_hash_of_impossible_width_is_refused(hash_bits):
 
 def test_check_sees_a_cached_page_in_use_that_no_slot_holds(manager):
     run(manager, FIRST)
-    address = ctypes.cast(manager.holders.ctypes.data, ctypes.POINTER(ctypes.c_int32))
-    address[0] = 1
+    holders = number(manager.holders, 0)
+    holders.value = 1
     with pytest.raises(RuntimeError, match="count of holders"):
         manager.check()
-    address[0] = 0
+    holders.value = 0
+
+
+def number(view, index):
+    """One of a view, which is not to be written to, to be written to."""
+    return ctypes.c_int32.from_address(view.ctypes.data + index * view.strides[0])
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -80,12 +85,11 @@ def test_check_sees_a_cached_page_behind_the_wrong_one(held):
     manager = make()
     slot = begin(manager, FIRST + SECOND)
     first, second = pages(manager, slot)
-    before = ctypes.cast(manager.pages_before.ctypes.data, ctypes.POINTER(ctypes.c_int32))
     if held:  # the other way round
-        last = ctypes.cast(manager.last_pages.ctypes.data, ctypes.POINTER(ctypes.c_int32))
-        last[slot], before[first], before[second] = first, second, -1
+        number(manager.last_pages, slot).value = first
+        number(manager.pages_before, first).value = second
     else:
         manager.release(i32(slot))
-        before[second] = -1
+    number(manager.pages_before, second).value = -1
     with pytest.raises(RuntimeError, match="another one than in the cache"):
         manager.check()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from w2s_fast.kernels.library import BACKEND
@@ -10,7 +15,19 @@ from w2s_fast.kernels.library import BACKEND
 DEVICE = "cpu" if BACKEND == "interpret" else "cuda"
 # bfloat16 is silently wrong in the interpreter.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+INTERPRETED = pytest.mark.skipif(DEVICE != "cpu", reason="only where kernels are interpreted")
 _ALLOWANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+T = TypeVar("T")
+
+
+def compiled_for(values: Sequence[T], *on_device: T) -> st.SearchStrategy[Any]:
+    """What a kernel is compiled for: any of these in the interpreter.
+
+    On a GPU, where to compile takes a second or two, values for which it is compiled once.
+    """
+    return st.sampled_from(values if DEVICE == "cpu" else on_device)
 
 
 def assert_as_exact_as_torch(got: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> None:

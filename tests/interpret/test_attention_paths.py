@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.interpret.attention import check, launched
-from tests.interpret.rule import DEVICE
+from tests.interpret.rule import INTERPRETED
 from tests.kernels.forests import Forest, Request, attend, make_forest, strewn_tables
 from w2s_fast.attention.kernel import KernelPlan
 from w2s_fast.kernels import paged_attention_tiles as kernels
@@ -69,7 +69,7 @@ def paths(forest: Forest, plan: KernelPlan, **rule: Any) -> set[str]:
     return found
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter tells what it runs")
+@INTERPRETED  # which tells what it runs
 def test_no_split_is_launched_for_rows_that_have_none() -> None:
     """A prompt's keys are not cut; those of a row of few new tokens beside it are."""
     prompt, heads = Request(70, new=(17, 17), shares=False), 2
@@ -84,7 +84,7 @@ def test_no_split_is_launched_for_rows_that_have_none() -> None:
             check(forest, plan, scale=0.25)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter tells what it runs")
+@INTERPRETED  # which tells what it runs
 @pytest.mark.parametrize("window", [None, 45])
 def test_entries_that_no_row_needs_are_not_read(window: int | None) -> None:
     forest = make_forest([Request(70, ((2, 18, 30), (3, 1, 4)), (1, 2)), Request(20, shares=False)])
@@ -104,7 +104,7 @@ def test_entries_that_no_row_needs_are_not_read(window: int | None) -> None:
     assert (len(read) == int((table != bad).sum())) == (window is None)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter tells what it runs")
+@INTERPRETED  # which tells what it runs
 def test_every_path_is_taken_and_gives_the_definition() -> None:
     plain = Request(20, shares=False)
     taken: dict[str, set[str]] = {}

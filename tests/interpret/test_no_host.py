@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.interpret.rule import DEVICE
 from tests.support.no_host import NoHost
 from w2s_fast.attention.contract import LayerOptions
 from w2s_fast.attention.kernel import KernelPlan
@@ -29,15 +30,16 @@ def test_sampling(top_k: int, top_p: float) -> None:
         torch.zeros(rows, dtype=torch.float64),
         *torch.zeros(3, rows, dtype=torch.int64),
     )
+    logits, *settings = (x.to(DEVICE) for x in (torch.randn(rows, 300), *settings))
     with NoHost():
-        tokens, _ = launch(torch.randn(rows, 300), *settings)
+        tokens, _ = launch(logits, *settings)
     assert tokens.shape == (rows,)
 
 
 @pytest.mark.parametrize("prompt", [7, 600])
 @pytest.mark.parametrize("shares", [True, False])
 def test_attention_over_pages(prompt: int, shares: bool) -> None:
-    pool = PagePool(1, 2, 16, 64, 16, 8, 1024, torch.float32, "cpu")
+    pool = PagePool(1, 2, 16, 64, 16, 8, 1024, torch.float32, DEVICE)
     pool.kv.normal_()
     parent = pool.allocate(1)
     pool.reserve(parent, [prompt])
@@ -47,32 +49,29 @@ def test_attention_over_pages(prompt: int, shares: bool) -> None:
     tree = RowTree.of([Level([0, 0, 0], [prompt] * 3)], 3) if shares else None
     plan = KernelPlan.make(pool, slots, [1, 1, 1], tree, ahead=2)
     assert (plan.shared is not None) == (shares and prompt == 600)
-    new = torch.randn(3, 2, 16)
+    q, new = torch.randn(3, 4, 16, device=DEVICE), torch.randn(3, 2, 16, device=DEVICE)
     with (
         mock.patch.object(paged_attention, "_operator", paged_attention._triton),
         mock.patch.object(write_kv, "_operator", write_kv._triton),
         NoHost(),
     ):
         for _ in range(2):
-            out = plan.attend(
-                0, torch.randn(3, 4, 16), new, new, LayerOptions(0.25, None, None, None)
-            )
+            out = plan.attend(0, q, new, new, LayerOptions(0.25, None, None, None))
             plan.advance()
     assert out.isfinite().all()
 
 
 def test_scores_and_selection() -> None:
-    tokens = torch.randint(90, (8,))
     ones, flags = torch.ones(4, dtype=torch.float64), torch.tensor([False, True])
     columns = (
         torch.arange(0, 9, 2), 0 * ones, torch.full((4,), 2), torch.zeros(4, dtype=torch.int32),
         torch.arange(4), torch.tensor([0, 2, 4]), torch.tensor([3, 5]), torch.tensor([0, 1, 2]),
-        torch.tensor([1, 2]), flags, flags, 2, 2,
+        torch.tensor([1, 2]), flags, flags,
     )  # fmt: skip
+    weights, *columns = (x.to(DEVICE) for x in (ones[:1], *columns))
+    tokens, logprobs = torch.randint(90, (8,), device=DEVICE), -torch.rand(8, device=DEVICE)
+    hidden, head = torch.randn(8, 16, device=DEVICE), torch.randn(90, 16, device=DEVICE)
     with NoHost():
-        tuned, untuned = (
-            linear_logprob_partials(torch.randn(8, 16), torch.randn(90, 16), tokens)
-            for _ in range(2)
-        )
-        packed = score_select([(tuned, untuned)], ones[:1], tokens, -torch.rand(8), *columns)
+        tuned, untuned = (linear_logprob_partials(x, head, tokens) for x in (hidden, -hidden))
+        packed = score_select([(tuned, untuned)], weights, tokens, logprobs, *columns, 2, 2)
     assert packed.shape == (2 * 2 * 2 + 4 * 4 + 3 * 8,)

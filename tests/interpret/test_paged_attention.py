@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.interpret.attention import launched
-from tests.interpret.rule import DEVICE, DTYPES, assert_as_exact_as_torch
+from tests.interpret.rule import DEVICE, DTYPES, assert_as_exact_as_torch, compiled_for
 from tests.kernels.test_paged_attention import MIXED, NAN, Case, exact, make_case
 from w2s_fast.kernels import paged_attention as module
 from w2s_fast.kernels import paged_attention_triton as kernels
@@ -45,18 +45,18 @@ def rows(most: int = 3) -> st.SearchStrategy[list[tuple[int, int]]]:
 @settings(max_examples=60)
 @given(
     rows=rows(),
-    heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1), (7, 1)]),
-    dim=st.sampled_from([8, 16, 24, 32]),
-    page_size=st.sampled_from([1, 3, 16, 32, 48]),
+    heads=compiled_for([(1, 1), (2, 2), (4, 2), (3, 1), (7, 1)], (4, 2)),
+    dim=compiled_for([8, 16, 24, 32], 16),
+    page_size=compiled_for([1, 3, 16, 32, 48], 3),
     shared=st.integers(0, 3),
-    tile=st.sampled_from([16, 32]),
-    split_keys=st.sampled_from([16, 32, 1024]),
-    split_queries=st.sampled_from([1, 4, 16]),
-    window=st.sampled_from([None, None, 1, 5, 16, 17, 40]),
-    softcap=st.sampled_from([None, None, 3.0]),
-    with_sinks=st.booleans(),
+    tile=compiled_for([16, 32], 16),
+    split_keys=compiled_for([16, 32, 1024], 32),
+    split_queries=compiled_for([1, 4, 16], 16),
+    window=compiled_for([None, None, 1, 5, 16, 17, 40], 5, 17, 40),
+    softcap=compiled_for([None, None, 3.0], 3.0),
+    with_sinks=compiled_for([True, False], True),
     slack=st.sampled_from([0, 0, 5]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=compiled_for(DTYPES, torch.float32),
     seed=st.integers(0, 2**16),
 )
 def test_every_layout_gives_the_definition(
@@ -116,10 +116,10 @@ def test_a_second_launch_merges_only_rows_that_were_cut() -> None:
 @settings(max_examples=12)
 @given(
     rows=rows(),
-    split_keys=st.sampled_from([16, 32]),
-    split_queries=st.sampled_from([1, 4, 16]),
-    window=st.sampled_from([None, 5, 33]),
-    with_sinks=st.booleans(),
+    split_keys=compiled_for([16, 32], 32),
+    split_queries=compiled_for([1, 4, 16], 16),
+    window=compiled_for([None, 5, 33], 5, 33),
+    with_sinks=compiled_for([True, False], True),
     seed=st.integers(0, 2**16),
 )
 def test_a_row_gives_the_same_bits_alone_and_among_others(
@@ -141,7 +141,8 @@ def test_a_row_gives_the_same_bits_alone_and_among_others(
             got = attend(alone, scale=0.25, window=window, sinks=sinks)
             assert torch.equal(got, own)
             alone = alone._replace(max_q=new, max_k=length)
-            with launched(32, split_keys, split_queries):
+            # A GPU's threads add up a row of another tile in another order.
+            with launched(32 if DEVICE == "cpu" else 16, split_keys, split_queries):
                 got = attend(alone, scale=0.25, window=window, sinks=sinks)
             assert torch.equal(got, own)
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.interpret.rule import INTERPRETED
 from tests.interpret.search_results import results
 from w2s_fast.attention.kernel import KernelPlan
 
 ROOT = Path(__file__).parents[2]
 
 
+@INTERPRETED  # the search runs on the CPU
 def test_a_search_on_the_kernels_gives_the_cpu_paths_tokens() -> None:
     environment = {**os.environ, "W2S_FAST_BACKEND": "torch"}
     environment.pop("TRITON_INTERPRET", None)

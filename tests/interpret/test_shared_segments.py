@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.interpret.attention import check, launched, trees
-from tests.interpret.rule import DEVICE, DTYPES
+from tests.interpret.rule import DEVICE, DTYPES, compiled_for
 from tests.kernels.forests import Forest, Request, assert_tables_agree, attend, make_forest
 from tests.kernels.test_paged_attention import NAN
 from w2s_fast.attention.contract import LayerOptions
@@ -25,16 +25,16 @@ from w2s_fast.attention.kernel import KernelPlan
 @settings(max_examples=30)
 @given(
     requests=trees(),
-    heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (7, 1)]),
-    dim=st.sampled_from([16, 24]),
-    page_size=st.sampled_from([1, 3, 16, 48]),
-    tiles=st.sampled_from([(16, 16), (16, 32), (32, 16)]),
-    split_keys=st.sampled_from([16, 32, 512]),
-    window=st.sampled_from([None, None, 1, 9, 17, 40]),
-    softcap=st.sampled_from([None, None, 3.0]),
-    with_sinks=st.booleans(),
+    heads=compiled_for([(1, 1), (2, 2), (4, 2), (7, 1)], (4, 2)),
+    dim=compiled_for([16, 24], 24),
+    page_size=compiled_for([1, 3, 16, 48], 3),
+    tiles=compiled_for([(16, 16), (16, 32), (32, 16)], (16, 32)),
+    split_keys=compiled_for([16, 32, 512], 32),
+    window=compiled_for([None, None, 1, 9, 17, 40], 9, 17, 40),
+    softcap=compiled_for([None, None, 3.0], None),
+    with_sinks=compiled_for([True, False], False),
     aborted=st.sampled_from([0.0, 0.0, 0.4]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=compiled_for(DTYPES, torch.float32),
     seed=st.integers(0, 2**16),
 )
 def test_every_forest_gives_the_definition(
@@ -61,9 +61,9 @@ def test_every_forest_gives_the_definition(
 @settings(max_examples=10)
 @given(
     requests=trees(),
-    page_size=st.sampled_from([1, 3, 16, 48]),
-    split_keys=st.sampled_from([16, 32, 512]),
-    window=st.sampled_from([None, None, 1, 9, 17, 40]),
+    page_size=compiled_for([1, 3, 16, 48], 16),
+    split_keys=compiled_for([16, 32, 512], 32),
+    window=compiled_for([None, None, 1, 9, 17, 40], None),
     shared=st.sampled_from([True, True, False]),
     aborted=st.sampled_from([0.0, 0.4]),
     seed=st.integers(0, 2**16),
@@ -96,7 +96,7 @@ def test_the_launch_table_gives_the_definition(dim: int, dtype: torch.dtype) -> 
 def needed(forest: Forest, plan: KernelPlan) -> Tensor:
     """bool [pages, page_size]: what stands where the launch has to read it."""
     assert plan.shared is not None
-    size, table = forest.pool.page_size, forest.pool.page_table(forest.slots)
+    size, table = forest.pool.page_size, forest.pool.page_table(forest.slots).cpu()
     read = torch.zeros(forest.pool.kv.shape[2:4], dtype=torch.bool)
     runs = [(row, begin, end) for _, _, begin, end, row, _ in plan.shared.splits.tolist()]
     runs += zip(range(len(plan.lengths)), plan.shared.own.tolist(), plan.lengths.tolist())

@@ -138,23 +138,34 @@ def score_select_case(
 
 # 64 registers are eight programs of 128 threads on a multiprocessor, 96 are five, 128 are four; 168
 # are one of 256 threads, and so are 255: two warps for each of its schedulers.
-def sample_tokens_case(vocabulary: int, kernels: dict[str, int], pitch: int | None = None) -> Case:
+def sample_tokens_case(
+    vocabulary: int,
+    kernels: dict[str, int],
+    pitch: int | None = None,
+    rows: int = 128,
+    first: int = 0,
+) -> Case:
+    """``pitch``: from row to row. ``first``: how many rows of their settings' buffers stand before
+    these."""
+
+    def column(dtype: torch.dtype = torch.int64) -> Tensor:
+        return meta(first + rows, dtype=dtype)[first:]
+
     def launch(dtype: torch.dtype) -> None:
-        logits = meta(128, pitch or vocabulary, dtype=dtype)[:, :vocabulary]
-        temperature, share = meta(128, dtype=torch.float32), meta(128, dtype=torch.float64)
+        share = column(torch.float64)
         sample_tokens_triton.launch(
-            logits, temperature, meta(128), share, share, meta(128), meta(128), meta(128)
-        )
+            meta(rows, pitch or vocabulary, dtype=dtype)[:, :vocabulary],
+            column(torch.float32), column(), share, share, column(), column(), column(),
+        )  # fmt: skip
 
     vectors = {} if (pitch or vocabulary) % 16 else {80: "ld.global.v4", 90: "ld.global.v4"}
     return Case(f"sample_tokens-{vocabulary}-{pitch}", launch, kernels, vectors)
 
 
-def fusion_case(vocabulary: int, kernels: dict[str, int]) -> Case:
+def fusion_case(vocabulary: int, kernels: dict[str, int], rows: int = 64) -> Case:
     def launch(dtype: torch.dtype) -> None:
-        base = meta(64, vocabulary, dtype=dtype)
-        tuned, untuned = meta(2, 64, vocabulary, dtype=dtype), meta(2, 64, vocabulary, dtype=dtype)
-        fuse_logits._triton(base, tuned, untuned, meta(2, 64, dtype=torch.float32))
+        base, tuned, untuned = (meta(*n, rows, vocabulary, dtype=dtype) for n in ((), (2,), (2,)))
+        fuse_logits._triton(base, tuned, untuned, meta(2, rows, dtype=torch.float32))
         choose_beta._triton(base, tuned, untuned)
 
     return Case(f"fusion-{vocabulary}", launch, kernels, {})
@@ -248,11 +259,12 @@ CASES = [
     write_kv_case("gpt2", 64),
     write_kv_case("8b", 64),
     write_kv_case("gemma", 64),
-    # Decoding, whole and cut; chunks of 5, 16 and 30; a prompt; all options.
+    # Decoding, whole and cut; chunks of 5, 16 and 30; a prompt; all options. Limits of 168 and 240
+    # are those of as many programs, three and two, as shared memory has room for.
     paged_attention_case("gpt2", 16, 1, 1024, {"attend": 96, "merge_parts": 64}),
     paged_attention_case("gpt2", 16, 30, 512, {"attend": 128}),
     paged_attention_case("gpt2", 4, 512, 512, {"attend": 168}),
-    paged_attention_case("8b", 16, 1, 512, {"attend": 128}),
+    paged_attention_case("8b", 16, 1, 512, {"attend": 168}),
     paged_attention_case("8b", 16, 1, 4096, {"attend": 168, "merge_parts": 64}),
     paged_attention_case("8b", 16, 5, 4096, {"attend": 192, "merge_parts": 64}),
     paged_attention_case("8b", 16, 16, 4096, {"attend": 255, "merge_parts": 64}),
@@ -270,7 +282,7 @@ CASES = [
         for model, max_q, most in (
             ("gpt2", 1, 96),
             ("8b", 5, 240),
-            ("d80", 5, 192),
+            ("d80", 5, 240),
             ("d96", 1, 240),
             ("gemma", 5, 240),
         )
@@ -396,6 +408,34 @@ def test_rows_of_one_program_and_of_several_are_one_kernel(model: str) -> None:
     ]
     assert [c.name for c in kernels].count("_merge_parts") == 2
     assert len({(c.name, c.ptx) for c in kernels}) == 2
+
+
+def test_the_smallest_batches_compile_no_sampling_anew() -> None:
+    """Any rows, and wherever their settings begin, are one variant of each kernel."""
+    variants = {
+        (c.name, c.variant)
+        for rows, first in ((1, 0), (1, 1), (2, 0), (2, 3), (16, 0))
+        for c in compilations(
+            90,
+            lambda rows=rows, first=first: sample_tokens_case(  # type: ignore[misc]
+                900, {}, rows=rows, first=first
+            ).launch(torch.bfloat16),
+        )
+    }
+    assert sorted(name for name, _ in variants) == ["block_weights", "draw", "search", "summarise"]
+
+
+def test_the_smallest_batches_compile_no_fusion_anew() -> None:
+    """Of whole vectors: rows of an odd vocabulary begin where rows before them let them."""
+    variants = {
+        (c.name, c.variant)
+        for rows in (1, 2, 16)
+        for c in compilations(
+            90,
+            lambda rows=rows: fusion_case(128256, {}, rows).launch(torch.bfloat16),  # type: ignore[misc]
+        )
+    }
+    assert sorted(name for name, _ in variants) == ["choose", "fuse", "grid_sums"]
 
 
 def test_rounds_and_heads_compile_no_selection_anew() -> None:

@@ -15,7 +15,7 @@ from w2s_fast._pages import PassLayout, PassRoom
 from w2s_fast.attention.contract import LayerOptions
 from w2s_fast.attention.placement import Placement
 from w2s_fast.attention.row_tree import RowTree
-from w2s_fast.attention.staging import Field, Fields, host_buffer
+from w2s_fast.attention.staging import ALIGNMENT, Field, Fields, host_buffer
 from w2s_fast.cache import Int32Array, Ints, PagePool, as_int32
 from w2s_fast.kernels.paged_attention import SharedSegments, paged_attention
 from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
@@ -110,8 +110,11 @@ class PassFields:
         left_out = set() if spare else {"stride"}
         if not shares:
             left_out |= {"own", "parts", "token_rows", "splits"}
+        # What is compiled for a tensor at the beginning of its memory is compiled anew for one that
+        # lies further on: so none does.
         self.fields = Fields(
-            {name: field for name, field in wanted.items() if name not in left_out} | dict(more)
+            {name: field for name, field in wanted.items() if name not in left_out} | dict(more),
+            begin=ALIGNMENT,
         )
         self.more = list(more)
         self._room = (rows, tokens, splits, pages)

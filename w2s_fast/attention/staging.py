@@ -17,7 +17,7 @@ from torch import Tensor
 
 from w2s_fast._pages import fill_fields
 
-_ALIGNMENT = 16  # bytes; kernels may then load any field 16 bytes at a time
+ALIGNMENT = 16  # bytes; kernels may then load any field 16 bytes at a time
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.int32: np.dtype(np.int32),
     torch.int64: np.dtype(np.int64),
@@ -43,17 +43,18 @@ class Fields:
         offsets: in bytes, by name. nbytes: of the whole.
     """
 
-    def __init__(self, fields: Mapping[str, Field]) -> None:
+    def __init__(self, fields: Mapping[str, Field], begin: int = 0) -> None:
+        """``begin``: bytes to be left free before the first."""
         self._fields = dict(fields)
         self.offsets: dict[str, int] = {}
-        self.nbytes = 0
+        self.nbytes = begin
         self._places: dict[str, tuple[int, int, bytes, str]] = {}
         for name, (dtype, shape, spare) in self._fields.items():
             self.offsets[name] = self.nbytes
             items = math.prod(shape)
             kind = _NUMPY[dtype]
             self._places[name] = (self.nbytes, items, kind.type(spare).tobytes(), kind.kind)
-            self.nbytes += -(-items * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+            self.nbytes += -(-items * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
     def offsets_of(self, names: Iterable[str]) -> NDArray[np.int64]:
         """In bytes, in this order."""
@@ -117,7 +118,7 @@ class Columns:
         self._columns = [(name, getattr(torch, dtype)) for name, dtype, _ in columns]
         self.items = np.array([items for *_, items in columns], np.int64)
         sizes = np.array([dtype.itemsize for _, dtype in self._columns]) * self.items
-        ends = np.cumsum(-(-sizes // _ALIGNMENT) * _ALIGNMENT, dtype=np.int64)
+        ends = np.cumsum(-(-sizes // ALIGNMENT) * ALIGNMENT, dtype=np.int64)
         self.offsets = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
         self.nbytes = int(ends[-1])
 

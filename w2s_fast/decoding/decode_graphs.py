@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from w2s_fast._pages import DrawLayout
 from w2s_fast.attention import (
@@ -34,7 +34,7 @@ from w2s_fast.decoding.graphs import (
 from w2s_fast.decoding.recorder import Recorder
 from w2s_fast.decoding.sampling import SamplingBatch, SamplingColumns, sampling_fields
 from w2s_fast.decoding.step import Step
-from w2s_fast.models import PagedModel, inference
+from w2s_fast.models import Body, PagedModel, inference
 
 # Steps whose draws stay on the device at once; of more, what was drawn is put away in between.
 _STEPS = 64
@@ -50,7 +50,7 @@ class DecodeGraphs:
     def __init__(
         self,
         model: PagedModel,
-        body: nn.Module,
+        body: Body,
         recorder: Recorder,
         *,
         max_rows: int,

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from w2s_fast.attention import Bounds, Bucket, Field, Room, RowTree, StaticPlan, lay_out
 from w2s_fast.cache import Int32Array, Ints, as_int32
 from w2s_fast.decoding.graphs import MOST_NEW, Recordings, round_up_rows, round_up_tokens
 from w2s_fast.decoding.recorder import Recorder
-from w2s_fast.models import PagedModel, run_body
+from w2s_fast.models import Body, PagedModel, run_body
 
 
 @dataclass
@@ -20,7 +20,7 @@ class _Pass:
     """A pass of one bucket. ``hidden``: [at least its tokens, D], what comes out."""
 
     model: PagedModel
-    body: nn.Module
+    body: Body
     plan: StaticPlan
     hidden: Tensor
 
@@ -49,7 +49,7 @@ class PassGraphs:
     def __init__(
         self,
         model: PagedModel,
-        body: nn.Module,
+        body: Body,
         recorder: Recorder,
         *,
         max_rows: int,

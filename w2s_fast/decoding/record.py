@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+import torch.fx.experimental._config
+from torch import Tensor
 
 from w2s_fast.attention import Backend, KernelPlan
 from w2s_fast.decoding.decode_graphs import DecodeGraphs
@@ -14,7 +16,17 @@ from w2s_fast.decoding.graphs import most_pass_tokens
 from w2s_fast.decoding.pass_graphs import PassGraphs
 from w2s_fast.decoding.recorder import CudaRecorder, Recorder
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
-from w2s_fast.models import PagedModel
+from w2s_fast.models import Body, PagedModel
+
+# Two sizes that happen to be equal are not taken for one: else passes are compiled anew for as many
+# shapes as there are coincidences.
+_FEW_VARIANTS = partial(
+    torch.fx.experimental._config.patch,  # type: ignore[attr-defined]
+    use_duck_shape=False,
+)
+# Of functions that all models have in common, as those that wrap every model's forward are. Beyond
+# its limit, by default 8, torch runs everything as it is written, and says so only in a log.
+_ALL_KEPT = partial(torch._dynamo.config.patch, recompile_limit=64)
 
 
 def can_record(device: torch.device, backend: Backend) -> bool:
@@ -71,14 +83,22 @@ def record_passes(
     return graphs
 
 
-def _body(model: PagedModel, compile: bool) -> nn.Module:
-    body: nn.Module = model.view.base_model
+def _body(model: PagedModel, compile: bool) -> Body:
+    body: Body = model.view.base_model
     if not compile:
         return body
     # Layers are views of one tensor. Were its shape dynamic, torch 2.13's inductor would write all
     # layers' keys and values to the first one's place.
     torch._dynamo.mark_static(model.pool.kv)
-    return cast(nn.Module, torch.compile(body, dynamic=True))
+    compiled = torch.compile(body, dynamic=True)
+
+    def run(*, input_ids: Tensor, **inputs: Any) -> Any:
+        if input_ids.storage_offset():  # compiled anew for those, see PassFields
+            input_ids = input_ids.clone()
+        with _FEW_VARIANTS(), _ALL_KEPT():
+            return compiled(input_ids=input_ids, **inputs)
+
+    return run
 
 
 def refuse_compile() -> InvalidRequest:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from w2s_fast._pages import PassRoom
 from w2s_fast.attention import StaticPlan
 from w2s_fast.decoding.draws import Draws
 from w2s_fast.decoding.sampling import SamplingBatch
-from w2s_fast.models import PagedModel, run_body
+from w2s_fast.models import Body, PagedModel, run_body
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Step:
     """
 
     model: PagedModel
-    body: nn.Module
+    body: Body
     vocab_size: int
     plan: StaticPlan
     sampling: SamplingBatch

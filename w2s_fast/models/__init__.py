@@ -6,7 +6,7 @@ The room knows no sampling, no beams and no text.
 """
 
 from w2s_fast.models.activations import activations_of
-from w2s_fast.models.body import run_body
+from w2s_fast.models.body import Body, run_body
 from w2s_fast.models.inference import inference
 from w2s_fast.models.limits import main_memory
 from w2s_fast.models.load import (
@@ -29,6 +29,7 @@ from w2s_fast.models.model import PagedModel
 from w2s_fast.models.passes import forward_in_passes
 
 __all__ = [
+    "Body",
     "ModelSource",
     "PagedModel",
     "activation_bytes",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from w2s_fast.attention import ATTENTION_NAME, Attends
@@ -16,6 +16,8 @@ from w2s_fast.models.inference import inference
 from w2s_fast.models.view import ModelView
 
 PROBE_TOKENS = 6
+# Runs a model's body, as its forward is called.
+Body = Callable[..., Any]
 
 
 def view_of(model: PreTrainedModel, name: str, attention: str = ATTENTION_NAME) -> ModelView:
@@ -32,7 +34,7 @@ def run_body(
     tokens: Tensor,
     positions: Tensor,
     plan: Attends,
-    body: nn.Module | None = None,
+    body: Body | None = None,
 ) -> Tensor:
     """A model's body over one row of tokens: last hidden states [T, D].
 
