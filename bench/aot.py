@@ -49,7 +49,7 @@ class Compilation:
     tensor_columns: int  # of the tensor memory that Blackwell has; 512 in a multiprocessor
     ptx: str
     cubin: bytes
-    variant: str  # the same for what a process compiles, or loads, but once
+    variant: str = ""  # the same for what a process compiles, or loads, but once
 
     @property
     def programs(self) -> int:
