@@ -141,7 +141,13 @@ def summarise(
     row = (program // blocks).to(tl.int64)
     group = tl.arange(0, BLOCK // GROUP)
     v = (program % blocks) * BLOCK + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    x = tl.load(logits + row * row_stride + v, mask=v < vocab, other=-float("inf")).to(tl.float32)
+    start = logits + row * row_stride
+    # Of an odd vocabulary, a mask would split all loads into single elements.
+    if (program % blocks + 1) * BLOCK <= vocab:
+        x = tl.load(start + v)
+    else:
+        x = tl.load(start + v, mask=v < vocab, other=-float("inf"))
+    x = x.to(tl.float32)
     largest_of_group = tl.max(x, 1)
     first_group = program.to(tl.int64) * (BLOCK // GROUP)
     tl.store(group_max + first_group + group, largest_of_group)
@@ -186,10 +192,12 @@ def block_weights(
         tl.store(block_weight + program, total)
 
 
+# Whether rows begin at a multiple of 16 is not worth knowing here: a row's few groups are waited
+# for as often, and to load them in vectors takes registers, and with them room for programs.
 @jit(
     do_not_specialize=[
-        "temperatures", "top_ks", "top_ps", "min_ps", "seeds", "candidates", "positions",
-        "block_max", "block_sum", "block_weight", "tokens", "logprobs",
+        "row_stride", "temperatures", "top_ks", "top_ps", "min_ps", "seeds", "candidates",
+        "positions", "block_max", "block_sum", "block_weight", "tokens", "logprobs",
     ]
 )  # fmt: skip
 def draw(

@@ -1,4 +1,14 @@
-"""log p(token) of given tokens from logits: log-softmax in float32, then a gather."""
+"""log p(token) of given tokens from logits: log-softmax in float32, then a gather.
+
+A row is cut into parts of a fixed number of ids. A program takes one or more of them, and each
+leaves its maximum m and sum s = sum exp(x - m). Few rows have several programs each, whose parts a
+second launch merges; where rows fill a device, one program takes all parts of its row and merges
+them itself. The bits are the same both ways: it is one kernel that finds a part's m and s, and
+
+    logsumexp = M + log sum of s_i * exp(m_i - M),     M = max m_i
+
+adds integers, which give one sum in any order.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from w2s_fast.kernels.library import Gpu, gpu, jit, register, tl
-from w2s_fast.kernels.logsumexp import LOWEST, merge, merge_splits, soften
+from w2s_fast.kernels.library import constexpr, gpu, jit, register, tl, triton
+from w2s_fast.kernels.logsumexp import LOWEST, merge, soften
+
+# What 1 is in a sum of integers, and the reverse: 2^26 ids fit into 63 bits, and a part's share is
+# cut off far below where float32 is.
+_ONE, _UNIT = constexpr(2.0**36), constexpr(2.0**-36)
+_MINUS_LN2 = constexpr(-0.6931471805599453)
 
 
 def token_logprob(
@@ -63,28 +78,32 @@ def _fake(
 
 
 class _Launch(NamedTuple):
-    """A tile is [depth, lanes, vector] of one row; a maximum and a sum are kept for each lane."""
+    """A part is a tile [depth, lanes, vector]; a maximum and a sum are kept for each lane of it."""
 
     depth: int
     lanes: int
     vector: int  # neighbours that one thread loads at once
     num_warps: int
-    programs_per_sm: int  # fewer than these are launched only where the rows have no more tiles
+    programs_per_sm: int  # fewer than these are launched only where the rows have no more parts
 
 
-def _launch(on: Gpu, aligned: bool) -> _Launch:
+def _launch(aligned: bool, softcap: bool) -> _Launch:
     """Launch parameters; one entry serves every architecture so far. Not measured on a GPU.
 
-    A lane is rescaled once a tile, so a tile of [d, *, v] costs 1 + 1/(d*v) exponentials a logit.
-    With 2 they would be the limit before the memory is: a GPU reads as many half-precision logits
-    a second as it has time for 1.7 exponentials each (H200). Where rows are aligned, one thread
-    holds a whole lane of 2 x 8; where not, neighbours lie in different threads, and a lane is one
-    id wide. A tile has 2,048 ids in both: 16 rows of 50,257 are 400 programs, of 128,256 they are
-    1,008, enough for 132 multiprocessors.
+    A lane of [d, v] costs 1 + 1/(d*v) exponentials a logit, and its part's maximum and sum two
+    exchanges between the warps: the more ids a part has, the fewer. With 2 exponentials they would
+    be the limit before the memory is: a GPU reads as many half-precision logits a second as it has
+    time for 1.7 of each (H200). Where rows are aligned, one thread holds a whole lane of 4 x 8, and
+    4 programs of a multiprocessor have 32 KB of half-precision logits under way. Where they are
+    not, neighbours lie in different threads, each with an address of its own, and a soft cap's
+    arithmetic takes registers, too: parts are half as large, and programs twice as many. 16 rows of
+    50,257 are 208 or 400 programs, enough for 132 multiprocessors.
     """
-    if aligned:
+    if not aligned:
+        return _Launch(depth=4, lanes=512, vector=1, num_warps=4, programs_per_sm=8)
+    if softcap:
         return _Launch(depth=2, lanes=128, vector=8, num_warps=4, programs_per_sm=8)
-    return _Launch(depth=4, lanes=512, vector=1, num_warps=4, programs_per_sm=8)
+    return _Launch(depth=4, lanes=128, vector=8, num_warps=4, programs_per_sm=4)
 
 
 def _triton(
@@ -97,38 +116,45 @@ def _triton(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     vocab = logits.shape[1] if vocab_size is None else min(vocab_size, logits.shape[1])
-    on = gpu(logits.device)
-    launch = _launch(on, aligned=logits.stride(0) % 16 == 0)
-    tiles = -(-vocab // (launch.depth * launch.lanes * launch.vector))
-    wanted = max(1, on.sms * launch.programs_per_sm // rows)
-    span = -(-tiles // min(tiles, wanted))
-    splits = -(-tiles // span)
-    partials = out.new_empty(2, rows, splits) if splits > 1 else (out, out)
-    target = torch.empty_like(out) if splits > 1 else out
+    launch = _launch(logits.stride(0) % 16 == 0, softcap is not None)
+    parts = -(-vocab // (launch.depth * launch.lanes * launch.vector))
+    wanted = max(1, gpu(logits.device).sms * launch.programs_per_sm // rows)
+    span = -(-parts // min(parts, wanted))
+    splits = -(-parts // span)
+    most = triton.next_power_of_2(parts)
+    largest = total = target = out  # not used where one program takes a row
+    if splits > 1:
+        largest, total = out.new_empty(2, rows, parts)
+        target = torch.empty_like(out)
     _split_rows[(rows * splits,)](
-        logits, tokens, partials[0], partials[1], target, out, logits.stride(0), vocab,
-        splits, span, scale, softcap or 0.0, SOFTCAP=softcap is not None, SPLIT=splits > 1,
+        logits, tokens, largest, total, target, out, logits.stride(0), vocab,
+        parts, splits, span, scale, softcap or 0.0, SOFTCAP=softcap is not None, PARTS=most,
         DEPTH=launch.depth, LANES=launch.lanes, VECTOR=launch.vector, num_warps=launch.num_warps,
         enable_fp_fusion=True,
     )  # fmt: skip
-    return merge_splits(partials[0], partials[1], target) if splits > 1 else out
+    if splits > 1:
+        _merge_parts[(rows,)](
+            largest, total, target, out, parts, PARTS=most, num_warps=1, enable_fp_fusion=True
+        )
+    return out
 
 
 # Only the logits and their stride are worth knowing to be multiples of 16: they are loaded in
-# vectors. Where the other buffers begin varies with the number of rows.
+# vectors. Where the other buffers begin varies with the number of rows; and how many programs a row
+# has may compile nothing anew, which might round a part's sum differently.
 @jit(
     do_not_specialize=[
-        "tokens", "largest", "total", "target", "out", "vocab_size", "splits", "span",
+        "tokens", "largest", "total", "target", "out", "vocab_size", "parts", "splits", "span",
     ]
 )  # fmt: skip
 def _split_rows(
-    logits, tokens, largest, total, target, out, row_stride, vocab_size, splits, span,
-    scale, softcap, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
+    logits, tokens, largest, total, target, out, row_stride, vocab_size, parts, splits, span,
+    scale, softcap, SOFTCAP: tl.constexpr, PARTS: tl.constexpr,
     DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, split) takes ``span`` tiles of its row.
+    """Program (row, split) takes ``span`` parts of its row.
 
-    Tiles are counted from the row's first logit, not from an aligned address before it: rows of
+    Parts are counted from the row's first logit, not from an aligned address before it: rows of
     an odd vocabulary then load single elements, but equal rows give equal bits wherever they lie,
     and equal scores stay equal.
     """
@@ -140,40 +166,63 @@ def _split_rows(
 
     TILE: tl.constexpr = DEPTH * LANES * VECTOR
     first = split * span
-    last = tl.minimum(first + span, tl.cdiv(vocab_size, TILE))
+    last = tl.minimum(first + span, parts)
     full = tl.minimum(last, vocab_size // TILE)
-    m = tl.full([LANES], LOWEST, tl.float32)
-    s = tl.zeros([LANES], tl.float32)
-    for index in range(first, full):
-        x = tl.load(base + index * TILE + tile)
-        m, s = _add(m, s, soften(x, scale, softcap, SOFTCAP))
+    index = tl.arange(0, PARTS)
+    m = tl.full([PARTS], LOWEST, tl.float32)
+    s = tl.zeros([PARTS], tl.float32)
+    for part in range(first, full):
+        x = tl.load(base + part * TILE + tile)
+        top, sum_of_part = _part(soften(x, scale, softcap, SOFTCAP))
+        m = tl.where(index == part, top, m)
+        s = tl.where(index == part, sum_of_part, s)
     if full < last:
         ids = full * TILE + tile
         x = tl.load(base + ids, mask=ids < vocab_size, other=0.0)
         x = soften(x, scale, softcap, SOFTCAP)  # masked after it: a soft-capped -inf is finite
-        m, s = _add(m, s, tl.where(ids < vocab_size, x, -float("inf")))
-    top, sum_of_all = merge(m, s, 0)
+        top, sum_of_part = _part(tl.where(ids < vocab_size, x, -float("inf")))
+        m = tl.where(index == full, top, m)
+        s = tl.where(index == full, sum_of_part, s)
 
     token = tl.load(tokens + row)
-    known = (token >= 0) & (token < vocab_size)
-    if SPLIT:
-        tl.store(largest + row * splits + split, top)
-        tl.store(total + row * splits + split, sum_of_all)
-        known = known & (split == 0)
+    known = (token >= 0) & (token < vocab_size) & (split == 0)
     x = tl.load(base + token, mask=known, other=float("nan"))
     x = soften(x, scale, softcap, SOFTCAP)
-    if SPLIT:
+    if splits > 1:
+        own = (index >= first) & (index < last)
+        tl.store(largest + row * parts + index, m, mask=own)
+        tl.store(total + row * parts + index, s, mask=own)
         tl.store(target + row, x, mask=split == 0)
     else:
-        tl.store(out + row, x - top - tl.log(sum_of_all))
+        tl.store(out + row, _logprob(x, m, s))
+
+
+@jit(do_not_specialize=["largest", "total", "target", "out", "parts"])
+def _merge_parts(largest, total, target, out, parts, PARTS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, PARTS)
+    m = tl.load(largest + row * parts + index, mask=index < parts, other=LOWEST)
+    s = tl.load(total + row * parts + index, mask=index < parts, other=0.0)
+    tl.store(out + row, _logprob(tl.load(target + row), m, s))
 
 
 @jit
-def _add(m, s, x):
-    """Take a tile x [DEPTH, LANES, VECTOR] into the lanes' maxima and sums."""
-    top = tl.maximum(m, tl.max(tl.max(x, 2), 0))
-    s = s * tl.exp(m - top) + tl.sum(tl.sum(tl.exp(x - top[None, :, None]), 2), 0)
-    return top, s
+def _part(x):
+    """The maximum of a tile x [DEPTH, LANES, VECTOR], and the sum of exp(x - maximum)."""
+    top = tl.maximum(tl.max(tl.max(x, 2), 0), LOWEST)
+    return merge(top, tl.sum(tl.sum(tl.exp(x - top[None, :, None]), 2), 0), 0)
+
+
+@jit
+def _logprob(x, m, s):
+    """x - logsumexp of a row, from the m and s [PARTS] of its parts: equal bits in any layout."""
+    top = tl.max(m, 0)
+    share = s * tl.exp(m - top)
+    broken = tl.max((share != share).to(tl.int32), 0) > 0
+    total = tl.sum((tl.where(share == share, share, 0.0) * _ONE).to(tl.int64), 0)
+    sum_of_all = tl.where(broken, float("nan"), total.to(tl.float32) * _UNIT)
+    # By name: whether a product and a difference become one is the compiler's choice.
+    return tl.fma(tl.log2(sum_of_all), _MINUS_LN2, x - top)
 
 
 _operator = register(

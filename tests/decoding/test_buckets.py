@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,6 +56,13 @@ def test_a_bucket_is_never_too_small(
     )
     if max_q > SPLIT_QUERIES and not shared[0]:
         assert bucket.splits == bucket.max_tokens == bucket.max_parts == 0
+
+
+@pytest.mark.parametrize("requests", [2, 16, 64])
+def test_usual_requests_leave_no_split_of_the_smallest_bucket_empty(requests: int) -> None:
+    """With prompts of 1,024 tokens: two splits of each, one behind it, and four histories."""
+    smallest = Bucket.smallest(16 * requests, 16 * requests, 1, 128)
+    assert smallest.splits == (2 + 1 + 4) * requests
 
 
 @given(rows=st.integers(1, 300), max_rows=st.integers(1, 300))

@@ -23,7 +23,7 @@ from w2s_fast.kernels import token_logprob as module
 from w2s_fast.kernels.library import Gpu
 from w2s_fast.kernels.token_logprob import token_logprob
 
-# Tiles of 32.
+# Parts of 32.
 SMALL = module._Launch(depth=2, lanes=8, vector=2, num_warps=1, programs_per_sm=1)
 
 
@@ -44,15 +44,15 @@ def check(
 
 
 def on(sms: int) -> AbstractContextManager[object]:
-    """Small tiles, shared by the programs of so many multiprocessors."""
-    table = {"gpu": lambda _: Gpu(90, sms), "_launch": lambda _, aligned: SMALL}
+    """Small parts, shared by the programs of so many multiprocessors."""
+    table = {"gpu": lambda _: Gpu(90, sms), "_launch": lambda *_: SMALL}
     return mock.patch.multiple(module, **table)
 
 
 @settings(max_examples=60)
 @given(
     rows=st.integers(1, 5),
-    # Around one, two and three tiles of 32.
+    # Around one, two and three parts of 32.
     vocabulary=st.one_of(st.integers(1, 3), st.integers(30, 34), st.integers(62, 98)),
     padding=st.integers(0, 9),
     sms=st.sampled_from([1, 4, 6, 100]),
@@ -85,7 +85,7 @@ def test_every_cut_of_a_row_gives_the_definition(
 
 
 @pytest.mark.parametrize("sms", [1, 132])
-@pytest.mark.parametrize("vocabulary", [2047, 2048, 6144, 6160])
+@pytest.mark.parametrize("vocabulary", [4095, 4096, 8192, 8208])
 def test_the_launch_table_gives_the_definition(vocabulary: int, sms: int) -> None:
     logits, tokens = torch.randn(2, vocabulary) * 4, torch.randint(vocabulary, (2,))
     with mock.patch.object(module, "gpu", return_value=Gpu(90, sms)):
@@ -156,6 +156,28 @@ def test_equal_rows_give_equal_bits(sms: int) -> None:
     with on(sms):
         got = check((torch.randn(71) * 6).expand(9, -1).contiguous(), torch.full((9,), 40))
     assert torch.equal(got, got[:1].expand(9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_row_has_the_same_bits_whoever_takes_its_parts(
+    dtype: torch.dtype, softcap: float | None
+) -> None:
+    """From a program for each of eleven parts to one for all of them."""
+    logits, tokens = (torch.randn(8, 331) * 2).to(dtype), torch.arange(8) * 47
+    found = []
+    for sms in (88, 40, 16, 1):
+        with on(sms):
+            found.append(check(logits, tokens, softcap=softcap))
+    assert all(torch.equal(got, found[0]) for got in found)
+
+
+def test_one_launch_is_enough_where_rows_fill_the_device() -> None:
+    refused = mock.Mock(side_effect=AssertionError("a second launch"))
+    with mock.patch.object(module, "_merge_parts", refused), on(sms=3):
+        check(torch.randn(3, 331), torch.tensor([1, 2, 3]))
+        with pytest.raises(TypeError, match="not subscriptable"):
+            check(torch.randn(1, 331), torch.tensor([1]))
 
 
 def test_no_rows_launch_nothing() -> None:

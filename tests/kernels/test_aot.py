@@ -16,7 +16,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'w2s-fast[test]'")
 
-from tests.kernels.aot import SHARED_LIMIT, SMS, Compilation, compilations
+from bench.aot import SHARED_LIMIT, SMS, Compilation, compilations
 from w2s_fast.kernels import (
     choose_beta,
     fuse_logits,
@@ -139,9 +139,14 @@ def score_select_case(
 # 64 registers are eight programs of 128 threads on a multiprocessor, 96 are five, 128 are four; 168
 # are one of 256 threads, and so are 255: two warps for each of its schedulers.
 def sample_tokens_case(
-    vocabulary: int, kernels: dict[str, int], rows: int = 128, first: int = 0
+    vocabulary: int,
+    kernels: dict[str, int],
+    pitch: int | None = None,
+    rows: int = 128,
+    first: int = 0,
 ) -> Case:
-    """``first``: how many rows of their settings' buffers stand before these."""
+    """``pitch``: from row to row. ``first``: how many rows of their settings' buffers stand before
+    these."""
 
     def column(dtype: torch.dtype = torch.int64) -> Tensor:
         return meta(first + rows, dtype=dtype)[first:]
@@ -149,12 +154,12 @@ def sample_tokens_case(
     def launch(dtype: torch.dtype) -> None:
         share = column(torch.float64)
         sample_tokens_triton.launch(
-            meta(rows, vocabulary, dtype=dtype), column(torch.float32), column(), share, share,
-            column(), column(), column(),
+            meta(rows, pitch or vocabulary, dtype=dtype)[:, :vocabulary],
+            column(torch.float32), column(), share, share, column(), column(), column(),
         )  # fmt: skip
 
-    vectors = {} if vocabulary % 16 else {80: "ld.global.v4", 90: "ld.global.v4"}
-    return Case(f"sample_tokens-{vocabulary}", launch, kernels, vectors)
+    vectors = {} if (pitch or vocabulary) % 16 else {80: "ld.global.v4", 90: "ld.global.v4"}
+    return Case(f"sample_tokens-{vocabulary}-{pitch}", launch, kernels, vectors)
 
 
 def fusion_case(vocabulary: int, kernels: dict[str, int], rows: int = 64) -> Case:
@@ -226,11 +231,11 @@ CUT = {"attend": 255, "merge_parts": 64}
 FUSION = {"fuse": 96, "grid_sums": 120, "choose": 96}
 
 CASES = [
-    token_logprob_case("gpt2", 16, None, {"_split_rows": 64, "_merge_splits": 64}),
+    token_logprob_case("gpt2", 16, None, {"_split_rows": 64, "_merge_parts": 64}),
     token_logprob_case("gpt2", 2048, None, {"_split_rows": 64}),
-    token_logprob_case("8b", 16, None, {"_split_rows": 64, "_merge_splits": 64}),
+    token_logprob_case("8b", 16, None, {"_split_rows": 80, "_merge_parts": 64}),
     token_logprob_case("8b", 2048, 30.0, {"_split_rows": 64}),
-    token_logprob_case("gpt2", 16, 30.0, {"_split_rows": 64, "_merge_splits": 64}),
+    token_logprob_case("gpt2", 16, 30.0, {"_split_rows": 64, "_merge_parts": 64}),
     linear_logprob_case("gpt2", 1, 96),
     linear_logprob_case("8b", 16, 96),
     linear_logprob_case("70b", 32, 128),
@@ -248,6 +253,7 @@ CASES = [
     score_select_case(1, 512, 64),
     score_select_case(1, 1024, 64, splits=1),
     *(sample_tokens_case(v, SAMPLING) for v in (900, 16384, 50257, 128256, 151936, 200019)),
+    sample_tokens_case(50257, SAMPLING, pitch=50304),  # of a padded head
     fusion_case(50257, FUSION),
     fusion_case(128256, FUSION),
     write_kv_case("gpt2", 64),
@@ -373,10 +379,7 @@ def test_products_of_float32_spill_nothing(rows: int) -> None:
 def test_sixteen_rows_fill_the_largest_gpu(arch: int, model: str) -> None:
     for case in (token_logprob_case(model, 16, None, {}), linear_logprob_case(model, 16, 0)):
         first = compilations(arch, lambda case=case: case.launch(torch.bfloat16))[0]  # type: ignore[misc]
-        programs = 1
-        for size in first.grid:
-            programs *= size
-        assert programs >= SMS[arch], str(first)
+        assert first.programs >= SMS[arch], str(first)
 
 
 def test_the_number_of_rows_compiles_nothing_anew() -> None:
@@ -392,6 +395,21 @@ def test_the_number_of_rows_compiles_nothing_anew() -> None:
     assert len(kernels) == 2
 
 
+@pytest.mark.parametrize("model", ["gpt2", "8b"])
+def test_rows_of_one_program_and_of_several_are_one_kernel(model: str) -> None:
+    """So that their sums are rounded alike."""
+    kernels = [
+        c
+        for rows in (1, 17, 2048)
+        for c in compilations(
+            90,
+            lambda rows=rows: token_logprob_case(model, rows, None, {}).launch(torch.bfloat16),  # type: ignore[misc]
+        )
+    ]
+    assert [c.name for c in kernels].count("_merge_parts") == 2
+    assert len({(c.name, c.ptx) for c in kernels}) == 2
+
+
 def test_the_smallest_batches_compile_no_sampling_anew() -> None:
     """Any rows, and wherever their settings begin, are one variant of each kernel."""
     variants = {
@@ -400,7 +418,7 @@ def test_the_smallest_batches_compile_no_sampling_anew() -> None:
         for c in compilations(
             90,
             lambda rows=rows, first=first: sample_tokens_case(  # type: ignore[misc]
-                900, {}, rows, first
+                900, {}, rows=rows, first=first
             ).launch(torch.bfloat16),
         )
     }

@@ -58,11 +58,12 @@ class Bucket(NamedTuple):
 
         It is enough for 4 x 4 candidates with a prompt of 1,024 tokens. Such a request has a split
         for each 512 tokens of the prompt, one for what its hypotheses have in common, and one for
-        each of their 4 histories; a row has up to 4 of them.
+        each of their 4 histories, 7 in all; a row has up to 4 of them. There is no room for more:
+        programs of splits that a pass does not have are launched, and return.
         """
         sharing = 16 * min(max_q, SPLIT_QUERIES)
         pages = min(-(-rows // 16) * _SHARED_PAGES + rows * _OWN_PAGES, rows * most_pages)
-        return cls(rows, tokens, max_q, max(rows // 2, 8), sharing, 4, SPLIT_KEYS, pages)
+        return cls(rows, tokens, max_q, max(7 * rows // 16, 8), sharing, 4, SPLIT_KEYS, pages)
 
     @classmethod
     def of(cls, bounds: Bounds, rows: int, tokens: int, most_pages: int) -> Bucket:

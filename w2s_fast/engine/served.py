@@ -176,7 +176,8 @@ def _shared_vocabulary(
 def _passes(
     models: Sequence[PreTrainedModel], max_pass_tokens: int | None, max_rows: int
 ) -> tuple[int, int]:
-    """Tokens of a pass, and bytes that passes need: measured on CUDA, where they count.
+    """Tokens of a pass, and bytes that passes and padded heads need: measured on CUDA, where they
+    count.
 
     ``models``: the base, and each guide's. On a CPU pages leave far more than that.
     """
@@ -188,7 +189,8 @@ def _passes(
     if max_pass_tokens is None:
         one = activation_bytes(found, 1, 1)
         max_pass_tokens = usual_pass_tokens(device.type, free_bytes(device), one)
-    return max_pass_tokens, activation_bytes(found, max_pass_tokens, max_rows)
+    heads = sum(one.head for one in found)
+    return max_pass_tokens, activation_bytes(found, max_pass_tokens, max_rows) + heads
 
 
 def _useful_tokens(base: PreTrainedModel, max_rows: int) -> int:

@@ -28,10 +28,12 @@ class Activations(NamedTuple):
     Attributes:
         token: for each token of a pass, up to its log-prob.
         row: for the logits of each row of a decoding step.
+        head: for its padded head, which is there all the time; see :class:`LMHead`.
     """
 
     token: int
     row: int
+    head: int = 0
 
 
 def activations_of(model: PreTrainedModel, peak: Peak | None = None) -> Activations:
@@ -60,7 +62,7 @@ def activations_of(model: PreTrainedModel, peak: Peak | None = None) -> Activati
         token = (peak(lambda: run(2 * _TOKENS)) - peak(lambda: run(_TOKENS))) // _TOKENS
         few, many = hidden[:_ROWS], hidden[: 2 * _ROWS]
         row = (peak(lambda: head.logits(many)) - peak(lambda: head.logits(few))) // _ROWS
-    return Activations(max(0, token), max(0, row))
+    return Activations(max(0, token), max(0, row), head.padded_bytes)
 
 
 def _peak_on_cuda(device: torch.device, work: Callable[[], object]) -> int:

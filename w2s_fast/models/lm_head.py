@@ -11,10 +11,25 @@ from transformers import PreTrainedModel
 from w2s_fast.kernels.linear_logprob_partials import Partials, linear_logprob_partials
 from w2s_fast.kernels.token_logprob import token_logprob
 from w2s_fast.models.body import refuse
+from w2s_fast.models.inference import inference
+
+# Rows of logits that begin anywhere, as those of GPT-2's 50,257 ids, are written and read by single
+# elements.
+_MULTIPLE = 64
+
+
+def pads_heads(device: torch.device) -> bool:
+    """Whether the head of an odd vocabulary is worth a padded copy on this device."""
+    return device.type == "cuda"
 
 
 class LMHead:
-    """From last hidden states to logits: the model's LM head, and the scaling some models add."""
+    """From last hidden states to logits: the model's LM head, and the scaling some models add.
+
+    Attributes:
+        module: the model's head. A plain linear one of an odd vocabulary has a copy on CUDA whose
+            rows are padded with zeros: see :meth:`follow`.
+    """
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         untyped: Any = model
@@ -27,33 +42,65 @@ class LMHead:
         # Cohere multiplies its logits, Granite divides them.
         self.scale = float(getattr(config, "logit_scale", None) or 1.0)
         self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        self.forbidden: Tensor | None = None  # bool [V]
+        self._forbidden: Tensor | None = None  # bool [V], or as wide as the padded head
+        self._padded: nn.Linear | None = None
+        if type(module) is nn.Linear and pads_heads(module.weight.device):
+            self._padded = _padded(module)
+            self.follow()
+
+    @property
+    def padded_bytes(self) -> int:
+        """Memory of the padded copy."""
+        return 0 if self._padded is None else sum(p.nbytes for p in self._padded.parameters())
+
+    @inference
+    def follow(self) -> None:
+        """Take over the values that the model's head has now. The padded copy, which recorded
+        passes read, stays where it is."""
+        if self._padded is not None:
+            for name, value in self.module.named_parameters():
+                getattr(self._padded, name)[: len(value)].copy_(value)
+
+    def forbid(self, forbidden: Tensor) -> None:
+        """bool [V]: these ids get no probability."""
+        more = 0 if self._padded is None else self._padded.out_features - len(forbidden)
+        self._forbidden = nn.functional.pad(forbidden, (0, more), value=True)
 
     def logits(self, hidden: Tensor, own: bool = False) -> Tensor:
+        """[N, D] -> [N, V]; rows may lie at a larger pitch."""
         logits = self._own_logits(hidden)
-        if self.forbidden is not None and not own:
+        if self._forbidden is not None and not own:
             # Behind the soft cap, which would make -inf finite; and whatever stood there.
-            logits = logits.masked_fill(self.forbidden, -torch.inf)
-        return logits
+            logits = logits.masked_fill(self._forbidden[: logits.shape[-1]], -torch.inf)
+        return logits if self._padded is None else logits[..., : self._vocab_size]
 
     def _own_logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.module(hidden)
+        head = self.module
+        if self._padded is not None and _is_plain(head):
+            head = self._padded
+        logits: Tensor = head(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
+    @property
+    def _vocab_size(self) -> int:
+        assert isinstance(self.module, nn.Linear)
+        return len(self.module.weight)
+
     def token_partials(self, hidden: Tensor, tokens: Tensor, vocab_size: int | None) -> Partials:
-        if type(self.module) is nn.Linear and self.forbidden is None:
+        if type(self.module) is nn.Linear and self._forbidden is None:
+            head = self.module if self._padded is None else self._padded
             return linear_logprob_partials(
                 hidden,
-                self.module.weight,
+                head.weight,
                 tokens,
-                self.module.bias,
+                head.bias,
                 softcap=self.softcap,
                 scale=self.scale,
-                vocab_size=vocab_size,
+                vocab_size=min(vocab_size or self._vocab_size, self._vocab_size),
             )
         # A quantised head computes its own product, and the fused one knows of no forbidden ids:
         # a few rows at a time.
@@ -63,3 +110,23 @@ class LMHead:
         ]
         none = hidden.new_zeros(0, dtype=torch.float32)
         return Partials.of_logprobs(torch.cat(blocks) if blocks else none)
+
+
+def _padded(head: nn.Linear) -> nn.Linear | None:
+    """A head of zeros, of as many rows as a multiple asks for; None if it has as many."""
+    rows, width = head.weight.shape
+    if rows % _MULTIPLE == 0:
+        return None
+    rows = -(-rows // _MULTIPLE) * _MULTIPLE
+    # Made on no device: elsewhere it would draw from the caller's generator.
+    padded = nn.Linear(width, rows, head.bias is not None, "meta", head.weight.dtype)
+    padded = padded.requires_grad_(False).to_empty(device=head.weight.device)
+    for parameter in padded.parameters():
+        parameter.zero_()
+    return padded
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether nobody has hooked into the head, or replaced its forward."""
+    hooked = head._forward_hooks or head._forward_pre_hooks
+    return not hooked and "forward" not in vars(head)

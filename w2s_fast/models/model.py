@@ -211,7 +211,7 @@ class PagedModel:
         recorded: what a recording does stays as it is."""
         forbidden = torch.zeros(self.vocab_size, dtype=torch.bool)
         forbidden[sorted(ids)] = True
-        self.head.forbidden = forbidden.to(self.device)
+        self.head.forbid(forbidden.to(self.device))
 
     @inference
     def logits(self, hidden: Tensor, own: bool = False) -> Tensor:
@@ -247,13 +247,15 @@ class PagedModel:
             why = "its modules, or the shape, dtype or device of its weights, are no longer those "
             why += "it was taken on with; make a new engine"
             self._broken = refuse(self.model, self.name, why)
-        elif change is Change.PLACES:
-            self.moves += 1
-            try:
-                self._view.follow()
-                self._broken = None
-            except Exception as error:  # a caller may have put anything into a module
-                self._broken = refuse(self.model, self.name, f"it was changed: {error}")
+        else:
+            if change is Change.PLACES:
+                self.moves += 1
+                try:
+                    self._view.follow()
+                    self._broken = None
+                except Exception as error:  # a caller may have put anything into a module
+                    self._broken = refuse(self.model, self.name, f"it was changed: {error}")
+            self.head.follow()
         self.pool.drop_cache()
         self._watch.accept()
         return True

@@ -8,9 +8,11 @@ whether any are spilled, how much shared memory is used, and which instructions 
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,10 +44,16 @@ class Compilation:
     arch: int
     grid: tuple[int, ...]
     num_warps: int
+    num_stages: int
     shared: int  # bytes
+    tensor_columns: int  # of the tensor memory that Blackwell has; 512 in a multiprocessor
     ptx: str
     cubin: bytes
-    variant: str  # the same for what a process compiles, or loads, but once
+    variant: str = ""  # the same for what a process compiles, or loads, but once
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
 
     @cached_property
     def resources(self) -> dict[str, int]:
@@ -67,6 +75,19 @@ class Compilation:
     def spilled(self) -> int:
         """Bytes of stack or local memory a thread takes: 0 unless registers did not suffice."""
         return self.resources["STACK"] + self.resources["LOCAL"]
+
+    @property
+    def load_bytes(self) -> int:
+        """What a thread loads at once from global memory: the most that is no exception, which
+        brings a quarter at least of what its loads bring if each runs once."""
+        loads = re.findall(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[busf](\d+)\b", self.ptx)
+        sizes = Counter(int(count or 1) * int(bits) // 8 for count, bits in loads)
+        sizes += Counter(
+            int(size, 0)
+            for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], (\w+)", self.ptx)
+        )
+        least = sum(size * sizes[size] for size in sizes) / 4
+        return max((size for size in sizes if size * sizes[size] >= least), default=0)
 
     def __str__(self) -> str:
         return (
@@ -104,7 +125,9 @@ def _compiling(arch: int, done: list[Compilation]) -> Iterator[None]:
                 arch=arch,
                 grid=tuple(grid),
                 num_warps=kernel.metadata.num_warps,
+                num_stages=kernel.metadata.num_stages,
                 shared=kernel.metadata.shared,
+                tensor_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
                 ptx=kernel.asm["ptx"],
                 cubin=kernel.asm["cubin"],
                 variant=kernel.metadata.hash,
@@ -118,6 +141,18 @@ def _compiling(arch: int, done: list[Compilation]) -> Iterator[None]:
         mock.patch.object(library, "STAND_IN", library.Gpu(arch, SMS[arch])),
     ):
         yield
+
+
+def built(path: Path, arch: int, name: str, grid: tuple[int, ...], num_warps: int) -> Compilation:
+    """A kernel of a library that nvcc has built, as a launch asks for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(_CUOBJDUMP), "--extract-elf", "all", str(path.resolve())]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        found = [file.read_bytes() for file in Path(folder).glob(f"*.sm_{arch}.cubin")]
+    cubin = next(code for code in found if name.encode() in code)
+    return Compilation(
+        name, arch, grid, num_warps, 1, shared=0, tensor_columns=0, ptx="", cubin=cubin
+    )
 
 
 def compilations(arch: int, launcher: Callable[[], object]) -> list[Compilation]:
