@@ -50,13 +50,13 @@ class Tiling:
 
     block: int = 4096
     group: int = 128
-    warps: int = 4  # of the pass over all tokens
     capacity: int = 2048  # survivors of a row; at V = 128,256 in random order top-k 650 fits
     listed: int = 16  # groups of survivors read at a time: more would take over 128 registers
     guess: int = 256  # groups to look in for the nucleus of top-p without top-k
     search_block: int = 1024
     pivots: int = 8
     rounds: int = 3  # counting passes of a search before it tries to gather what is left
+    warps: int = 4  # of the pass over all tokens
 
 
 def tiling_for(vocab_size: int) -> Tiling:
