@@ -17,7 +17,7 @@ from tests.csrc.page_model import PageModel, i32
 from w2s_fast._pages import PageManager
 from w2s_fast.errors import PageMisuse
 
-EXAMPLES = 150
+EXAMPLES = 220
 
 
 class Pages(PageModel, RuleBasedStateMachine):
