@@ -1,62 +1,31 @@
 // w2s_fast._pages: PageManager for Python. int32 numpy arrays go in and come out; columns such as
 // lengths are read-only views of the manager's own memory. The errors are the classes of
-// w2s_fast.errors. PassLayout fills memory that it is given. And Hold, for the locks of those who
-// use it.
+// w2s_fast.errors. And Hold, for the locks of those who use it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <cstring>
 #include <exception>
 #include <memory>
-#include <span>
 #include <string>
-#include <string_view>
-#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "arrays.h"
 #include "bindings_beams.h"
+#include "bindings_layouts.h"
+#include "bindings_unchanged.h"
 #include "hold.h"
 #include "page_manager.h"
-#include "plan.h"
-#include "bindings_unchanged.h"
 
 namespace py = pybind11;
+using w2s::IntArray;
+using w2s::ints;
 using w2s::PageManager;
+using w2s::to_numpy;
 
 namespace {
-
-// Taken with noconvert(): floats, or 64-bit integers that might not fit, are a TypeError and not
-// silently cut. w2s_fast/pages.py converts what can be converted.
-using IntArray = py::array_t<std::int32_t, py::array::c_style>;
-
-PageManager::Ints ints(const IntArray& array) {
-    if (array.ndim() != 1) {
-        throw w2s::PageMisuse("expected a one-dimensional array, got " +
-                              std::to_string(array.ndim()) + " dimensions");
-    }
-    return {array.data(), static_cast<std::size_t>(array.size())};
-}
-
-std::span<std::byte> bytes(py::array_t<std::uint8_t, py::array::c_style>& array) {
-    return {reinterpret_cast<std::byte*>(array.mutable_data()),
-            static_cast<std::size_t>(array.size())};
-}
-
-template <typename T>
-py::array_t<T> to_numpy(const std::vector<T>& values) {
-    return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
-}
-
-py::array_t<std::int32_t> to_numpy(const std::vector<w2s::PageCopy>& copies) {
-    static_assert(sizeof(w2s::PageCopy) == 2 * sizeof(std::int32_t));
-    const auto rows = static_cast<py::ssize_t>(copies.size());
-    return py::array_t<std::int32_t>({rows, py::ssize_t{2}},
-                                     reinterpret_cast<const std::int32_t*>(copies.data()));
-}
 
 // A view that keeps its manager alive.
 py::array view(const py::object& manager, const std::int32_t* data, py::ssize_t size,
@@ -192,64 +161,7 @@ PYBIND11_MODULE(_pages, module) {
                 return view(self, manager.holders(), manager.num_pages(), PageManager::kPageStride);
             });
 
-    using w2s::PassLayout;
-    py::class_<PassLayout>(module, "PassLayout")
-        .def(py::init([](const PageManager& pages, const IntArray& slots, const IntArray& counts,
-                         const IntArray& first, const IntArray& count, const IntArray& begin,
-                         const IntArray& end, const IntArray& own, std::int64_t split_keys,
-                         std::int64_t split_queries, std::int64_t ahead) {
-                const w2s::RowTree tree{ints(first), ints(count), ints(begin), ints(end),
-                                        ints(own)};
-                return std::make_unique<PassLayout>(pages, ints(slots), ints(counts), tree,
-                                                    split_keys, split_queries, ahead);
-            }), py::keep_alive<1, 2>(), py::arg("pages"), py::arg("slots").noconvert(),
-            py::arg("counts").noconvert(), py::arg("first").noconvert(),
-            py::arg("count").noconvert(), py::arg("begin").noconvert(),
-            py::arg("end").noconvert(), py::arg("own").noconvert(), py::arg("split_keys"),
-            py::arg("split_queries"), py::arg("ahead") = 0)
-        .def_property_readonly("bounds", [](const PassLayout& self) {
-                const w2s::PassShape& shape = self.shape();
-                return py::make_tuple(shape.rows, shape.tokens, shape.splits, shape.pages,
-                                      self.max_q(), self.max_k(), self.max_own(),
-                                      self.max_tokens(), self.max_parts());
-            })
-        .def("write", [](const PassLayout& self,
-                         py::array_t<std::uint8_t, py::array::c_style> buffer,
-                         const py::array_t<std::int64_t, py::array::c_style>& offsets,
-                         std::int64_t rows, std::int64_t tokens, std::int64_t splits,
-                         std::int64_t pages, bool back) {
-                self.write(bytes(buffer),
-                           {offsets.data(), static_cast<std::size_t>(offsets.size())},
-                           {rows, tokens, splits, pages}, back);
-            }, py::arg("buffer").noconvert(), py::arg("offsets").noconvert(), py::arg("rows"),
-            py::arg("tokens"), py::arg("splits"), py::arg("pages"), py::arg("back") = false);
-
-    // Fields of a buffer: (offset in bytes, items, one spare item, NumPy's letter for its kind).
-    // Values come first in each, and spare items behind them.
-    module.def("fill_fields", [](py::array_t<std::uint8_t, py::array::c_style> buffer,
-                                 const std::vector<std::tuple<std::int64_t, std::int64_t,
-                                                              py::bytes, char>>& fields,
-                                 const std::vector<py::array>& values) {
-        const std::span<std::byte> whole = bytes(buffer);
-        if (fields.size() != values.size()) throw w2s::PageMisuse("a value for each field");
-        for (std::size_t i = 0; i < fields.size(); ++i) {
-            const auto& [offset, items, spare, kind] = fields[i];
-            const auto item = static_cast<std::string_view>(spare);
-            const auto size = static_cast<std::int64_t>(item.size());
-            const auto& value = values[i];
-            if (value.itemsize() != size || value.dtype().kind() != kind || value.size() > items || offset < 0 ||
-                offset + items * size > static_cast<std::int64_t>(whole.size()) ||
-                !(value.flags() & py::array::c_style)) {
-                throw w2s::PageMisuse("a value does not fit into its field");
-            }
-            std::byte* next = whole.data() + offset;
-            std::byte* const end = next + items * size;
-            if (value.size() > 0) std::memcpy(next, value.data(), value.nbytes());
-            next += value.nbytes();
-            for (; next < end; next += size) std::memcpy(next, item.data(), item.size());
-        }
-    }, py::arg("buffer").noconvert(), py::arg("fields"), py::arg("values"));
-
     w2s::bind_beams(module);
+    w2s::bind_layouts(module);
     w2s::bind_unchanged(module);
 }
