@@ -9,20 +9,19 @@ that pays is what :mod:`w2s_fast.scheduling.cohorts` has a table of. Models have
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.on_gpu import begin
 from bench.random_models import LARGE, MEDIUM, SMALL, TINY, make, prompts_for
-from bench.reports import INTERRUPTED, facts, run
-from bench.rows import Rows, Seconds
+from bench.reports import INTERRUPTED, run
+from bench.rows import Seconds
 from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.scheduling import Runner
 
@@ -91,24 +90,12 @@ def compare(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dry-run", action="store_true", help="tiny models, on the CPU")
-    parser.add_argument("--seconds", type=float, default=300, help="begin nothing after so long")
-    args = parser.parse_args(arguments)
-    if not (torch.cuda.is_available() or args.dry_run):
-        sys.exit("bench.cohorts times a GPU; without one: --dry-run")
-    seconds = Seconds(args.seconds)
-    if args.dry_run:
-        torch.set_num_threads(1)
-    device = torch.device("cpu") if args.dry_run else torch.device("cuda", 0)
-    dtype = torch.float32 if args.dry_run else torch.bfloat16
-    shapes = [("tiny", TINY)] if args.dry_run else [("1B", MEDIUM), ("8B", LARGE)]
-    requests = [2, 3] if args.dry_run else [16, 32, 48, 64, 96, 128]
-    guide = TINY if args.dry_run else SMALL
-    prompt, rounds = (20, 2) if args.dry_run else (256, 8)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    report = Rows(args.out, facts("bench.cohorts", arguments))
+    dry, device, _, seconds, report = begin("bench.cohorts", __doc__, arguments, seconds=300)
+    dtype = torch.float32 if dry else torch.bfloat16
+    shapes = [("tiny", TINY)] if dry else [("1B", MEDIUM), ("8B", LARGE)]
+    requests = [2, 3] if dry else [16, 32, 48, 64, 96, 128]
+    guide = TINY if dry else SMALL
+    prompt, rounds = (20, 2) if dry else (256, 8)
     status = 0
     try:
         guides = [make(guide, seed, device, dtype) for seed in (1, 2)]

@@ -12,7 +12,6 @@ Beside the JSON a text shows the kernels of one round of each search with graphs
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
 import statistics
@@ -32,7 +31,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from bench import random_models as shapes
 from bench.baselines import GuideModels, generate_rows, released_search
 from bench.device_trace import table
-from bench.reports import INTERRUPTED, facts
+from bench.on_gpu import begin
+from bench.reports import INTERRUPTED
 from bench.reports import run as run_main
 from bench.roofline import Limits, Load, Weights, decode_seconds, score_seconds
 from bench.rounds import (
@@ -422,30 +422,17 @@ def _peak_gb(device: torch.device) -> float | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON; the kernels go beside it")
-    parser.add_argument("--dry-run", action="store_true", help="tiny models, on the CPU")
-    parser.add_argument("--seconds", type=float, default=400, help="begin nothing after so long")
-    args = parser.parse_args(arguments)
-    if not (torch.cuda.is_available() or args.dry_run):
-        sys.exit("bench.end_to_end times a GPU; without one: --dry-run")
-    seconds = Seconds(args.seconds)
-    device = torch.device("cpu") if args.dry_run else torch.device("cuda", 0)
-    dtype = torch.float32 if args.dry_run else torch.bfloat16
-    if args.dry_run:
-        torch.set_num_threads(1)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    report = Rows(args.out, facts("bench.end_to_end", arguments))
-    profile = args.out.with_name(f"{args.out.stem}-rounds.txt")
+    dry, device, out, seconds, report = begin("bench.end_to_end", __doc__, arguments, seconds=400)
+    dtype = torch.float32 if dry else torch.bfloat16
+    profile = out.with_name(f"{out.stem}-rounds.txt")  # the kernels of a round
     profile.write_text("")
     status = 0
     try:
-        size, square = (2**20, 128) if args.dry_run else (2**30, 8192)
+        size, square = (2**20, 128) if dry else (2**30, 8192)
         limits = Limits(copy_bandwidth(device, size), matmul_rate(device, dtype, square))
         report.say(bandwidth=limits.bandwidth, product_rate=limits.rate)
         bench = Bench(device, dtype, limits, seconds, report, profile)
-        (dry_run if args.dry_run else run)(bench)
-        report.end()
+        (dry_run if dry else run)(bench)
         report.end()
     except KeyboardInterrupt:
         status = INTERRUPTED

@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ import torch
 from bench import reports
 from bench.attention_cases import attention_cases
 from bench.kernel_cases import Case, Scale, Work, cases
+from bench.rows import Rows, Seconds
 from bench.timing import Limits, time_call
 from w2s_fast.kernels.library import BACKEND
 
@@ -71,25 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "copy_gb_per_s": limits.copy / 1e9,
         "matmul_tflop_per_s": {name: rate / 1e12 for name, rate in limits.matmul.items()},
     }
-    rows: list[Row] = []
-
-    def save(complete: bool) -> None:
-        found = head | {"rows": [asdict(row) for row in rows]}
-        reports.save(args.out, found, complete=complete)
-
-    save(complete=False)
-    end = time.monotonic() + args.seconds
+    report, seconds = Rows(args.out, head), Seconds(args.seconds)
     gc.freeze()  # every capture collects garbage, and would look through all modules
     try:
         for case in (*cases(device, scale), *attention_cases(device, scale)):
-            in_time = time.monotonic() < end
-            rows.append(measure(case, limits) if in_time else failed(case, "not run: time was up"))
-            print(line(rows[-1]), flush=True)
-            save(complete=False)
+            in_time = seconds.left > 0
+            row = measure(case, limits) if in_time else failed(case, "not run: time was up")
+            print(line(row), flush=True)
+            report.add(row)
     finally:
         gc.unfreeze()
-    save(complete=True)
-    return 1 if any(row.error for row in rows) else 0
+    report.end()
+    return 1 if any(row.error for row in report.kept) else 0
 
 
 def measure(case: Case, limits: Limits) -> Row:

@@ -8,7 +8,6 @@ Each check is a row; one that fails or breaks hides no other. Models have random
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import platform
@@ -29,9 +28,9 @@ from transformers import PreTrainedModel
 
 from bench import random_models as shapes
 from bench.device_trace import Trace, trace
-from bench.reports import INTERRUPTED, facts, run
+from bench.on_gpu import begin
+from bench.reports import INTERRUPTED, run
 from bench.rounds import recordings
-from bench.rows import Rows, Seconds
 from tests.support.device import DEVICE as IN_NAME_ONLY
 from tests.support.device import Counts, Device
 from tests.support.recorder import Recording, set_up_as_on_cuda
@@ -343,32 +342,21 @@ def line(rows: list[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU")
-    parser.add_argument("--seconds", type=float, default=100, help="begin nothing after so long")
-    args = parser.parse_args(arguments)
-    if not (torch.cuda.is_available() or args.dry_run):
-        sys.exit("bench.smoke looks at a GPU; without one: --dry-run")
-    seconds = Seconds(args.seconds)
-    if args.dry_run:
-        torch.set_num_threads(1)
-    where = Where(torch.device("cpu") if args.dry_run else torch.device("cuda", 0))
-    arguments = sys.argv[1:] if arguments is None else arguments
-    report = Rows(args.out, facts("bench.smoke", arguments))
+    _, device, _, seconds, report = begin("bench.smoke", __doc__, arguments, seconds=100)
+    where = Where(device)
     status = 0
     try:
         for check in CHECKS:
             if seconds.left < 0:
                 print(f"left out, for want of time: {check.__name__}", flush=True)
                 continue
-            begin = time.perf_counter()
+            started = time.perf_counter()
             try:
                 row = check(where)
             except Exception as error:
                 traceback.print_exc()
                 row = Row(check.__name__, False, f"{type(error).__name__}: {error}"[:300])
-            row.seconds = time.perf_counter() - begin
+            row.seconds = time.perf_counter() - started
             verdict = "ok" if row.ok else "FAILED"
             print(f"{verdict:6} {row.name} ({row.seconds:.1f} s): {row.said}", flush=True)
             report.add(row)

@@ -246,6 +246,15 @@ def test_nothing_is_begun_when_time_is_up(
     assert "left out, for want of time: half_twice" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no GPU")
+@pytest.mark.parametrize("program", [bench.smoke, bench.end_to_end, bench.cohorts])
+def test_without_a_gpu_only_a_dry_run_begins(program: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    with pytest.raises(SystemExit, match=f"{program.__name__} looks at a GPU.* --dry-run"):
+        program.main(["--out", str(out)])
+    assert not out.exists()
+
+
 def test_rows_are_on_disk_as_soon_as_they_are_there(tmp_path: Path) -> None:
     out = tmp_path / "new" / "report.json"
     rows = Rows(out, {"said": "before"})
