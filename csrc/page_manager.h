@@ -252,17 +252,22 @@ private:
     // multiple of kRun, the last kRun pages are written down, page after page, when they are first
     // walked: what a page follows stays what it is as long as the page is in use. A run that follows
     // another one names it, so that there is one wait a run.
-    static constexpr std::int64_t kRun = 32;
+    static constexpr std::int64_t kRun = 16;
     static constexpr std::int32_t kNoRun = -1;
+    // The way back goes from run to run, so these lie close together, and their pages elsewhere.
     struct Run {
-        std::array<std::int32_t, kRun> pages;
         std::int32_t before;    // in runs_; kNoRun: nobody has walked there yet
         std::uint32_t use = 0;  // as which the pages are written down here
     };
     template <typename OnPage, typename OnRun>
     void walk(std::int32_t slot, std::int64_t begin, OnPage on_page, OnRun on_run) const;
+    void copy_run(std::int32_t run, std::int32_t* out) const;
     std::int32_t run_up_to(std::int32_t page) const;  // in runs_
     mutable std::vector<Run> runs_;
+    struct alignas(kRun * sizeof(std::int32_t)) RunPages {  // a line of the cache
+        std::array<std::int32_t, kRun> pages;
+    };
+    mutable std::vector<RunPages> run_pages_;  // of each of them
     mutable std::vector<std::int32_t> free_runs_;
 
     // Pages come in any order, so what is known of one lies together: one wait for memory a page.

@@ -53,12 +53,12 @@ void PageManager::check() const {
     cache_.check(counted);
     for (std::int32_t page = 0; page < num_pages(); ++page) {
         if (pages_[page].run == kNoRun || !(slots_with[page] > 0 || cache_.holds(page))) continue;
-        const Run& run = runs_[pages_[page].run];
+        const std::int32_t run = pages_[page].run;
         std::int32_t walked = page;
         for (std::int64_t i = kRun; i-- > 0; walked = pages_[walked].before) {
-            expect(run.pages[i] == walked, "pages were written down in another order");
+            expect(run_pages_[run].pages[i] == walked, "pages were written down in another order");
         }
-        expect(run.before == kNoRun || pages_[walked].run == run.before,
+        expect(runs_[run].before == kNoRun || pages_[walked].run == runs_[run].before,
                "a run follows another one");
     }
 

@@ -1,5 +1,6 @@
 // Tables of pages: a slot is its last page, so its others are found by walking back.
 #include <algorithm>
+#include <cstring>
 
 #include "page_manager.h"
 
@@ -32,11 +33,11 @@ void PageManager::walk(std::int32_t slot, std::int64_t begin, OnPage on_page, On
         end -= kRun;
         on_run(end - begin, run);
         if (end - begin < kRun) {
-            page = pages_[runs_[run].pages[0]].before;
+            page = pages_[run_pages_[run].pages[0]].before;
             break;
         }
         if (runs_[run].before == kNoRun) {
-            const std::int32_t before = run_up_to(pages_[runs_[run].pages[0]].before);
+            const std::int32_t before = run_up_to(pages_[run_pages_[run].pages[0]].before);
             runs_[run].before = before;
         }
         run = runs_[run].before;
@@ -44,11 +45,16 @@ void PageManager::walk(std::int32_t slot, std::int64_t begin, OnPage on_page, On
     for (; end > begin; page = pages_[page].before) on_page(--end - begin, page);
 }
 
+// Of a size known beforehand: a few moves, and no call.
+void PageManager::copy_run(std::int32_t run, std::int32_t* out) const {
+    std::memcpy(out, run_pages_[run].pages.data(), sizeof(RunPages));
+}
+
 void PageManager::copy_table(std::int32_t slot, std::int64_t begin, std::int32_t* out) const {
     walk(
         slot, begin, [&](std::int64_t index, std::int32_t page) { out[index] = page; },
         [&](std::int64_t index, std::int32_t run) {
-            std::ranges::copy(runs_[run].pages, out + index);
+            copy_run(run, out + index);
         });
 }
 
@@ -59,6 +65,7 @@ void PageManager::append_table(std::int32_t slot, std::int64_t begin, std::int64
         slot, begin,
         [&](std::int64_t index, std::int32_t page) { table.pages.push_back({place(index), page}); },
         [&](std::int64_t index, std::int32_t run) {
+            __builtin_prefetch(&run_pages_[run]);
             table.runs.push_back({place(index), run, runs_[run].use});
         });
 }
@@ -66,7 +73,7 @@ void PageManager::append_table(std::int32_t slot, std::int64_t begin, std::int64
 void PageManager::write_table(const Table& table, std::int32_t* out) const {
     for (const auto& [at, run, use] : table.runs) {
         if (runs_[run].use != use) throw PageMisuse("a table was written after its pages went");
-        std::ranges::copy(runs_[run].pages, out + at);
+        copy_run(run, out + at);
     }
     for (const auto& [at, page] : table.pages) out[at] = page;
 }
@@ -77,12 +84,13 @@ std::int32_t PageManager::run_up_to(std::int32_t page) const {
         if (free_runs_.empty()) {
             free_runs_.push_back(static_cast<std::int32_t>(runs_.size()));
             runs_.emplace_back();
+            run_pages_.emplace_back();
         }
-        Run& own = runs_[free_runs_.back()];
-        for (std::int64_t i = kRun; i-- > 0; page = pages_[page].before) own.pages[i] = page;
-        own.before = kNoRun;
         run = free_runs_.back();
         free_runs_.pop_back();
+        runs_[run].before = kNoRun;
+        auto& own = run_pages_[run].pages;
+        for (std::int64_t i = kRun; i-- > 0; page = pages_[page].before) own[i] = page;
     }
     return run;
 }
