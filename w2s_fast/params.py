@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from w2s_fast.errors import InvalidRequest
 
-Method = Literal["cbs", "bon", "sample"]
+Method = Literal["cbs", "bon", "sample", "beam", "fusion", "dynamic_fusion"]
+Proposal = Literal["base", "fusion", "dynamic_fusion"]
 Finished = Literal["hold", "replicate"]
 ScoreKind = Literal["sum", "mean"]
 
@@ -22,8 +23,12 @@ class SearchParams:
 
     Args:
         method: ``"cbs"`` chunk-level beam search; ``"bon"`` best-of-N: ``successors`` whole
-            responses, ranked by score; ``"sample"``: ``n`` independent samples, no guide runs.
-        beam_width: W, hypotheses kept after each round (``cbs``).
+            responses, ranked by score; ``"sample"``: ``n`` independent samples, no guide runs;
+            ``"beam"``: beam search of the base alone, by its own log-probs, nothing is drawn;
+            ``"fusion"``: ``n`` independent samples from the base's logits plus weighted
+            differences of the guides'; ``"dynamic_fusion"``: the same, with weights chosen anew
+            for every token.
+        beam_width: W, hypotheses kept after each round (``cbs``), or the beams (``beam``).
         successors: K, candidates sampled from each kept hypothesis; N of best-of-N.
         chunk_length: L, tokens a candidate samples in a round. None: a whole response.
         max_new_tokens: tokens of a response at most.
@@ -38,13 +43,24 @@ class SearchParams:
         stop: stop strings.
         stop_token_ids: a sampled token among these ends the response with ``"stop"``.
         ignore_eos: treat EOS as any other token.
-        n: hypotheses to return, best first: at most ``beam_width`` (``cbs``) or
-            ``successors`` (``bon``); any number for ``sample``.
+        n: hypotheses to return, best first: at most ``beam_width`` (``cbs``, ``beam``) or
+            ``successors`` (``bon``); any number for those that draw independent samples.
         trace: record every round's candidates in the result.
         finished: ``"hold"``: a finished hypothesis stays one candidate with its final score;
             ``"replicate"``: it is copied K times like any other, as the paper's code does.
         dedup: keep only the first of several candidates with the same tokens.
         score: ``"sum"`` of the log-ratios of all response tokens, or their ``"mean"``.
+        proposal: what candidates of ``cbs`` and ``bon`` are sampled from: the ``"base"``, or its
+            logits fused with the guides', as the methods of those names do. They are ranked by
+            the guides' score all the same.
+        beta: factor of each guide's logits in ``fusion``: one for all, or one a guide. None: the
+            guide's weight.
+        plausibility: alpha of contrastive decoding: tokens less likely under the base than this
+            share of its likeliest one are dropped before fusion. 0: off.
+        length_penalty: of ``beam``: its scores are log-probs over length to the power of this.
+        early_stopping: of ``beam``, as transformers has it: True ends when ``beam_width``
+            responses have ended, False where no better one is likely, ``"never"`` where none can
+            come.
 
     Raises:
         InvalidRequest: names the field, the value given and the values allowed.
@@ -68,6 +84,11 @@ class SearchParams:
     finished: Finished = "hold"
     dedup: bool = False
     score: ScoreKind = "sum"
+    proposal: Proposal = "base"
+    beta: float | Sequence[float] | None = None
+    plausibility: float = 0.0
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, get_args(Method))
@@ -83,13 +104,24 @@ class SearchParams:
         _check_number("temperature", self.temperature, 0.0, _FLOAT32_MAX, allowed)
         _check_number("top_p", self.top_p, 0.0, 1.0, "in (0, 1]", open_low=True)
         _check_number("min_p", self.min_p, 0.0, 1.0, "in [0, 1]")
+        _check_choice("proposal", self.proposal, get_args(Proposal))
+        if self.proposal != "base" and self.method not in ("cbs", "bon"):
+            raise _invalid("proposal", self.proposal, f"'base' for method {self.method!r}")
+        self._check_beta()
+        _check_number("plausibility", self.plausibility, 0.0, 1.0, "in [0, 1]")
+        _check_number(
+            "length_penalty", self.length_penalty, -_FLOAT32_MAX, _FLOAT32_MAX, "a finite number"
+        )
+        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+            raise _invalid("early_stopping", self.early_stopping, "True, False or 'never'")
         for name in ("ignore_eos", "trace", "dedup"):
             if not isinstance(getattr(self, name), bool):
                 raise _invalid(name, getattr(self, name), "True or False")
         self._check_stop()
-        limit = {"cbs": self.beam_width, "bon": self.successors}.get(self.method)
+        limits = {"cbs": self.beam_width, "beam": self.beam_width, "bon": self.successors}
+        limit = limits.get(self.method)
         if limit is not None and self.n > limit:
-            which = "beam_width" if self.method == "cbs" else "successors"
+            which = "successors" if self.method == "bon" else "beam_width"
             raise _invalid("n", self.n, f"at most {which} ({limit}) for method {self.method!r}")
 
     def _check_stop(self) -> None:
@@ -105,17 +137,42 @@ class SearchParams:
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, low=0)
 
+    def _check_beta(self) -> None:
+        allowed = "a finite number, a sequence of one for each guide, or None"
+        if self.beta is None:
+            return
+        if isinstance(self.beta, Sequence) and not isinstance(self.beta, str) and self.beta:
+            object.__setattr__(self, "beta", tuple(self.beta))
+            for one in self.betas or ():
+                _check_number("beta", one, -_FLOAT32_MAX, _FLOAT32_MAX, allowed)
+        else:
+            _check_number("beta", self.beta, -_FLOAT32_MAX, _FLOAT32_MAX, allowed)
+
+    @property
+    def betas(self) -> tuple[float, ...] | None:
+        """One beta for each guide, where they were given so."""
+        return self.beta if isinstance(self.beta, tuple) else None
+
+    @property
+    def fuses(self) -> Literal["fusion", "dynamic_fusion"] | None:
+        """How tokens are drawn from fused logits; None: they are not."""
+        if self.method in ("fusion", "dynamic_fusion"):
+            return "dynamic_fusion" if self.method == "dynamic_fusion" else "fusion"
+        return None if self.proposal == "base" else self.proposal
+
     @property
     def first_candidates(self) -> int:
         """Candidates sampled from the prompt in round 1."""
-        if self.method == "sample":
+        if self.method == "beam":
+            return self.beam_width
+        if self.method not in ("cbs", "bon"):
             return self.n
         return self.successors if self.method == "bon" else self.beam_width * self.successors
 
     @property
     def kept(self) -> int:
         """Candidates kept by a selection, at most."""
-        return self.beam_width if self.method == "cbs" else self.n
+        return self.beam_width if self.method in ("cbs", "beam") else self.n
 
     @property
     def rows(self) -> int:
@@ -125,13 +182,17 @@ class SearchParams:
     @property
     def tokens_per_round(self) -> int:
         """Tokens a candidate samples before the next selection, at most."""
+        if self.method == "beam":
+            return 1
         if self.method == "cbs" and self.chunk_length is not None:
             return min(self.chunk_length, self.max_new_tokens)
         return self.max_new_tokens
 
     @property
     def uses_guides(self) -> bool:
-        """Whether scores can matter: never for plain sampling, W = K = 1 included."""
+        """Whether guides run: never for plain sampling, W = K = 1 included."""
+        if self.fuses is not None:
+            return True
         if self.method == "cbs":
             return self.first_candidates > 1
         return self.method == "bon"
