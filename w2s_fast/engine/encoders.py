@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from w2s_fast.errors import InvalidRequest
-from w2s_fast.models import PagedModel, load_tokenizer
+from w2s_fast.models import ModelSource, PagedModel, load_tokenizer
 from w2s_fast.search import Guide
 from w2s_fast.text import PromptEncoder
 
 
-def templates_of(guides: Sequence[Guide]) -> list[str | None]:
+def templates_of(guides: Sequence[Guide]) -> list[tuple[str | None, str | None]]:
     """For each guide its tuned model's prompt template, and its untuned one's.
 
     Raises:
         InvalidRequest: what a guide has is neither one for both nor a pair; says which guide.
     """
-    found: list[str | None] = []
+    found: list[tuple[str | None, str | None]] = []
     for g, guide in enumerate(guides):
         given = guide.prompt_template
         if given is None or isinstance(given, str):
-            found += [given, given]
+            found.append((given, given))
         elif isinstance(given, (tuple, list)) and len(given) == 2:
-            found += given
+            found.append((given[0], given[1]))
         else:
             number = f" {g}" if len(guides) > 1 else ""
             raise InvalidRequest(
@@ -34,23 +34,20 @@ def templates_of(guides: Sequence[Guide]) -> list[str | None]:
     return found
 
 
-def tokenizers_of(
-    guides: Sequence[Guide], base: PreTrainedTokenizerBase | None
-) -> list[PreTrainedTokenizerBase | None]:
-    """For each guide its tuned model's tokenizer, and its untuned one's.
+def tokenizer_of(
+    source: ModelSource, base: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a guide's model: the one that lies with it.
 
-    Each is the one that lies with the model. Where none does, it is the base's; where it has no
-    chat template, it gets the base's. All are None if the base has none: prompts are token ids.
+    Where none does, it is the base's; where it has no chat template, it gets the base's. None if
+    the base has none: prompts are token ids.
     """
-    if base is None:
-        return [None] * (2 * len(guides))
-    found: list[PreTrainedTokenizerBase | None] = []
-    for source in (source for guide in guides for source in (guide.tuned, guide.untuned)):
-        own = load_tokenizer(source)
-        if own is not None and own.chat_template is None:
-            own.chat_template = base.chat_template
-        found.append(base if own is None else own)
-    return found
+    own = None if base is None else load_tokenizer(source)
+    if own is None or base is None:
+        return base
+    if own.chat_template is None:
+        own.chat_template = base.chat_template
+    return own
 
 
 def make_encoder(

@@ -137,8 +137,14 @@ class Engine:
                 max_rows=max_rows,
                 compile=compile,
             )
-            if self.guides:
-                score_graphs = ScoreGraphs(self.guides, graphs.recorder, max_rows=max_rows)
+            if self._models.of_guides:
+                score_graphs = ScoreGraphs(
+                    self.guides,
+                    self._models.models,
+                    graphs.recorder,
+                    max_rows=max_rows,
+                    vocab_size=self._models.vocab_size,
+                )
         self._search = Search(
             self.base,
             self.guides,
@@ -147,7 +153,7 @@ class Engine:
             score_graphs,
             ahead=graphs is not None or where.type == "cuda",
         )
-        self._scheduler = Scheduler(self.base, [guide.models for guide in self.guides], max_rows)
+        self._scheduler = Scheduler(self._search.models, max_rows)
         self._intake = Intake(self._models, self._scheduler)
         self.runner = Runner(self._search, self._scheduler)
         # Requests that one iteration has under way: more than can run, so that none ever waits for

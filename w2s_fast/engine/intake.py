@@ -37,22 +37,17 @@ class Intake:
         if isinstance(priority, bool) or not isinstance(priority, (int, np.integer)):
             raise InvalidRequest(f"priority is {priority!r}; allowed: an integer")
         with Hold(self._encoding):
-            ids = models.encoder.encode(prompt)
-            guide_ids = [
-                (tuned.encode(prompt), untuned.encode(prompt))
-                for tuned, untuned in models.guide_encoders
-                if params.uses_guides
-            ]
-        _check_prompt(models.base, ids, params.max_new_tokens)
-        for guide, both in zip(models.guides, guide_ids):
-            for model, own in zip(guide.models, both):
-                _check_prompt(model, own, params.max_new_tokens)
+            encoders = models.encoders if params.uses_guides else models.encoders[:1]
+            prompts = [encoder.encode(prompt) for encoder in encoders]
+        for model, own in zip(models.models, prompts):
+            _check_prompt(model, own, params.max_new_tokens)
         for token in params.stop_token_ids:
             if token >= models.vocab_size:
                 raise InvalidRequest(
                     f"stop_token_ids holds {token}; allowed: below {models.vocab_size}"
                 )
-        request = Request(ids, guide_ids, params, int(priority), models.eos_token_ids)
+        base, *of_guides = prompts
+        request = Request(base, of_guides, params, int(priority), models.eos_token_ids)
         self._scheduler.check(request)
         return request
 
@@ -71,7 +66,7 @@ class Intake:
 
     def _given(self, g: int, prompt: Prompt, response: str | Sequence[int]) -> Given:
         with Hold(self._encoding):
-            text = _encode_given(*self._models.guide_encoders[g], prompt, response)
+            text = _encode_given(self._models.encoders_of(g), prompt, response)
         models = self._models.guides[g].models
         for model, own in zip(models, text.prompts):
             _check_prompt(model, own, len(text.response))
@@ -102,17 +97,17 @@ def pair(
 
 
 def _encode_given(
-    tuned: PromptEncoder, untuned: PromptEncoder, prompt: Prompt, response: str | Sequence[int]
+    encoders: Sequence[PromptEncoder], prompt: Prompt, response: str | Sequence[int]
 ) -> Given:
-    """A text for a guide: its response has the same tokens for both models."""
-    before, after = tuned.encode_with_response(prompt, response)
-    other, same = untuned.encode_with_response(prompt, response)
-    if after != same:
+    """A text for a guide: its response has the same tokens for all of its models."""
+    texts = [encoder.encode_with_response(prompt, response) for encoder in encoders]
+    before, (after, *others) = [own for own, _ in texts], [own for _, own in texts]
+    if any(other != after for other in others):
         # For one of them a token may reach from the prompt into the response, and for the other,
         # which has a template, not. So the response stands by itself, as it does behind any ids.
-        after = tuned.encode_response(response)
-        before, other = tuned.encode(prompt), untuned.encode(prompt)
-    return Given((before, other), after)
+        after = encoders[0].encode_response(response)
+        before = [encoder.encode(prompt) for encoder in encoders]
+    return Given(before, after)
 
 
 def _check_prompt(model: PagedModel, prompt: Sequence[int], new: int) -> None:

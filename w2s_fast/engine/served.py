@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from w2s_fast.engine.encoders import make_encoder, templates_of, tokenizers_of
+from w2s_fast.engine.encoders import make_encoder, templates_of, tokenizer_of
 from w2s_fast.errors import MismatchedVocabulary
 from w2s_fast.models import (
     ModelSource,
@@ -36,28 +36,52 @@ _MAX_SLOTS = 4096
 
 @dataclass(frozen=True)
 class ServedModels:
-    """A base and its guides, each over pages of its own, and how prompts become their tokens.
+    """A base and its guides, each model over pages of its own, and how prompts become their tokens.
 
     Attributes:
+        models: all of them, each once, the base first.
+        encoders: for the prompts of each.
         tokenizer: the base's; None: prompts are token ids.
         vocab_size: of the vocabulary that all models share; ids from here on are padding.
         eos_token_ids: what ends a response.
-        encoder: for the base's prompts.
-        guide_encoders: for those of each guide, of its tuned and of its untuned model.
     """
 
-    base: PagedModel
+    models: list[PagedModel]
+    encoders: list[PromptEncoder]
     guides: list[PagedGuide]
     tokenizer: PreTrainedTokenizerBase | None
     vocab_size: int
     eos_token_ids: frozenset[int]
-    encoder: PromptEncoder
-    guide_encoders: list[tuple[PromptEncoder, PromptEncoder]]
+
+    @property
+    def base(self) -> PagedModel:
+        return self.models[0]
 
     @property
     def of_guides(self) -> list[PagedModel]:
-        """The models of all guides, tuned and untuned."""
-        return [model for guide in self.guides for model in guide.models]
+        """Those that only guides have."""
+        return self.models[1:]
+
+    def encoders_of(self, guide: int) -> list[PromptEncoder]:
+        """For the prompts of a guide's models."""
+        return [self.encoders[self.models.index(model)] for model in self.guides[guide].models]
+
+
+class _Role(NamedTuple):
+    """What a model is to do: two roles with the same model, tokenizer and template are one.
+
+    Attributes:
+        name: what errors call it.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    template: str | None
+
+    @property
+    def key(self) -> tuple[int, int, str | None]:
+        return id(self.model), id(self.tokenizer), self.template
 
 
 def serve_models(
@@ -77,7 +101,7 @@ def serve_models(
 ) -> ServedModels:
     """Load the models, and give each its pages; see :class:`w2s_fast.Engine` for the arguments.
 
-    A model that is named twice is loaded once.
+    A model that is named twice is loaded once; where its prompts are the same, it has pages once.
 
     Raises:
         UnsupportedModel: a model cannot be loaded or served.
@@ -86,24 +110,40 @@ def serve_models(
     """
     templates = templates_of(guides)
     loaded: dict[Any, PreTrainedModel] = {}
+    if tokenizer is None:
+        tokenizer = load_tokenizer(base)
+    tokenizers = {_key(base): tokenizer}
 
-    def load(source: ModelSource) -> PreTrainedModel:
-        key = id(source) if isinstance(source, PreTrainedModel) else str(source)
+    def role(name: str, source: ModelSource, template: str | None) -> _Role:
+        key = _key(source)
         if key not in loaded:
             loaded[key] = load_model(source, device, dtype)
-        return loaded[key]
+        if key not in tokenizers:
+            tokenizers[key] = tokenizer_of(source, tokenizer)
+        if not isinstance(source, PreTrainedModel):
+            name = f"{name} ({source})"
+        return _Role(name, loaded[key], tokenizers[key], template)
 
-    base_model = load(base)
-    pairs = [(load(guide.tuned), load(guide.untuned)) for guide in guides]
-    models = [base_model, *(model for pair in pairs for model in pair)]
-    max_pass_tokens, activations = _passes(models, max_pass_tokens, max_rows)
-    useful = _useful_tokens(base_model, max_rows)
-    tokens = kv_cache_tokens or kv_tokens_that_fit(models, useful, activations)
+    roles = [role("base", base, prompt_template)]
+    of_guides: list[list[_Role]] = []
+    for g, (guide, (of_tuned, of_untuned)) in enumerate(zip(guides, templates)):
+        number = f" {g}" if len(guides) > 1 else ""
+        own = [role(f"tuned{number}", guide.tuned, of_tuned)]
+        if guide.untuned is not None:
+            own.append(role(f"untuned{number}", guide.untuned, of_untuned))
+        of_guides.append(own)
+        roles += own
+    distinct = {role.key: role for role in reversed(roles)}  # the first of each
+    roles = [role for role in roles if distinct[role.key] is role]
 
-    def page(model: PreTrainedModel, role: str, source: ModelSource) -> PagedModel:
-        return PagedModel(
-            model,
-            role if isinstance(source, PreTrainedModel) else f"{role} ({source})",
+    weights = [role.model for role in roles]
+    max_pass_tokens, activations = _passes(weights, max_pass_tokens, max_rows)
+    useful = _useful_tokens(roles[0].model, max_rows)
+    tokens = kv_cache_tokens or kv_tokens_that_fit(weights, useful, activations)
+    models = [
+        PagedModel(
+            role.model,
+            role.name,
             kv_cache_tokens=tokens,
             page_size=page_size,
             max_slots=_MAX_SLOTS,
@@ -111,58 +151,47 @@ def serve_models(
             attention=attention,
             max_pass_tokens=max_pass_tokens,
         )
-
-    if tokenizer is None:
-        tokenizer = load_tokenizer(base)
-    paged_base = page(base_model, "base", base)
-    paged = []
-    for g, (guide, (tuned, untuned)) in enumerate(zip(guides, pairs)):
-        number = f" {g}" if len(guides) > 1 else ""
-        paged.append(
-            (
-                page(tuned, f"tuned{number}", guide.tuned),
-                page(untuned, f"untuned{number}", guide.untuned),
-            )
-        )
-    of_guides = [model for pair in paged for model in pair]
-    tokenizers = tokenizers_of(guides, tokenizer)
-    vocab_size = _shared_vocabulary(paged_base, tokenizer, of_guides, tokenizers)
-    if tokenizer is not None and (gaps := ids_without_token(tokenizer, vocab_size)):
-        for model in (paged_base, *of_guides):
-            model.forbid(gaps)
-    encoders = [
-        make_encoder(model, own, template, vocab_size)
-        for model, own, template in zip(of_guides, tokenizers, templates)
+        for role in roles
     ]
+    paged = dict(zip((role.key for role in roles), models))
+    vocab_size = _shared_vocabulary(models, [role.tokenizer for role in roles])
+    if tokenizer is not None and (gaps := ids_without_token(tokenizer, vocab_size)):
+        for model in models:
+            model.forbid(gaps)
+    pairs = [[paged[role.key] for role in own] for own in of_guides]
 
     return ServedModels(
-        base=paged_base,
+        models=models,
+        encoders=[
+            make_encoder(model, role.tokenizer, role.template, vocab_size)
+            for model, role in zip(models, roles)
+        ],
         guides=[
-            PagedGuide(tuned, untuned, guide.weight, vocab_size)
-            for guide, (tuned, untuned) in zip(guides, paged)
+            PagedGuide(own[0], own[1] if len(own) > 1 else None, guide.weight, vocab_size)
+            for guide, own in zip(guides, pairs)
         ],
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        eos_token_ids=frozenset(eos_token_ids(base_model, tokenizer)),
-        encoder=make_encoder(paged_base, tokenizer, prompt_template, vocab_size),
-        guide_encoders=list(zip(encoders[::2], encoders[1::2])),
+        eos_token_ids=frozenset(eos_token_ids(roles[0].model, tokenizer)),
     )
 
 
+def _key(source: ModelSource) -> Any:
+    """Equal for what is the same model."""
+    return id(source) if isinstance(source, PreTrainedModel) else str(source)
+
+
 def _shared_vocabulary(
-    base: PagedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    models: Sequence[PagedModel],
-    tokenizers: Sequence[PreTrainedTokenizerBase | None],
+    models: Sequence[PagedModel], tokenizers: Sequence[PreTrainedTokenizerBase | None]
 ) -> int:
     """The size of the vocabulary that all models share. MismatchedVocabulary if they do not.
 
-    ``models``: those of the guides, and ``tokenizers``: theirs.
+    ``models``: the base first. ``tokenizers``: theirs.
     """
-    size = base.vocab_size
+    tokenizer, size = tokenizers[0], models[0].vocab_size
     if tokenizer is not None:
         size = min(size, tokenizer_size(tokenizer))
-        for model, own in zip(models, tokenizers):
+        for model, own in zip(models[1:], tokenizers[1:]):
             if own is not None and own is not tokenizer:
                 check_same_vocabulary(tokenizer, own, model.name)
             if model.vocab_size < size:
@@ -170,7 +199,7 @@ def _shared_vocabulary(
                     f"{model.name} has logits for {model.vocab_size} tokens, but the base's "
                     f"vocabulary has {size}"
                 )
-    return min([size, *(model.vocab_size for model in models)])
+    return min([size, *(model.vocab_size for model in models[1:])])
 
 
 def _passes(
@@ -179,7 +208,7 @@ def _passes(
     """Tokens of a pass, and bytes that passes and padded heads need: measured on CUDA, where they
     count.
 
-    ``models``: the base, and each guide's. On a CPU pages leave far more than that.
+    ``models``: the base, and those of the guides. On a CPU pages leave far more than that.
     """
     device = models[0].device
     if device.type != "cuda":

@@ -48,7 +48,7 @@ def rehearse(runner: Runner, search: Search, scheduler: Scheduler, vocab_size: i
     params = _USUAL if guides else _ALONE
 
     def request() -> Request:
-        return Request(prompt, [(prompt, prompt)] * len(guides), params)
+        return Request(prompt, [prompt] * (len(search.models) - 1) if guides else [], params)
 
     try:
         scheduler.check(request())
@@ -63,12 +63,10 @@ def rehearse(runner: Runner, search: Search, scheduler: Scheduler, vocab_size: i
 
 
 def _rooms(search: Search, request: Request) -> list[Room]:
-    base, *of_guides = search.models
-    rows = request.rows
-    rooms = [(base, pages_at_most(request, None, base.pool.page_size))]
-    for i, model in enumerate(of_guides):
-        rooms.append((model, pages_at_most(request, divmod(i, 2), model.pool.page_size)))
-    return [Room(model.pool, pages, rows) for model, pages in rooms]
+    return [
+        Room(model.pool, pages_at_most(request, m, model.pool.page_size), request.rows)
+        for m, model in enumerate(search.models[: len(request.prompts)])
+    ]
 
 
 @contextmanager

@@ -17,8 +17,7 @@ who comes joins the one that has fewer.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
 from heapq import merge
 from itertools import accumulate
 from operator import attrgetter
@@ -29,7 +28,7 @@ from w2s_fast.cache import PagePool
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
 from w2s_fast.scheduling.cohorts import one_cohort
-from w2s_fast.scheduling.footprint import OfGuide, pages_at_most
+from w2s_fast.scheduling.footprint import pages_at_most
 from w2s_fast.search import Request
 
 # How many steps a request of one priority waits for those of the next higher one.
@@ -65,26 +64,19 @@ class Room(NamedTuple):
         return self.pool.free_pages >= self.pages and self.pool.free_slots >= self.slots
 
 
-@dataclass
-class _Share:
-    model: PagedModel
-    guide: OfGuide | None  # whose prompt it runs; None: the base's
-
-
 class Scheduler:
     """All requests that have come and not ended: those that wait, and those that run."""
 
-    def __init__(
-        self, base: PagedModel, guides: Iterable[tuple[PagedModel, PagedModel]], max_rows: int
-    ) -> None:
-        """``max_rows``: rows of a decoding step; one request alone may have more."""
+    def __init__(self, models: Sequence[PagedModel], max_rows: int) -> None:
+        """Over the models of a search, the base first.
+
+        ``max_rows``: rows of a decoding step; one request alone may have more.
+        """
         self.max_rows = max_rows
         self.waiting: list[Request] = []  # the most urgent first
         self.running: list[Request] = []
-        self._shares = [_Share(base, None)]
-        for g, models in enumerate(guides):
-            self._shares += [_Share(model, (g, m)) for m, model in enumerate(models)]
-        pools = [share.model.pool for share in self._shares]
+        self._models = list(models)
+        pools = [model.pool for model in models]
         self._pages = [pool.num_pages for pool in pools]
         self._headroom = [pages // _HEADROOM for pages in self._pages]
         self._page_sizes = [pool.page_size for pool in pools]
@@ -97,13 +89,13 @@ class Scheduler:
         Raises:
             InvalidRequest: names the model, what is needed and what there is.
         """
-        for share in self._shares_of(request):
-            pool = share.model.pool
-            needed = pages_at_most(request, share.guide, pool.page_size)
+        for m, model in enumerate(self._models[: 1 if not request.uses_guides else None]):
+            pool = model.pool
+            needed = pages_at_most(request, m, pool.page_size)
             if needed > pool.num_pages:
                 raise InvalidRequest(
                     f"the request can need {needed * pool.page_size} tokens of KV cache in "
-                    f"{share.model.name}, which has {pool.num_pages * pool.page_size}; allowed: a "
+                    f"{model.name}, which has {pool.num_pages * pool.page_size}; allowed: a "
                     "shorter prompt, fewer candidates or new tokens, or a larger kv_cache_tokens"
                 )
             if request.rows > pool.manager.max_slots:
@@ -236,8 +228,8 @@ class Scheduler:
             for request in self.running
             if not request.in_round
             and any(
-                pages and any(share.model.pool is pool for pool in missing)
-                for pages, share in zip(request.promised, self._shares)
+                pages and any(model.pool is pool for pool in missing)
+                for pages, model in zip(request.promised, self._models)
             )
         ]
         if not between:
@@ -250,10 +242,6 @@ class Scheduler:
 
     def _wait(self, request: Request) -> None:
         insort(self.waiting, request, key=_urgency)
-
-    def _shares_of(self, request: Request) -> list[_Share]:
-        guides = request.uses_guides
-        return [share for share in self._shares if share.guide is None or guides]
 
 
 _urgency: Callable[[Request], tuple[int, int]] = attrgetter("urgency")

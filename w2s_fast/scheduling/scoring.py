@@ -25,23 +25,20 @@ class Given(NamedTuple):
     """A text to be scored, as token ids of one guide; none of them is empty.
 
     Attributes:
-        prompts: of its tuned and of its untuned model.
-        response: behind either of them.
+        prompts: of each of its models.
+        response: behind any of them.
     """
 
-    prompts: tuple[list[int], list[int]]
+    prompts: list[list[int]]
     response: list[int]
 
-    def pages(self, page_size: int) -> tuple[int, int]:
+    def pages(self, page_size: int) -> list[int]:
         """Pages that it holds in each model once it is scored; its last token is not run."""
-        tuned, untuned = (
-            -(-(len(prompt) - 1 + len(self.response)) // page_size) for prompt in self.prompts
-        )
-        return tuned, untuned
+        return [-(-(len(prompt) - 1 + len(self.response)) // page_size) for prompt in self.prompts]
 
 
 def check_room(models: Sequence[PagedModel], text: Given) -> None:
-    """Whether the text could be scored in both models of its guide if nothing else ran.
+    """Whether the text could be scored in all models of its guide if nothing else ran.
 
     Raises:
         InvalidRequest: names the model, what is needed and what there is.
@@ -70,15 +67,17 @@ def score_given(runner: Runner, guide: PagedGuide, texts: Sequence[Given]) -> li
         with runner.turn_with(rooms):
             slots = guide.prefill(prompts)
             before = [[prompt[-1] for prompt in own] for own in prompts]
-            tuned, untuned = guide.append(slots, before, [text.response for text in batch])
+            found = guide.append(slots, before, [text.response for text in batch])
             guide.release(slots)
         counts = [len(text.response) for text in batch]
-        for model, logprobs in zip(guide.models, (tuned, untuned)):
+        for model, logprobs in zip(guide.models, found):
             for own in torch.split(logprobs.cpu(), counts):
                 if not own.isfinite().all():
                     raise NumericalError.at(model.name, int(own.isfinite().long().argmin()))
-        ratios = torch.split(tuned.double() - untuned.double(), counts)
-        scores += [guide.weight * float(own.sum()) for own in ratios]
+        ratios = found[0].double()
+        if len(found) > 1:
+            ratios = ratios - found[1].double()
+        scores += [guide.weight * float(own.sum()) for own in torch.split(ratios, counts)]
     return scores
 
 

@@ -1,6 +1,6 @@
 """Guides: a pair of small models whose log-probability difference says what is better.
 
-:class:`Guide` is what a caller writes; :class:`PagedGuide` is what runs. Each of its two models
+:class:`Guide` is what a caller writes; :class:`PagedGuide` is what runs. Each of its models
 keeps its KV one token behind the text: the log-prob of a chunk's first token needs the hidden
 state of the token before it, so a chunk of L tokens costs exactly L forwarded tokens.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -27,9 +27,15 @@ from w2s_fast.search.beginnings import prefill
 class Guide:
     """A tuned small model and its untuned starting point (path, hub id or loaded model).
 
+    A model that is named more than once, the base included, is loaded once. Where it has the same
+    prompts in all of its places, it also runs once.
+
     Args:
-        tuned: the model that prefers what is wanted.
-        untuned: the model it was tuned from; same vocabulary.
+        tuned: the model that prefers what is wanted. The base, with a smaller one as untuned, is
+            contrastive decoding (arXiv 2210.15097).
+        untuned: the model it was tuned from; same vocabulary. None: the tuned one's log-probs
+            alone are the score, as of a reward model that speaks per token (GenARM,
+            arXiv 2410.08193).
         weight: factor of its score; guides' scores are added.
         prompt_template: text around every plain prompt of this guide, ``{prompt}`` in it: one for
             both models, or a pair (for tuned, for untuned), in which None is no template. Chat
@@ -38,16 +44,9 @@ class Guide:
     """
 
     tuned: ModelSource
-    untuned: ModelSource
+    untuned: ModelSource | None
     weight: float = 1.0
     prompt_template: str | tuple[str | None, str | None] | None = None
-
-
-class TokenLogprobs(NamedTuple):
-    """Log-probs of the same T tokens under both models of a guide, float32 [T] each."""
-
-    tuned: Tensor
-    untuned: Tensor
 
 
 class ChunkRows(NamedTuple):
@@ -68,53 +67,58 @@ class ChunkRows(NamedTuple):
 # What the tuned and the untuned model leave of their log-probs.
 GuidePartials: TypeAlias = tuple[Partials, Partials]
 
+T = TypeVar("T")
+
 
 class PagedGuide:
-    """A guide at work: its two models, each over its own pages.
+    """A guide at work: its models, each over pages that others may use, too.
 
-    Sequences are named by slots of shape int32 [2, S]: row 0 in the tuned model's pool, row 1 in
-    the untuned one's.
+    Sequences are named by slots of shape int32 [M, S]: row 0 in the tuned model's pool, row 1 in
+    the untuned one's, if there is one.
+
+    Attributes:
+        models: the tuned, and the untuned one.
     """
 
     def __init__(
-        self, tuned: PagedModel, untuned: PagedModel, weight: float, vocab_size: int
+        self, tuned: PagedModel, untuned: PagedModel | None, weight: float, vocab_size: int
     ) -> None:
         """``vocab_size``: ids from here on are padding, outside of both softmaxes."""
-        self.models = (tuned, untuned)
+        self.models = (tuned,) if untuned is None else (tuned, untuned)
         self.weight = weight
         self.vocab_size = vocab_size
-        # A chunk is too little work to fill a GPU, so both models run at once.
         self._lane = Lane(tuned.device)
 
     def prefill(self, prompts: Sequence[Sequence[Sequence[int]]]) -> Int32Array:
-        """New slots int32 [2, S] that hold all but the last token of each prompt (>= 1 token).
+        """New slots int32 [M, S] that hold all but the last token of each prompt (>= 1 token).
 
-        ``prompts``: S for the tuned model, and S for the untuned one.
+        ``prompts``: S for each model.
 
         What the prefix cache has of a prompt is not run again, and with a prefix cache, what
         several of a model's prompts begin with is run once.
         """
-        tuned, untuned = self.models
-        texts = [[prompt[:-1] for prompt in own] for own in prompts]
-        first = prefill(tuned, texts[0])
+        slots: list[Int32Array] = []
         try:
-            return np.stack([first, prefill(untuned, texts[1])])
+            for model, own in zip(self.models, prompts):
+                slots.append(prefill(model, [prompt[:-1] for prompt in own]))
         except BaseException:
-            tuned.pool.release(first)
+            for model, held in zip(self.models, slots):
+                model.pool.release(held)
             raise
+        return np.stack(slots)
 
     def append(
         self, slots: Int32Array, before: Sequence[Sequence[int]], chunks: Sequence[Sequence[int]]
-    ) -> TokenLogprobs:
+    ) -> list[Tensor]:
         """Score new tokens, and append all but the last of each chunk to the KV.
 
         Args:
-            slots: int32 [2, S].
+            slots: int32 [M, S].
             before: for each model S tokens, each the last one before its chunk (not in the KV yet).
-            chunks: S chunks of at least one token, the same for both models.
+            chunks: S chunks of at least one token, the same for all models.
 
         Returns:
-            The log-probs of the chunks' tokens, one chunk after the other.
+            For each model the log-probs of the chunks' tokens, one chunk after the other.
         """
         device = self.models[0].device
         targets = torch.tensor([token for chunk in chunks for token in chunk], device=device)
@@ -123,45 +127,98 @@ class PagedGuide:
             for own in before
         ]
         rows = [ChunkRows(own, tokens) for own, tokens in zip(slots, inputs)]
-        partials = self.score(targets, [len(chunk) for chunk in chunks], rows)
-        return TokenLogprobs(*(own.logprobs() for own in partials))
-
-    def score(self, targets: Tensor, counts: Ints, rows: Sequence[ChunkRows]) -> GuidePartials:
-        """The same for chunks that are laid out; what is left of their log-probs.
-
-        Args:
-            targets: int64 [T], the tokens of S chunks. counts: S, how many each has, at least one.
-            rows: for each model.
-        """
-
-        def run(m: int) -> Partials:
-            model, (slots, inputs, tree, copies) = self.models[m], rows[m]
-            found = [
-                model.token_partials(hidden, targets[part.tokens], self.vocab_size)
-                for part, hidden in forward_in_passes(model, slots, inputs, counts, tree, copies)
-            ]
-            if len(found) == 1:
-                return found[0]
-            # Merged, for they are of as many splits as their passes have chosen.
-            return Partials.of_logprobs(torch.cat([own.logprobs() for own in found]))
-
-        return self.both(run)
-
-    def both(self, run: Callable[[int], Partials]) -> GuidePartials:
-        """What ``run`` finds for the tuned model, 0, and the untuned one, 1: side by side."""
-        try:
-            with self._lane.beside():
-                tuned = run(0)
-            untuned = run(1)
-        finally:
-            self._lane.join()
-        return tuned, untuned
+        counts = [len(chunk) for chunk in chunks]
+        partials = score_chunks(self.models, self._lane, targets, counts, rows, self.vocab_size)
+        return [own.logprobs() for own in partials]
 
     def release(self, slots: Int32Array) -> None:
-        """Give slots int32 [2, S] back."""
+        """Give slots int32 [M, S] back."""
         for model, own in zip(self.models, slots):
             model.pool.release(own)
 
     def join(self) -> None:
         """What runs from now on comes after all that was launched, also where that was cut off."""
         self._lane.join()
+
+
+def score_chunks(
+    models: Sequence[PagedModel],
+    lane: Lane,
+    targets: Tensor,
+    counts: Ints,
+    rows: Sequence[ChunkRows],
+    vocab_size: int,
+) -> list[Partials]:
+    """What each model leaves of the log-probs of chunks; all but their last tokens are appended.
+
+    Args:
+        targets: int64 [T], the tokens of S chunks. counts: S, how many each has, at least one.
+        rows: for each model. vocab_size: ids from here on are padding.
+    """
+
+    def run(m: int) -> Partials:
+        model, (slots, inputs, tree, copies) = models[m], rows[m]
+        found = [
+            model.token_partials(hidden, targets[part.tokens], vocab_size)
+            for part, hidden in forward_in_passes(model, slots, inputs, counts, tree, copies)
+        ]
+        if len(found) == 1:
+            return found[0]
+        # Merged, for they are of as many splits as their passes have chosen.
+        return Partials.of_logprobs(torch.cat([own.logprobs() for own in found]))
+
+    return two_at_a_time(lane, len(models), run)
+
+
+def two_at_a_time(lane: Lane, count: int, run: Callable[[int], T]) -> list[T]:
+    """What ``run`` finds for 0, 1, ... ``count`` - 1, each second one beside the one before it.
+
+    A chunk is too little work for one model to fill a GPU.
+    """
+    found: list[T] = []
+    for first in range(0, count, 2):
+        try:
+            with lane.beside():
+                found.append(run(first))
+            if first + 1 < count:
+                found.append(run(first + 1))
+        finally:
+            lane.join()
+    return found
+
+
+class Places(NamedTuple):
+    """Where a guide's models stand among those of a search: 0 is the base; None: it has none."""
+
+    tuned: int
+    untuned: int | None
+
+
+def places_of(guides: Sequence[PagedGuide], models: Sequence[PagedModel]) -> list[Places]:
+    """Of each guide; ``models``: of :func:`distinct_models`."""
+    at = {model: place for place, model in enumerate(models)}
+    found = ([at[model] for model in guide.models] for guide in guides)
+    return [Places(own[0], own[1] if len(own) > 1 else None) for own in found]
+
+
+def partials_of(
+    places: Sequence[Places], partials: Sequence[Partials], logprobs: Tensor
+) -> list[GuidePartials]:
+    """Those of each guide.
+
+    Args:
+        partials: of all models but the base. logprobs: float32 [T], the base's of the same tokens.
+    """
+
+    def at(place: int | None) -> Partials:
+        if place is None:
+            return Partials.of_logprobs(torch.zeros_like(logprobs))
+        return Partials.of_logprobs(logprobs) if place == 0 else partials[place - 1]
+
+    return [(at(tuned), at(untuned)) for tuned, untuned in places]
+
+
+def distinct_models(base: PagedModel, guides: Sequence[PagedGuide]) -> list[PagedModel]:
+    """The base, and behind it the guides' other models, each once."""
+    models = [base, *(model for guide in guides for model in guide.models)]
+    return list(dict.fromkeys(models))

@@ -11,11 +11,11 @@ from torch import Tensor
 from w2s_fast._pages import ScoringLayout, fork_beams, held_slots
 from w2s_fast.attention import Columns, RowTree, host_buffer
 from w2s_fast.cache import NO_COPIES, Int32Array
-from w2s_fast.decoding import Draws
+from w2s_fast.decoding import Draws, Lane
 from w2s_fast.kernels.score_select import score_select
 from w2s_fast.models import PagedModel
 from w2s_fast.search.entrance import enter
-from w2s_fast.search.guide import ChunkRows, PagedGuide
+from w2s_fast.search.guide import ChunkRows, PagedGuide, partials_of, places_of, score_chunks
 from w2s_fast.search.request import Request
 from w2s_fast.search.score_graphs import ScoreGraphs
 from w2s_fast.search.selection import Selection
@@ -24,18 +24,23 @@ from w2s_fast.search.selection import Selection
 class GuideSide:
     """Scores candidates in the guides."""
 
-    def __init__(self, guides: Sequence[PagedGuide], graphs: ScoreGraphs | None = None) -> None:
-        """``graphs``: recorded selections of these guides."""
+    def __init__(
+        self,
+        guides: Sequence[PagedGuide],
+        models: Sequence[PagedModel],
+        vocab_size: int,
+        graphs: ScoreGraphs | None = None,
+    ) -> None:
+        """With the models of a search, the base first. ``vocab_size``: ids from here on are
+        padding. ``graphs``: recorded selections of these guides."""
         self.guides = list(guides)
+        self.places = places_of(guides, models)
+        self.weights = [guide.weight for guide in guides]
+        self._vocab_size = vocab_size
         self._graphs = graphs
-        self._weights = [guide.weight for guide in guides]
-        # Of each model its guide, whether it is the untuned one, its place among the models of a
-        # request's beams, and itself.
-        self._models = [
-            (g, m, 1 + 2 * g + m, model)
-            for g, guide in enumerate(guides)
-            for m, model in enumerate(guide.models)
-        ]
+        self._device = models[0].device
+        self._lane = Lane(self._device)
+        self._models = list(enumerate(models))[1:]  # by their places
 
     def prefill(self, requests: Sequence[Request], most: list[int]) -> set[Request]:
         """Run texts of requests that cannot be scored, or go on, before they stand.
@@ -51,8 +56,8 @@ class GuideSide:
         waiting: set[Request] = set()
         if not requests:
             return waiting
-        for g, m, index, model in self._models:
-            prompts = [request.guide_prompts[g][m] for request in requests]
+        for index, model in self._models:
+            prompts = [request.prompts[index] for request in requests]
             entered = enter(model, index, requests, prompts, most[index])
             most[index] = entered.left
             waiting.update(entered.waiting)
@@ -62,11 +67,11 @@ class GuideSide:
         """Let later requests find these prompts in the guides, too."""
         if not requests:
             return
-        for g, m, index, model in self._models:
+        for index, model in self._models:
             # The first child has its parent's pages.
             model.pool.remember(
                 [request.beams.slot_of_first(index) for request in requests],
-                [request.guide_prompts[g][m][:-1] for request in requests],
+                [request.prompts[index][:-1] for request in requests],
             )
 
     def score(
@@ -88,13 +93,13 @@ class GuideSide:
         beams = [request.beams for request in requests]
         copies = [
             NO_COPIES if again else fork_beams(beams, model.pool.manager, index)
-            for _, _, index, model in self._models
+            for index, model in self._models
         ]
         layout = ScoringLayout(
             beams,
             [request.beams for request in drawing],
             0 if drawn is None else len(drawn),
-            self._weights,
+            self.weights,
         )
         if not again and self._graphs is not None:
             replayed = self._graphs.run(layout, drawn, copies)
@@ -108,7 +113,7 @@ class GuideSide:
         """The same where the models run by themselves."""
         laid_out = layout.rows
         if again:
-            for (slots, _, held), (*_, model) in zip(laid_out, self._models):
+            for (slots, _, held), (_, model) in zip(laid_out, self._models):
                 model.pool.truncate(slots, held)
         columns = self._columns(layout)
         tokens, logprobs = columns.pop("tokens"), columns.pop("logprobs")
@@ -126,29 +131,34 @@ class GuideSide:
             )
             for m, (slots, tree, _) in enumerate(laid_out)
         ]
-        counts = layout.counts
-        partials = [
-            guide.score(new, counts, rows[2 * g : 2 * g + 2]) for g, guide in enumerate(self.guides)
-        ]
+        partials = score_chunks(
+            [model for _, model in self._models],
+            self._lane,
+            new,
+            layout.counts,
+            rows,
+            self._vocab_size,
+        )
+        own = logprobs.index_select(0, targets)
+        guides = partials_of(self.places, partials, own)
         rounds, candidates, *_, max_candidates, max_width = layout.sizes
         packed = score_select(
-            partials,
+            guides,
             tokens=new,
-            logprobs=logprobs.index_select(0, targets),
+            logprobs=own,
             **columns,
             max_candidates=max_candidates,
             max_width=max_width,
         )
         shape = (rounds, candidates, len(new), max_width)
-        return Selection(packed, shape, layout.cu_tokens, partials)
+        return Selection(packed, shape, layout.cu_tokens, guides)
 
     def _columns(self, layout: ScoringLayout) -> dict[str, Tensor]:
         """All columns of a selection, in one copy to the device."""
-        device = self.guides[0].models[0].device
         columns = Columns(layout.columns)
-        buffer = host_buffer(columns.nbytes, device)
+        buffer = host_buffer(columns.nbytes, self._device)
         layout.write(buffer.numpy(), columns.offsets, columns.items, layout.num_drawn, [])
-        return columns.cut(buffer.to(device, non_blocking=True))
+        return columns.cut(buffer.to(self._device, non_blocking=True))
 
     def first_broken(self, selection: Selection, token: int) -> PagedModel:
         """The first model whose log-prob of a token is not finite."""
@@ -162,7 +172,10 @@ class GuideSide:
     def keep_only(self, requests: Sequence[Request]) -> None:
         """Give back every slot of the guides that none of these requests holds."""
         beams = [request.beams for request in requests]
+        self._lane.join()
+        if self._graphs is not None:
+            self._graphs.join()
         for guide in self.guides:
             guide.join()
-        for _, _, index, model in self._models:
+        for index, model in self._models:
             model.pool.release_others(held_slots(beams, index))

@@ -24,24 +24,23 @@ class Request:
     def __init__(
         self,
         prompt: Sequence[int],
-        guide_prompts: Sequence[tuple[Sequence[int], Sequence[int]]],
+        guide_prompts: Sequence[Sequence[int]],
         params: SearchParams,
         priority: int = 0,
         eos_ids: Collection[int] = (),
     ) -> None:
-        """``prompt``: the base's tokens, at least one; ``guide_prompts``: for each guide those of
-        its tuned model and those of its untuned one.
+        """``prompt``: the base's tokens, at least one; ``guide_prompts``: those of each other model
+        of the search, in their order; none if no guide runs.
 
         ``priority``: the lower, the sooner. ``eos_ids``: what ends a response, unless it is to be
         ignored.
         """
-        self.prompt = list(prompt)
-        self.guide_prompts = [(list(tuned), list(untuned)) for tuned, untuned in guide_prompts]
+        self.prompts = [list(prompt), *map(list, guide_prompts)]  # of each model that runs
         self.params = params
         self.priority = priority
         self.beams = Beams(
             self.prompt,
-            [(len(own), own[-1]) for guide in self.guide_prompts for own in guide],
+            [(len(own), own[-1]) for own in self.prompts[1:]],
             # More would not fit anywhere: the scheduler refuses it.
             first_candidates=min(params.first_candidates, _INT32_MAX),
             width=min(params.kept, _INT32_MAX),
@@ -75,6 +74,11 @@ class Request:
         self.listener: Callable[[], None] | None = None
         self.error: W2SFastError | None = None
         self.ended = False  # its pages are free, and its result can be read
+
+    @property
+    def prompt(self) -> list[int]:
+        """The base's."""
+        return self.prompts[0]
 
     @property
     def done(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -30,6 +29,7 @@ from w2s_fast.cache import Int32Array
 from w2s_fast.decoding import (
     MOST_NEW,
     Draws,
+    Lane,
     PassGraphs,
     Recorder,
     Recordings,
@@ -41,7 +41,13 @@ from w2s_fast.kernels.linear_logprob_partials import Partials
 from w2s_fast.kernels.score_select import packed_words, score_select
 from w2s_fast.kernels.select_beams import MAX_CANDIDATES
 from w2s_fast.models import PagedModel, run_body
-from w2s_fast.search.guide import PagedGuide
+from w2s_fast.search.guide import (
+    GuidePartials,
+    PagedGuide,
+    partials_of,
+    places_of,
+    two_at_a_time,
+)
 from w2s_fast.search.selection import Selection
 
 # Ids that end a response, of a round, for which there is room in the smallest bucket.
@@ -75,7 +81,7 @@ class _Scoring:
     """A selection of one bucket.
 
     Attributes:
-        bucket: its own. guides: whose models run.
+        bucket: its own. scorer: whose models run.
         plans: of each model, within ``buffer`` uint8 [nbytes].
         columns: what travels beside them, by name.
         drawn: tokens as they were drawn. packed: what comes out, int64 [n].
@@ -83,7 +89,7 @@ class _Scoring:
     """
 
     bucket: _Bucket
-    guides: Sequence[PagedGuide]
+    scorer: ScoreGraphs
     buffer: Tensor
     nbytes: int
     plans: list[StaticPlan]
@@ -110,15 +116,12 @@ class _Scoring:
         new = tokens.index_select(0, targets)
         inputs = [columns.pop(f"inputs{m}") for m in range(len(self.plans))]
 
-        partials = []
-        for g, guide in enumerate(self.guides):
-            plans = self.plans[2 * g : 2 * g + 2]
-            chunks = [tokens.index_select(0, own) for own in inputs[2 * g : 2 * g + 2]]
-            partials.append(guide.both(partial(_run, guide, plans, chunks, new)))
+        chunks = [tokens.index_select(0, own) for own in inputs]
+        own = logprobs.index_select(0, targets)
         packed = score_select(
-            partials,
+            self.scorer.run_models(self.plans, chunks, new, own),
             tokens=new,
-            logprobs=logprobs.index_select(0, targets),
+            logprobs=own,
             **columns,
             max_candidates=self.bucket.max_candidates,
             max_width=self.bucket.max_width,
@@ -126,27 +129,30 @@ class _Scoring:
         self.packed.copy_(packed)
 
 
-def _run(
-    guide: PagedGuide, plans: Sequence[StaticPlan], chunks: Sequence[Tensor], new: Tensor, m: int
-) -> Partials:
-    """What model ``m`` of a guide leaves of the log-probs of ``new``."""
-    model, plan = guide.models[m], plans[m].plan
-    plans[m].copy_recorded()
-    body = model.replays.body if isinstance(model.replays, PassGraphs) else None
-    hidden = run_body(model.view, chunks[m], plan.positions, plan, body)
-    return model.token_partials(hidden, new, guide.vocab_size)
-
-
 class ScoreGraphs:
     """Recorded selections of an engine's guides, over all of their models at once."""
 
-    def __init__(self, guides: Sequence[PagedGuide], recorder: Recorder, *, max_rows: int) -> None:
+    def __init__(
+        self,
+        guides: Sequence[PagedGuide],
+        models: Sequence[PagedModel],
+        recorder: Recorder,
+        *,
+        max_rows: int,
+        vocab_size: int,
+    ) -> None:
         """For up to ``max_rows`` candidates, and as many tokens as one pass of each model may have.
 
-        ``recorder``: of a device that nothing else it recorded runs on at the same time.
+        Args:
+            models: of the search, the base first, and at least one other.
+            recorder: of a device that nothing else it recorded runs on at the same time.
+            vocab_size: ids from here on are padding.
         """
         self._guides = list(guides)
-        self._models: list[PagedModel] = [model for guide in guides for model in guide.models]
+        self._places = places_of(guides, models)
+        self._models = list(models[1:])
+        self._vocab_size = vocab_size
+        self._lane = Lane(models[0].device)
         self._managers = [model.pool.manager for model in self._models]
         self._most_pages = [
             model.pool.max_tokens_per_slot // model.pool.page_size for model in self._models
@@ -222,6 +228,30 @@ class ScoreGraphs:
         shape = (bucket.rounds, bucket.candidates, bucket.tokens, bucket.max_width)
         return Selection(static.packed, shape, layout.cu_tokens, None)
 
+    def run_models(
+        self, plans: Sequence[StaticPlan], chunks: Sequence[Tensor], new: Tensor, logprobs: Tensor
+    ) -> list[GuidePartials]:
+        """What the guides' models leave of the log-probs of ``new`` int64 [T].
+
+        Args:
+            plans: of each model. chunks: what each model runs.
+            logprobs: float32 [T], the base's.
+        """
+
+        def run(m: int) -> Partials:
+            model, plan = self._models[m], plans[m].plan
+            plans[m].copy_recorded()
+            body = model.replays.body if isinstance(model.replays, PassGraphs) else None
+            hidden = run_body(model.view, chunks[m], plan.positions, plan, body)
+            return model.token_partials(hidden, new, self._vocab_size)
+
+        partials = two_at_a_time(self._lane, len(self._models), run)
+        return partials_of(self._places, partials, logprobs)
+
+    def join(self) -> None:
+        """What runs from now on comes after all that was launched, also where that was cut off."""
+        self._lane.join()
+
     def _prepare(self, bucket: _Bucket) -> _Scoring:
         int64, float64 = torch.int64, torch.float64
         columns = {
@@ -256,7 +286,7 @@ class ScoreGraphs:
         memory = self._drawn.take(bucket.steps * a_step).view(bucket.steps, a_step)
         return _Scoring(
             bucket=bucket,
-            guides=self._guides,
+            scorer=self,
             buffer=buffer,
             nbytes=ends[-1],
             plans=plans,

@@ -27,7 +27,7 @@ from w2s_fast.decoding import DecodeGraphs
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel, inference
 from w2s_fast.search.base_side import BaseSide, Drawn
-from w2s_fast.search.guide import PagedGuide
+from w2s_fast.search.guide import PagedGuide, distinct_models
 from w2s_fast.search.guide_side import GuideSide
 from w2s_fast.search.request import Request
 from w2s_fast.search.score_graphs import ScoreGraphs
@@ -71,7 +71,7 @@ class Search:
     """The search over one base and its guides; requests hold their own state.
 
     Attributes:
-        models: the base and the guides' models, each with its own pages.
+        models: the base, and the guides' other models, each with its own pages.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class Search:
                 tokens behind an EOS, too, which count for nothing; it pays where the host would
                 have to wait for a device.
         """
+        self.models = distinct_models(base, guides)
         self.base = BaseSide(base, vocab_size, graphs)
-        self.guides = GuideSide(guides, score_graphs)
+        self.guides = GuideSide(guides, self.models, vocab_size, score_graphs)
         self._ahead = ahead
-        self.models = [base, *(model for guide in guides for model in guide.models)]
         self._managers = [model.pool.manager for model in self.models]
 
     @property
