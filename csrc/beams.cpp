@@ -38,6 +38,7 @@ Beams::Beams(SearchSettings settings, std::vector<std::int32_t> prompt,
     }
     prompt_ends_.push_back({static_cast<std::int32_t>(prompt_.size()), prompt_.back()});
     prompt_ends_.insert(prompt_ends_.end(), guide_prompts.begin(), guide_prompts.end());
+    forked_.resize(prompt_ends_.size());
 }
 
 // ---- blocks ----
@@ -236,7 +237,7 @@ void Beams::begin_round() {
     }
     slots_.assign(candidates_.size() * prompt_ends_.size(), kNoSlot);
     ++round_;
-    forked_ = false;
+    forked_.assign(prompt_ends_.size(), 0);
     open_ = true;
 }
 
@@ -270,10 +271,12 @@ Finish Beams::finish_of(std::int32_t token, std::int32_t length) const {
 }
 
 bool Beams::take(std::size_t candidate, std::span<const std::int64_t> tokens,
-                 std::span<const float> logprobs) {
+                 std::span<const float> logprobs, std::span<const double> scores) {
     Beam& beam = candidates_[candidate];
     for (std::size_t i = 0; i < tokens.size() && !beam.finished(); ++i) {
-        if (!std::isfinite(logprobs[i])) return false;
+        if (!std::isfinite(logprobs[i]) || (!scores.empty() && !std::isfinite(scores[i]))) {
+            return false;
+        }
         const auto token = static_cast<std::int32_t>(tokens[i]);
         // What is inherited ends in a block that siblings have, too.
         if (beam.length == beam.inherited || blocks_[beam.block].count == block_size_) {
@@ -282,6 +285,11 @@ bool Beams::take(std::size_t candidate, std::span<const std::int64_t> tokens,
         const std::int64_t at = std::int64_t{beam.block} * block_size_ + blocks_[beam.block].count++;
         tokens_[at] = token;
         logprobs_[at] = logprobs[i];
+        if (!scores.empty()) {
+            scores_[at] = scores[i];
+            beam.total += scores[i];
+            ++scored_;
+        }
         beam.last_token = token;
         beam.hash = mixed(beam.hash + static_cast<std::uint64_t>(token) + 1);
         beam.finish = finish_of(token, ++beam.length);

@@ -36,6 +36,13 @@ struct SearchSettings {
     std::int64_t top_k;
     double top_p, min_p;
     std::int64_t seed;
+    // Tokens are drawn from logits of all models: factors of the guides', the log of the share of the
+    // likeliest token's probability that a token needs, and whether factors are chosen at every token.
+    std::vector<float> betas;  // empty: they are drawn from the base alone
+    float plausibility;
+    bool dynamic;
+
+    bool fuses() const { return !betas.empty(); }
 };
 
 // The prompt of one model: the base's whole, of the guides only what is asked for here.
@@ -96,7 +103,8 @@ public:
 
     std::int32_t round() const { return round_; }  // the one under way, or the last one
     bool open() const { return open_; }            // whether a round is under way
-    bool forked() const { return forked_; }        // whether candidates have slots of their own
+    // Whether candidates have slots of their own in a model.
+    bool forked(int model = 0) const { return forked_[model] != 0; }
     bool aside() const { return aside_; }          // its slots were given up between two rounds
     bool holds() const { return open_ || (!kept_.empty() && !aside_); }
     bool done() const;                             // all hypotheses are finished
@@ -125,6 +133,8 @@ public:
     }
     // Which kept beam is the first with the same tokens as this one.
     std::int32_t first_alike(std::size_t beam) const;
+    // Whether two beams have the same tokens.
+    bool same_tokens(const Beam& a, const Beam& b) const;
     // The tokens that a candidate has got in this round, and their log-probs, appended.
     void append_new(const Beam& candidate, std::vector<std::int32_t>& tokens,
                     std::vector<float>& logprobs) const;
@@ -145,11 +155,12 @@ public:
     // Every child of a parent that goes on gets a slot; the first one its parent's. `next` are the
     // slots for the others, in their order; returns how many of them were taken.
     std::size_t give_slots(int model, const std::int32_t* next);
-    void set_forked() { forked_ = true; }
+    void set_forked(int model) { forked_[model] = 1; }
     // Append sampled tokens to a growing candidate, up to where it ends. Returns whether all log-
     // probs up to there are finite; what comes from the first one on that is not, is left out.
+    // `scores`: of these tokens, where they are known already; added to the total.
     bool take(std::size_t candidate, std::span<const std::int64_t> tokens,
-              std::span<const float> logprobs);
+              std::span<const float> logprobs, std::span<const double> scores = {});
     // Scores of a candidate's new tokens, and of its whole response.
     void set_scores(std::size_t candidate, std::span<const double> token_scores, double total);
     // Keep these candidates, best first, and give back what only others hold.
@@ -187,7 +198,6 @@ private:
     template <typename Out>
     void copy_tokens(const Beam& beam, std::int32_t begin, Out* out) const;
     BeamContents contents(const Beam& beam, const std::int32_t* slots, bool scored) const;
-    bool same_tokens(const Beam& a, const Beam& b) const;
     void release_all(const Managers& managers);
     Finish finish_of(std::int32_t token, std::int32_t length) const;
 
@@ -197,7 +207,7 @@ private:
 
     std::int32_t round_ = 0;
     bool open_ = false;
-    bool forked_ = false;
+    std::vector<std::uint8_t> forked_;  // by model
     bool aside_ = false;
     std::int32_t shared_ = 0;
     std::int64_t sampled_ = 0;

@@ -82,14 +82,16 @@ void bind_beams(py::module_& module) {
                          bool hold, bool mean, bool dedup, bool uses_guides, bool trace,
                          std::vector<std::int32_t> eos_ids, std::vector<std::int32_t> stop_ids,
                          float temperature, std::int64_t top_k, double top_p, double min_p,
-                         std::int64_t seed) {
+                         std::int64_t seed, std::vector<float> betas, float plausibility,
+                         bool dynamic) {
                  std::vector<w2s::PromptEnd> ends;
                  for (const auto& [length, last] : guide_prompts) ends.push_back({length, last});
                  return std::make_unique<Beams>(
                      w2s::SearchSettings{first_candidates, width, successors, chunk,
                                          max_new_tokens, hold, mean, dedup, uses_guides, trace,
                                          std::move(eos_ids), std::move(stop_ids), temperature,
-                                         top_k, top_p, min_p, seed},
+                                         top_k, top_p, min_p, seed, std::move(betas),
+                                         plausibility, dynamic},
                      std::move(prompt), ends);
              }),
              py::arg("prompt"), py::arg("guide_prompts"), py::kw_only(),
@@ -97,10 +99,11 @@ void bind_beams(py::module_& module) {
              py::arg("chunk"), py::arg("max_new_tokens"), py::arg("hold"), py::arg("mean"),
              py::arg("dedup"), py::arg("uses_guides"), py::arg("trace"), py::arg("eos_ids"),
              py::arg("stop_ids"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
-             py::arg("min_p"), py::arg("seed"))
+             py::arg("min_p"), py::arg("seed"), py::arg("betas"),
+             py::arg("plausibility"), py::arg("dynamic"))
         .def_property_readonly("round", &Beams::round)
         .def_property_readonly("open", &Beams::open)
-        .def_property_readonly("forked", &Beams::forked)
+        .def_property_readonly("forked", [](const Beams& self) { return self.forked(); })
         .def_property_readonly("aside", &Beams::aside)
         .def_property_readonly("holds", &Beams::holds)
         .def_property_readonly("done", &Beams::done)
@@ -171,19 +174,20 @@ void bind_beams(py::module_& module) {
     module.def("lacking", [](const Requests& requests, const PageManager& manager, int model) {
         return move_to_numpy(w2s::lacking(requests, manager, model)).attr("view")("bool");
     }, py::arg("requests"), py::arg("manager"), py::arg("model"));
-    module.def("lay_out_sources", [](const Requests& requests, const PageManager& base) {
-        w2s::Sources found = w2s::lay_out_sources(requests, base);
+    module.def("lay_out_sources", [](const Requests& requests, const PageManager& manager,
+                                     int model) {
+        w2s::Sources found = w2s::lay_out_sources(requests, manager, model);
         return py::make_tuple(move_to_numpy(std::move(found.slots)),
                               move_to_numpy(std::move(found.counts)),
                               move_to_numpy(std::move(found.children)),
                               move_to_numpy(std::move(found.tokens)),
                               to_numpy(found.levels.tree()));
-    }, py::arg("requests"), py::arg("base"));
+    }, py::arg("requests"), py::arg("manager"), py::arg("model"));
     module.def("fork_beams", [](const Requests& requests, PageManager& manager, int model) {
         return to_numpy(w2s::fork_beams(requests, manager, model));
     }, py::arg("requests"), py::arg("manager"), py::arg("model"));
-    module.def("lay_out_rows", [](const Requests& requests) {
-        w2s::GrowingRows rows = w2s::lay_out_rows(requests);
+    module.def("lay_out_rows", [](const Requests& requests, int model) {
+        w2s::GrowingRows rows = w2s::lay_out_rows(requests, model);
         return py::make_tuple(
             move_to_numpy(std::move(rows.slots)),
             py::make_tuple(move_to_numpy(std::move(rows.temperature)),
@@ -193,8 +197,16 @@ void bind_beams(py::module_& module) {
                            move_to_numpy(std::move(rows.seed)),
                            move_to_numpy(std::move(rows.candidate)),
                            move_to_numpy(std::move(rows.position))),
-            to_numpy(rows.levels.tree()));
-    }, py::arg("requests"));
+            to_numpy(rows.levels.tree()),
+            py::make_tuple(move_to_numpy(std::move(rows.betas)),
+                           move_to_numpy(std::move(rows.plausibility)),
+                           move_to_numpy(std::move(rows.dynamic)).attr("view")("bool")));
+    }, py::arg("requests"), py::arg("model"));
+    module.def("rank_candidates", [](const Requests& requests, std::int64_t width) {
+        if (width < 1) throw py::value_error("a round keeps at least one");
+        const auto rows = static_cast<py::ssize_t>(requests.size());
+        return move_to_numpy(w2s::rank_candidates(requests, width), {rows, width});
+    }, py::arg("requests"), py::arg("width"));
     module.def("release_finished", &w2s::release_finished, py::arg("requests"),
                py::arg("manager"), py::arg("model"));
     module.def("end_rounds", [](const Requests& requests, const Array<std::int64_t>& kept,

@@ -340,6 +340,41 @@ void bind_layouts(py::module_& module) {
         }
         return broken(w2s::take_tokens(requests, tokens, found, steps));
     }, py::arg("requests"), py::arg("memory").noconvert(), py::arg("rows"), py::arg("logprobs"));
+    // The same with log-probs of `models` others, `others` bytes behind a step's beginning: those of
+    // one model after the other, each with room for `room` rows. `guides`: weight, tuned, untuned.
+    module.def("take_fused", [](const Requests& requests, const Array<std::uint8_t>& memory,
+                                std::int64_t rows, std::int64_t logprobs, std::int64_t others,
+                                std::int64_t models, std::int64_t room,
+                                const std::vector<std::tuple<double, int, int>>& guides) {
+        if (memory.ndim() != 2 || rows < 0 || room < rows || models < 0 || logprobs < 8 * rows ||
+            others < logprobs + 4 * rows || others + 4 * models * room > memory.shape(1) ||
+            logprobs % 4 != 0 || others % 4 != 0 || memory.shape(1) % 8 != 0) {
+            throw py::value_error("draws have other bytes");
+        }
+        const py::ssize_t steps = memory.shape(0);
+        std::vector<std::int64_t> tokens(static_cast<std::size_t>(rows * steps));
+        std::vector<float> found(tokens.size());
+        std::vector<float> of_others(tokens.size() * static_cast<std::size_t>(models));
+        for (py::ssize_t step = 0; step < steps; ++step) {
+            const std::uint8_t* const begin = memory.data() + step * memory.shape(1);
+            const auto* token = reinterpret_cast<const std::int64_t*>(begin);
+            const auto* logprob = reinterpret_cast<const float*>(begin + logprobs);
+            const auto* other = reinterpret_cast<const float*>(begin + others);
+            for (std::int64_t row = 0; row < rows; ++row) {
+                const std::int64_t at = row * steps + step;
+                tokens[static_cast<std::size_t>(at)] = token[row];
+                found[static_cast<std::size_t>(at)] = logprob[row];
+                for (std::int64_t m = 0; m < models; ++m) {
+                    of_others[static_cast<std::size_t>(at * models + m)] = other[m * room + row];
+                }
+            }
+        }
+        std::vector<w2s::GuideTerm> terms;
+        for (const auto& [weight, tuned, untuned] : guides) terms.push_back({weight, tuned, untuned});
+        return broken(
+            w2s::take_fused(requests, {steps, rows, tokens, found, of_others}, terms));
+    }, py::arg("requests"), py::arg("memory").noconvert(), py::arg("rows"), py::arg("logprobs"),
+               py::arg("others"), py::arg("models"), py::arg("room"), py::arg("guides"));
 }
 
 }  // namespace w2s

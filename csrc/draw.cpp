@@ -7,7 +7,7 @@
 namespace w2s {
 
 DrawLayout::DrawLayout(Requests requests, PageManager& base)
-    : requests_(std::move(requests)), base_(base), sources_(lay_out_sources(requests_, base)) {
+    : requests_(std::move(requests)), base_(base), sources_(lay_out_sources(requests_, base, 0)) {
     const auto& [slots, counts, children, tokens, levels] = sources_;
     rows_ = std::accumulate(children.begin(), children.end(), std::int64_t{0});
     max_new_ = counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end());
@@ -21,7 +21,7 @@ void DrawLayout::begin(std::int64_t steps, std::int64_t split_keys, std::int64_t
                          split_queries, 0);
     base_.extend(sources_.slots, sources_.counts);
     copies_ = fork_beams(requests_, base_, 0);
-    growing_ = lay_out_rows(requests_);
+    growing_ = lay_out_rows(requests_, 0);
     const Int32s one(growing_.slots.size(), 1);
     const Int32s all(growing_.slots.size(), static_cast<std::int32_t>(steps - 1));
     const std::vector<PageCopy> own = base_.reserve(growing_.slots, all);

@@ -1,6 +1,7 @@
 #include "rounds.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <unordered_map>
 
@@ -64,7 +65,8 @@ std::vector<std::uint8_t> entering(const Requests& requests, const Beams::Manage
     std::vector<std::uint8_t> found;
     found.reserve(requests.size());
     for (const Beams* request : requests) {
-        const bool all = request->round() > 1 && request->settings().uses_guides;
+        const SearchSettings& settings = request->settings();
+        const bool all = settings.uses_guides && (request->round() > 1 || settings.fuses());
         const int models = request->forked() ? 0 : all ? request->models() : 1;
         bool lacks = false;
         for (int m = 0; m < models && !lacks; ++m) {
@@ -82,16 +84,16 @@ std::vector<std::uint8_t> lacking(const Requests& requests, const PageManager& m
     return found;
 }
 
-Sources lay_out_sources(const Requests& requests, const PageManager& base) {
+Sources lay_out_sources(const Requests& requests, const PageManager& manager, int model) {
     Sources found;
     Leveller tree(found.levels);
     for (const Beams* request : requests) {
-        const std::int32_t prompt = request->prompt_end(0).length;
-        if (request->forked()) {  // in the middle of a round: each candidate goes on by itself
+        const auto [prompt, last_of_prompt] = request->prompt_end(model);
+        if (request->forked(model)) {  // in the middle of a round: each candidate goes on by itself
             for (std::size_t c = 0; c < request->candidates().size(); ++c) {
                 const Beam& beam = request->candidates()[c];
                 if (beam.finished()) continue;
-                found.slots.push_back(request->slot(c, 0));
+                found.slots.push_back(request->slot(c, model));
                 found.counts.push_back(1);
                 found.children.push_back(1);
                 found.tokens.push_back(beam.last_token);
@@ -102,7 +104,7 @@ Sources lay_out_sources(const Requests& requests, const PageManager& base) {
         for (std::size_t p = 0; p < request->kept().size(); ++p) {
             const Beam& parent = request->kept()[p];
             if (parent.finished()) continue;
-            const std::int32_t slot = request->kept_slot(p, 0);
+            const std::int32_t slot = request->kept_slot(p, model);
             found.slots.push_back(slot);
             found.children.push_back(request->first_child(p + 1) - request->first_child(p));
             if (request->round() > 1) {
@@ -111,10 +113,16 @@ Sources lay_out_sources(const Requests& requests, const PageManager& base) {
                 tree.add(*request, parent, prompt);
                 continue;
             }
-            const std::int32_t held = base.lengths()[slot];  // of its prompt, which is yet to be run
+            // Of its prompt, which is yet to be run.
+            const std::int32_t held = manager.lengths()[slot];
             found.counts.push_back(prompt - held);
-            found.tokens.insert(found.tokens.end(), request->prompt().begin() + held,
-                                request->prompt().end());
+            if (model == 0) {
+                found.tokens.insert(found.tokens.end(), request->prompt().begin() + held,
+                                    request->prompt().end());
+            } else {
+                expect(held == prompt - 1, "a guide has all but the last token of its prompt");
+                found.tokens.push_back(last_of_prompt);
+            }
             tree.add(*request, parent, 0);
         }
     }
@@ -124,7 +132,7 @@ Sources lay_out_sources(const Requests& requests, const PageManager& base) {
 std::vector<PageCopy> fork_beams(const Requests& requests, PageManager& manager, int model) {
     Int32s slots, counts;
     for (const Beams* request : requests) {
-        if (model == 0 && request->forked()) continue;
+        if (request->forked(model)) continue;
         for (std::size_t p = 0; p < request->kept().size(); ++p) {
             if (request->kept()[p].finished()) continue;
             slots.push_back(request->kept_slot(p, model));
@@ -134,19 +142,19 @@ std::vector<PageCopy> fork_beams(const Requests& requests, PageManager& manager,
     ForkResult forks = manager.fork(slots, counts);
     const std::int32_t* next = forks.children.data();
     for (Beams* request : requests) {
-        if (model == 0 && request->forked()) continue;
+        if (request->forked(model)) continue;
         next += request->give_slots(model, next);
-        if (model == 0) request->set_forked();
+        request->set_forked(model);
     }
     return std::move(forks.copies);
 }
 
-GrowingRows lay_out_rows(const Requests& requests) {
+GrowingRows lay_out_rows(const Requests& requests, int model) {
     GrowingRows rows;
     Leveller tree(rows.levels);
     for_growing(requests, [&](const Beams& request, std::size_t c, const Beam& beam) {
         const SearchSettings& settings = request.settings();
-        rows.slots.push_back(request.slot(c, 0));
+        rows.slots.push_back(request.slot(c, model));
         rows.temperature.push_back(settings.temperature);
         rows.top_k.push_back(settings.top_k);
         rows.top_p.push_back(settings.top_p);
@@ -154,7 +162,11 @@ GrowingRows lay_out_rows(const Requests& requests) {
         rows.seed.push_back(settings.seed);
         rows.candidate.push_back(static_cast<std::int64_t>(c));
         rows.position.push_back(beam.length);
-        tree.add(request, beam, request.prompt_end(0).length);
+        tree.add(request, beam, request.prompt_end(model).length);
+        if (!settings.fuses()) return;
+        rows.betas.insert(rows.betas.end(), settings.betas.begin(), settings.betas.end());
+        rows.plausibility.push_back(settings.plausibility);
+        rows.dynamic.push_back(settings.dynamic);
     });
     return rows;
 }
@@ -182,6 +194,100 @@ std::vector<BrokenNumber> take_tokens(const Requests& requests,
         }
     }
     return broken;
+}
+
+namespace {
+
+// log p_tuned - log p_untuned, 0 where both are -inf.
+double log_ratio(double tuned, double untuned) {
+    return tuned == untuned && std::isinf(tuned) && tuned < 0 ? 0.0 : tuned - untuned;
+}
+
+}  // namespace
+
+std::vector<BrokenNumber> take_fused(const Requests& requests, const FusedDraws& drawn,
+                                     const std::vector<GuideTerm>& guides) {
+    const auto steps = static_cast<std::size_t>(drawn.steps);
+    const std::size_t tokens = drawn.tokens.size();
+    std::int64_t rows = 0;
+    for_growing(requests, [&](const Beams&, std::size_t, const Beam&) { ++rows; });
+    expect(rows == drawn.rows && tokens == steps * static_cast<std::size_t>(rows) &&
+               drawn.logprobs.size() == tokens &&
+               (tokens == 0 ? drawn.others.empty() : drawn.others.size() % tokens == 0),
+           "tokens and log-probs must be [rows, steps]");
+    const std::size_t others = tokens == 0 ? 0 : drawn.others.size() / tokens;
+    for (const GuideTerm& guide : guides) {
+        expect(guide.tuned >= 0 && guide.untuned >= -1 &&
+                   std::max(guide.tuned, guide.untuned) <= static_cast<int>(others),
+               "a guide has models that are not there");
+    }
+    const auto logprob = [&](std::size_t token, int model) -> double {
+        return model == 0 ? drawn.logprobs[token]
+                          : drawn.others[token * others + static_cast<std::size_t>(model - 1)];
+    };
+    const auto first_broken = [&](std::size_t token) -> std::int64_t {
+        for (int model = 0; model <= static_cast<int>(others); ++model) {
+            const double value = logprob(token, model);
+            if (!std::isfinite(value) && !(model == 0 && value > 0)) return model;
+        }
+        return kFused;
+    };
+    std::vector<double> scores(steps);
+    std::vector<BrokenNumber> broken;
+    std::size_t next = 0;
+    for (std::size_t r = 0; r < requests.size(); ++r) {
+        bool sound = true;
+        for (std::size_t c = 0; c < requests[r]->candidates().size(); ++c) {
+            const Beam& beam = requests[r]->candidates()[c];
+            if (beam.finished()) continue;
+            for (std::size_t step = 0; step < steps; ++step) {
+                scores[step] = 0.0;
+                for (const auto& [weight, tuned, untuned] : guides) {
+                    const double own = logprob(next + step, tuned);
+                    scores[step] += weight * (untuned < 0
+                                                  ? own
+                                                  : log_ratio(own, logprob(next + step, untuned)));
+                }
+            }
+            const std::int32_t before = beam.length;
+            const bool fine = requests[r]->take(c, drawn.tokens.subspan(next, steps),
+                                                drawn.logprobs.subspan(next, steps), scores);
+            if (!fine && sound) {
+                const auto at = next + static_cast<std::size_t>(beam.length - before);
+                broken.push_back({static_cast<std::int32_t>(r), first_broken(at), beam.length});
+            }
+            sound = sound && fine;
+            next += steps;
+        }
+    }
+    return broken;
+}
+
+Int64s rank_candidates(const Requests& requests, std::int64_t width) {
+    Int64s kept(requests.size() * static_cast<std::size_t>(width), -1);
+    std::vector<std::size_t> order;
+    for (std::size_t r = 0; r < requests.size(); ++r) {
+        const Beams& request = *requests[r];
+        const SearchSettings& settings = request.settings();
+        expect(settings.width <= width, "a request keeps more");
+        const std::vector<Beam>& candidates = request.candidates();
+        order.clear();
+        for (std::size_t c = 0; c < candidates.size(); ++c) {
+            const auto twin = [&](std::size_t other) {
+                return request.same_tokens(candidates[other], candidates[c]);
+            };
+            if (!settings.dedup || std::ranges::none_of(order, twin)) order.push_back(c);
+        }
+        const auto value = [&](std::size_t c) {
+            const Beam& beam = candidates[c];
+            return settings.mean && beam.length > 0 ? beam.total / beam.length : beam.total;
+        };
+        std::ranges::stable_sort(
+            order, [&](std::size_t a, std::size_t b) { return value(a) > value(b); });
+        const std::size_t count = std::min<std::size_t>(order.size(), settings.width);
+        std::copy_n(order.begin(), count, kept.begin() + r * width);
+    }
+    return kept;
 }
 
 std::vector<BrokenNumber> take_selected(const Requests& requests, const Requests& drawing,

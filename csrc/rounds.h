@@ -34,12 +34,15 @@ struct GrowingRows {
     std::vector<double> top_p, min_p;
     Int64s seed, candidate, position;
     RowLevels levels;
+    // Of those that fuse: the factors of the guides, row after row; and the others of SearchSettings.
+    std::vector<float> betas, plausibility;
+    std::vector<std::uint8_t> dynamic;
 };
 
 // Where a model gave a number that is not finite.
 struct BrokenNumber {
     std::int32_t request;
-    std::int64_t token;     // as cu_tokens counts them; of take_tokens: -1
+    std::int64_t token;     // as cu_tokens counts them; of take_tokens: -1; of take_fused: the model
     std::int32_t position;  // in its response
 };
 
@@ -62,21 +65,47 @@ std::vector<std::uint8_t> entering(const Requests& requests, const Beams::Manage
 // its beams that are not finished; all but the last token of each.
 std::vector<std::uint8_t> lacking(const Requests& requests, const PageManager& manager, int model);
 
-// What the base runs before the first tokens of these requests are drawn.
-Sources lay_out_sources(const Requests& requests, const PageManager& base);
+// What a model runs before the first tokens of these requests are drawn from it.
+Sources lay_out_sources(const Requests& requests, const PageManager& manager, int model);
 
 // Slots for all children of parents that go on, in one model; the first one takes its parent's.
-// Throws OutOfPages, and then nothing has changed. In the base, candidates that have slots of their
-// own stay as they are.
+// Throws OutOfPages, and then nothing has changed. Candidates that have slots of their own stay as
+// they are.
 std::vector<PageCopy> fork_beams(const Requests& requests, PageManager& manager, int model);
 
-GrowingRows lay_out_rows(const Requests& requests);
+GrowingRows lay_out_rows(const Requests& requests, int model);
 
 // Append `steps` drawn tokens to each growing candidate, [rows, steps], up to where it ends. The
 // first broken log-prob of a request is reported.
 std::vector<BrokenNumber> take_tokens(const Requests& requests,
                                       std::span<const std::int64_t> tokens,
                                       std::span<const float> logprobs, std::int64_t steps);
+
+// A guide: its weight, and the places of its models, 0 for the base; the untuned one -1: it has none.
+struct GuideTerm {
+    double weight;
+    int tuned, untuned;
+};
+
+// What was drawn from several models at once, in the steps of a draw.
+struct FusedDraws {
+    std::int64_t steps, rows;
+    std::span<const std::int64_t> tokens;  // [rows, steps]
+    // The base's, +inf where only the fused logits are broken.
+    std::span<const float> logprobs;       // [rows, steps]
+    std::span<const float> others;         // [rows, steps, models - 1], of the other models
+};
+// No model: the fused logits are broken, and those of each are sound.
+inline constexpr std::int64_t kFused = -1;
+
+// As take_tokens, with scores: of each token the sum of weight (log p_tuned - log p_untuned). Two that
+// are -inf cancel out, as they did in the fused logits.
+std::vector<BrokenNumber> take_fused(const Requests& requests, const FusedDraws& drawn,
+                                     const std::vector<GuideTerm>& guides);
+
+// The candidates of each request by value, best first, as score_select ranks them: [R, width], -1
+// behind them. All of their scores are known.
+Int64s rank_candidates(const Requests& requests, std::int64_t width);
 
 // The same for those who are `drawing`, from a selection among these requests: candidate c's chunk is
 // cu_tokens[c] : cu_tokens[c + 1], and ends with the `steps` tokens that were drawn for it, if it

@@ -218,8 +218,11 @@ class Beams:
         top_p: float,
         min_p: float,
         seed: int,
+        betas: Sequence[float],
+        plausibility: float,
+        dynamic: bool,
     ) -> None:
-        """`guide_prompts`: length and last token, of each guide's tuned and untuned model."""
+        """`guide_prompts`: length and last token, of each model but the base."""
     @property
     def round(self) -> int:
         """The one under way, or the last one; 0 before the first."""
@@ -291,7 +294,7 @@ def lacking(requests: Sequence[Beams], manager: PageManager, model: int) -> NDAr
     """Returns [R]: whether texts of a request do not stand in one model yet."""
 
 def lay_out_sources(
-    requests: Sequence[Beams], base: PageManager
+    requests: Sequence[Beams], manager: PageManager, model: int
 ) -> tuple[Int32, Int32, Int32, Int64, Tree]:
     """Returns slots, counts and children [N], tokens [T], and what they share."""
 
@@ -299,9 +302,18 @@ def fork_beams(requests: Sequence[Beams], manager: PageManager, model: int) -> I
     """Returns page copies, as PageManager.fork does."""
 
 def lay_out_rows(
-    requests: Sequence[Beams],
-) -> tuple[Int32, tuple[Float32, Int64, Float64, Float64, Int64, Int64, Int64], Tree]:
-    """Returns slots [S], sampling columns [S] each, and what the rows share."""
+    requests: Sequence[Beams], model: int
+) -> tuple[
+    Int32,
+    tuple[Float32, Int64, Float64, Float64, Int64, Int64, Int64],
+    Tree,
+    tuple[Float32, Float32, NDArray[np.bool_]],
+]:
+    """Returns slots [S], sampling columns [S] each, what the rows share, and of those that fuse
+    factors [S * G], log of plausibility [S], and whether factors are chosen [S]."""
+
+def rank_candidates(requests: Sequence[Beams], width: int) -> Int64:
+    """Returns [R, width], best first; -1 behind them."""
 
 class PassRoom:
     """Where the fields of a pass lie in a buffer, in PassField's order; and the room there is."""
@@ -346,6 +358,19 @@ def take_tokens(
     requests: Sequence[Beams], memory: NDArray[np.uint8], rows: int, logprobs: int
 ) -> Broken:
     """``memory``: of Draws, [steps, n]; where in a step log-probs begin."""
+
+def take_fused(
+    requests: Sequence[Beams],
+    memory: NDArray[np.uint8],
+    rows: int,
+    logprobs: int,
+    others: int,
+    models: int,
+    room: int,
+    guides: Sequence[tuple[float, int, int]],
+) -> Broken:
+    """The same with log-probs of other models, and so with scores. ``guides``: weight, and places
+    of the tuned and the untuned model; -1: there is none."""
 
 def release_finished(requests: Sequence[Beams], manager: PageManager, model: int) -> None: ...
 

@@ -42,7 +42,7 @@ def test_what_a_search_leaves_in_the_pages_is_what_a_recomputation_gives() -> No
 
 def _held(engine: Any, request: Any, beam: Any) -> Iterator[tuple[str, list[int], Any, int]]:
     """("base" or "guides", text, model, slot) of the sequences that a beam holds."""
-    prompts = [request.prompt, *(own for both in request.guide_prompts for own in both)]
+    prompts = request.prompts
     for i, (model, slot, prompt) in enumerate(zip(models_of(engine), beam.slots, prompts)):
         # Candidates' new tokens reach the guides at the end of the round.
         tokens = beam.tokens[: len(beam.token_scores)] if i else beam.tokens

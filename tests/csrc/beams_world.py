@@ -140,7 +140,7 @@ class World:
             params = self.draw(some_params())
             prompt = self.draw(st.lists(st.integers(1, 9), min_size=1, max_size=9))
             other = self.draw(st.lists(st.integers(1, 9), min_size=1, max_size=9))
-            guides = [(prompt, other)] if params.uses_guides else []
+            guides = [prompt, other] if params.uses_guides else []
             self.requests.append(Request(prompt, guides, params, eos_ids=EOS))
             self.models.append(ModelRequest(params, EOS))
             self.traces.append([])
@@ -150,7 +150,7 @@ class World:
 
     def prompts(self, i: int) -> list[list[int]]:
         request = self.requests[i]
-        return [request.prompt, *(own for both in request.guide_prompts for own in both)]
+        return request.prompts
 
     def check(self) -> None:
         for request, model in zip(self.requests, self.models):
@@ -198,11 +198,11 @@ class World:
             return
         steps = self.draw(st.integers(1, min(16, *filter(None, left))))
         self._check_sources(which)
-        slots, counts, *_ = lay_out_sources(self.beams(which), self.managers[0])
+        slots, counts, *_ = lay_out_sources(self.beams(which), self.managers[0], 0)
         self._grow(0, slots, counts)
         fork_beams(self.beams(which), self.managers[0], 0)
         self._check_rows(which)
-        slots, *_ = lay_out_rows(self.beams(which))
+        slots, *_ = lay_out_rows(self.beams(which), 0)
         self._grow(0, slots, [steps - 1] * len(slots))
         rows = [(i, beam) for i in which for beam in self.models[i].growing]
         assert len(rows) == len(slots)
@@ -258,7 +258,7 @@ class World:
         assert probs[targets].tolist() == [logprob for chunk in own for logprob in chunk]
 
     def _check_sources(self, which: list[int]) -> None:
-        slots, counts, children, tokens, tree = lay_out_sources(self.beams(which), self.managers[0])
+        slots, counts, children, tokens, tree = lay_out_sources(self.beams(which), self.managers[0], 0)
         lengths = self.managers[0].lengths
         rows: list[Row] = []
         expected_tokens, expected_children = [], []
@@ -279,7 +279,7 @@ class World:
         self._check_tree(tree, rows)
 
     def _check_rows(self, which: list[int]) -> None:
-        _, columns, tree = lay_out_rows(self.beams(which))
+        _, columns, tree = lay_out_rows(self.beams(which), 0)
         rows = [
             (i, beam, len(self.requests[i].prompt))
             for i in which

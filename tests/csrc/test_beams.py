@@ -67,7 +67,7 @@ def test_rounds_of_many_requests_are_what_lists_of_tokens_say(data: st.DataObjec
 
 def request(**params: Any) -> Request:
     options = {"beam_width": 2, "successors": 2, "chunk_length": 3, "max_new_tokens": 9, **params}
-    return Request([1, 2], [([1, 2], [1, 2])], SearchParams(**options), eos_ids=EOS)
+    return Request([1, 2], [[1, 2], [1, 2]], SearchParams(**options), eos_ids=EOS)
 
 
 def score(one: Request, chunk: int) -> None:
@@ -129,7 +129,7 @@ def test_no_slot_changes_hands_where_there_is_no_room() -> None:
 
 def test_a_request_waits_until_its_texts_stand() -> None:
     params = SearchParams(beam_width=2, successors=2, chunk_length=3, max_new_tokens=9)
-    one = Request([1, 2, 3, 4], [([1, 2], [1, 2, 3, 4, 5])], params, eos_ids=EOS)
+    one = Request([1, 2, 3, 4], [[1, 2], [1, 2, 3, 4, 5]], params, eos_ids=EOS)
     beams = [one.beams]
     managers = [PageManager(64, PAGE, 32, 8) for _ in range(3)]
 

@@ -40,7 +40,7 @@ def drawing(manager: PageManager) -> list[Any]:
         params = SearchParams(
             beam_width=2, successors=2, chunk_length=5, max_new_tokens=9, top_p=0.9, seed=seed
         )
-        made.append(Request(prompt, [(prompt, prompt)], params, eos_ids=EOS).beams)
+        made.append(Request(prompt, [prompt, prompt], params, eos_ids=EOS).beams)
     begin_rounds(made)
     for beams, held in zip(made, (4, 1)):
         root = manager.allocate(1)
@@ -63,14 +63,14 @@ def columns(layout: list[tuple[str, str, int]]) -> tuple[Columns, torch.Tensor]:
 @pytest.mark.parametrize("more", [0, 3])
 def test_a_draw_as_a_recording_is_given_it(manager: PageManager, more: int) -> None:
     beams = drawing(manager)
-    slots, counts, children, tokens, _ = lay_out_sources(beams, manager)
+    slots, counts, children, tokens, _ = lay_out_sources(beams, manager, 0)
     lengths = manager.lengths[slots] + counts
     layout = DrawLayout(beams, manager)
     assert (layout.rows, layout.tokens, layout.max_new) == (8, 4, 2)
     assert layout.num_sources == len(slots) == 2
     layout.begin(STEPS, SPLIT_KEYS, SPLIT_QUERIES)
     # The tokens of the sources count, and those of all steps but the last.
-    own, of_rows, _ = lay_out_rows(beams)
+    own, of_rows, _ = lay_out_rows(beams, 0)
     assert manager.lengths[own].tolist() == np.repeat(lengths + STEPS - 1, children).tolist()
     of_sources, of_children = layout.bounds
     assert of_sources[:2] == (2, 4) and of_children[:2] == (8, 8)

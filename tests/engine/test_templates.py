@@ -79,7 +79,7 @@ def reference(e: Engine) -> Reference:
 def prompts_of(e: Engine, prompt: Any) -> list[list[int]]:
     """Of base, tuned and untuned."""
     request = e.make_request(prompt, SHORT)
-    return [request.prompt, *(own for both in request.guide_prompts for own in both)]
+    return request.prompts
 
 
 def test_a_guide_has_one_template_for_both_models_or_one_for_each(folders: dict[str, Path]) -> None:

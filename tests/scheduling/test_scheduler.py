@@ -114,7 +114,7 @@ def request(
     prompt: int, params: SearchParams, *, tokens: int = 0, shared: int = 0, priority: int = 0
 ) -> Request:
     """A request; after a round if it has tokens, with as many hypotheses as it keeps."""
-    made = Request([1] * prompt, [([1] * prompt, [1] * prompt)], params, priority)
+    made = Request([1] * prompt, [[1] * prompt, [1] * prompt], params, priority)
     if shared:
         _grow(made, shared, 1)
     if tokens:
@@ -162,7 +162,7 @@ def test_the_pages_of_a_round() -> None:
 
 def scheduler(tokens: int, max_rows: int = 64) -> Scheduler:
     base = PagedModel(tiny_model(), kv_cache_tokens=tokens, page_size=4)
-    return Scheduler(base, [], max_rows)
+    return Scheduler([base], max_rows)
 
 
 SMALL = SearchParams(method="sample", n=1, max_new_tokens=4)
@@ -243,7 +243,7 @@ def test_nobody_waits_for_ever(
     arrivals: list[tuple[int, int, int, int, int]], pages: int, max_rows: int
 ) -> None:
     """Requests come while others run; all of them end, and what runs always fits."""
-    s = Scheduler(_base(pages), [], max_rows)
+    s = Scheduler([_base(pages)], max_rows)
     later = list(arrivals)
     left: dict[int, int] = {}
     wait = 0

@@ -56,9 +56,13 @@ class Asked(NamedTuple):
     guide_prompts: Sequence[Pair]
     params: SearchParams
 
+    def request(self, e: Engine) -> Request:
+        of_guides = [own for both in self.guide_prompts for own in both]
+        return Request(self.prompt, of_guides, self.params, eos_ids=e.eos_token_ids)
+
 
 def search(e: Engine, asked: Sequence[Asked]) -> list[SearchResult]:
-    requests = [Request(*one, eos_ids=e.eos_token_ids) for one in asked]
+    requests = [one.request(e) for one in asked]
     for request in requests:
         e.runner.submit(request)
     while left := [request for request in requests if not request.ended]:
@@ -152,7 +156,7 @@ def test_each_model_finds_its_own_prompt_in_the_prefix_cache(page_size: int) -> 
 @pytest.mark.parametrize("page_size", [1, 3])
 def test_a_model_is_promised_pages_for_its_own_prompt(page_size: int) -> None:
     e = engine(page_size, 4000, ())
-    request = Request(*SEEDS[0], eos_ids=e.eos_token_ids)
+    request = SEEDS[0].request(e)
     e.runner.submit(request)
     held, promised = [], []
     while not request.ended:

@@ -28,10 +28,11 @@ GuidePrompt: TypeAlias = list[int] | tuple[list[int], list[int]]
 
 @dataclass
 class ReferenceGuide:
-    """Two models and a weight; the models are put through `forward` below."""
+    """Two models and a weight; the models are put through `forward` below. Without an untuned one
+    the tuned one's log-probs count alone."""
 
     tuned: PreTrainedModel
-    untuned: PreTrainedModel
+    untuned: PreTrainedModel | None
     weight: float = 1.0
 
 
@@ -156,6 +157,37 @@ def sample_token(
     )[0]
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Of one row, in float64."""
+    weights = np.exp(logits.astype(np.float64) - float(logits.max()))
+    return weights / weights.sum()
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    """KL(p || q), from its definition."""
+    there = p > 0
+    return float((p[there] * np.log(p[there] / q[there])).sum())
+
+
+def choose_beta(
+    base: np.ndarray, pairs: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> tuple[list[float], float]:
+    """Dynamic logit fusion: the betas of a token, of which one is not 0 at most, by the KLs as they
+    are written; and by how much the best value of the objective beats the next one."""
+    found = []
+    for guide, (tuned, untuned) in enumerate(pairs):
+        p, q, q_tuned = softmax(base), softmax(untuned), softmax(tuned)
+        for step in range(21):
+            shifted = softmax(base.astype(np.float64) + step / 10 * (tuned - untuned))
+            forward = kl(shifted, p) - kl(q_tuned, q)
+            backward = kl(p, shifted) - kl(q, q_tuned)
+            found.append((forward**2 + backward**2, guide, step))
+    (best, guide, step), second, *_ = sorted(found)
+    betas = [0.0] * len(pairs)
+    betas[guide] = step / 10
+    return betas, second[0] - best
+
+
 class Reference:
     """One base and its guides; `search` answers one request."""
 
@@ -173,12 +205,48 @@ class Reference:
         self.eos_token_ids = list(eos_token_ids)
         self._logits: dict[tuple[int, ...], np.ndarray] = {}
 
-    def next_logits(self, token_ids: list[int]) -> np.ndarray:
-        """The base's logits after a sequence. The same sequence is computed once."""
-        key = tuple(token_ids)
+    def next_logits(
+        self, token_ids: list[int], model: PreTrainedModel | None = None
+    ) -> np.ndarray:
+        """The logits of a model, the base's if it is None, after a sequence. The same sequence is
+        computed once."""
+        model = self.base if model is None else model
+        key = (id(model), *token_ids)
         if key not in self._logits:
-            self._logits[key] = forward(self.base, token_ids, self.vocab_size)[-1]
+            self._logits[key] = forward(model, token_ids, self.vocab_size)[-1]
         return self._logits[key]
+
+    def fused_logits(
+        self, prompt: list[int], prompts: Sequence[GuidePrompt], tokens: list[int], p: SearchParams
+    ) -> tuple[np.ndarray, float]:
+        """The logits that a fused token is drawn from, float32; and how clear the choice of dynamic
+        betas was."""
+        base = self.next_logits(prompt + tokens)
+        pairs = []
+        for guide, own in zip(self.guides, prompts, strict=True):
+            of_tuned, of_untuned = own if isinstance(own, tuple) else (own, own)
+            tuned = self.next_logits(of_tuned + tokens, guide.tuned)
+            if guide.untuned is not None:
+                untuned = self.next_logits(of_untuned + tokens, guide.untuned)
+            else:
+                tuned, untuned = log_softmax(tuned), np.zeros_like(tuned)
+            pairs.append((tuned, untuned))
+        if p.fuses == "dynamic_fusion":
+            betas, clear = choose_beta(base, pairs)
+        else:
+            betas, clear = [guide.weight for guide in self.guides], math.inf
+            if isinstance(p.beta, tuple):
+                betas = list(p.beta)
+            elif p.beta is not None:
+                betas = [p.beta] * len(self.guides)  # type: ignore[list-item]
+        fused = base.astype(np.float64)
+        for beta, (tuned, untuned) in zip(betas, pairs):
+            fused = fused + beta * (tuned.astype(np.float64) - untuned)
+        likely = softmax(base)
+        fused[likely < p.plausibility * likely.max()] = -np.inf
+        if p.plausibility > 0:
+            clear = min(clear, float(np.abs(likely / likely.max() - p.plausibility).min()))
+        return fused.astype(np.float32), clear
 
     def token_scores(self, prompts: Sequence[GuidePrompt], response: list[int]) -> list[float]:
         """Each response token's part of the score: sum_g weight_g * (lp_tuned - lp_untuned).
@@ -189,11 +257,15 @@ class Reference:
         for guide, prompt in zip(self.guides, prompts, strict=True):
             before_tuned, before_untuned = prompt if isinstance(prompt, tuple) else (prompt, prompt)
             tuned = forward(guide.tuned, before_tuned + response, self.vocab_size)
-            untuned = forward(guide.untuned, before_untuned + response, self.vocab_size)
+            untuned = None
+            if guide.untuned is not None:
+                untuned = forward(guide.untuned, before_untuned + response, self.vocab_size)
             for t, token in enumerate(response):
                 # The logits that predict this token.
                 liked = log_softmax(tuned[len(before_tuned) + t - 1])[token]
-                plain = log_softmax(untuned[len(before_untuned) + t - 1])[token]
+                plain = np.float32(0)
+                if untuned is not None:
+                    plain = log_softmax(untuned[len(before_untuned) + t - 1])[token]
                 scores[t] += guide.weight * float(liked - plain)
         return scores
 
@@ -209,11 +281,11 @@ class Reference:
         if p.method == "cbs":
             width, first = p.beam_width, p.beam_width * p.successors
             chunk = p.chunk_length or p.max_new_tokens
-            scored = first > 1
+            scored = first > 1 or p.fuses is not None
         elif p.method == "bon":
             width, first, chunk, scored = p.n, p.successors, p.max_new_tokens, True
         else:
-            width, first, chunk, scored = p.n, p.n, p.max_new_tokens, False
+            width, first, chunk, scored = p.n, p.n, p.max_new_tokens, p.fuses is not None
 
         rounds: list[ReferenceRound] = []
         kept: list[ReferenceHypothesis] = []
@@ -230,7 +302,7 @@ class Reference:
                     origins += [(parent, hypothesis)] * (1 if held else p.successors)
             candidates = []
             for index, (place, origin) in enumerate(origins):
-                child, margin = self._extend(prompt, origin, p, index, chunk)
+                child, margin = self._extend(prompt, guide_prompts, origin, p, index, chunk)
                 child.parent = place
                 sampled_tokens += len(child.token_ids) - len(origin.token_ids)
                 draw_margin = min(draw_margin, margin)
@@ -253,7 +325,7 @@ class Reference:
             if p.dedup and scored:
                 texts = [c.token_ids for c in candidates]
                 eligible = [i for i in eligible if texts[i] not in texts[:i]]
-            if scored:
+            if scored and p.method in ("cbs", "bon"):
                 eligible.sort(key=lambda i: (-_score(candidates[i]), i))
                 score_margin = min(score_margin, _margin(candidates, eligible, width))
             chosen = eligible[:width]
@@ -275,6 +347,7 @@ class Reference:
     def _extend(
         self,
         prompt: list[int],
+        guide_prompts: Sequence[GuidePrompt],
         origin: ReferenceHypothesis,
         p: SearchParams,
         candidate: int,
@@ -285,7 +358,10 @@ class Reference:
         for _ in range(chunk):
             if finish is not None:
                 break
-            logits = self.next_logits(prompt + tokens)
+            logits, clear = self.next_logits(prompt + tokens), math.inf
+            own = logits
+            if p.fuses is not None:
+                logits, clear = self.fused_logits(prompt, guide_prompts, tokens, p)
             token, distance = sample_with_margin(
                 logits,
                 temperature=p.temperature,
@@ -296,9 +372,9 @@ class Reference:
                 candidate=candidate,
                 position=len(tokens),
             )
-            margin = min(margin, distance)
+            margin = min(margin, distance, clear)
             tokens.append(token)
-            logprobs.append(float(log_softmax(logits)[token]))
+            logprobs.append(float(log_softmax(own)[token]))
             if token in self.eos_token_ids and not p.ignore_eos:
                 finish = "eos"
             elif token in p.stop_token_ids:

@@ -9,6 +9,8 @@ from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.decoder import Decoder
 from w2s_fast.decoding.decoding import Decoding
 from w2s_fast.decoding.draws import Draws
+from w2s_fast.decoding.fused_decoder import FusedDecoder, FusedRows
+from w2s_fast.decoding.fusion import FusionColumns
 from w2s_fast.decoding.graphs import (
     MOST_NEW,
     Recordings,
@@ -30,6 +32,9 @@ __all__ = [
     "Decoder",
     "Decoding",
     "Draws",
+    "FusedDecoder",
+    "FusedRows",
+    "FusionColumns",
     "HomeStream",
     "Lane",
     "PassGraphs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,16 +26,22 @@ class Draws:
         memory: uint8 [N, n], a step after the other; the others are views of it.
         tokens: int64 [N, S]. logprobs: float32 [N, S], NaN for broken logits.
         rows: S. room: rows that there is memory for.
+        models: how many other models' log-probs of the same tokens stand behind.
         logprobs_at: where log-probs begin in the bytes of a step, behind the tokens.
+        others_at: where those of other models begin, each with ``room`` rows.
     """
 
-    def __init__(self, memory: Tensor, rows: int, room: int | None = None) -> None:
+    def __init__(
+        self, memory: Tensor, rows: int, room: int | None = None, models: int = 0
+    ) -> None:
         """``memory`` of :meth:`bytes_a_step` of ``room`` rows, of which the first are wanted."""
         self.memory = memory
         self.rows = rows
         self.room = rows if room is None else room
-        self._fields = _fields(self.room)
+        self.models = models
+        self._fields = _fields(self.room, models)
         self.logprobs_at = self._fields.offsets["logprobs"]
+        self.others_at = self._fields.offsets["others"]
 
     @functools.cached_property
     def tokens(self) -> Tensor:
@@ -44,6 +51,14 @@ class Draws:
     def logprobs(self) -> Tensor:
         return self._column("logprobs", torch.float32)
 
+    @functools.cached_property
+    def others(self) -> Tensor:
+        """float32 [N, models, S]."""
+        begin = self.memory.storage_offset() + self.others_at
+        strides = (self._fields.nbytes // 4, self.room, 1)
+        shape = (len(self.memory), self.models, self.rows)
+        return self.memory.view(torch.float32).as_strided(shape, strides, begin // 4)
+
     def _column(self, name: str, dtype: torch.dtype) -> Tensor:
         begin = self.memory.storage_offset() + self._fields.offsets[name]
         strides = (self._fields.nbytes // dtype.itemsize, 1)
@@ -51,14 +66,15 @@ class Draws:
         return self.memory.view(dtype).as_strided(shape, strides, begin // dtype.itemsize)
 
     @classmethod
-    def empty(cls, steps: int, rows: int, device: torch.device) -> Draws:
+    def empty(cls, steps: int, rows: int, device: torch.device, models: int = 0) -> Draws:
         """Room for so many."""
-        size = cls.bytes_a_step(rows)
-        return cls(torch.empty(steps, size, dtype=torch.uint8, device=device), rows)
+        size = cls.bytes_a_step(rows, models)
+        memory = torch.empty(steps, size, dtype=torch.uint8, device=device)
+        return cls(memory, rows, models=models)
 
     @staticmethod
-    def bytes_a_step(rows: int) -> int:
-        return _fields(rows).nbytes
+    def bytes_a_step(rows: int, models: int = 0) -> int:
+        return _fields(rows, models).nbytes
 
     def __len__(self) -> int:
         return len(self.memory)
@@ -66,14 +82,20 @@ class Draws:
     def __getitem__(self, step: int) -> Draw:
         return Draw(self.tokens[step], self.logprobs[step])
 
-    def put(self, step: int, draw: Draw) -> None:
-        """Keep what a step drew."""
+    def put(self, step: int, draw: Draw, others: Sequence[Tensor] = ()) -> None:
+        """Keep what a step drew, and what other models say of it."""
         for ours, theirs in zip(self[step], draw):
             ours.copy_(theirs)
+        for m, logprobs in enumerate(others):
+            self.others[step, m].copy_(logprobs)
 
 
 @functools.lru_cache(maxsize=256)
-def _fields(rows: int) -> Fields:
+def _fields(rows: int, models: int) -> Fields:
     return Fields(
-        {"tokens": Field(torch.int64, (rows,)), "logprobs": Field(torch.float32, (rows,))}
+        {
+            "tokens": Field(torch.int64, (rows,)),
+            "logprobs": Field(torch.float32, (rows,)),
+            "others": Field(torch.float32, (models, rows)),
+        }
     )

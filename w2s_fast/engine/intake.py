@@ -34,6 +34,11 @@ class Intake:
             raise InvalidRequest(f"params is {type(params).__name__}; allowed: SearchParams")
         if params.uses_guides and not models.guides:
             raise InvalidRequest(f"method {params.method!r} needs guides; the engine has none")
+        if params.fuses == "dynamic_fusion" and any(len(g.models) < 2 for g in models.guides):
+            raise InvalidRequest(
+                "dynamic_fusion compares a guide's tuned model with its untuned one; allowed: "
+                "guides that have both"
+            )
         if isinstance(priority, bool) or not isinstance(priority, (int, np.integer)):
             raise InvalidRequest(f"priority is {priority!r}; allowed: an integer")
         with Hold(self._encoding):
@@ -47,7 +52,14 @@ class Intake:
                     f"stop_token_ids holds {token}; allowed: below {models.vocab_size}"
                 )
         base, *of_guides = prompts
-        request = Request(base, of_guides, params, int(priority), models.eos_token_ids)
+        request = Request(
+            base,
+            of_guides,
+            params,
+            int(priority),
+            models.eos_token_ids,
+            _betas(params, [guide.weight for guide in models.guides]),
+        )
         self._scheduler.check(request)
         return request
 
@@ -77,6 +89,19 @@ class Intake:
                 f"{self._models.vocab_size}"
             )
         return text
+
+
+def _betas(params: SearchParams, weights: Sequence[float]) -> Sequence[float]:
+    """The factor of each guide in fused logits. InvalidRequest if there are not as many."""
+    if params.beta is None:
+        return weights
+    given = params.betas or [params.beta] * len(weights)
+    if params.fuses and len(given) != len(weights):
+        raise InvalidRequest(
+            f"beta has {len(given)} numbers; allowed: one for each of {len(weights)} guides, "
+            "or one number for all"
+        )
+    return given
 
 
 def pair(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,18 +15,18 @@ from w2s_fast._pages import (
     fork_beams,
     held_slots,
     lay_out_rows,
-    lay_out_sources,
     release_finished,
     take_selected,
     take_tokens,
 )
-from w2s_fast.attention import RowTree, to_device
+from w2s_fast.attention import RowTree
 from w2s_fast.decoding import DecodeGraphs, Decoder, Draws, SamplingColumns
 from w2s_fast.errors import NumericalError
-from w2s_fast.models import PagedModel, forward_in_passes
+from w2s_fast.models import PagedModel
 from w2s_fast.search.entrance import enter
 from w2s_fast.search.request import Request
 from w2s_fast.search.selection import Selection
+from w2s_fast.search.sources import run_sources
 from w2s_fast.stats import timed
 
 _BASE = 0  # among the models of a request's beams
@@ -94,7 +93,10 @@ class BaseSide:
         with timed("prefill_s", new), timed("decode_s", old):
             draws = self.decoder.begin(layout, steps)
             if draws is None:
-                logits = self._first_logits(requests)
+                ran = run_sources(self.model, _BASE, requests)
+                logits = self.decoder.logits(ran.hidden)
+                self.rows += ran.rows
+                self.passes += ran.passes
         if draws is None:
             with timed("decode_s", new + old):
                 draws = self._decode(requests, logits, steps)
@@ -144,31 +146,11 @@ class BaseSide:
             self._remember([request for request in drawn.begun if request.error is None])
         release_finished(_beams(drawn.requests), self.model.pool.manager, _BASE)
 
-    def _first_logits(self, requests: Sequence[Request]) -> Tensor:
-        """Append what stands before the first tokens; the logits behind, once for each child."""
-        slots, counts, children, tokens, tree = lay_out_sources(
-            _beams(requests), self.model.pool.manager
-        )
-        last = np.cumsum(counts, dtype=np.int64) - 1
-        there = to_device(
-            {"last": last, "source": np.repeat(np.arange(len(slots)), children)}, self.model.device
-        )
-        ends = []
-        for part, hidden in forward_in_passes(self.model, slots, tokens, counts, RowTree(*tree)):
-            begin = part.tokens.start
-            own = slice(*np.searchsorted(last, (begin, part.tokens.stop)))
-            index = there["last"][own]
-            ends.append(hidden.index_select(0, index - begin if begin else index))
-            self.rows += len(part.counts)
-            self.passes += 1
-        logits = self.decoder.logits(torch.cat(ends) if len(ends) > 1 else ends[0])
-        return logits.index_select(0, there["source"])
-
     def _decode(self, requests: Sequence[Request], logits: Tensor, steps: int) -> Draws:
         """Fork the sources, and sample all their children's tokens from ``logits`` on."""
         beams, pool = _beams(requests), self.model.pool
         copies = fork_beams(beams, pool.manager, _BASE)
-        slots, columns, tree = lay_out_rows(beams)
+        slots, columns, tree, _ = lay_out_rows(beams, _BASE)
         self.rows += len(slots) * (steps - 1)
         self.passes += steps - 1
         return self.decoder.run(

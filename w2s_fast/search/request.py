@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 from w2s_fast._pages import Beam, Beams
@@ -12,6 +13,10 @@ from w2s_fast.result import Candidate, Round
 from w2s_fast.stats import RequestStats
 
 _INT32_MAX = 2**31 - 1
+
+
+def _log(share: float) -> float:
+    return math.log(share) if share > 0 else -math.inf
 
 
 class Request:
@@ -28,12 +33,13 @@ class Request:
         params: SearchParams,
         priority: int = 0,
         eos_ids: Collection[int] = (),
+        betas: Sequence[float] = (),
     ) -> None:
         """``prompt``: the base's tokens, at least one; ``guide_prompts``: those of each other model
         of the search, in their order; none if no guide runs.
 
         ``priority``: the lower, the sooner. ``eos_ids``: what ends a response, unless it is to be
-        ignored.
+        ignored. ``betas``: the factor of each guide, where logits are fused.
         """
         self.prompts = [list(prompt), *map(list, guide_prompts)]  # of each model that runs
         self.params = params
@@ -59,6 +65,9 @@ class Request:
             top_p=params.top_p,
             min_p=params.min_p,
             seed=seed_bits(params.seed),
+            betas=list(betas) if params.fuses else [],
+            plausibility=_log(params.plausibility),
+            dynamic=params.fuses == "dynamic_fusion",
         )
         self.urgency = (0, 0)  # the scheduler's: smaller numbers run first
         # Pages of the round under way in every model, as the scheduler counts them.
@@ -66,6 +75,8 @@ class Request:
         # Asked for in every step: of the parameters.
         self.rows = params.rows
         self.uses_guides = params.uses_guides
+        self.fuses = params.fuses is not None
+        self.ranked = params.method in ("cbs", "bon") and params.uses_guides
         self.stats = RequestStats()
         self.streams = False  # whether somebody wants to know what its hypotheses agree on
         self.agreed: list[int] = []  # that, after the last step it took part in

@@ -19,6 +19,7 @@ from w2s_fast._pages import (
     end_rounds,
     entering,
     keep_all,
+    rank_candidates,
     take_scores,
     tokens_left,
 )
@@ -27,6 +28,7 @@ from w2s_fast.decoding import DecodeGraphs
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel, inference
 from w2s_fast.search.base_side import BaseSide, Drawn
+from w2s_fast.search.fused_side import FusedSide
 from w2s_fast.search.guide import PagedGuide, distinct_models
 from w2s_fast.search.guide_side import GuideSide
 from w2s_fast.search.request import Request
@@ -53,16 +55,18 @@ class InFlight(NamedTuple):
     Attributes:
         requests: who takes part. complete: those whose round ends with this step, if they stay
             sound. scored: those of them whose candidates the guides have scored.
-        drawn: tokens that the host has not read; None: it has all.
+        fused: tokens that the host has not read, of all models together; None: it has all.
+        drawn: the same, of the base alone. apart: whether they are not all in the selection.
         selection: among the candidates of ``scored``; None: there are none.
-        reading: of what was drawn, unless all of it stands in the selection, and of the selection;
-            None: of nothing.
+        reading: of these three, in this order; None: of nothing.
     """
 
     requests: Sequence[Request]
     complete: Sequence[Request]
     scored: Sequence[Request]
+    fused: Drawn | None
     drawn: Drawn | None
+    apart: bool
     selection: Selection | None
     reading: Reading | None
 
@@ -96,6 +100,9 @@ class Search:
         self.models = distinct_models(base, guides)
         self.base = BaseSide(base, vocab_size, graphs)
         self.guides = GuideSide(guides, self.models, vocab_size, score_graphs)
+        self.fused = FusedSide(
+            self.base, self.models, self.guides.places, self.guides.weights, vocab_size
+        )
         self._ahead = ahead
         self._managers = [model.pool.manager for model in self.models]
 
@@ -133,24 +140,28 @@ class Search:
             beams = _beams(going_on)
         left = tokens_left(beams)
         tokens = _step_tokens(left)
-        drawn = None
+        fused = drawn = None
         while tokens > 0 and any(left):
-            if drawn is not None:
-                self._take(drawn)
+            if fused is not None or drawn is not None:
+                self._take(fused, drawn)
+                fused = drawn = None
                 left = tokens_left(beams)
                 if not any(left):
-                    drawn = None
                     break
             count = min(tokens, min(filter(None, left)))
-            drawn = self.base.draw([r for r, more in zip(going_on, left) if more], count)
+            drawing = [request for request, more in zip(going_on, left) if more]
+            if together := [request for request in drawing if request.fuses]:
+                fused = self.fused.draw(together, count)
+            if alone := [request for request in drawing if not request.fuses]:
+                drawn = self.base.draw(alone, count)
             tokens -= count
             # As far as is known: who ends before that is complete, too.
             left = [more and more - count for more in left]
-        if drawn is not None and not self._ahead:
-            self._take(drawn)
-            drawn, left = None, tokens_left(beams)
+        if not self._ahead:
+            self._take(fused, drawn)
+            fused, drawn, left = None, None, tokens_left(beams)
         complete = [r for r, more in zip(going_on, left) if r.error is None and not more]
-        scored = [request for request in complete if request.uses_guides]
+        scored = [r for r in complete if r.uses_guides and not r.fuses]
         if new := [request for request in scored if request.beams.round == 1]:
             with timed("prefill_s", [request.stats for request in new]):
                 waiting = self.guides.prefill(new, most)
@@ -159,23 +170,28 @@ class Search:
         with timed("scoring_s", [request.stats for request in scored]):
             selection = self.guides.score(scored, drawing, draws) if scored else None
         # In a selection stands all that was drawn for whom it selects.
-        apart = selection is None or not set(scored).issuperset(drawing)
-        tensors = [draws.memory] if apart and draws is not None else []
+        apart = drawn is not None and not set(scored).issuperset(drawing)
+        tensors = [] if fused is None else [fused.draws.memory]
+        tensors += [] if draws is None or not apart else [draws.memory]
         tensors += [] if selection is None else [selection.packed]
         reading = Reading(*tensors) if tensors else None
-        return InFlight(requests, complete, scored, drawn, selection, reading)
+        return InFlight(requests, complete, scored, fused, drawn, apart, selection, reading)
 
     @inference
     def finish(self, step: InFlight) -> None:
         """Read what a step found, and close the rounds that end with it."""
-        if step.selection is not None and step.reading is not None:
-            with timed("scoring_s", [request.stats for request in step.scored]):
-                self._score(step, step.selection, step.reading)
-        elif step.drawn is not None:
-            self._take(step.drawn, step.reading)
-        if unscored := [r for r in step.complete if r.error is None and not r.uses_guides]:
-            keep_all(_beams(unscored), self._managers)
-            _count_rounds(unscored)
+        if step.reading is not None:
+            self._read(step, step.reading)
+        # Whose scores are known, or who has none.
+        known = (request for request in step.complete if request.fuses or not request.uses_guides)
+        done = [request for request in known if request.error is None]
+        if ranked := [request for request in done if request.ranked]:
+            width = max(request.params.kept for request in ranked)
+            kept = rank_candidates(_beams(ranked), width)
+            end_rounds(_beams(ranked), kept, self._managers)
+        if unranked := [request for request in done if not request.ranked]:
+            keep_all(_beams(unranked), self._managers)
+        _count_rounds(done)
 
     def set_aside(self, request: Request) -> None:
         """Give back all slots of a request between two rounds; its next step recomputes them."""
@@ -201,38 +217,48 @@ class Search:
         self.base.keep_only(requests)
         self.guides.keep_only(requests)
 
-    def _take(self, drawn: Drawn, reading: Reading | None = None) -> None:
-        """Read what was drawn, and give it to the candidates; ``reading``: it is under way."""
-        with timed("decode_s", [request.stats for request in drawn.requests]):
-            (memory,) = (reading or Reading(drawn.draws.memory)).wait()
-            self.base.take(drawn, memory)
-        self._abort_failed(drawn.requests)
+    def _take(self, fused: Drawn | None, drawn: Drawn | None) -> None:
+        """Read what was drawn, and give it to the candidates."""
+        for side, own in ((self.fused, fused), (self.base, drawn)):
+            if own is None:
+                continue
+            with timed("decode_s", [request.stats for request in own.requests]):
+                (memory,) = Reading(own.draws.memory).wait()
+                side.take(own, memory)
+            self._abort_failed(own.requests)
 
-    def _score(self, step: InFlight, selection: Selection, reading: Reading) -> None:
+    def _read(self, step: InFlight, reading: Reading) -> None:
+        """Take over what a step has found."""
+        drawing = [own for own in (step.fused, step.drawn) if own is not None]
+        who = step.scored or [request for own in drawing for request in own.requests]
+        with timed("scoring_s" if step.scored else "decode_s", [request.stats for request in who]):
+            # The one place where the host waits for the device.
+            read = iter(reading.wait())
+            if step.fused is not None:
+                self.fused.take(step.fused, next(read))
+            if step.drawn is not None and step.apart:
+                self.base.take(step.drawn, next(read))
+            if step.selection is not None:
+                self._score(step, step.selection, next(read).numpy())
+        self._abort_failed(step.requests)
+
+    def _score(self, step: InFlight, selection: Selection, words: NDArray[np.int64]) -> None:
         """Take over the scores of the tokens that the round brought, and keep the best candidates.
 
-        The last of these tokens may not have been read yet; nor those of other requests.
+        The last of these tokens may stand in the selection alone. ``words``: it, on the host.
         """
-        requests, drawn = step.scored, step.drawn
-        # The one place where the host waits for the device.
-        *memory, packed = reading.wait()
-        words = packed.numpy()
-        if drawn is not None:
-            if memory:
-                self.base.take(drawn, *memory)
-            else:
-                self.base.take_selected(drawn, requests, selection, words)
+        requests = step.scored
+        if step.drawn is not None and not step.apart:
+            self.base.take_selected(step.drawn, requests, selection, words)
         if selection.to_be_repeated(words):
-            if drawn is not None:
-                self._abort_failed(drawn.requests)
-                requests = [request for request in requests if request.error is None]
+            self._abort_failed(step.requests)
+            requests = [request for request in requests if request.error is None]
             if not requests:
                 return
             selection = self.guides.score(requests, [], None, again=True)
             (packed,) = Reading(selection.packed).wait()
             words = packed.numpy()
         self._close(requests, selection, words)
-        self._abort_failed(requests if drawn is None else [*requests, *drawn.requests])
 
     def _close(
         self, requests: Sequence[Request], selection: Selection, words: NDArray[np.int64]
@@ -257,7 +283,7 @@ class Search:
 
     def _enter(self, late: Sequence[Request], most: list[int]) -> set[Request]:
         """Run texts that requests go on from, as far as may be; those that have to wait still."""
-        back = [r for r in late if r.uses_guides and r.beams.round > 1]
+        back = [r for r in late if r.uses_guides and (r.beams.round > 1 or r.fuses)]
         with timed("prefill_s", [request.stats for request in late]):
             return {*self.base.enter(late, most), *self.guides.prefill(back, most)}
 

@@ -34,7 +34,7 @@ std::unique_ptr<Beams> some_request(Random& random) {
     const auto flag = [&] { return number(0, 1) == 1; };
     w2s::SearchSettings settings{
         number(1, 9), number(1, 5), number(1, 4), number(1, 40), 0, flag(), flag(), flag(),
-        number(0, 3) > 0, flag(), {0}, {1, 2}, 1.0F, 0, 1.0, 0.0, 7};
+        number(0, 3) > 0, flag(), {0}, {1, 2}, 1.0F, 0, 1.0, 0.0, 7, {}, 0.0F, false};
     settings.max_new_tokens = number(settings.chunk, 60);
     // Without a guide there is one round.
     if (!settings.uses_guides) settings.chunk = settings.max_new_tokens;
@@ -173,10 +173,10 @@ void random_rounds(long rounds, Random& random, std::map<std::string, long>& hap
                 count = draw(growing, *managers[0], steps, pick(random, 0, 3));
                 ++happened["drawn by a recording"];
             } else {
-                const w2s::Sources sources = lay_out_sources(growing, *managers[0]);
+                const w2s::Sources sources = lay_out_sources(growing, *managers[0], 0);
                 grow(*managers[0], sources.slots, sources.counts);
                 fork_beams(growing, *managers[0], 0);
-                const w2s::GrowingRows rows = lay_out_rows(growing);
+                const w2s::GrowingRows rows = lay_out_rows(growing, 0);
                 grow(*managers[0], rows.slots,
                      w2s::Int32s(rows.slots.size(), static_cast<std::int32_t>(steps - 1)));
                 count = std::ssize(rows.slots);

@@ -1,0 +1,124 @@
+"""Tokens drawn from the logits of several models at once: fused, warped and drawn.
+
+    l = l_base + sum over guides g of  beta_g * (l_tuned_g - l_untuned_g)
+
+That is emulated fine-tuning (arXiv 2310.12962) and proxy-tuning (arXiv 2401.08565); without an
+untuned model the tuned one's log-probs are added (GenARM, arXiv 2410.08193), which differ from its
+logits by a number that is the same for all tokens. In dynamic fusion (arXiv 2406.15480) the betas
+are chosen anew for every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from w2s_fast.attention import Field, to_device
+from w2s_fast.decoding.draws import Draw
+from w2s_fast.decoding.sampling import SamplingBatch
+from w2s_fast.kernels.choose_beta import choose_beta
+from w2s_fast.kernels.fuse_logits import fuse_logits
+from w2s_fast.kernels.token_logprob import token_logprob
+
+# Of each guide the places of its tuned and its untuned model among those of a step: 0 is the base.
+GuidePlaces: TypeAlias = Sequence[tuple[int, int | None]]
+
+
+def fusion_fields(rows: int, guides: int) -> dict[str, Field]:
+    """The settings of ``rows`` rows as fields of a buffer, in the order of :class:`Fusion`."""
+    return {
+        "beta": Field(torch.float32, (rows, guides)),
+        "plausibility": Field(torch.float32, (rows,), spare=-torch.inf),
+        "dynamic": Field(torch.bool, (rows,)),
+    }
+
+
+class FusionColumns(NamedTuple):
+    """The columns of a :class:`Fusion` on the host, where they are made; betas row after row."""
+
+    beta: NDArray[np.float32]
+    plausibility: NDArray[np.float32]
+    dynamic: NDArray[np.bool_]
+
+    def to(self, device: torch.device) -> Fusion:
+        """On a device, in one copy."""
+        there = to_device(self._asdict(), device)
+        return Fusion(
+            beta=there["beta"].view(len(self.dynamic), -1),
+            plausibility=there["plausibility"],
+            dynamic=there["dynamic"],
+            some_plausible=bool((self.plausibility > -np.inf).any()),
+            some_dynamic=bool(self.dynamic.any()),
+        )
+
+
+class Fusion(NamedTuple):
+    """How logits of S rows are fused.
+
+    Attributes:
+        beta: float32 [S, G], of rows that choose none.
+        plausibility: float32 [S], log of the share of the likeliest token's probability under the
+            base that others need; -inf: none.
+        dynamic: bool [S], whether betas are chosen.
+        some_plausible, some_dynamic: whether there can be such rows.
+    """
+
+    beta: Tensor
+    plausibility: Tensor
+    dynamic: Tensor
+    some_plausible: bool
+    some_dynamic: bool
+
+    def draw(
+        self, logits: Sequence[Tensor], guides: GuidePlaces, sampling: SamplingBatch
+    ) -> FusedDraw:
+        """Draw a token for each row.
+
+        Args:
+            logits: of each model [S, V], the base first.
+        """
+        tokens, fused = sampling.draw(self.mix(logits, guides))
+        base, *others = (token_logprob(own, tokens) for own in logits)
+        # Where only their sum is broken, it has to be seen by other means than the base's NaN.
+        broken = fused.isfinite().logical_not_() & base.isfinite()
+        return FusedDraw(Draw(tokens, base.masked_fill(broken, torch.inf)), others)
+
+    def mix(self, logits: Sequence[Tensor], guides: GuidePlaces) -> Tensor:
+        """The fused logits, float32 [S, V]."""
+        base = logits[0]
+        pairs = [(logits[tuned], _of_untuned(logits, untuned)) for tuned, untuned in guides]
+        beta = self.beta.t()
+        if self.some_dynamic:
+            tuned, untuned = (torch.stack(own) for own in zip(*pairs))
+            chosen, _, _ = choose_beta(base, tuned, untuned)
+            beta = torch.where(self.dynamic, chosen, beta)
+        fused = base.float()
+        if self.some_plausible:
+            least = fused.amax(-1) + self.plausibility
+            fused = fused.masked_fill(fused < least[:, None], -torch.inf)
+        for g, (tuned, untuned) in enumerate(pairs):
+            fused = fuse_logits(fused, tuned[None], untuned[None], beta[g : g + 1])
+        return fused
+
+
+class FusedDraw(NamedTuple):
+    """What a step drew from several models.
+
+    Attributes:
+        draw: with the base's log-probs; +inf where only the fused logits are broken.
+        others: the other models' log-probs of these tokens, float32 [S] each.
+    """
+
+    draw: Draw
+    others: list[Tensor]
+
+
+def _of_untuned(logits: Sequence[Tensor], untuned: int | None) -> Tensor:
+    if untuned is None:
+        return logits[0].new_zeros(1, 1).expand(logits[0].shape)
+    return logits[untuned]
