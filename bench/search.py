@@ -39,7 +39,7 @@ from bench.search_profile import profile
 
 MEMORY_TARGET = 1.2  # x (weights + pages)
 # Baseline B takes most of the time, and its ratios are the furthest from their targets.
-REPEATS_OF_RELEASED = 3
+MOST_RELEASED = 3
 
 
 @dataclass
@@ -88,14 +88,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=names, action="append", help="a case; may be repeated")
     parser.add_argument("--repeats", type=int, default=7, help="turns of a case")
+    parser.add_argument(
+        "--released", type=int, default=MOST_RELEASED, help="turns of baseline B, at most"
+    )
     parser.add_argument("--out", type=Path, help="JSON of everything measured")
     parser.add_argument("--quick", action="store_true", help="tiny models and texts")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--profile", action="store_true", help="one traced run of each case")
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
-    if args.repeats < 1:
-        parser.error("--repeats is at least 1")
+    if args.repeats < 1 or args.released < 1:
+        parser.error("--repeats and --released are at least 1")
     # Tiny operators on several threads would only wait for each other.
     torch.set_num_threads(1 if args.quick else cores())
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
@@ -110,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in chosen:
         memory = None if args.no_memory else measure(case, args.quick)
         outcomes.append(Outcome(case, {}, memory))
-        for turn, timings in enumerate(time_case(case, args.repeats), start=1):
+        for turn, timings in enumerate(time_case(case, args.repeats, args.released), start=1):
             outcomes[-1].timings = timings
             others = share_of_others(start, machine_seconds())
             complete = len(outcomes) == len(chosen) and turn == args.repeats
@@ -121,8 +124,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def time_case(case: Case, repeats: int) -> Iterator[dict[str, Timing]]:
+def time_case(
+    case: Case, repeats: int, released: int = MOST_RELEASED
+) -> Iterator[dict[str, Timing]]:
     """Every variant ``repeats`` times, in turns; each turn begins with another variant.
+
+    Baseline B runs ``released`` times at most.
 
     Yields what there is after each turn, in one and the same dictionary.
     """
@@ -134,7 +141,7 @@ def time_case(case: Case, repeats: int) -> Iterator[dict[str, Timing]]:
         first = turn % len(case.variants)
         print(f"{case.name}, turn {turn + 1} of {repeats}:", end="", file=sys.stderr, flush=True)
         for variant in (*case.variants[first:], *case.variants[:first]):
-            if variant == RELEASED and turn >= REPEATS_OF_RELEASED:
+            if variant == RELEASED and turn >= released:
                 continue
             gc.collect()
             begin, cpu_begin = time.perf_counter(), time.process_time()
