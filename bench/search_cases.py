@@ -18,6 +18,7 @@ ENGINE = "w2s-fast"
 BATCH = "w2s-fast, many requests"
 GENERATE = "A: generate"
 RELEASED = "B: as released"
+EACH = "A: generate, of each model"
 
 ROWS = 16  # of one request, in every case
 
@@ -115,6 +116,11 @@ def cases(quick: bool = False) -> list[Case]:
             dataclasses.replace(search, method="sample", n=ROWS),
             (ENGINE, GENERATE), (Ratio("w2s-fast / A", ENGINE, GENERATE, at_most=0.85),),
         ),
+        Case(  # against the sum of what the three models cost by themselves
+            "fusion", base, small, short,
+            dataclasses.replace(search, method="fusion", n=ROWS),
+            (ENGINE, EACH), (Ratio("w2s-fast / A", ENGINE, EACH, at_most=1.0),),
+        ),
     ]  # fmt: skip
 
 
@@ -168,6 +174,11 @@ class Bench:
         torch.manual_seed(seed)
         if variant == GENERATE:
             sampled = generate_rows(self.base, prompts.expand(ROWS, -1), new_tokens, params).numel()
+        elif variant == EACH:
+            models = [self.base, *(model for guide in self.guides for model in guide[:2])]
+            rows = prompts.expand(ROWS, -1)
+            found = [generate_rows(model, rows, new_tokens, params) for model in models]
+            sampled = found[0].numel()
         elif variant == RELEASED:
             sampled = released_search(
                 self.base, self.guides, prompts[0].tolist(), params

@@ -30,6 +30,7 @@ using w2s::ints;
 using w2s::move_to_numpy;
 using w2s::PageManager;
 using w2s::PassLayout;
+using w2s::DrawLayout;
 using w2s::Requests;
 using w2s::span;
 using w2s::to_numpy;
@@ -41,6 +42,12 @@ py::list broken(const std::vector<w2s::BrokenNumber>& numbers) {
     for (const auto& [request, token, position] : numbers) {
         found.append(py::make_tuple(request, token, position));
     }
+    return found;
+}
+
+std::vector<std::span<const std::int64_t>> spans(const std::vector<Array<std::int64_t>>& arrays) {
+    std::vector<std::span<const std::int64_t>> found;
+    for (const auto& array : arrays) found.push_back(span(array));
     return found;
 }
 
@@ -226,38 +233,47 @@ void bind_layouts(py::module_& module) {
              }), py::arg("offsets").noconvert(), py::arg("rows"), py::arg("tokens"),
              py::arg("splits"), py::arg("pages"));
     py::class_<DrawLayout>(module, "DrawLayout")
-        .def(py::init<Requests, PageManager&>(), py::keep_alive<1, 3>(), py::arg("requests"),
-             py::arg("base"))
+        .def(py::init<Requests, Beams::Managers>(), py::keep_alive<1, 3>(), py::arg("requests"),
+             py::arg("managers"))
         .def_property_readonly("rows", &DrawLayout::rows)
         .def_property_readonly("tokens", &DrawLayout::tokens)
         .def_property_readonly("max_new", &DrawLayout::max_new)
-        .def_property_readonly("num_sources", [](const DrawLayout& self) {
-            return self.sources().slots.size();
-        })
+        .def_property_readonly("num_sources", &DrawLayout::num_sources)
+        .def_property_readonly("some_plausible", &DrawLayout::some_plausible)
+        .def_property_readonly("some_dynamic", &DrawLayout::some_dynamic)
         .def("begin", &DrawLayout::begin, py::arg("steps"), py::arg("split_keys"),
              py::arg("split_queries"))
         .def_property_readonly("bounds", [](const DrawLayout& self) {
-            return py::make_tuple(bounds(self.source_pass()), bounds(self.row_pass()));
+            py::list found;
+            for (std::size_t m = 0; m < self.models(); ++m) {
+                found.append(py::make_tuple(bounds(self.source_pass(m)), bounds(self.row_pass(m))));
+            }
+            return found;
         })
-        .def_property_readonly("before", [](const DrawLayout& self) {
-            return to_numpy(self.before());
-        })
+        .def("before", [](const DrawLayout& self, std::size_t model) {
+            return to_numpy(self.before(model));
+        }, py::arg("model"))
         .def_property_readonly("num_before", [](const DrawLayout& self) {
-            return self.before().size();
+            std::vector<std::size_t> found;
+            for (std::size_t m = 0; m < self.models(); ++m) found.push_back(self.before(m).size());
+            return found;
         })
         .def_property_readonly("num_copies", [](const DrawLayout& self) {
-            return self.copies().size();
+            std::vector<std::size_t> found;
+            for (std::size_t m = 0; m < self.models(); ++m) found.push_back(self.copies(m).size());
+            return found;
         })
         .def("write_rows", [](const DrawLayout& self, Array<std::uint8_t> buffer,
-                              const w2s::PassRoom& room, const Array<std::int64_t>& columns) {
-            self.write_rows(bytes(buffer), room, span(columns));
-        }, py::arg("buffer").noconvert(), py::arg("room"), py::arg("columns").noconvert())
+                              const std::vector<const w2s::PassRoom*>& rooms,
+                              const std::vector<Array<std::int64_t>>& columns) {
+            self.write_rows(bytes(buffer), rooms, spans(columns));
+        }, py::arg("buffer").noconvert(), py::arg("rooms"), py::arg("columns"))
         .def("write_sources", [](const DrawLayout& self, Array<std::uint8_t> buffer,
-                                 const w2s::PassRoom& room, const Array<std::int64_t>& columns,
+                                 const std::vector<const w2s::PassRoom*>& rooms,
+                                 const std::vector<Array<std::int64_t>>& columns,
                                  std::int64_t rows) {
-            self.write_sources(bytes(buffer), room, span(columns), rows);
-        }, py::arg("buffer").noconvert(), py::arg("room"), py::arg("columns").noconvert(),
-           py::arg("rows"));
+            self.write_sources(bytes(buffer), rooms, spans(columns), rows);
+        }, py::arg("buffer").noconvert(), py::arg("rooms"), py::arg("columns"), py::arg("rows"));
     py::class_<ScoringLayout>(module, "ScoringLayout")
         .def(py::init<const Requests&, const Requests&, std::int64_t, std::vector<double>>(),
              py::arg("requests"), py::arg("drawing"), py::arg("steps"), py::arg("weights"))

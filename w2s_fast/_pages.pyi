@@ -325,33 +325,49 @@ Bounds = tuple[int, int, int, int, int, int, int, int, int]
 class DrawLayout:
     """One draw of many requests, as recordings run it; see csrc/draw.h."""
 
-    def __init__(self, requests: Sequence[Beams], base: PageManager) -> None: ...
+    def __init__(self, requests: Sequence[Beams], managers: Sequence[PageManager]) -> None:
+        """``managers``: of the models that draw, the base first."""
     @property
     def rows(self) -> int:
         """Candidates that will grow."""
     @property
     def tokens(self) -> int:
-        """What the sources run, and the most of one of them: ``max_new``."""
+        """The most that sources of a model run, and the most of one source: ``max_new``."""
     @property
     def max_new(self) -> int: ...
     @property
     def num_sources(self) -> int: ...
+    @property
+    def some_plausible(self) -> bool:
+        """Once it has begun: whether rows need a share of the likeliest token's probability."""
+    @property
+    def some_dynamic(self) -> bool:
+        """Once it has begun: whether rows choose their factors."""
     def begin(self, steps: int, split_keys: int, split_queries: int) -> None:
-        """Move on in the base's pages. OutOfPages, in the middle of it."""
+        """Move on in the models' pages. OutOfPages, in the middle of it."""
     @property
-    def bounds(self) -> tuple[Bounds, Bounds]:
-        """As PassLayout.bounds: of the sources' pass, and of the rows' first one."""
-    @property
-    def before(self) -> Int32:
+    def bounds(self) -> list[tuple[Bounds, Bounds]]:
+        """Of each model, as PassLayout.bounds: of the sources' pass, and of the rows' first one."""
+    def before(self, model: int) -> Int32:
         """Pages to be copied before the sources run: [num_before, 2]."""
     @property
-    def num_before(self) -> int: ...
+    def num_before(self) -> list[int]:
+        """Of each model."""
     @property
-    def num_copies(self) -> int:
-        """Pages to be copied before the second tokens: they are among the rows' columns."""
-    def write_rows(self, buffer: NDArray[np.uint8], room: PassRoom, columns: Int64) -> None: ...
+    def num_copies(self) -> list[int]:
+        """Pages of each model to be copied before the second tokens: among the rows' columns."""
+    def write_rows(
+        self,
+        buffer: NDArray[np.uint8],
+        rooms: Sequence[PassRoom],
+        columns: Sequence[Int64],
+    ) -> None: ...
     def write_sources(
-        self, buffer: NDArray[np.uint8], room: PassRoom, columns: Int64, rows: int
+        self,
+        buffer: NDArray[np.uint8],
+        rooms: Sequence[PassRoom],
+        columns: Sequence[Int64],
+        rows: int,
     ) -> None: ...
 
 def take_tokens(

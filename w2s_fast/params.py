@@ -143,15 +143,27 @@ class SearchParams:
             return
         if isinstance(self.beta, Sequence) and not isinstance(self.beta, str) and self.beta:
             object.__setattr__(self, "beta", tuple(self.beta))
-            for one in self.betas or ():
+            for one in self.beta:
                 _check_number("beta", one, -_FLOAT32_MAX, _FLOAT32_MAX, allowed)
         else:
             _check_number("beta", self.beta, -_FLOAT32_MAX, _FLOAT32_MAX, allowed)
 
-    @property
-    def betas(self) -> tuple[float, ...] | None:
-        """One beta for each guide, where they were given so."""
-        return self.beta if isinstance(self.beta, tuple) else None
+    def betas(self, weights: Sequence[float]) -> Sequence[float]:
+        """The factor of each guide's logits, where the guides have these weights.
+
+        Raises:
+            InvalidRequest: ``beta`` has one for each of fewer guides, or of more.
+        """
+        if self.beta is None:
+            return weights
+        if not isinstance(self.beta, Sequence):
+            return [self.beta] * len(weights)
+        if len(self.beta) != len(weights):
+            raise InvalidRequest(
+                f"beta has {len(self.beta)} numbers; allowed: one for each of {len(weights)} "
+                "guides, or one number for all"
+            )
+        return self.beta
 
     @property
     def fuses(self) -> Literal["fusion", "dynamic_fusion"] | None:

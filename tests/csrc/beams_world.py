@@ -258,7 +258,9 @@ class World:
         assert probs[targets].tolist() == [logprob for chunk in own for logprob in chunk]
 
     def _check_sources(self, which: list[int]) -> None:
-        slots, counts, children, tokens, tree = lay_out_sources(self.beams(which), self.managers[0], 0)
+        slots, counts, children, tokens, tree = lay_out_sources(
+            self.beams(which), self.managers[0], 0
+        )
         lengths = self.managers[0].lengths
         rows: list[Row] = []
         expected_tokens, expected_children = [], []

@@ -168,7 +168,7 @@ def recorded(
             vocab_size=engine._models.vocab_size,
             max_rows=16,
             recorder_for=lambda _: CudaRecorder(DEVICE),
-        )
+        ).alone
     finally:
         if handle is not None:
             handle.remove()

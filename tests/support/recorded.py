@@ -62,8 +62,8 @@ def record_missed(engine: Engine) -> None:
         engine.runner.record_missed()
 
 
-_STEPS = ("decoding.step", "decoding.decoding")
-_OTHERS = ("models.model", "decoding.pass_graphs", "decoding.first_step", "search.score_graphs")
+_STEPS = ("decoding.drawing", "decoding.decoding")
+_OTHERS = ("models.model", "decoding.pass_graphs", "search.score_graphs")
 _PASSES = (*_OTHERS, *_STEPS)
 
 

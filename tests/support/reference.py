@@ -205,9 +205,7 @@ class Reference:
         self.eos_token_ids = list(eos_token_ids)
         self._logits: dict[tuple[int, ...], np.ndarray] = {}
 
-    def next_logits(
-        self, token_ids: list[int], model: PreTrainedModel | None = None
-    ) -> np.ndarray:
+    def next_logits(self, token_ids: list[int], model: PreTrainedModel | None = None) -> np.ndarray:
         """The logits of a model, the base's if it is None, after a sequence. The same sequence is
         computed once."""
         model = self.base if model is None else model
@@ -234,11 +232,11 @@ class Reference:
         if p.fuses == "dynamic_fusion":
             betas, clear = choose_beta(base, pairs)
         else:
-            betas, clear = [guide.weight for guide in self.guides], math.inf
-            if isinstance(p.beta, tuple):
-                betas = list(p.beta)
-            elif p.beta is not None:
-                betas = [p.beta] * len(self.guides)  # type: ignore[list-item]
+            clear = math.inf
+            if p.beta is None:
+                betas = [guide.weight for guide in self.guides]
+            else:
+                betas = list(p.beta) if isinstance(p.beta, tuple) else [p.beta] * len(self.guides)
         fused = base.astype(np.float64)
         for beta, (tuned, untuned) in zip(betas, pairs):
             fused = fused + beta * (tuned.astype(np.float64) - untuned)

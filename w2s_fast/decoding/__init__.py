@@ -9,7 +9,6 @@ from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.decoder import Decoder
 from w2s_fast.decoding.decoding import Decoding
 from w2s_fast.decoding.draws import Draws
-from w2s_fast.decoding.fused_decoder import FusedDecoder, FusedRows
 from w2s_fast.decoding.fusion import FusionColumns
 from w2s_fast.decoding.graphs import (
     MOST_NEW,
@@ -18,9 +17,10 @@ from w2s_fast.decoding.graphs import (
     round_up_rows,
     round_up_tokens,
 )
+from w2s_fast.decoding.growing_rows import GrowingRows
 from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.pass_graphs import PassGraphs
-from w2s_fast.decoding.record import can_record, record_passes, refuse_compile
+from w2s_fast.decoding.record import RecordedSteps, can_record, record_passes, refuse_compile
 from w2s_fast.decoding.recorder import CudaRecorder, Recorder
 from w2s_fast.decoding.sampling import SamplingBatch, SamplingColumns
 from w2s_fast.decoding.streams import HomeStream
@@ -32,12 +32,12 @@ __all__ = [
     "Decoder",
     "Decoding",
     "Draws",
-    "FusedDecoder",
-    "FusedRows",
     "FusionColumns",
+    "GrowingRows",
     "HomeStream",
     "Lane",
     "PassGraphs",
+    "RecordedSteps",
     "Recorder",
     "Recordings",
     "SamplingBatch",

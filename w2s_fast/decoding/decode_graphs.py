@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import starmap
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from w2s_fast._pages import DrawLayout
-from w2s_fast.attention import (
-    SPLIT_KEYS,
-    SPLIT_QUERIES,
-    Bounds,
-    Bucket,
-    Field,
-    Room,
-    RowTree,
-    StaticPlan,
-    host_buffer,
-    launch_copy,
-    lay_out,
-)
-from w2s_fast.cache import NO_COPIES, Int32Array, Ints
+from w2s_fast.attention import SPLIT_KEYS, SPLIT_QUERIES, Bounds, Bucket, Field, Room, lay_out
+from w2s_fast.decoding.drawing import Drawing
 from w2s_fast.decoding.draws import Draws
 from w2s_fast.decoding.first_step import FirstStep
+from w2s_fast.decoding.fusion import Fusion, FusionColumns, fusion_fields
 from w2s_fast.decoding.graphs import (
     MOST_NEW,
     Recording,
@@ -31,100 +24,126 @@ from w2s_fast.decoding.graphs import (
     round_up_tokens,
     rows_recorded,
 )
+from w2s_fast.decoding.growing_rows import GrowingRows
 from w2s_fast.decoding.recorder import Recorder
 from w2s_fast.decoding.sampling import SamplingBatch, SamplingColumns, sampling_fields
+from w2s_fast.decoding.static_passes import StaticPasses
 from w2s_fast.decoding.step import Step
-from w2s_fast.models import Body, PagedModel, inference
+from w2s_fast.models import inference
 
 # Steps whose draws stay on the device at once; of more, what was drawn is put away in between.
 _STEPS = 64
 
 
+class StepBucket(NamedTuple):
+    """Bounds of the steps that one recording serves.
+
+    Attributes:
+        passes: of each model.
+        plausible, dynamic: whether rows may ask for that; see :class:`Fusion`.
+    """
+
+    passes: tuple[Bucket, ...]
+    plausible: bool = False
+    dynamic: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.passes[0].rows
+
+
+class FirstBucket(NamedTuple):
+    """Bounds of first steps: of their sources, and of the steps that follow."""
+
+    sources: tuple[Bucket, ...]
+    step: StepBucket
+
+
 class DecodeGraphs:
-    """Recorded steps of one model. Within a chunk the host only says "again".
+    """Recorded steps of models that draw together. Within a chunk the host only says "again".
 
     Attributes:
         recorder: what else it records must not run at the same time.
     """
 
-    def __init__(
-        self,
-        model: PagedModel,
-        body: Body,
-        recorder: Recorder,
-        *,
-        max_rows: int,
-        vocab_size: int,
-    ) -> None:
-        """For up to ``max_rows`` rows, under the kernels' attention.
-
-        Args:
-            body: the model's, maybe compiled.
-            vocab_size: ids from here on are never sampled.
-        """
+    def __init__(self, drawing: Drawing, recorder: Recorder, *, max_rows: int) -> None:
+        """For up to ``max_rows`` rows, under the kernels' attention."""
         self.recorder = recorder
-        self._model = model
-        self._body = body
+        self._drawing = drawing
+        self._models = models = list(drawing.models)
+        self._device = device = models[0].device
         self._max_rows = max_rows
-        self._vocab_size = vocab_size
-        self._most_pages = model.pool.max_tokens_per_slot // model.pool.page_size
+        self._most_pages = [
+            model.pool.max_tokens_per_slot // model.pool.page_size for model in models
+        ]
         with torch.inference_mode():
-            self._room, self._room_of_sources = Room(model.device), Room(model.device)
+            self._room, self._room_of_sources = Room(device), Room(device)
             # By rows. What is in them was drawn: spare rows, too, append what can be embedded.
             self._drawn: dict[int, Draws] = {}
-        self.recordings: Recordings[Bucket, Step]
-        self.recordings = Recordings([model], recorder, self._prepare)
-        # By the buckets of the sources and of the rows.
-        self.firsts: Recordings[tuple[Bucket, Bucket], FirstStep]
-        self.firsts = Recordings([model], recorder, self._prepare_first)
+        self.recordings: Recordings[StepBucket, Step]
+        self.recordings = Recordings(models, recorder, self._prepare)
+        self.firsts: Recordings[FirstBucket, FirstStep]
+        self.firsts = Recordings(models, recorder, self._prepare_first)
 
     @inference
     def warm_up(self) -> None:
         """Record the smallest bucket for each number of rows, before any request waits for it."""
         # The largest first: the others find room in the memory that it left behind.
         for rows in reversed(rows_recorded(self._max_rows)):
-            self.recordings.make(Bucket.smallest(rows, rows, 1, self._most_pages))
+            passes = (Bucket.smallest(rows, rows, 1, most) for most in self._most_pages)
+            self.recordings.make(StepBucket(tuple(passes)))
 
     @inference
     def run(
         self,
-        slots: Ints,
-        tree: RowTree,
+        rows: Sequence[GrowingRows],
         sampling: SamplingColumns,
-        logits: Tensor,
+        fusion: FusionColumns | None,
+        logits: Sequence[Tensor],
         steps: int,
-        copies: Int32Array = NO_COPIES,
     ) -> Draws | None:
         """What :meth:`Decoder.run` does, in one copy to the device, one draw, and replays.
 
         Args:
-            slots: S slots with room for all tokens but the last. tree: what they share.
-            sampling: settings of S rows.
-            logits: [S, V], from which the first tokens are drawn.
-            steps: at least two. copies: pages to be copied before the second step.
+            rows: the same S in each model, with room for all tokens but the last.
+            sampling, fusion: their settings.
+            logits: of each model [S, V], from which the first tokens are drawn.
+            steps: at least two.
 
         Returns:
             What each step drew; None if these rows have to run without: nothing has happened.
         """
-        rows = len(slots)
-        if rows > self._max_rows or not self.recordings.usable:
+        count = len(rows[0].slots)
+        if count > self._max_rows or not self.recordings.usable:
             return None
-        one = np.ones(rows, np.int32)
-        layout = lay_out(self._model.pool, slots, one, tree, ahead=steps - 2)
-        padded = round_up_rows(rows, self._max_rows)
-        bucket = Bucket.of(Bounds.of(layout), padded, padded, self._most_pages)
+        one = np.ones(count, np.int32)
+        layouts = [
+            lay_out(model.pool, own.slots, one, own.tree, ahead=steps - 2)
+            for model, own in zip(self._models, rows)
+        ]
+        padded = round_up_rows(count, self._max_rows)
+        bucket = self._bucket(
+            [Bounds.of(layout) for layout in layouts],
+            padded,
+            plausible=fusion is not None and fusion.some_plausible,
+            dynamic=fusion is not None and fusion.some_dynamic,
+        )
         recording = self.recordings.find(bucket)
         step = recording.static
-        step.plan.load(layout, sampling._asdict(), copies, back=True)
-        step.plan.copy_pages(len(copies))
-        drawn = Draws(step.drawn.memory, rows, padded)
-        drawn.put(0, step.sampling.first(rows).draw(logits))
+        settings = {} if fusion is None else fusion._asdict()
+        for m, (plan, layout, own) in enumerate(zip(step.plans, layouts, rows)):
+            more = {**sampling._asdict(), **settings} if m == 0 else {}
+            plan.load(layout, more, own.copies, back=True)
+            plan.copy_pages(len(own.copies))
+        drawn = self._drawn_by(step, count, padded)
+        first = None if step.fusion is None else step.fusion.first(count)
+        drawn.put(0, *self._drawing.draw_from(logits, step.sampling.first(count), first))
         return self._replay(recording, drawn, steps)
 
     def begin(self, layout: DrawLayout, steps: int) -> Draws | None:
         """Run what rows come from, draw their first tokens, and ``steps`` - 1 more.
 
-        In two copies to the device, and replays. All that is appended counts in the pool then.
+        In two copies to the device, and replays. All that is appended counts in the pools then.
 
         Returns:
             What each step drew; None if it has to be done without: nothing has happened.
@@ -138,36 +157,57 @@ class DecodeGraphs:
             return None
         if not (self.recordings.usable and self.firsts.usable):
             return None
-        self._model.check()
+        for model in self._models:
+            model.check()
         layout.begin(steps, SPLIT_KEYS, SPLIT_QUERIES)
-        of_sources, of_rows = (Bounds(*bounds) for bounds in layout.bounds)
+        of_sources, of_rows = zip(*(starmap(Bounds, both) for both in layout.bounds))
         padded = round_up_rows(rows, most)
-        bucket = Bucket.of(of_rows, padded, padded, self._most_pages)
-        sources = Bucket.of(
-            of_sources,
-            round_up_rows(of_sources.rows, most),
-            min(round_up_tokens(of_sources.tokens), most),
-            self._most_pages,
+        bucket = self._bucket(
+            of_rows, padded, plausible=layout.some_plausible, dynamic=layout.some_dynamic
+        )
+        sources = tuple(
+            self._of_sources(bounds, of_step, most_pages)
+            for bounds, of_step, most_pages in zip(of_sources, bucket.passes, self._most_pages)
+        )
+        recording = self.recordings.find(bucket)
+        first = self.firsts.find(FirstBucket(sources, bucket))
+        step, before = recording.static, first.static
+        for m, count in enumerate(layout.num_before):
+            if count:
+                self._models[m].pool.copy_pages(layout.before(m))
+        host = step.passes.host_buffer()
+        layout.write_rows(host.numpy(), step.passes.rooms, step.passes.columns)
+        step.passes.take(host)
+        host = before.passes.host_buffer()
+        layout.write_sources(host.numpy(), before.passes.rooms, before.passes.columns, padded)
+        before.passes.take(host)
+        first.replay()
+        for plan, count in zip(step.plans, layout.num_copies):
+            plan.copy_unrecorded(count)
+        return self._replay(recording, self._drawn_by(step, rows, padded), steps)
+
+    def _bucket(
+        self, bounds: Sequence[Bounds], rows: int, *, plausible: bool, dynamic: bool
+    ) -> StepBucket:
+        passes = [Bucket.of(own, rows, rows, most) for own, most in zip(bounds, self._most_pages)]
+        return StepBucket(tuple(passes), plausible, dynamic)
+
+    def _of_sources(self, bounds: Bounds, step: Bucket, most_pages: int) -> Bucket:
+        most = self._max_rows
+        found = Bucket.of(
+            bounds,
+            round_up_rows(bounds.rows, most),
+            min(round_up_tokens(bounds.tokens), most),
+            most_pages,
         )
         # Few shapes: what there is room for depends on the rows alone, as long as that is enough.
-        sources = sources._replace(
-            splits=max(sources.splits, bucket.splits if sources.splits else 0),
-            pages=max(sources.pages, bucket.pages),
+        return found._replace(
+            splits=max(found.splits, step.splits if found.splits else 0),
+            pages=max(found.pages, step.pages),
         )
-        recording, first = self.recordings.find(bucket), self.firsts.find((sources, bucket))
-        step, before = recording.static, first.static
-        if layout.num_before:
-            self._model.pool.copy_pages(layout.before)
-        device = self._model.device
-        host = host_buffer(step.plan.nbytes, device)
-        layout.write_rows(host.numpy(), step.room, step.columns)
-        launch_copy(host, step.plan.buffer)
-        host = host_buffer(before.sources.nbytes, device)
-        layout.write_sources(host.numpy(), before.room, before.columns, padded)
-        launch_copy(host, before.sources.buffer)
-        first.replay()
-        step.plan.copy_unrecorded(layout.num_copies)
-        return self._replay(recording, Draws(step.drawn.memory, rows, padded), steps)
+
+    def _drawn_by(self, step: Step, rows: int, room: int) -> Draws:
+        return Draws(step.drawn.memory, rows, room, step.drawn.models)
 
     def _replay(self, recording: Recording[Step], drawn: Draws, steps: int) -> Draws:
         """All steps but the first, whose tokens stand in ``drawn``.
@@ -185,39 +225,58 @@ class DecodeGraphs:
                 drawn.memory[0].copy_(drawn.memory[_STEPS])
                 recording.static.taken.zero_()
         memory = drawn.memory[: left + 1]
-        return Draws(torch.cat([*put_away, memory]) if put_away else memory, drawn.rows, drawn.room)
+        found = torch.cat([*put_away, memory]) if put_away else memory
+        return Draws(found, drawn.rows, drawn.room, drawn.models)
 
-    def _prepare(self, bucket: Bucket) -> Step:
-        rows = bucket.rows
-        settings = sampling_fields(rows)
-        more = {**settings, "taken": Field(torch.int64, (1,))}
-        plan = StaticPlan.cut(bucket, self._model.pool, self._room, more)
+    def _prepare(self, bucket: StepBucket) -> Step:
+        rows, others = bucket.rows, len(self._models) - 1
+        sampling = sampling_fields(rows)
+        fusion = fusion_fields(rows, len(self._drawing.guides)) if self._drawing.guides else {}
+        settings = {**sampling, "taken": Field(torch.int64, (1,)), **fusion}
+        passes = StaticPasses.cut(
+            self._models,
+            bucket.passes,
+            [settings, *({} for _ in range(others))],
+            # In the order of RowColumn (csrc/draw.h).
+            [[*sampling, "taken", "copies", *fusion], *(["copies"] for _ in range(others))],
+            self._room,
+        )
         if rows not in self._drawn:
-            self._drawn[rows] = Draws.empty(_STEPS + 1, rows, self._model.device)
+            self._drawn[rows] = Draws.empty(_STEPS + 1, rows, self._device, others)
             self._drawn[rows].memory.zero_()
+        more = passes.plans[0].more
+        fuse = None
+        if fusion:
+            fuse = Fusion(
+                more["beta"],
+                more["plausibility"],
+                more["dynamic"],
+                some_plausible=bucket.plausible,
+                some_dynamic=bucket.dynamic,
+            )
         return Step(
-            model=self._model,
-            body=self._body,
-            vocab_size=self._vocab_size,
-            plan=plan,
-            sampling=SamplingBatch(*(plan.more[name] for name in settings)),
-            taken=plan.more["taken"],
+            drawing=self._drawing,
+            passes=passes,
+            sampling=SamplingBatch(*(more[name] for name in sampling)),
+            fusion=fuse,
+            taken=more["taken"],
             drawn=self._drawn[rows],
-            columns=plan.made.fields.offsets_of([*more, "copies"]),
-            room=plan.made.room_at(0),
         )
 
-    def _prepare_first(self, buckets: tuple[Bucket, Bucket]) -> FirstStep:
-        of_sources, of_rows = buckets
-        columns = {
-            "tokens": Field(torch.int64, (of_sources.tokens,)),
-            "last": Field(torch.int64, (of_sources.rows,)),
-            "source": Field(torch.int64, (of_rows.rows,)),
-        }
-        plan = StaticPlan.cut(of_sources, self._model.pool, self._room_of_sources, columns)
+    def _prepare_first(self, bucket: FirstBucket) -> FirstStep:
+        int64 = torch.int64
+        more = [
+            {"tokens": Field(int64, (own.tokens,)), "last": Field(int64, (own.rows,))}
+            for own in bucket.sources
+        ]
+        more[0]["source"] = Field(int64, (bucket.step.rows,))
+        passes = StaticPasses.cut(
+            self._models, bucket.sources, more, [list(own) for own in more], self._room_of_sources
+        )
         return FirstStep(
-            step=self.recordings.static_of(of_rows),
-            sources=plan,
-            columns=plan.made.fields.offsets_of(columns),
-            room=plan.made.room_at(0),
+            step=self.recordings.static_of(bucket.step),
+            passes=passes,
+            tokens=[plan.more["tokens"] for plan in passes.plans],
+            last=[plan.more["last"] for plan in passes.plans],
+            source=passes.plans[0].more["source"],
         )

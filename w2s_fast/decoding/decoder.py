@@ -1,33 +1,51 @@
-"""Decoder: rows of the base grow by several sampled tokens, and the host looks at none of them."""
+"""Decoder: rows grow by several sampled tokens, and the host looks at none of them.
+
+One model draws, or several that stand at the same positions draw together.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from w2s_fast._pages import DrawLayout
-from w2s_fast.attention import RowTree
-from w2s_fast.cache import NO_COPIES, Int32Array, Ints
 from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.decoding import Decoding
+from w2s_fast.decoding.drawing import Drawing
 from w2s_fast.decoding.draws import Draws
+from w2s_fast.decoding.fusion import FusionColumns, GuidePlaces
+from w2s_fast.decoding.growing_rows import GrowingRows
+from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.sampling import SamplingColumns
 from w2s_fast.models import PagedModel
 
 
 class Decoder:
-    """Samples from one model, a step after the other, replayed from graphs where there are any."""
+    """Samples a step after the other, replayed from graphs where there are any."""
 
     def __init__(
-        self, model: PagedModel, vocab_size: int, graphs: DecodeGraphs | None = None
+        self,
+        models: Sequence[PagedModel],
+        vocab_size: int,
+        graphs: DecodeGraphs | None = None,
+        guides: GuidePlaces = (),
     ) -> None:
-        """``vocab_size``: ids from here on are padding and never sampled."""
-        self.model = model
-        self.graphs = graphs
-        self._vocab_size = vocab_size
+        """Of models that draw together, the base first.
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [N, D] -> logits [N, vocab_size]."""
-        return self.model.logits(hidden)[:, : self._vocab_size]
+        Args:
+            vocab_size: ids from here on are padding and never sampled.
+            graphs: recorded steps of these models.
+            guides: of which the logits are fused; none where the base draws alone.
+        """
+        self.models = list(models)
+        self.graphs = graphs
+        bodies = [model.view.base_model for model in models]
+        self._drawing = Drawing(self.models, bodies, guides, vocab_size, Lane(models[0].device))
+
+    def logits(self, model: int, hidden: Tensor) -> Tensor:
+        """Hidden states [N, D] of one model -> logits [N, vocab_size]."""
+        return self._drawing.logits(model, hidden)
 
     def begin(self, layout: DrawLayout, steps: int) -> Draws | None:
         """All of a draw at once, where it is replayed; see :meth:`DecodeGraphs.begin`."""
@@ -35,39 +53,43 @@ class Decoder:
 
     def run(
         self,
-        slots: Ints,
-        tree: RowTree,
+        rows: Sequence[GrowingRows],
         sampling: SamplingColumns,
-        logits: Tensor,
+        fusion: FusionColumns | None,
+        logits: Sequence[Tensor],
         steps: int,
-        copies: Int32Array = NO_COPIES,
     ) -> Draws:
-        """Draw ``steps`` tokens for each slot; all but the last stand in the KV then.
+        """Draw ``steps`` tokens for each row; all but the last stand in the KV then.
 
         Args:
-            slots: S slots. tree: what they share.
-            sampling: settings of S rows.
-            logits: [S, V], from which the first tokens are drawn.
-            copies: pages to be copied before the second step; see :meth:`PagePool.copy_pages`.
+            rows: the same S in each model.
+            sampling: their settings. fusion: those of models that draw together.
+            logits: of each model [S, V], from which the first tokens are drawn.
 
         Returns:
             What each step drew, on the device: nothing has been waited for.
 
         Raises:
-            OutOfPages: there is no room for so many tokens; nothing has changed.
+            OutOfPages: there is no room for so many tokens.
         """
-        decoding = Decoding(self.model, slots, steps - 1, tree)
+        decodings = [
+            Decoding(model, own.slots, steps - 1, own.tree) for model, own in zip(self.models, rows)
+        ]
         if steps > 1 and self.graphs is not None:
-            replayed = self.graphs.run(slots, tree, sampling, logits, steps, copies)
+            replayed = self.graphs.run(rows, sampling, fusion, logits, steps)
             if replayed is not None:
-                decoding.count(steps - 1)
+                for decoding in decodings:
+                    decoding.count(steps - 1)
                 return replayed
-        self.model.pool.copy_pages(copies)
-        settings = sampling.to(self.model.device)
-        drawn = Draws.empty(steps, len(slots), self.model.device)
-        drawn.put(0, settings.draw(logits))
+        for model, own in zip(self.models, rows):
+            model.pool.copy_pages(own.copies)
+        device = self.models[0].device
+        settings, fuse = sampling.to(device), None if fusion is None else fusion.to(device)
+        drawn = Draws.empty(steps, len(rows[0].slots), device, len(self.models) - 1)
+        drawn.put(0, *self._drawing.draw_from(logits, settings, fuse))
         for step in range(1, steps):
             settings.advance()
-            hidden = decoding.step(drawn.tokens[step - 1])
-            drawn.put(step, settings.draw(self.logits(hidden)))
+            last = drawn.tokens[step - 1]
+            hidden = [decoding.step(last) for decoding in decodings]
+            drawn.put(step, *self._drawing.draw(hidden, settings, fuse))
         return drawn

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,9 +30,7 @@ class Draws:
         others_at: where those of other models begin, each with ``room`` rows.
     """
 
-    def __init__(
-        self, memory: Tensor, rows: int, room: int | None = None, models: int = 0
-    ) -> None:
+    def __init__(self, memory: Tensor, rows: int, room: int | None = None, models: int = 0) -> None:
         """``memory`` of :meth:`bytes_a_step` of ``room`` rows, of which the first are wanted."""
         self.memory = memory
         self.rows = rows
@@ -82,12 +79,12 @@ class Draws:
     def __getitem__(self, step: int) -> Draw:
         return Draw(self.tokens[step], self.logprobs[step])
 
-    def put(self, step: int, draw: Draw, others: Sequence[Tensor] = ()) -> None:
-        """Keep what a step drew, and what other models say of it."""
+    def put(self, step: int, draw: Draw, others: Tensor | None = None) -> None:
+        """Keep what a step drew, and what other models say of it, float32 [models, S]."""
         for ours, theirs in zip(self[step], draw):
             ours.copy_(theirs)
-        for m, logprobs in enumerate(others):
-            self.others[step, m].copy_(logprobs)
+        if others is not None:
+            self.others[step].copy_(others)
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
-from w2s_fast._pages import PassRoom
-from w2s_fast.attention import StaticPlan
+from w2s_fast.decoding.static_passes import StaticPasses
 from w2s_fast.decoding.step import Step
-from w2s_fast.models import run_body
 
 
 @dataclass
@@ -18,25 +16,27 @@ class FirstStep:
     """Sources run, and their children's first tokens are drawn.
 
     Attributes:
-        sources: where the sources' pass is loaded, with ``tokens`` int64 [T], what they run;
-            ``last`` int64 [N], which of them is each source's last; and ``source`` int64 [S], of
-            which source a row is.
-        columns: offsets of these three. step: of the rows.
-        room: where the pass lies in the buffer of ``sources``.
+        step: of the rows.
+        passes: where the sources' passes are loaded.
+        tokens: int64 [T] of each model, what they run. last: int64 [N] of each, which of them is
+            each source's last. source: int64 [S], of which source a row is.
     """
 
     step: Step
-    sources: StaticPlan
-    columns: NDArray[np.int64]
-    room: PassRoom
+    passes: StaticPasses
+    tokens: Sequence[Tensor]
+    last: Sequence[Tensor]
+    source: Tensor
 
     def clear(self) -> None:
         self.step.clear()
-        self.sources.clear()
+        self.passes.clear()
 
     def run(self) -> None:
-        step, plan, more = self.step, self.sources.plan, self.sources.more
-        hidden = run_body(step.model.view, more["tokens"], plan.positions, plan, step.body)
-        logits = step.model.logits(hidden.index_select(0, more["last"]))[:, : step.vocab_size]
-        step.plan.copy_recorded()
-        step.drawn.put(0, step.sampling.draw(logits.index_select(0, more["source"])))
+        step = self.step
+        hidden = step.drawing.run(self.tokens, self.passes.plans)
+        ends = [own.index_select(0, last) for own, last in zip(hidden, self.last)]
+        for plan in step.plans:
+            plan.copy_recorded()
+        draw, others = step.drawing.draw(ends, step.sampling, step.fusion, self.source)
+        step.drawn.put(0, draw, others)

@@ -45,6 +45,14 @@ class FusionColumns(NamedTuple):
     plausibility: NDArray[np.float32]
     dynamic: NDArray[np.bool_]
 
+    @property
+    def some_plausible(self) -> bool:
+        return bool((self.plausibility > -np.inf).any())
+
+    @property
+    def some_dynamic(self) -> bool:
+        return bool(self.dynamic.any())
+
     def to(self, device: torch.device) -> Fusion:
         """On a device, in one copy."""
         there = to_device(self._asdict(), device)
@@ -52,8 +60,8 @@ class FusionColumns(NamedTuple):
             beta=there["beta"].view(len(self.dynamic), -1),
             plausibility=there["plausibility"],
             dynamic=there["dynamic"],
-            some_plausible=bool((self.plausibility > -np.inf).any()),
-            some_dynamic=bool(self.dynamic.any()),
+            some_plausible=self.some_plausible,
+            some_dynamic=self.some_dynamic,
         )
 
 
@@ -73,6 +81,14 @@ class Fusion(NamedTuple):
     dynamic: Tensor
     some_plausible: bool
     some_dynamic: bool
+
+    def first(self, rows: int) -> Fusion:
+        """Of the first rows: views."""
+        return self._replace(
+            beta=self.beta[:rows],
+            plausibility=self.plausibility[:rows],
+            dynamic=self.dynamic[:rows],
+        )
 
     def draw(
         self, logits: Sequence[Tensor], guides: GuidePlaces, sampling: SamplingBatch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx.experimental._config
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from w2s_fast.attention import Backend, KernelPlan
 from w2s_fast.decoding.decode_graphs import DecodeGraphs
+from w2s_fast.decoding.drawing import Drawing
+from w2s_fast.decoding.fusion import GuidePlaces
 from w2s_fast.decoding.graphs import most_pass_tokens
+from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.pass_graphs import PassGraphs
 from w2s_fast.decoding.recorder import CudaRecorder, Recorder
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
@@ -29,6 +32,18 @@ _FEW_VARIANTS = partial(
 _ALL_KEPT = partial(torch._dynamo.config.patch, recompile_limit=64)
 
 
+class RecordedSteps(NamedTuple):
+    """Recorded steps of decoding.
+
+    Attributes:
+        alone: of the base, the usual ones recorded. together: of the base and its guides, recorded
+            when they come; None: there are no guides.
+    """
+
+    alone: DecodeGraphs
+    together: DecodeGraphs | None
+
+
 def can_record(device: torch.device, backend: Backend) -> bool:
     """Whether passes run where CUDA graphs are, through attention that fits into them."""
     return device.type == "cuda" and backend is KernelPlan
@@ -40,15 +55,16 @@ def record_passes(
     *,
     vocab_size: int,
     max_rows: int,
+    places: GuidePlaces = (),
     compile: bool = False,
     recorder_for: Callable[[torch.device], Recorder] = CudaRecorder,
-) -> DecodeGraphs:
+) -> RecordedSteps:
     """Let all models replay their small passes, and record the usual steps of the base.
 
     Each model is compared once more with its own eager forward, by a recorded pass.
 
     Args:
-        guides: the models of all guides.
+        guides: the models of all guides. places: where each guide's stand among base and guides.
         vocab_size: ids from here on are never sampled.
         max_rows: the largest batch to be recorded.
         compile: run the models' bodies through ``torch.compile``, with one kernel where their own
@@ -58,17 +74,18 @@ def record_passes(
         UnsupportedModel: a recorded pass differs from the model's own forward.
     """
     recorder = recorder_for(base.device)
-    body = _body(base, compile)
-    for model in guides:
+    models = [base, *guides]
+    bodies = [_body(model, compile) for model in models]
+    for model, body in zip(guides, bodies[1:]):
         model.replays = PassGraphs(
             model,
-            _body(model, compile),
+            body,
             recorder_for(model.device),  # the models of a guide run at once
             max_rows=max_rows,
             max_tokens=most_pass_tokens(max_rows),
         )
-    base.replays = PassGraphs(base, body, recorder, max_rows=max_rows, max_tokens=max_rows)
-    for model in (base, *guides):
+    base.replays = PassGraphs(base, bodies[0], recorder, max_rows=max_rows, max_tokens=max_rows)
+    for model in models:
         try:
             model.compare_with_eager()
             for recorded in model.recorded:
@@ -78,9 +95,14 @@ def record_passes(
         except UnsupportedModel as error:
             option = "compile" if compile else "cuda_graphs"
             raise UnsupportedModel(f"{error}; it is served with {option}=False") from error
-    graphs = DecodeGraphs(base, body, recorder, max_rows=max_rows, vocab_size=vocab_size)
-    graphs.warm_up()
-    return graphs
+    lane = Lane(base.device)
+    alone = Drawing([base], bodies[:1], (), vocab_size, lane)
+    steps = DecodeGraphs(alone, recorder, max_rows=max_rows)
+    steps.warm_up()
+    if not places:
+        return RecordedSteps(steps, None)
+    together = Drawing(models, bodies, places, vocab_size, lane)
+    return RecordedSteps(steps, DecodeGraphs(together, recorder, max_rows=max_rows))
 
 
 def _body(model: PagedModel, compile: bool) -> Body:

@@ -58,7 +58,7 @@ class Intake:
             params,
             int(priority),
             models.eos_token_ids,
-            _betas(params, [guide.weight for guide in models.guides]),
+            params.betas([guide.weight for guide in models.guides]) if params.fuses else (),
         )
         self._scheduler.check(request)
         return request
@@ -89,19 +89,6 @@ class Intake:
                 f"{self._models.vocab_size}"
             )
         return text
-
-
-def _betas(params: SearchParams, weights: Sequence[float]) -> Sequence[float]:
-    """The factor of each guide in fused logits. InvalidRequest if there are not as many."""
-    if params.beta is None:
-        return weights
-    given = params.betas or [params.beta] * len(weights)
-    if params.fuses and len(given) != len(weights):
-        raise InvalidRequest(
-            f"beta has {len(given)} numbers; allowed: one for each of {len(weights)} guides, "
-            "or one number for all"
-        )
-    return given
 
 
 def pair(

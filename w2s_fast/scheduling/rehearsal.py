@@ -71,9 +71,8 @@ def _rooms(search: Search, request: Request) -> list[Room]:
 
 @contextmanager
 def _without_traces(search: Search) -> Iterator[None]:
-    rows, passes = search.base.rows, search.base.passes
     with ExitStack() as stack:
+        stack.enter_context(search.uncounted())
         for model in search.models:
             stack.enter_context(model.pool.without_cache())
         yield
-    search.base.rows, search.base.passes = rows, passes

@@ -189,8 +189,8 @@ class Runner:
             busy_s=self._busy_s,
             sampled_tokens=self._sampled_tokens,
             scored_tokens=self._scored_tokens,
-            rows=self._search.base.rows,
-            passes=self._search.base.passes,
+            rows=self._search.decoded.rows,
+            passes=self._search.decoded.passes,
             max_rows=self._scheduler.max_rows,
             pools={model.name: _pool_stats(model.pool) for model in self._search.models},
         )

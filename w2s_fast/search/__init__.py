@@ -6,9 +6,18 @@ further; which requests these are, and whether their pages exist, is decided abo
 """
 
 from w2s_fast._pages import Beam
-from w2s_fast.search.guide import Guide, PagedGuide
+from w2s_fast.search.guide import Guide, PagedGuide, places_of
 from w2s_fast.search.request import Request
 from w2s_fast.search.score_graphs import ScoreGraphs
 from w2s_fast.search.search import InFlight, Search
 
-__all__ = ["Beam", "Guide", "InFlight", "PagedGuide", "Request", "ScoreGraphs", "Search"]
+__all__ = [
+    "Beam",
+    "Guide",
+    "InFlight",
+    "PagedGuide",
+    "Request",
+    "ScoreGraphs",
+    "Search",
+    "places_of",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,56 +10,35 @@ from torch import Tensor
 
 from w2s_fast._pages import (
     Beams,
-    DrawLayout,
-    fork_beams,
     held_slots,
-    lay_out_rows,
     release_finished,
     take_selected,
     take_tokens,
 )
-from w2s_fast.attention import RowTree
-from w2s_fast.decoding import DecodeGraphs, Decoder, Draws, SamplingColumns
+from w2s_fast.decoding import DecodeGraphs, Decoder
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel
 from w2s_fast.search.entrance import enter
+from w2s_fast.search.expansion import Drawn, Expansion
 from w2s_fast.search.request import Request
 from w2s_fast.search.selection import Selection
-from w2s_fast.search.sources import run_sources
-from w2s_fast.stats import timed
 
 _BASE = 0  # among the models of a request's beams
 
 
-class Drawn(NamedTuple):
-    """Tokens that were drawn, on the device.
-
-    Attributes:
-        requests: whose growing candidates they belong to. begun: those of them whose prompt was
-            run for it.
-        draws: a step after the other, a row for each of those candidates.
-    """
-
-    requests: list[Request]
-    begun: list[Request]
-    draws: Draws
-
-
 class BaseSide:
-    """Expands candidates in the base.
-
-    Attributes:
-        rows, passes: of all decoding passes together.
-    """
+    """Expands candidates in the base."""
 
     def __init__(
         self, model: PagedModel, vocab_size: int, graphs: DecodeGraphs | None = None
     ) -> None:
         """``vocab_size``: ids from here on are padding. ``graphs``: decoding steps."""
         self.model = model
-        self.decoder = Decoder(model, vocab_size, graphs)
-        self.rows = 0
-        self.passes = 0
+        self.expansion = Expansion(Decoder([model], vocab_size, graphs))
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.expansion.decoder
 
     def enter(self, requests: Sequence[Request], most: list[int]) -> list[Request]:
         """Run what requests go on from: of new ones the prompt, of those set aside the hypotheses.
@@ -76,34 +54,14 @@ class BaseSide:
         prompts = [request.prompt for request in requests]
         entered = enter(self.model, _BASE, requests, prompts, most[_BASE], finishes=True)
         most[_BASE] = entered.left
-        self.rows += sum(entered.rows)
-        self.passes += len(entered.rows)
+        self.expansion.decoded += (sum(entered.rows), len(entered.rows))
         for request, adopted in entered.adopted.items():
             request.stats.cached_tokens += adopted
         return entered.waiting
 
     def draw(self, requests: Sequence[Request], steps: int) -> Drawn:
         """Sample the next ``steps`` tokens of every growing candidate; the host waits for none."""
-        begun = [request for request in requests if request.begins]
-        new = [request.stats for request in begun]
-        old = [request.stats for request in requests if not request.begins]
-        layout = DrawLayout(_beams(requests), self.model.pool.manager)
-        # The first token of all children of a beam comes from one row of logits, and only then
-        # are they forked: what they share is forwarded once.
-        with timed("prefill_s", new), timed("decode_s", old):
-            draws = self.decoder.begin(layout, steps)
-            if draws is None:
-                ran = run_sources(self.model, _BASE, requests)
-                logits = self.decoder.logits(ran.hidden)
-                self.rows += ran.rows
-                self.passes += ran.passes
-        if draws is None:
-            with timed("decode_s", new + old):
-                draws = self._decode(requests, logits, steps)
-        else:
-            self.rows += layout.num_sources + layout.rows * (steps - 1)
-            self.passes += steps
-        return Drawn(list(requests), begun, draws)
+        return self.expansion.draw(requests, steps)
 
     def take(self, drawn: Drawn, memory: Tensor) -> None:
         """Give candidates what was drawn for them, up to where they end.
@@ -145,17 +103,6 @@ class BaseSide:
         if drawn.begun:
             self._remember([request for request in drawn.begun if request.error is None])
         release_finished(_beams(drawn.requests), self.model.pool.manager, _BASE)
-
-    def _decode(self, requests: Sequence[Request], logits: Tensor, steps: int) -> Draws:
-        """Fork the sources, and sample all their children's tokens from ``logits`` on."""
-        beams, pool = _beams(requests), self.model.pool
-        copies = fork_beams(beams, pool.manager, _BASE)
-        slots, columns, tree, _ = lay_out_rows(beams, _BASE)
-        self.rows += len(slots) * (steps - 1)
-        self.passes += steps - 1
-        return self.decoder.run(
-            slots, RowTree(*tree), SamplingColumns(*columns), logits, steps, copies
-        )
 
     def _remember(self, requests: Sequence[Request]) -> None:
         """Let later requests find these prompts; not those that made a model fail."""

@@ -65,7 +65,7 @@ class Request:
             top_p=params.top_p,
             min_p=params.min_p,
             seed=seed_bits(params.seed),
-            betas=list(betas) if params.fuses else [],
+            betas=list(betas),
             plausibility=_log(params.plausibility),
             dynamic=params.fuses == "dynamic_fusion",
         )

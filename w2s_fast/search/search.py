@@ -7,7 +7,8 @@ request nearest to its selection still needs, and scores and selects those that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -24,10 +25,11 @@ from w2s_fast._pages import (
     tokens_left,
 )
 from w2s_fast.attention import Reading
-from w2s_fast.decoding import DecodeGraphs
+from w2s_fast.decoding import RecordedSteps
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel, inference
-from w2s_fast.search.base_side import BaseSide, Drawn
+from w2s_fast.search.base_side import BaseSide
+from w2s_fast.search.expansion import Decoded, Drawn
 from w2s_fast.search.fused_side import FusedSide
 from w2s_fast.search.guide import PagedGuide, distinct_models
 from w2s_fast.search.guide_side import GuideSide
@@ -83,7 +85,7 @@ class Search:
         base: PagedModel,
         guides: Sequence[PagedGuide],
         vocab_size: int,
-        graphs: DecodeGraphs | None = None,
+        graphs: RecordedSteps | None = None,
         score_graphs: ScoreGraphs | None = None,
         *,
         ahead: bool = False,
@@ -91,20 +93,35 @@ class Search:
         """Over these models.
 
         Args:
-            vocab_size: ids from here on are padding. graphs: decoding steps of the base.
+            vocab_size: ids from here on are padding. graphs: recorded steps of decoding.
             score_graphs: selections in the guides.
             ahead: launch all of a round before the host reads what was drawn. The guides then run
                 tokens behind an EOS, too, which count for nothing; it pays where the host would
                 have to wait for a device.
         """
         self.models = distinct_models(base, guides)
-        self.base = BaseSide(base, vocab_size, graphs)
+        alone, together = graphs or (None, None)
+        self.base = BaseSide(base, vocab_size, alone)
         self.guides = GuideSide(guides, self.models, vocab_size, score_graphs)
         self.fused = FusedSide(
-            self.base, self.models, self.guides.places, self.guides.weights, vocab_size
+            self.models, self.guides.places, self.guides.weights, vocab_size, together
         )
         self._ahead = ahead
         self._managers = [model.pool.manager for model in self.models]
+
+    @property
+    def decoded(self) -> Decoded:
+        """All that decoding passes of the base have run so far."""
+        return self.base.expansion.decoded + self.fused.expansion.decoded
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """For ``with``: what is decoded within does not count."""
+        sides = self.base.expansion, self.fused.expansion
+        before = [side.decoded for side in sides]
+        yield
+        for side, decoded in zip(sides, before):
+            side.decoded = decoded
 
     @property
     def ahead(self) -> bool:

@@ -19,11 +19,13 @@ class Ran(NamedTuple):
     """Sources of requests that were run.
 
     Attributes:
-        hidden: last hidden states [S, D], a row for each candidate that goes on from one.
+        ends: last hidden states [N, D], a row for each source.
+        source: int64 [S], of which source each candidate is that goes on from one.
         rows, passes: that were run for it.
     """
 
-    hidden: Tensor
+    ends: Tensor
+    source: Tensor
     rows: int
     passes: int
 
@@ -52,4 +54,4 @@ def run_sources(model: PagedModel, index: int, requests: Sequence[Request]) -> R
         ends.append(hidden.index_select(0, place - begin if begin else place))
         rows += len(part.counts)
     found = torch.cat(ends) if len(ends) > 1 else ends[0]
-    return Ran(found.index_select(0, there["source"]), rows, len(ends))
+    return Ran(found, there["source"], rows, len(ends))

@@ -1,0 +1,84 @@
+"""Drawing: the models that draw together, run side by side, and from their states to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from w2s_fast.attention import StaticPlan
+from w2s_fast.decoding.draws import Draw
+from w2s_fast.decoding.fusion import Fusion, GuidePlaces
+from w2s_fast.decoding.lane import Lane
+from w2s_fast.decoding.sampling import SamplingBatch
+from w2s_fast.models import Body, PagedModel, run_body
+
+
+class Drawing(NamedTuple):
+    """Models that draw together; most often it is the base alone.
+
+    Attributes:
+        models: the base first. bodies: what runs for each.
+        guides: of which the logits are fused; none where the base draws alone.
+        vocab_size: ids from here on are never sampled.
+        lane: where the others run, beside the base.
+    """
+
+    models: Sequence[PagedModel]
+    bodies: Sequence[Body]
+    guides: GuidePlaces
+    vocab_size: int
+    lane: Lane
+
+    def run(self, tokens: Sequence[Tensor], plans: Sequence[StaticPlan]) -> list[Tensor]:
+        """The last hidden states of each model's tokens."""
+
+        def run(m: int) -> Tensor:
+            plan = plans[m].plan
+            return run_body(self.models[m].view, tokens[m], plan.positions, plan, self.bodies[m])
+
+        if len(self.models) == 1:
+            return [run(0)]
+        try:
+            with self.lane.beside():
+                others = [run(m) for m in range(1, len(self.models))]
+            base = run(0)
+        finally:
+            self.lane.join()
+        return [base, *others]
+
+    def draw(
+        self,
+        hidden: Sequence[Tensor],
+        sampling: SamplingBatch,
+        fusion: Fusion | None,
+        source: Tensor | None = None,
+    ) -> tuple[Draw, Tensor | None]:
+        """Draw a token for each of S rows.
+
+        Args:
+            hidden: of each model [S, D], or [N, D] where ``source`` int64 [S] says of which a row
+                is.
+
+        Returns:
+            What was drawn; and the other models' log-probs of it, float32 [M - 1, S].
+        """
+        logits = [self.logits(m, own) for m, own in enumerate(hidden)]
+        if source is not None:
+            logits = [own.index_select(0, source) for own in logits]
+        return self.draw_from(logits, sampling, fusion)
+
+    def draw_from(
+        self, logits: Sequence[Tensor], sampling: SamplingBatch, fusion: Fusion | None
+    ) -> tuple[Draw, Tensor | None]:
+        """The same from logits of each model [S, V]."""
+        if fusion is None:
+            return sampling.draw(logits[0]), None
+        draw, others = fusion.draw(logits, self.guides, sampling)
+        return draw, torch.stack(others) if others else logits[0].new_empty(0, len(draw.tokens))
+
+    def logits(self, model: int, hidden: Tensor) -> Tensor:
+        """Hidden states [N, D] of a model -> logits [N, vocab_size]."""
+        return self.models[model].logits(hidden)[:, : self.vocab_size]

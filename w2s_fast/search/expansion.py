@@ -1,0 +1,101 @@
+"""Expansion: growing candidates get tokens, drawn by one model or by several together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from w2s_fast._pages import Beams, DrawLayout, fork_beams, lay_out_rows
+from w2s_fast.attention import RowTree
+from w2s_fast.decoding import Decoder, Draws, FusionColumns, GrowingRows, SamplingColumns
+from w2s_fast.search.request import Request
+from w2s_fast.search.sources import run_sources
+from w2s_fast.stats import timed
+
+
+class Drawn(NamedTuple):
+    """Tokens that were drawn, on the device.
+
+    Attributes:
+        requests: whose growing candidates they belong to. begun: those of them whose prompt was
+            run for it.
+        draws: a step after the other, a row for each of those candidates.
+    """
+
+    requests: list[Request]
+    begun: list[Request]
+    draws: Draws
+
+
+class Decoded(NamedTuple):
+    """What decoding passes of the base have run."""
+
+    rows: int = 0
+    passes: int = 0
+
+    def __add__(self, other: tuple[int, ...]) -> Decoded:  # type: ignore[override]
+        rows, passes = other
+        return Decoded(self.rows + rows, self.passes + passes)
+
+
+class Expansion:
+    """Draws tokens for candidates, in slots of the models that draw.
+
+    Attributes:
+        decoded: so far, by the first of these models.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        """``decoder``: of the first models of a request's beams."""
+        self.decoder = decoder
+        self.decoded = Decoded()
+        self._models = decoder.models
+        self._managers = [model.pool.manager for model in self._models]
+
+    def draw(self, requests: Sequence[Request], steps: int) -> Drawn:
+        """Sample the next ``steps`` tokens of every growing candidate; the host waits for none."""
+        begun = [request for request in requests if request.begins]
+        new = [request.stats for request in begun]
+        old = [request.stats for request in requests if not request.begins]
+        beams = [request.beams for request in requests]
+        layout = DrawLayout(beams, self._managers)
+        # The first token of all children of a beam comes from one row of logits, and only then
+        # are they forked: what they share is forwarded once.
+        with timed("prefill_s", new), timed("decode_s", old):
+            draws = self.decoder.begin(layout, steps)
+            if draws is None:
+                logits = self._first_logits(requests)
+        if draws is None:
+            with timed("decode_s", new + old):
+                draws = self._decode(beams, logits, steps)
+        else:
+            self.decoded += (layout.num_sources + layout.rows * (steps - 1), steps)
+        return Drawn(list(requests), begun, draws)
+
+    def _first_logits(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Append what stands before the first tokens; each model's logits behind it."""
+        found = []
+        for index, model in enumerate(self._models):
+            ran = run_sources(model, index, requests)
+            found.append(self.decoder.logits(index, ran.ends).index_select(0, ran.source))
+            if index == 0:
+                self.decoded += (ran.rows, ran.passes)
+        return found
+
+    def _decode(self, beams: Sequence[Beams], logits: Sequence[Tensor], steps: int) -> Draws:
+        """Fork the sources, and sample all their children's tokens from ``logits`` on."""
+        rows = []
+        for index, manager in enumerate(self._managers):
+            copies = fork_beams(beams, manager, index)
+            slots, sampling, tree, fusion = lay_out_rows(beams, index)
+            rows.append(GrowingRows(slots, RowTree(*tree), copies))
+        self.decoded += (len(slots) * (steps - 1), steps - 1)
+        return self.decoder.run(
+            rows,
+            SamplingColumns(*sampling),
+            FusionColumns(*fusion) if len(fusion[0]) else None,
+            logits,
+            steps,
+        )
