@@ -281,7 +281,7 @@ class World:
         self._check_tree(tree, rows)
 
     def _check_rows(self, which: list[int]) -> None:
-        _, columns, tree = lay_out_rows(self.beams(which), 0)
+        _, columns, tree, _ = lay_out_rows(self.beams(which), 0)
         rows = [
             (i, beam, len(self.requests[i].prompt))
             for i in which

@@ -65,21 +65,21 @@ def test_a_draw_as_a_recording_is_given_it(manager: PageManager, more: int) -> N
     beams = drawing(manager)
     slots, counts, children, tokens, _ = lay_out_sources(beams, manager, 0)
     lengths = manager.lengths[slots] + counts
-    layout = DrawLayout(beams, manager)
+    layout = DrawLayout(beams, [manager])
     assert (layout.rows, layout.tokens, layout.max_new) == (8, 4, 2)
     assert layout.num_sources == len(slots) == 2
     layout.begin(STEPS, SPLIT_KEYS, SPLIT_QUERIES)
     # The tokens of the sources count, and those of all steps but the last.
-    own, of_rows, _ = lay_out_rows(beams, 0)
+    own, of_rows, *_ = lay_out_rows(beams, 0)
     assert manager.lengths[own].tolist() == np.repeat(lengths + STEPS - 1, children).tolist()
-    of_sources, of_children = layout.bounds
+    ((of_sources, of_children),) = layout.bounds
     assert of_sources[:2] == (2, 4) and of_children[:2] == (8, 8)
 
     plan, (rows, count) = fields(of_sources, more)
     sizes = {"tokens": count, "last": rows, "source": 8 + more}
     made, buffer = columns([(name, "int64", size) for name, size in sizes.items()])
     whole = torch.cat([buffer, torch.zeros(plan.fields.nbytes, dtype=torch.uint8)])
-    layout.write_sources(whole.numpy(), plan.room_at(len(buffer)), made.offsets, 8 + more)
+    layout.write_sources(whole.numpy(), [plan.room_at(len(buffer))], [made.offsets], 8 + more)
     found = {name: column.tolist() for name, column in made.cut(whole).items()}
     assert found["tokens"] == [*tokens.tolist(), *[0] * more] == [5, 6, 8, 9, *[0] * more]
     assert found["last"] == [1, 3, *[0] * more]
@@ -91,7 +91,7 @@ def test_a_draw_as_a_recording_is_given_it(manager: PageManager, more: int) -> N
         + [("taken", "int64", 1), ("copies", "int32", 2 * rows)]
     )
     whole = torch.cat([buffer, torch.zeros(plan.fields.nbytes, dtype=torch.uint8)])
-    layout.write_rows(whole.numpy(), plan.room_at(len(buffer)), made.offsets)
+    layout.write_rows(whole.numpy(), [plan.room_at(len(buffer))], [made.offsets])
     views = made.cut(whole)
     for name, wanted in zip(ROWS, of_rows, strict=True):
         spare = [1.0 if name == "top_p" else 0] * more
@@ -99,19 +99,19 @@ def test_a_draw_as_a_recording_is_given_it(manager: PageManager, more: int) -> N
     assert views["taken"].tolist() == [0]
     copies = views["copies"].view(-1, 2).tolist()
     # The second prompt ends in a page, which each sibling of the first child gets a copy of.
-    assert layout.num_copies == 6 and copies[6:] == [[-1, -1]] * (rows - 6)
+    assert layout.num_copies == [6] and copies[6:] == [[-1, -1]] * (rows - 6)
     assert (
         len({there for _, there in copies[:6]}) == 6 and len({here for here, _ in copies[:6]}) == 2
     )
     with pytest.raises(PageMisuse, match="fit"):
-        layout.write_rows(whole.numpy(), fields(of_sources, 0)[0].room_at(0), made.offsets)
+        layout.write_rows(whole.numpy(), [fields(of_sources, 0)[0].room_at(0)], [made.offsets])
 
 
 @pytest.mark.parametrize("more", [0, 3])
 def test_a_selection_as_a_recording_is_given_it(manager: PageManager, more: int) -> None:
     """Indices of tokens are those of a buffer with more rows than were drawn."""
     beams = drawing(manager)
-    DrawLayout(beams, manager).begin(STEPS, SPLIT_KEYS, SPLIT_QUERIES)
+    DrawLayout(beams, [manager]).begin(STEPS, SPLIT_KEYS, SPLIT_QUERIES)
     known = np.arange(1, 9)[:, None]
     take(beams, known, -known.astype(np.float32))
     drawn = np.arange(100, 100 + STEPS * 8).reshape(STEPS, 8)

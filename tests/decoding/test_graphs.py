@@ -41,6 +41,7 @@ from w2s_fast.attention.row_tree import RowTree
 from w2s_fast.attention.static_plan import Bucket
 from w2s_fast.decoding.decoding import Decoding
 from w2s_fast.decoding.graphs import Recordings
+from w2s_fast.decoding.growing_rows import GrowingRows
 from w2s_fast.scheduling import Scheduler
 from w2s_fast.search import Request, Search
 from w2s_fast.search.score_graphs import _Scoring
@@ -256,13 +257,13 @@ def test_what_a_bucket_has_too_many_touches_no_page() -> None:
     logits = torch.zeros(8, engine._models.vocab_size)
     nothing = [RowTree.of([], rows) for rows in range(9)]
     chunk = Decoding(engine.base, many, 6)
-    assert steps.run(many, nothing[8], settings(8), logits, 7) is not None
+    assert steps.run([GrowingRows(many, nothing[8])], settings(8), None, [logits], 7) is not None
     chunk.count(6)
 
     Decoding(engine.base, slots, 6)
     written = pool.places(slots, [6] * 5)
     before = pool.kv.clone().flatten(2, 3)
-    drawn = steps.run(slots, nothing[5], settings(5), logits[:5], 7)
+    drawn = steps.run([GrowingRows(slots, nothing[5])], settings(5), None, [logits[:5]], 7)
     assert drawn is not None and len(drawn) == 7
     assert places_written(before) == sorted(written.tolist())
     assert drawn.logprobs.isfinite().all()

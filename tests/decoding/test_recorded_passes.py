@@ -34,6 +34,7 @@ from tests.support.tiny_models import tiny_triple
 from w2s_fast.attention.row_tree import Level, RowTree
 from w2s_fast.cache import Int32Array, as_int32
 from w2s_fast.decoding.decoder import Decoder
+from w2s_fast.decoding.growing_rows import GrowingRows
 from w2s_fast.models import PagedModel
 from w2s_fast.models.body import run_body
 
@@ -97,7 +98,8 @@ def test_a_recorded_decode_is_one_copy_and_a_replay_a_step() -> None:
     model.pool.reserve(slots, [5] * 3)  # a shared page is copied here
     logits = torch.randn(3, engine._models.vocab_size)
     with launches() as found:
-        drawn = engine._search.base.decoder.run(slots, tree, settings(3), logits, 6)
+        rows = [GrowingRows(slots, tree)]
+        drawn = engine._search.base.decoder.run(rows, settings(3), None, [logits], 6)
     assert found == ["staging", "sample_tokens", "copy_", "copy_", *["replay"] * 5]
     tokens, logprobs = drawn.tokens.numpy(), drawn.logprobs.numpy()
     assert tokens.shape == logprobs.shape == (6, 3)
@@ -107,8 +109,8 @@ def test_a_recorded_decode_is_one_copy_and_a_replay_a_step() -> None:
     assert model.pool.lengths(slots).tolist() == [17] * 3
     # The same, a step after the other and without recordings.
     model.pool.truncate(slots, [12] * 3)
-    plain = Decoder(model, engine._models.vocab_size)
-    again = plain.run(slots, tree, settings(3), logits, 6)
+    plain = Decoder([model], engine._models.vocab_size)
+    again = plain.run([GrowingRows(slots, tree)], settings(3), None, [logits], 6)
     assert (again.tokens.numpy() == tokens).all()
     torch.testing.assert_close(again.logprobs, torch.from_numpy(logprobs))
 
@@ -192,7 +194,8 @@ def test_page_copies_travel_with_a_decode() -> None:
         logits = torch.randn(rows, engine._models.vocab_size)
         decoder = engine._search.base.decoder
         with launches() as found:
-            drawn = decoder.run(slots, tree, settings(rows), logits, 6, copies)
+            own = [GrowingRows(slots, tree, copies)]
+            drawn = decoder.run(own, settings(rows), None, [logits], 6)
         assert found == [
             *("staging", "copy_pages", "sample_tokens", "copy_", "copy_"),
             *["replay"] * 5,

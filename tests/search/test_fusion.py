@@ -11,9 +11,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.support.engines import found, make_engine
+from tests.support.recorded import Recorded, record_missed, replays
 from tests.support.reference import Reference, ReferenceGuide, ReferenceResult
 from tests.support.results import assert_same
-from tests.support.tiny_models import FAMILIES, VOCABULARY, tiny_model
+from tests.support.tiny_models import FAMILIES, VOCABULARY, tiny_model, tiny_triple
 from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.errors import InvalidRequest
 
@@ -254,6 +256,36 @@ def test_the_score_is_the_guides_log_ratio() -> None:
         for hypothesis in result.hypotheses:
             (score,) = engine.score([[1, 2]], [hypothesis.token_ids])
             assert hypothesis.score == pytest.approx(score, abs=1e-4)
+
+
+TOGETHER: list[dict[str, Any]] = [
+    {"method": "fusion", "n": 3},
+    {"method": "fusion", "n": 2, "beta": -0.5, "plausibility": 0.2},
+    {"method": "dynamic_fusion", "n": 3},
+    {"proposal": "fusion", "chunk_length": 3, "n": 2},
+    {"proposal": "dynamic_fusion", "method": "bon", "successors": 3, "plausibility": 0.1},
+    {"method": "sample", "n": 2},
+    {"chunk_length": 4},
+]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_fusion_from_recordings_finds_the_same(ahead: bool) -> None:
+    models = tiny_triple(eos=(0,))
+    engine, *_ = Recorded.of(models, max_rows=64)
+    engine._search._ahead = ahead
+    graphs = engine._search.fused.expansion.decoder.graphs
+    assert graphs is not None
+    requests = [SearchParams(**{"max_new_tokens": 12, **own}, seed=3) for own in TOGETHER]
+    prompts = [[1 + i, *range(2, 8)] for i in range(len(requests))]
+    expected = found(make_engine(*models).generate(prompts, requests))
+    for _ in range(3):
+        assert found(engine.generate(prompts, requests)) == expected
+        record_missed(engine)
+    assert replays(graphs) > 0 and replays(graphs.firsts) > 0
+    # By themselves, too: whatever others ask for.
+    for prompt, own, wanted in zip(prompts, requests, expected):
+        assert found(engine.generate([prompt], own)) == [wanted]
 
 
 def refused(guides: Settings | None, params: SearchParams) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -14,8 +14,10 @@ from tests.support.recorder import Recording, set_up_as_on_cuda
 from w2s_fast import Engine
 from w2s_fast.attention.staging import _NUMPY
 from w2s_fast.decoding import DecodeGraphs, PassGraphs, Recorder
+from w2s_fast.decoding.first_step import FirstStep
 from w2s_fast.decoding.graphs import Recordings
 from w2s_fast.decoding.sampling import SamplingColumns, sampling_fields
+from w2s_fast.decoding.step import Step
 from w2s_fast.models import run_body
 
 
@@ -62,9 +64,8 @@ def record_missed(engine: Engine) -> None:
         engine.runner.record_missed()
 
 
-_STEPS = ("decoding.drawing", "decoding.decoding")
-_OTHERS = ("models.model", "decoding.pass_graphs", "search.score_graphs")
-_PASSES = (*_OTHERS, *_STEPS)
+_PASSES = ("models.model", "decoding.pass_graphs", "search.score_graphs")
+_STEPS = ("decoding.decoding",)
 
 
 def unrecorded_passes() -> AbstractContextManager[list[list[int]]]:
@@ -72,23 +73,35 @@ def unrecorded_passes() -> AbstractContextManager[list[list[int]]]:
 
     Rows that a bucket has too many are not among them, nor passes that are just being recorded.
     """
-    return _run_in(_PASSES)
+    return _run_in((*_PASSES, *_STEPS), (FirstStep, Step))
 
 
 def unrecorded_steps() -> AbstractContextManager[list[list[int]]]:
     """The same of decoding steps."""
-    return _run_in(_STEPS)
+    return _run_in(_STEPS, (Step,))
 
 
 @contextmanager
-def _run_in(places: Sequence[str]) -> Iterator[list[list[int]]]:
+def _run_in(
+    places: Sequence[str], statics: Sequence[type[FirstStep | Step]]
+) -> Iterator[list[list[int]]]:
     seen: list[list[int]] = []
     make, being_recorded = Recordings.make, False
 
-    def run(view: Any, tokens: Any, positions: Any, plan: Any, *body: Any) -> Any:
+    def see(plan: Any) -> None:
         if not being_recorded:
             seen.append([new for new in plan.cu_seqlens_q.diff().tolist() if new])
+
+    def run(view: Any, tokens: Any, positions: Any, plan: Any, *body: Any) -> Any:
+        see(plan)
         return run_body(view, tokens, positions, plan, *body)
+
+    def seen_run(run_static: Callable[[Any], None]) -> Callable[[Any], None]:
+        def run(static: Any) -> None:
+            see(static.passes.plans[0].plan)
+            run_static(static)
+
+        return run
 
     def recorded(self: Recordings[Any], bucket: Any) -> None:
         nonlocal being_recorded
@@ -99,6 +112,8 @@ def _run_in(places: Sequence[str]) -> Iterator[list[list[int]]]:
     with ExitStack() as stack, mock.patch.object(Recordings, "make", recorded):
         for place in places:
             stack.enter_context(mock.patch(f"w2s_fast.{place}.run_body", run))
+        for static in statics:
+            stack.enter_context(mock.patch.object(static, "run", seen_run(static.run)))
         yield seen
 
 

@@ -42,24 +42,26 @@ class Draws:
 
     @functools.cached_property
     def tokens(self) -> Tensor:
-        return self._column("tokens", torch.int64)
+        return self._column("tokens", torch.int64, (self.rows,), (1,))
 
     @functools.cached_property
     def logprobs(self) -> Tensor:
-        return self._column("logprobs", torch.float32)
+        return self._column("logprobs", torch.float32, (self.rows,), (1,))
 
     @functools.cached_property
     def others(self) -> Tensor:
         """float32 [N, models, S]."""
-        begin = self.memory.storage_offset() + self.others_at
-        strides = (self._fields.nbytes // 4, self.room, 1)
-        shape = (len(self.memory), self.models, self.rows)
-        return self.memory.view(torch.float32).as_strided(shape, strides, begin // 4)
+        return self._column("others", torch.float32, (self.models, self.rows), (self.room, 1))
 
-    def _column(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _column(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> Tensor:
+        """Of every step a field of this shape."""
+        shape = (len(self.memory), *shape)
+        if not self.memory.numel():
+            return self.memory.new_empty(shape, dtype=dtype)
         begin = self.memory.storage_offset() + self._fields.offsets[name]
-        strides = (self._fields.nbytes // dtype.itemsize, 1)
-        shape = (len(self.memory), self.rows)
+        strides = (self._fields.nbytes // dtype.itemsize, *strides)
         return self.memory.view(dtype).as_strided(shape, strides, begin // dtype.itemsize)
 
     @classmethod
