@@ -14,7 +14,7 @@ from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.decoding import Decoding
 from w2s_fast.decoding.drawing import Drawing
 from w2s_fast.decoding.draws import Draws
-from w2s_fast.decoding.fusion import FusionColumns, GuidePlaces
+from w2s_fast.decoding.fusion import FusionColumns, GuideRoles
 from w2s_fast.decoding.growing_rows import GrowingRows
 from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.sampling import SamplingColumns
@@ -29,7 +29,7 @@ class Decoder:
         models: Sequence[PagedModel],
         vocab_size: int,
         graphs: DecodeGraphs | None = None,
-        guides: GuidePlaces = (),
+        guides: GuideRoles = (),
     ) -> None:
         """Of models that draw together, the base first.
 

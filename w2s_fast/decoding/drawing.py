@@ -10,7 +10,7 @@ from torch import Tensor
 
 from w2s_fast.attention import StaticPlan
 from w2s_fast.decoding.draws import Draw
-from w2s_fast.decoding.fusion import Fusion, GuidePlaces
+from w2s_fast.decoding.fusion import Fusion, GuideRoles
 from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.sampling import SamplingBatch
 from w2s_fast.models import Body, PagedModel, run_body
@@ -28,7 +28,7 @@ class Drawing(NamedTuple):
 
     models: Sequence[PagedModel]
     bodies: Sequence[Body]
-    guides: GuidePlaces
+    guides: GuideRoles
     vocab_size: int
     lane: Lane
 

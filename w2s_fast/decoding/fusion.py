@@ -25,8 +25,8 @@ from w2s_fast.kernels.choose_beta import choose_beta
 from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.token_logprob import token_logprob
 
-# Of each guide the places of its tuned and its untuned model among those of a step: 0 is the base.
-GuidePlaces: TypeAlias = Sequence[tuple[int, int | None]]
+# Of each guide the numbers of its tuned and its untuned model among those of a step: 0 is the base.
+GuideRoles: TypeAlias = Sequence[tuple[int, int | None]]
 
 
 def fusion_fields(rows: int, guides: int) -> dict[str, Field]:
@@ -91,7 +91,7 @@ class Fusion(NamedTuple):
         )
 
     def draw(
-        self, logits: Sequence[Tensor], guides: GuidePlaces, sampling: SamplingBatch
+        self, logits: Sequence[Tensor], guides: GuideRoles, sampling: SamplingBatch
     ) -> FusedDraw:
         """Draw a token for each row.
 
@@ -104,7 +104,7 @@ class Fusion(NamedTuple):
         broken = fused.isfinite().logical_not_() & base.isfinite()
         return FusedDraw(Draw(tokens, base.masked_fill(broken, torch.inf)), others)
 
-    def mix(self, logits: Sequence[Tensor], guides: GuidePlaces) -> Tensor:
+    def mix(self, logits: Sequence[Tensor], guides: GuideRoles) -> Tensor:
         """The fused logits, float32 [S, V]."""
         base = logits[0]
         pairs = [(logits[tuned], _of_untuned(logits, untuned)) for tuned, untuned in guides]

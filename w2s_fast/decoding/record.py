@@ -13,7 +13,7 @@ from torch import Tensor
 from w2s_fast.attention import Backend, KernelPlan
 from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.drawing import Drawing
-from w2s_fast.decoding.fusion import GuidePlaces
+from w2s_fast.decoding.fusion import GuideRoles
 from w2s_fast.decoding.graphs import most_pass_tokens
 from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.pass_graphs import PassGraphs
@@ -55,7 +55,7 @@ def record_passes(
     *,
     vocab_size: int,
     max_rows: int,
-    places: GuidePlaces = (),
+    roles: GuideRoles = (),
     compile: bool = False,
     recorder_for: Callable[[torch.device], Recorder] = CudaRecorder,
 ) -> RecordedSteps:
@@ -64,7 +64,7 @@ def record_passes(
     Each model is compared once more with its own eager forward, by a recorded pass.
 
     Args:
-        guides: the models of all guides. places: where each guide's stand among base and guides.
+        guides: the models of all guides. roles: where each guide's stand among base and guides.
         vocab_size: ids from here on are never sampled.
         max_rows: the largest batch to be recorded.
         compile: run the models' bodies through ``torch.compile``, with one kernel where their own
@@ -99,9 +99,9 @@ def record_passes(
     alone = Drawing([base], bodies[:1], (), vocab_size, lane)
     steps = DecodeGraphs(alone, recorder, max_rows=max_rows)
     steps.warm_up()
-    if not places:
+    if not roles:
         return RecordedSteps(steps, None)
-    together = Drawing(models, bodies, places, vocab_size, lane)
+    together = Drawing(models, bodies, roles, vocab_size, lane)
     return RecordedSteps(steps, DecodeGraphs(together, recorder, max_rows=max_rows))
 
 

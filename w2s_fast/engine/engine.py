@@ -23,7 +23,7 @@ from w2s_fast.models import ModelSource, PagedModel, pick_device, total_bytes, u
 from w2s_fast.params import SearchParams
 from w2s_fast.result import SearchResult
 from w2s_fast.scheduling import Claim, Runner, Scheduler, rehearse, score_given
-from w2s_fast.search import Guide, PagedGuide, Request, ScoreGraphs, Search, places_of
+from w2s_fast.search import Guide, PagedGuide, Request, ScoreGraphs, Search, roles_of
 from w2s_fast.stats import EngineStats
 from w2s_fast.text import Prompt
 
@@ -133,7 +133,7 @@ class Engine:
             graphs = record_passes(
                 self.base,
                 self._models.of_guides,
-                places=places_of(self.guides, self._models.models),
+                roles=roles_of(self.guides, self._models.models),
                 vocab_size=self._models.vocab_size,
                 max_rows=max_rows,
                 compile=compile,

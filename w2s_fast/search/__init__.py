@@ -6,7 +6,7 @@ further; which requests these are, and whether their pages exist, is decided abo
 """
 
 from w2s_fast._pages import Beam
-from w2s_fast.search.guide import Guide, PagedGuide, places_of
+from w2s_fast.search.guide import Guide, PagedGuide, roles_of
 from w2s_fast.search.request import Request
 from w2s_fast.search.score_graphs import ScoreGraphs
 from w2s_fast.search.search import InFlight, Search
@@ -19,5 +19,5 @@ __all__ = [
     "Request",
     "ScoreGraphs",
     "Search",
-    "places_of",
+    "roles_of",
 ]

@@ -15,7 +15,7 @@ from w2s_fast.decoding import DecodeGraphs, Decoder
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel
 from w2s_fast.search.expansion import Drawn, Expansion
-from w2s_fast.search.guide import Places
+from w2s_fast.search.guide import Roles
 from w2s_fast.search.request import Request
 
 
@@ -25,7 +25,7 @@ class FusedSide:
     def __init__(
         self,
         models: Sequence[PagedModel],
-        places: Sequence[Places],
+        roles: Sequence[Roles],
         weights: Sequence[float],
         vocab_size: int,
         graphs: DecodeGraphs | None = None,
@@ -33,14 +33,14 @@ class FusedSide:
         """Over the models of a search, the base first.
 
         Args:
-            places, weights: of the guides. vocab_size: ids from here on are padding.
+            roles, weights: of the guides. vocab_size: ids from here on are padding.
             graphs: recorded steps of all models together.
         """
         self._models = list(models)
-        self.expansion = Expansion(Decoder(models, vocab_size, graphs, places))
+        self.expansion = Expansion(Decoder(models, vocab_size, graphs, roles))
         self._terms = [
             (weight, tuned, -1 if untuned is None else untuned)
-            for weight, (tuned, untuned) in zip(weights, places)
+            for weight, (tuned, untuned) in zip(weights, roles)
         ]
 
     def draw(self, requests: Sequence[Request], steps: int) -> Drawn:

@@ -28,7 +28,7 @@ class Guide:
     """A tuned small model and its untuned starting point (path, hub id or loaded model).
 
     A model that is named more than once, the base included, is loaded once. Where it has the same
-    prompts in all of its places, it also runs once.
+    prompts in all of its roles, it also runs once.
 
     Args:
         tuned: the model that prefers what is wanted. The base, with a smaller one as untuned, is
@@ -187,22 +187,22 @@ def two_at_a_time(lane: Lane, count: int, run: Callable[[int], T]) -> list[T]:
     return found
 
 
-class Places(NamedTuple):
-    """Where a guide's models stand among those of a search: 0 is the base; None: it has none."""
+class Roles(NamedTuple):
+    """Which of a search's models a guide's are: 0 is the base; None: it has none."""
 
     tuned: int
     untuned: int | None
 
 
-def places_of(guides: Sequence[PagedGuide], models: Sequence[PagedModel]) -> list[Places]:
+def roles_of(guides: Sequence[PagedGuide], models: Sequence[PagedModel]) -> list[Roles]:
     """Of each guide; ``models``: of :func:`distinct_models`."""
-    at = {model: place for place, model in enumerate(models)}
+    at = {model: role for role, model in enumerate(models)}
     found = ([at[model] for model in guide.models] for guide in guides)
-    return [Places(own[0], own[1] if len(own) > 1 else None) for own in found]
+    return [Roles(own[0], own[1] if len(own) > 1 else None) for own in found]
 
 
 def partials_of(
-    places: Sequence[Places], partials: Sequence[Partials], logprobs: Tensor
+    roles: Sequence[Roles], partials: Sequence[Partials], logprobs: Tensor
 ) -> list[GuidePartials]:
     """Those of each guide.
 
@@ -210,12 +210,12 @@ def partials_of(
         partials: of all models but the base. logprobs: float32 [T], the base's of the same tokens.
     """
 
-    def at(place: int | None) -> Partials:
-        if place is None:
+    def at(role: int | None) -> Partials:
+        if role is None:
             return Partials.of_logprobs(torch.zeros_like(logprobs))
-        return Partials.of_logprobs(logprobs) if place == 0 else partials[place - 1]
+        return Partials.of_logprobs(logprobs) if role == 0 else partials[role - 1]
 
-    return [(at(tuned), at(untuned)) for tuned, untuned in places]
+    return [(at(tuned), at(untuned)) for tuned, untuned in roles]
 
 
 def distinct_models(base: PagedModel, guides: Sequence[PagedGuide]) -> list[PagedModel]:

@@ -15,7 +15,7 @@ from w2s_fast.decoding import Draws, Lane
 from w2s_fast.kernels.score_select import score_select
 from w2s_fast.models import PagedModel
 from w2s_fast.search.entrance import enter
-from w2s_fast.search.guide import ChunkRows, PagedGuide, partials_of, places_of, score_chunks
+from w2s_fast.search.guide import ChunkRows, PagedGuide, partials_of, roles_of, score_chunks
 from w2s_fast.search.request import Request
 from w2s_fast.search.score_graphs import ScoreGraphs
 from w2s_fast.search.selection import Selection
@@ -34,13 +34,13 @@ class GuideSide:
         """With the models of a search, the base first. ``vocab_size``: ids from here on are
         padding. ``graphs``: recorded selections of these guides."""
         self.guides = list(guides)
-        self.places = places_of(guides, models)
+        self.roles = roles_of(guides, models)
         self.weights = [guide.weight for guide in guides]
         self._vocab_size = vocab_size
         self._graphs = graphs
         self._device = models[0].device
         self._lane = Lane(self._device)
-        self._models = list(enumerate(models))[1:]  # by their places
+        self._models = list(enumerate(models))[1:]  # by their roles
 
     def prefill(self, requests: Sequence[Request], most: list[int]) -> set[Request]:
         """Run texts of requests that cannot be scored, or go on, before they stand.
@@ -140,7 +140,7 @@ class GuideSide:
             self._vocab_size,
         )
         own = logprobs.index_select(0, targets)
-        guides = partials_of(self.places, partials, own)
+        guides = partials_of(self.roles, partials, own)
         rounds, candidates, *_, max_candidates, max_width = layout.sizes
         packed = score_select(
             guides,

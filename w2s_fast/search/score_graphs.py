@@ -45,7 +45,7 @@ from w2s_fast.search.guide import (
     GuidePartials,
     PagedGuide,
     partials_of,
-    places_of,
+    roles_of,
     two_at_a_time,
 )
 from w2s_fast.search.selection import Selection
@@ -149,7 +149,7 @@ class ScoreGraphs:
             vocab_size: ids from here on are padding.
         """
         self._guides = list(guides)
-        self._places = places_of(guides, models)
+        self._roles = roles_of(guides, models)
         self._models = list(models[1:])
         self._vocab_size = vocab_size
         self._lane = Lane(models[0].device)
@@ -246,7 +246,7 @@ class ScoreGraphs:
             return model.token_partials(hidden, new, self._vocab_size)
 
         partials = two_at_a_time(self._lane, len(self._models), run)
-        return partials_of(self._places, partials, logprobs)
+        return partials_of(self._roles, partials, logprobs)
 
     def join(self) -> None:
         """What runs from now on comes after all that was launched, also where that was cut off."""

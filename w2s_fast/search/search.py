@@ -104,7 +104,7 @@ class Search:
         self.base = BaseSide(base, vocab_size, alone)
         self.guides = GuideSide(guides, self.models, vocab_size, score_graphs)
         self.fused = FusedSide(
-            self.models, self.guides.places, self.guides.weights, vocab_size, together
+            self.models, self.guides.roles, self.guides.weights, vocab_size, together
         )
         self._ahead = ahead
         self._managers = [model.pool.manager for model in self.models]
