@@ -16,7 +16,7 @@ from w2s_fast.cli.console import note, note_console, out_console
 from w2s_fast.cli.jsonl import Request, answer_record, encode_record, fingerprint
 from w2s_fast.cli.models import Decode, decoder, load_engine, made_by, name_models
 from w2s_fast.cli.paths import check_input, check_output
-from w2s_fast.params import Finished, Method, ScoreKind, SearchParams
+from w2s_fast.params import Finished, Method, Proposal, ScoreKind, SearchParams
 from w2s_fast.result import SearchResult
 
 DEFAULT = SearchParams()
@@ -67,15 +67,40 @@ def generate(
     ] = None,
     untuned: Annotated[
         list[str] | None,
-        _option("--untuned", help="The model it was tuned from.", panel=MODELS),
+        _option("--untuned", help="The model it was tuned from, or none.", panel=MODELS),
     ] = None,
     weight: Annotated[
         list[float] | None, _option("--weight", help="Factor of a guide's score.", panel=MODELS)
     ] = None,
     method: Annotated[
         Method,
-        _option("--method", help="cbs: chunk-level beam search; bon: best-of-N", panel=SEARCH),
+        _option(
+            "--method",
+            help="cbs: chunk-level beam search; bon: best-of-N; fusion: logits of all models",
+            panel=SEARCH,
+        ),
     ] = DEFAULT.method,
+    proposal: Annotated[
+        Proposal,
+        _option("--proposal", help="What cbs and bon draw from: base, or fused", panel=SEARCH),
+    ] = DEFAULT.proposal,
+    beta: Annotated[
+        list[float] | None,
+        _option(
+            "--beta",
+            help="Factor of the guides' logits in fusion, not given: their weights; "
+            "repeat for one a guide",
+            panel=SEARCH,
+        ),
+    ] = None,
+    plausibility: Annotated[
+        float,
+        _option(
+            "--plausibility",
+            help="Of fusion: least share of the base's likeliest token; 0: off",
+            panel=SEARCH,
+        ),
+    ] = DEFAULT.plausibility,
     beam_width: Annotated[
         int, _option("--beam-width", help="W: hypotheses kept each round", panel=SEARCH)
     ] = DEFAULT.beam_width,
@@ -154,6 +179,9 @@ def generate(
     _check_usage(prompt, input, output, resume, retry_errors)
     params = SearchParams(
         method=method,
+        proposal=proposal,
+        beta=beta[0] if beta and len(beta) == 1 else beta or None,
+        plausibility=plausibility,
         beam_width=beam_width,
         successors=successors,
         chunk_length=_chunk_length(chunk_length),

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from w2s_fast import Engine
 
 
+NO_MODEL = "none"  # in the place of an untuned model's name
 Decode = Callable[[list[int]], str]
 
 
 class GuideNames(NamedTuple):
-    """Paths or hub ids of a guide's two models."""
+    """Paths or hub ids of a guide's models."""
 
     tuned: str
-    untuned: str
+    untuned: str | None
     weight: float
 
 
@@ -43,7 +44,9 @@ class Models:
         named = {"base": self.base}
         for g, guide in enumerate(self.guides):
             number = f" {g}" if len(self.guides) > 1 else ""
-            named |= {f"tuned{number}": guide.tuned, f"untuned{number}": guide.untuned}
+            named[f"tuned{number}"] = guide.tuned
+            if guide.untuned is not None:
+                named[f"untuned{number}"] = guide.untuned
         return named
 
 
@@ -96,11 +99,14 @@ def name_models(
     if base is None:
         raise typer.BadParameter("--tuned and --untuned steer a base: name it with --base")
     if len(tuned) != len(untuned):
-        raise typer.BadParameter("each --tuned needs its --untuned, and the other way round")
+        raise typer.BadParameter(
+            f"each --tuned needs its --untuned ({NO_MODEL}: it has none), and the other way round"
+        )
     if weights and len(weights) != len(tuned):
         raise typer.BadParameter(f"{len(weights)} --weight for {len(tuned)} guides")
     factors = weights or [1.0] * len(tuned)
-    return Models(base, tuple(map(GuideNames, tuned, untuned, factors)))
+    partners = [None if name == NO_MODEL else name for name in untuned]
+    return Models(base, tuple(map(GuideNames, tuned, partners, factors)))
 
 
 def _bundled(weights: list[float]) -> Models:

@@ -50,8 +50,8 @@ def run_sources(model: PagedModel, index: int, requests: Sequence[Request]) -> R
     for part, hidden in forward_in_passes(model, slots, tokens, counts, RowTree(*tree)):
         begin = part.tokens.start
         own = slice(*np.searchsorted(last, (begin, part.tokens.stop)))
-        index = there["last"][own]
-        ends.append(hidden.index_select(0, index - begin if begin else index))
+        wanted = there["last"][own]
+        ends.append(hidden.index_select(0, wanted - begin if begin else wanted))
         rows += len(part.counts)
     found = torch.cat(ends) if len(ends) > 1 else ends[0]
     return Ran(found, there["source"], rows, len(ends))
