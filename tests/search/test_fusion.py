@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -319,3 +320,12 @@ def test_bad_parameters_are_named(field: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(InvalidRequest, match=f"{field} is .*allowed"):
             SearchParams(**{field: value})
+
+
+def test_the_example_of_the_page_on_methods_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "methods.md"
+    (example,) = (block.split("```")[0] for block in page.read_text().split("```python\n")[1:])
+    exec(compile(example, str(page), "exec"), {})
+    told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert len(told) == 6 and told["sampling"].startswith("None ")
+    assert float(told["EFT"].split()[0]) > 0

@@ -52,12 +52,12 @@ def demo(
             if plain or not console.is_terminal:
                 note(f"{method.name}: {len(texts)} prompts in {measurements[-1].seconds:.1f} s")
 
-    _, best_of, search = measurements
+    *_, best_of, search = measurements
     console.print(results_table(measurements, ascii_only))
     gap = comparison(search, best_of, ascii_only)
     console.print(f"Difference of gold rewards, prompt by prompt: {gap}")
     console.print()
-    console.rule("[bold]one prompt, three answers[/bold]", characters="-" if ascii_only else "─")
+    console.rule("[bold]one prompt, four answers[/bold]", characters="-" if ascii_only else "─")
     console.print(answers_table(texts[0], measurements))
     console.print()
     console.rule("[bold]how the search got there[/bold]", characters="-" if ascii_only else "─")
@@ -90,6 +90,8 @@ Gold reward: VADER sentiment in [-1, 1], mean over the sentences of prompt and a
 tuned guide's training pairs; the search never sees it. Interval: Student's t over prompts.
 Fluency: mean over prompts of the base's own log-prob per token of the answer, at temperature 1;
 a change above 0 means that the base finds the answers likelier than its own.
+EFT draws every token from the logits of all three models; the searches ask the guides only what they
+think of text that the base wrote, a chunk at a time.
 Answer tokens are those returned; sampled ones include discarded candidates. Both: over wall time.
 Here: {where}; {seconds:.0f} s in all.
 Reproduce: w2s-fast demo --prompts {prompts} --seed {seed}"""

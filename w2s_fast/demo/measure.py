@@ -28,10 +28,12 @@ class Method:
 
 
 def demo_methods() -> list[Method]:
-    """Plain sampling, and two searches that sample 16 candidates at a time."""
+    """Plain sampling; tokens from the logits of all models together; and two searches that sample 16
+    candidates at a time."""
     common = SearchParams(method="sample", temperature=0.7, top_k=50, max_new_tokens=MAX_NEW_TOKENS)
     return [
         Method("base alone", common),
+        Method("EFT beta=1", replace(common, method="fusion", beta=1.0)),
         Method("best-of-16", replace(common, method="bon", successors=16)),
         Method(
             "CBS W=4 K=4 L=5",
