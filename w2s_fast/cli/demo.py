@@ -90,8 +90,8 @@ Gold reward: VADER sentiment in [-1, 1], mean over the sentences of prompt and a
 tuned guide's training pairs; the search never sees it. Interval: Student's t over prompts.
 Fluency: mean over prompts of the base's own log-prob per token of the answer, at temperature 1;
 a change above 0 means that the base finds the answers likelier than its own.
-EFT draws every token from the logits of all three models; the searches ask the guides only what they
-think of text that the base wrote, a chunk at a time.
+EFT draws every token from the logits of all three models; the searches only ask the guides what
+they think of text that the base wrote, a chunk at a time.
 Answer tokens are those returned; sampled ones include discarded candidates. Both: over wall time.
 Here: {where}; {seconds:.0f} s in all.
 Reproduce: w2s-fast demo --prompts {prompts} --seed {seed}"""

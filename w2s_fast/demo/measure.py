@@ -28,7 +28,7 @@ class Method:
 
 
 def demo_methods() -> list[Method]:
-    """Plain sampling; tokens from the logits of all models together; and two searches that sample 16
+    """Plain sampling; tokens from all models' logits together; and two searches that sample 16
     candidates at a time."""
     common = SearchParams(method="sample", temperature=0.7, top_k=50, max_new_tokens=MAX_NEW_TOKENS)
     return [
