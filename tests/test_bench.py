@@ -6,11 +6,9 @@ The baselines of the search are compared with the tests' reference.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,16 +30,7 @@ from w2s_fast import SearchParams
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def little_to_collect() -> Iterator[None]:
-    """Garbage is collected before every run, which would look through all modules, too."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.long
-@pytest.mark.usefixtures("little_to_collect")
 def test_a_quick_run_measures_every_ratio_of_the_search(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,7 +172,6 @@ def test_a_dry_run_times_the_cpus_attention_with_and_without_a_tree(tmp_path: Pa
     assert all(min(row["tree_ms"], row["flat_ms"], row["dense_ms"]) > 0 for row in rows)
 
 
-@pytest.mark.usefixtures("little_to_collect")
 def test_a_quick_run_times_the_host_and_counts_what_it_asks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
