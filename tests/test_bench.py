@@ -184,7 +184,10 @@ def test_a_quick_run_times_the_host_and_counts_what_it_asks(
     for size in (one, two):
         short, long = size["lengths"]
         assert short["length"] == 18 and long["length"] >= 30 and short["of_shortest"] == 1
-        assert all(len(at["seconds"]) == bench.host.TURN and min(at["seconds"]) > 0 for at in size["lengths"])
+        assert all(
+            len(at["seconds"]) == bench.host.TURN and min(at["seconds"]) > 0
+            for at in size["lengths"]
+        )
         assert short["us_per_row"] == pytest.approx(1e3 * short["ms"] / (16 * size["requests"]))
         assert size["counts"]["replays"] == 4 and size["counts"]["waits"] >= 1
     same = ("waits", "reads", "copies", "replays")
