@@ -13,7 +13,7 @@ import pytest
 
 @functools.cache
 def runs_kernels() -> bool:
-    """Whether anything does here, ready for it. Asked where files are collected: this takes long."""
+    """Whether anything does here, and it is ready. Takes long: asked where files are collected."""
     import torch
 
     from tests.interpret.quick import quicken
