@@ -1,13 +1,17 @@
-"""Shared setup: the same hypothesis examples in every run, and few threads."""
+"""Shared setup: the same hypothesis examples in every run, few threads, and little garbage.
+
+torch is imported where tests are collected, and not by the process that hands them out: its workers
+begin when it is ready.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
@@ -32,9 +36,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# The models are tiny: more threads only wait for each other. So it is in what the tests start, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long begins first: otherwise one core works on it alone when all else is done."""
+    import torch
+
+    torch.set_num_threads(1)
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+# Garbage of tests is small, and what is imported is none: neither is looked through all the time.
+gc.set_threshold(7_000)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries look for what is left when Python ends
 
 
 @pytest.fixture
@@ -42,14 +66,11 @@ def soak_seconds(request: pytest.FixtureRequest) -> float:
     return float(request.config.getoption("--soak-seconds"))
 
 
-# The models are tiny: more threads only wait for each other. So it is in what the tests start, too.
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
 @pytest.fixture(autouse=True)
 def no_test_depends_on_the_global_generator() -> None:
     """Anything drawn from torch's own generator is the same in every test, alone or not."""
+    import torch
+
     torch.manual_seed(0)
 
 

@@ -5,18 +5,27 @@ their own, which tests/kernels/test_interpreter.py starts. One file an operator:
 test_<operator>.py.
 """
 
+import functools
+from pathlib import Path
+
 import pytest
-import torch
-
-from tests.interpret.quick import quicken
-from w2s_fast.kernels.library import BACKEND
-
-runs_kernels = BACKEND == "interpret" or (BACKEND == "auto" and torch.cuda.is_available())
-collect_ignore_glob = [] if runs_kernels else ["test_*.py"]
 
 
-if BACKEND == "interpret":
-    quicken()
+@functools.cache
+def runs_kernels() -> bool:
+    """Whether anything does here, and it is ready. Takes long: asked where files are collected."""
+    import torch
+
+    from tests.interpret.quick import quicken
+    from w2s_fast.kernels.library import BACKEND
+
+    if BACKEND == "interpret":
+        quicken()
+    return BACKEND == "interpret" or (BACKEND == "auto" and torch.cuda.is_available())
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return True if collection_path.suffix == ".py" and not runs_kernels() else None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -24,6 +24,7 @@ def quicken() -> None:
     _prepare_kernels_once(_PATCH)
     _call_builtins_directly(_PATCH)
     _make_types_once(_PATCH)
+    _check_sizes_once(_PATCH)
     _convert_numbers_once(_PATCH)
     _check_overflow(_PATCH)
 
@@ -144,6 +145,24 @@ def _once_a_name(function: Any) -> Any:
 
 def _equal_to_itself(equal: Any) -> Any:
     return lambda self, other: self is other or equal(self, other)
+
+
+def _check_sizes_once(patch: pytest.MonkeyPatch) -> None:
+    """Every result is a handle, of which numpy's type has to be small enough for Triton's."""
+    from triton.runtime.interpreter import TensorHandle
+
+    make_handle = TensorHandle.__init__
+    fit: set[tuple[np.dtype[Any], str]] = set()
+
+    def handle(self: Any, data: Any, dtype: Any, *attr: Any) -> None:
+        key = (data.dtype, dtype.name)
+        if attr or key not in fit:
+            make_handle(self, data, dtype, *attr)
+            fit.add(key)
+        else:
+            self.data, self.dtype, self.attr = data, dtype, {}
+
+    patch.setattr(TensorHandle, "__init__", handle)
 
 
 def _convert_numbers_once(patch: pytest.MonkeyPatch) -> None:

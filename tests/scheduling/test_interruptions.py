@@ -197,11 +197,9 @@ def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Garbage is collected between two runs alone; what is raised in a finaliser ends there."""
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     gc.collect()
-    gc.freeze()
     gc.disable()
     yield
     gc.enable()
-    gc.unfreeze()
 
 
 @pytest.mark.usefixtures("repeatable")

@@ -29,7 +29,13 @@ _FEW_VARIANTS = partial(
 )
 # Of functions that all models have in common, as those that wrap every model's forward are. Beyond
 # its limit, by default 8, torch runs everything as it is written, and says so only in a log.
-_ALL_KEPT = partial(torch._dynamo.config.patch, recompile_limit=64)
+# A model's own numbers, as the scale of its attention, never vary: taken for variables, they make
+# torch trace a pass a second time to find that out.
+_ONCE_AND_KEPT = partial(
+    torch._dynamo.config.patch,
+    recompile_limit=64,
+    specialize_float=True,
+)
 
 
 class RecordedSteps(NamedTuple):
@@ -117,7 +123,7 @@ def _body(model: PagedModel, compile: bool) -> Body:
     def run(*, input_ids: Tensor, **inputs: Any) -> Any:
         if input_ids.storage_offset():  # compiled anew for those, see PassFields
             input_ids = input_ids.clone()
-        with _FEW_VARIANTS(), _ALL_KEPT():
+        with _FEW_VARIANTS(), _ONCE_AND_KEPT():
             return compiled(input_ids=input_ids, **inputs)
 
     return run
