@@ -19,6 +19,7 @@ import torch
 from tests.support.engines import MIXED, PROMPTS, SEARCH, found, make_engine
 from tests.support.no_host import SEEN, NoHost
 from tests.support.tiny_models import FAMILIES, tiny_model, tiny_triple
+from w2s_fast import SearchParams
 from w2s_fast.decoding import Decoding
 from w2s_fast.decoding.decoder import Decoder
 from w2s_fast.models.model import PagedModel
@@ -42,12 +43,26 @@ def test_the_mode_knows_what_waits(waits: Any) -> None:
         waits(torch.ones(3))
 
 
+# The same with models that draw together.
+TOGETHER = [
+    replace(
+        params,
+        method="fusion" if params.method == "sample" else params.method,
+        proposal="base" if params.method == "sample" else ("fusion", "dynamic_fusion")[i % 2],
+        plausibility=0.1 * (i % 3),
+        n=1,
+    )
+    for i, params in enumerate(MIXED)
+]
+
+
 # Mixtral's own code asks on the host which experts were chosen.
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
-def test_decoding_never_waits_for_the_device(family: str) -> None:
+@pytest.mark.parametrize("asked", [MIXED, TOGETHER], ids=["alone", "together"])
+def test_decoding_never_waits_for_the_device(family: str, asked: list[SearchParams]) -> None:
     """A chunk from its plan to its draws, as a search asks for it; rows with a tree and without."""
     engine = make_engine(*tiny_triple((family, "llama", "gpt2"), layers=2, eos=(0, 6, 13)))
-    expected = found(engine.generate(PROMPTS, MIXED))
+    expected = found(engine.generate(PROMPTS, asked))
     run, steps = Decoder.run, 0
 
     def quiet(self: Decoder, *args: Any) -> Any:
@@ -60,9 +75,10 @@ def test_decoding_never_waits_for_the_device(family: str) -> None:
     with mock.patch.object(Decoder, "run", quiet):
         long = [p % 18 + 1 for p in range(30)]
         engine.generate([long], replace(SEARCH, max_new_tokens=30))
-        assert found(engine.generate(PROMPTS, MIXED)) == expected
+        assert found(engine.generate(PROMPTS, asked)) == expected
     assert steps > 5
-    assert "w2s_fast.sample_tokens" in SEEN
+    wanted = ["sample_tokens", *(["fuse_logits", "choose_beta"] if asked is TOGETHER else [])]
+    assert all(f"w2s_fast.{name}" in SEEN for name in wanted)
 
 
 def test_a_padding_token_is_not_looked_for() -> None:

@@ -30,16 +30,20 @@ from w2s_fast.errors import (
 )
 
 
+SEARCHED = SearchParams(beam_width=2, successors=2, chunk_length=2, max_new_tokens=6, trace=True)
+FUSED = replace(SEARCHED, proposal="fusion")
+
+
+@pytest.mark.parametrize("params", [SEARCHED, FUSED], ids=["searched", "fused"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("which", ["base", "tuned", "untuned"])
 def test_nan_in_a_model_fails_the_requests_it_touches_and_no_others(
-    which: str, value: float
+    which: str, value: float, params: SearchParams
 ) -> None:
     token = 7
     triple = tiny_triple(("llama", "llama", "llama"), eos=(0,), dtype=torch.float32)
     good = make_engine(*triple)
     bad = make_engine(*broken_triple(triple, which, token, value))
-    params = SearchParams(beam_width=2, successors=2, chunk_length=2, max_new_tokens=6, trace=True)
     prompts = [[i, 3] for i in range(12)] + [[7, 7, 7], [1, 7, 2], [19]]
     expected = good.generate(prompts, params)
     results = bad.generate(prompts, params, on_error="return")
