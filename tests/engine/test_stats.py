@@ -18,7 +18,7 @@ from tests.support.engines import MIXED, PROMPTS, SEARCH, engine, make_engine, m
 from tests.support.tiny_models import tiny_triple
 from w2s_fast import SearchParams
 from w2s_fast.errors import NumericalError
-from w2s_fast.search.base_side import BaseSide
+from w2s_fast.search.expansion import Expansion
 from w2s_fast.search.guide_side import GuideSide
 from w2s_fast.search.search import Search
 from w2s_fast.stats import PoolStats, RequestStats
@@ -69,8 +69,8 @@ def test_phases_are_told_apart() -> None:
 
     with (
         mock.patch("time.perf_counter", side_effect=lambda: now),
-        taking(BaseSide, "_first_logits", 1.0),
-        taking(BaseSide, "_decode", 100.0),
+        taking(Expansion, "_first_logits", 1.0),
+        taking(Expansion, "_decode", 100.0),
         taking(GuideSide, "prefill", 10.0),
         taking(Search, "_score", 10_000.0),
     ):

@@ -29,7 +29,6 @@ from w2s_fast.errors import (
     NumericalError,
 )
 
-
 SEARCHED = SearchParams(beam_width=2, successors=2, chunk_length=2, max_new_tokens=6, trace=True)
 FUSED = replace(SEARCHED, proposal="fusion")
 
