@@ -25,17 +25,23 @@ bool contains(const std::vector<std::int32_t>& ids, std::int32_t token) {
     return std::ranges::find(ids, token) != ids.end();
 }
 
+std::int32_t block_size_of(const SearchSettings& settings) {
+    for (const auto* by_round : {&settings.widths, &settings.successors, &settings.chunks}) {
+        if (by_round->empty() || std::ranges::min(*by_round) < 1 || settings.first_candidates < 1) {
+            throw std::invalid_argument("a round has candidates, keeps some, and they grow");
+        }
+    }
+    return std::min(std::ranges::max(settings.chunks), kMostInBlock);
+}
+
 }  // namespace
 
 Beams::Beams(SearchSettings settings, std::vector<std::int32_t> prompt,
              const std::vector<PromptEnd>& guide_prompts)
     : settings_(std::move(settings)),
       prompt_(std::move(prompt)),
-      block_size_(std::min(settings_.chunk, kMostInBlock)) {
+      block_size_(block_size_of(settings_)) {
     if (prompt_.empty()) throw std::invalid_argument("a prompt has at least one token");
-    if (block_size_ < 1 || settings_.first_candidates < 1 || settings_.successors < 1) {
-        throw std::invalid_argument("a round has candidates, and they grow");
-    }
     prompt_ends_.push_back({static_cast<std::int32_t>(prompt_.size()), prompt_.back()});
     prompt_ends_.insert(prompt_ends_.end(), guide_prompts.begin(), guide_prompts.end());
 }
@@ -93,7 +99,7 @@ std::int32_t Beams::tokens_left() const {
     for (const Beam& beam : candidates_) {
         if (!beam.finished()) {
             const std::int32_t end =
-                std::min(beam.inherited + settings_.chunk, settings_.max_new_tokens);
+                std::min(beam.inherited + settings_.chunk_in(round_), settings_.max_new_tokens);
             return end - beam.length;
         }
     }
@@ -183,11 +189,17 @@ std::vector<RoundContents> Beams::trace() const {
     return rounds;
 }
 
+std::int64_t Beams::rows() const {
+    if (from_prompt()) return settings_.first_candidates;
+    const auto alive = std::ranges::count_if(kept_, [](const Beam& b) { return !b.finished(); });
+    return std::int64_t{alive} * settings_.successors_in(round_ahead());
+}
+
 // P + W h + W K L tokens' worth: the full pages that all rows share, the other full pages of each
 // hypothesis, and those of each candidate behind them.
 std::int64_t Beams::round_pages(int model, std::int64_t page_size) const {
-    std::int64_t tokens = 0, shared = 0, hypotheses = 1, rows = settings_.first_candidates;
-    if (!kept_.empty() && !(open_ && round_ == 1)) {
+    std::int64_t tokens = 0, shared = 0, hypotheses = 1;
+    if (!from_prompt()) {
         hypotheses = 0;
         for (const Beam& beam : kept_) {
             if (beam.finished()) continue;
@@ -195,18 +207,17 @@ std::int64_t Beams::round_pages(int model, std::int64_t page_size) const {
             ++hypotheses;
         }
         shared = shared_;
-        rows = hypotheses * settings_.successors;
     }
     // The base forks when the last token of the text has been run, the guides before that; both run
     // the chunk's tokens but the last.
     const std::int64_t prompt = prompt_ends_[model].length - (model != 0);
     const std::int64_t history = prompt + tokens;
-    const std::int64_t chunk = std::min<std::int64_t>(settings_.chunk,
+    const std::int64_t chunk = std::min<std::int64_t>(settings_.chunk_in(round_ahead()),
                                                       settings_.max_new_tokens - tokens);
     const std::int64_t common = std::min(prompt + shared, history) / page_size;
     const std::int64_t histories = hypotheses * (history / page_size - common);
     return common + histories +
-           rows * ceil_div(history % page_size + chunk - (model == 0), page_size);
+           rows() * ceil_div(history % page_size + chunk - (model == 0), page_size);
 }
 
 // ---- what a round does ----
@@ -219,6 +230,7 @@ void Beams::begin_round() {
     }
     candidates_.clear();
     first_child_.assign(1, 0);
+    const std::int32_t successors = settings_.successors_in(round_ + 1);
     for (std::size_t p = 0; p < kept_.size(); ++p) {
         const Beam& parent = kept_[p];
         Beam child = parent;
@@ -227,7 +239,7 @@ void Beams::begin_round() {
         child.before_token = parent.last_token;
         const std::int32_t count = round_ == 0 ? settings_.first_candidates
                                    : parent.finished() && settings_.hold ? 1
-                                                                         : settings_.successors;
+                                                                         : successors;
         for (std::int32_t i = 0; i < count; ++i) {
             hold_block(child.block);
             candidates_.push_back(child);

@@ -16,6 +16,7 @@
 // beam holds no slot, since nothing will be appended to it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -29,13 +30,25 @@ enum class Finish : std::int8_t { no, eos, stop, length };
 
 // What a request asks for; see w2s_fast/params.py for the meaning of each.
 struct SearchSettings {
-    std::int32_t first_candidates, width, successors, chunk, max_new_tokens;
+    std::int32_t first_candidates;
+    // An entry a round, from the first on; the last one goes on.
+    std::vector<std::int32_t> widths, successors, chunks;
+    std::int32_t max_new_tokens;
     bool hold, mean, dedup, uses_guides, trace;
     std::vector<std::int32_t> eos_ids, stop_ids;  // what ends a response, and why
     float temperature;
     std::int64_t top_k;
     double top_p, min_p;
     std::int64_t seed;
+
+    std::int32_t width_in(std::int32_t round) const { return entry(widths, round); }
+    std::int32_t successors_in(std::int32_t round) const { return entry(successors, round); }
+    std::int32_t chunk_in(std::int32_t round) const { return entry(chunks, round); }
+
+private:
+    static std::int32_t entry(const std::vector<std::int32_t>& by_round, std::int32_t round) {
+        return by_round[std::min(static_cast<std::size_t>(round), by_round.size()) - 1];
+    }
 };
 
 // The prompt of one model: the base's whole, of the guides only what is asked for here.
@@ -132,7 +145,9 @@ public:
     BeamContents contents(bool of_kept, std::size_t beam) const;
     std::vector<RoundContents> trace() const;
 
-    // Pages that it can hold in one model at most during its next round.
+    // Candidates that grow in the round under way, or else in the next one, as it begins.
+    std::int64_t rows() const;
+    // Pages that it can hold in one model at most during that round.
     std::int64_t round_pages(int model, std::int64_t page_size) const;
 
     // ---- what a round does ----
@@ -187,6 +202,8 @@ private:
     template <typename Out>
     void copy_tokens(const Beam& beam, std::int32_t begin, Out* out) const;
     BeamContents contents(const Beam& beam, const std::int32_t* slots, bool scored) const;
+    bool from_prompt() const { return kept_.empty() || (open_ && round_ == 1); }
+    std::int32_t round_ahead() const { return open_ ? round_ : round_ + 1; }
     bool same_tokens(const Beam& a, const Beam& b) const;
     void release_all(const Managers& managers);
     Finish finish_of(std::int32_t token, std::int32_t length) const;

@@ -77,8 +77,9 @@ void bind_beams(py::module_& module) {
     py::class_<Beams>(module, "Beams")
         .def(py::init([](std::vector<std::int32_t> prompt,
                          const std::vector<std::pair<std::int32_t, std::int32_t>>& guide_prompts,
-                         std::int32_t first_candidates, std::int32_t width,
-                         std::int32_t successors, std::int32_t chunk, std::int32_t max_new_tokens,
+                         std::int32_t first_candidates, std::vector<std::int32_t> widths,
+                         std::vector<std::int32_t> successors, std::vector<std::int32_t> chunks,
+                         std::int32_t max_new_tokens,
                          bool hold, bool mean, bool dedup, bool uses_guides, bool trace,
                          std::vector<std::int32_t> eos_ids, std::vector<std::int32_t> stop_ids,
                          float temperature, std::int64_t top_k, double top_p, double min_p,
@@ -86,15 +87,16 @@ void bind_beams(py::module_& module) {
                  std::vector<w2s::PromptEnd> ends;
                  for (const auto& [length, last] : guide_prompts) ends.push_back({length, last});
                  return std::make_unique<Beams>(
-                     w2s::SearchSettings{first_candidates, width, successors, chunk,
-                                         max_new_tokens, hold, mean, dedup, uses_guides, trace,
+                     w2s::SearchSettings{first_candidates, std::move(widths),
+                                         std::move(successors), std::move(chunks), max_new_tokens,
+                                         hold, mean, dedup, uses_guides, trace,
                                          std::move(eos_ids), std::move(stop_ids), temperature,
                                          top_k, top_p, min_p, seed},
                      std::move(prompt), ends);
              }),
              py::arg("prompt"), py::arg("guide_prompts"), py::kw_only(),
-             py::arg("first_candidates"), py::arg("width"), py::arg("successors"),
-             py::arg("chunk"), py::arg("max_new_tokens"), py::arg("hold"), py::arg("mean"),
+             py::arg("first_candidates"), py::arg("widths"), py::arg("successors"),
+             py::arg("chunks"), py::arg("max_new_tokens"), py::arg("hold"), py::arg("mean"),
              py::arg("dedup"), py::arg("uses_guides"), py::arg("trace"), py::arg("eos_ids"),
              py::arg("stop_ids"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
              py::arg("min_p"), py::arg("seed"))
@@ -202,6 +204,7 @@ void bind_beams(py::module_& module) {
         w2s::end_rounds(requests, span(kept), managers);
     }, py::arg("requests"), py::arg("kept").noconvert(), py::arg("managers"));
     module.def("keep_all", &w2s::keep_all, py::arg("requests"), py::arg("managers"));
+    module.def("round_rows", &w2s::round_rows, py::arg("requests"));
     module.def("round_pages", [](const Requests& requests,
                                  const std::vector<std::int64_t>& page_sizes) {
         const auto rows = static_cast<py::ssize_t>(requests.size());

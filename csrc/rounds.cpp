@@ -291,6 +291,13 @@ void keep_all(const Requests& requests, const Beams::Managers& managers) {
     }
 }
 
+Int64s round_rows(const Requests& requests) {
+    Int64s rows;
+    rows.reserve(requests.size());
+    for (const Beams* request : requests) rows.push_back(request->rows());
+    return rows;
+}
+
 Int64s round_pages(const Requests& requests, std::span<const std::int64_t> page_sizes) {
     Int64s pages;
     for (const Beams* request : requests) {

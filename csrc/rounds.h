@@ -106,6 +106,9 @@ void end_rounds(const Requests& requests, std::span<const std::int64_t> kept,
 // End rounds without a selection: all candidates are kept.
 void keep_all(const Requests& requests, const Beams::Managers& managers);
 
+// Candidates of each request that grow in the round under way, or else in the next one.
+Int64s round_rows(const Requests& requests);
+
 // Pages that each request can hold at most in its next round: [R, models], 0 where it runs not.
 Int64s round_pages(const Requests& requests, std::span<const std::int64_t> page_sizes);
 

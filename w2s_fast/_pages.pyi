@@ -202,9 +202,9 @@ class Beams:
         guide_prompts: Sequence[tuple[int, int]],
         *,
         first_candidates: int,
-        width: int,
-        successors: int,
-        chunk: int,
+        widths: Sequence[int],
+        successors: Sequence[int],
+        chunks: Sequence[int],
         max_new_tokens: int,
         hold: bool,
         mean: bool,
@@ -219,7 +219,10 @@ class Beams:
         min_p: float,
         seed: int,
     ) -> None:
-        """`guide_prompts`: length and last token, of each guide's tuned and untuned model."""
+        """`guide_prompts`: length and last token, of each guide's tuned and untuned model.
+
+        `widths`, `successors`, `chunks`: an entry a round, the last one goes on.
+        """
     @property
     def round(self) -> int:
         """The one under way, or the last one; 0 before the first."""
@@ -446,6 +449,9 @@ def same_numbers(objects: list[Any], name: str, numbers: list[int], call: bool, 
 
 def end_rounds(requests: Sequence[Beams], kept: Int64, managers: Sequence[PageManager]) -> None: ...
 def keep_all(requests: Sequence[Beams], managers: Sequence[PageManager]) -> None: ...
+def round_rows(requests: Sequence[Beams]) -> list[int]:
+    """Candidates that grow in the round under way, or else in the next one, as it begins."""
+
 def round_pages(requests: Sequence[Beams], page_sizes: Sequence[int]) -> Int64:
     """Returns pages [R, models], 0 where a model runs not."""
 

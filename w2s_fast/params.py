@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from w2s_fast.errors import InvalidRequest
+from w2s_fast.widths import RoundShape, Widths, by_round
 
 Method = Literal["cbs", "bon", "sample", "beam", "fusion", "dynamic_fusion"]
 Proposal = Literal["base", "fusion", "dynamic_fusion"]
@@ -31,6 +32,9 @@ class SearchParams:
         beam_width: W, hypotheses kept after each round (``cbs``), or the beams (``beam``).
         successors: K, candidates sampled from each kept hypothesis; N of best-of-N.
         chunk_length: L, tokens a candidate samples in a round. None: a whole response.
+            In ``cbs`` each of these three is a number, or a sequence with an entry for each round,
+            of which the last one goes on: ``beam_width=(64, 32, 16, 8), successors=1`` is
+            speculative rejection. Round 1 draws W * K candidates from the prompt.
         max_new_tokens: tokens of a response at most.
         temperature: of sampling. 0 means greedy.
         top_k: sample only from the k likeliest tokens, ties with the k-th included. 0: off.
@@ -43,8 +47,10 @@ class SearchParams:
         stop: stop strings.
         stop_token_ids: a sampled token among these ends the response with ``"stop"``.
         ignore_eos: treat EOS as any other token.
-        n: hypotheses to return, best first: at most ``beam_width`` (``cbs``, ``beam``) or
-            ``successors`` (``bon``); any number for those that draw independent samples.
+        n: hypotheses to return, best first: at most ``beam_width`` (``cbs``, ``beam``), as the
+            last round that there can be has it, or ``successors`` (``bon``); any number for those
+            that draw independent samples. Fewer come back where a search ends before its beams
+            are so wide, or where ``dedup`` left fewer.
         trace: record every round's candidates in the result.
         finished: ``"hold"``: a finished hypothesis stays one candidate with its final score;
             ``"replicate"``: it is copied K times like any other, as the paper's code does.
@@ -67,9 +73,9 @@ class SearchParams:
     """
 
     method: Method = "cbs"
-    beam_width: int = 4
-    successors: int = 4
-    chunk_length: int | None = 5
+    beam_width: int | Sequence[int] = 4
+    successors: int | Sequence[int] = 4
+    chunk_length: int | Sequence[int | None] | None = 5
     max_new_tokens: int = 50
     temperature: float = 0.7
     top_k: int = 50
@@ -94,10 +100,9 @@ class SearchParams:
         _check_choice("method", self.method, get_args(Method))
         _check_choice("finished", self.finished, get_args(Finished))
         _check_choice("score", self.score, get_args(ScoreKind))
-        for name in ("beam_width", "successors", "max_new_tokens", "n"):
+        for name in ("max_new_tokens", "n"):
             _check_int(name, getattr(self, name), low=1)
-        if self.chunk_length is not None:
-            _check_int("chunk_length", self.chunk_length, low=1, also="None (whole responses)")
+        self._check_widths()
         _check_int("top_k", self.top_k, low=0, high=2**31 - 1)
         _check_int("seed", self.seed, low=0, high=2**64 - 1)
         allowed = "a number >= 0 (0: greedy)"
@@ -118,11 +123,27 @@ class SearchParams:
             if not isinstance(getattr(self, name), bool):
                 raise _invalid(name, getattr(self, name), "True or False")
         self._check_stop()
-        limits = {"cbs": self.beam_width, "beam": self.beam_width, "bon": self.successors}
-        limit = limits.get(self.method)
-        if limit is not None and self.n > limit:
-            which = "successors" if self.method == "bon" else "beam_width"
-            raise _invalid("n", self.n, f"at most {which} ({limit}) for method {self.method!r}")
+        if self.method in ("cbs", "beam", "bon"):
+            limit = self.last_shape.kept if self.method != "bon" else self.first_candidates
+            if self.n > limit:
+                which = "successors" if self.method == "bon" else "beam_width"
+                if isinstance(getattr(self, which), tuple):
+                    which += " of the last round"
+                raise _invalid("n", self.n, f"at most {which} ({limit}) for method {self.method!r}")
+
+    def _check_widths(self) -> None:
+        for name in ("beam_width", "successors", "chunk_length"):
+            value = getattr(self, name)
+            also = "None (whole responses)" if name == "chunk_length" else None
+            if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+                if not value:
+                    raise _invalid(name, value, "a number, or a sequence of at least one")
+                if (self.method, name) in (("beam", "beam_width"), ("bon", "successors")):
+                    raise _invalid(name, value, f"one number for method {self.method!r}")
+                object.__setattr__(self, name, tuple(value))
+            for one in by_round(getattr(self, name)):
+                if one is not None or also is None:
+                    _check_int(name, one, low=1, also=also)
 
     def _check_stop(self) -> None:
         for name, item in (("stop", "non-empty strings"), ("stop_token_ids", "token ids")):
@@ -161,32 +182,47 @@ class SearchParams:
         return None if self.proposal == "base" else self.proposal
 
     @property
+    def widths(self) -> Widths:
+        """The rounds, as the method has them."""
+        whole = self.max_new_tokens
+        if self.method == "cbs":
+            kept, successors = by_round(self.beam_width), by_round(self.successors)
+            chunks = tuple(
+                whole if length is None else min(length, whole)
+                for length in by_round(self.chunk_length)
+            )
+            return Widths(kept[0] * successors[0], kept, successors, chunks, whole)
+        if self.method == "beam":
+            (width,) = by_round(self.beam_width)
+            return Widths(width, (width,), (1,), (1,), whole)
+        first = by_round(self.successors)[0] if self.method == "bon" else self.n
+        return Widths(first, (self.n,), (1,), (whole,), whole)
+
+    @property
     def first_candidates(self) -> int:
         """Candidates sampled from the prompt in round 1."""
-        if self.method == "beam":
-            return self.beam_width
-        if self.method not in ("cbs", "bon"):
-            return self.n
-        return self.successors if self.method == "bon" else self.beam_width * self.successors
+        return self.widths.first_candidates
 
     @property
     def kept(self) -> int:
         """Candidates kept by a selection, at most."""
-        return self.beam_width if self.method in ("cbs", "beam") else self.n
+        return max(self.widths.kept)
 
     @property
     def rows(self) -> int:
-        """Rows of a decoding step at most, each with a slot of its own."""
-        return max(self.first_candidates, self.kept)
+        """Rows of a decoding step at most, in any round; each has a slot of its own."""
+        return max(shape.rows for shape in self.widths.shapes())
+
+    @property
+    def last_shape(self) -> RoundShape:
+        """The last round that there can be, or the first that all others are like."""
+        *_, last = self.widths.shapes()
+        return last
 
     @property
     def tokens_per_round(self) -> int:
         """Tokens a candidate samples before the next selection, at most."""
-        if self.method == "beam":
-            return 1
-        if self.method == "cbs" and self.chunk_length is not None:
-            return min(self.chunk_length, self.max_new_tokens)
-        return self.max_new_tokens
+        return max(self.widths.chunks)
 
     @property
     def uses_guides(self) -> bool:
@@ -194,7 +230,7 @@ class SearchParams:
         if self.fuses is not None:
             return True
         if self.method == "cbs":
-            return self.first_candidates > 1
+            return self.rows > 1
         return self.method == "bon"
 
 

@@ -67,6 +67,14 @@ def test_every_option_reaches_the_search(models: DemoModels) -> None:
     assert first.stdout == again.stdout
 
 
+def test_widths_by_round_reach_the_search(models: DemoModels) -> None:
+    options = "--json --trace --beam-width 6,3,1 --successors 1,2 --chunk-length 3,2,none"
+    result = run("generate", "x", *options.split(), *named(models), *SMALL)
+    rounds = json.loads(result.stdout)["trace"]["rounds"]
+    assert [len(one["candidates"]) for one in rounds][:2] == [6, 12]
+    assert [len(one["kept"]) for one in rounds][:2] == [6, 3]
+
+
 def test_the_machine_options_reach_the_engine(
     models: DemoModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +133,9 @@ def test_sampling_needs_no_guides(models: DemoModels) -> None:
         (["generate", "x", "--tuned", "y"], "--base"),
         (["generate", "x", "--base", "y", "--tuned", "z"], "--untuned"),
         (["generate", "x", "--chunk-length", "many"], "many"),
+        (["generate", "x", "--beam-width", "8,,2"], "8,,2"),
+        (["generate", "x", "--beam-width", "none"], "none"),
+        (["generate", "x", "--successors", "4,0"], "error: successors is 0"),
         (["generate", "x", "--method", "magic"], "magic"),
         (["generate", "x", "--temperature", "-1"], "error: temperature is -1.0"),
         (["generate", "x", "-n", "9"], "error: n is 9"),

@@ -49,12 +49,25 @@ class ModelRequest:
     common: list[list[int]] = field(default_factory=list)
     sampled: int = 0
     scored: int = 0
+    rounds: int = 0  # begun
+
+    def setting(self, name: str) -> int:
+        """Of the round under way: a number for all, or a sequence whose last entry goes on."""
+        value = getattr(self.params, name)
+        if isinstance(value, tuple):
+            value = (*value, *value[-1:] * self.rounds)[self.rounds - 1]
+        return self.params.max_new_tokens if value is None else value
+
+    @property
+    def width(self) -> int:
+        return self.setting("beam_width") if self.params.method == "cbs" else self.params.n
 
     @property
     def candidates(self) -> list[ModelBeam]:
         return [child for _, children in self.families for child in children]
 
     def begin(self) -> None:
+        self.rounds += 1
         if not self.kept:
             root = ModelBeam(None, 0, [], [], [])
             children = [root.child(None) for _ in range(self.params.first_candidates)]
@@ -62,7 +75,7 @@ class ModelRequest:
             return
         for i, beam in enumerate(self.kept):
             held = beam.reason is not None and self.params.finished == "hold"
-            count = 1 if held else self.params.successors
+            count = 1 if held else self.setting("successors")
             self.families.append((beam, [beam.child(i) for _ in range(count)]))
 
     @property
@@ -71,8 +84,9 @@ class ModelRequest:
 
     def left(self) -> int:
         for beam in self.growing:
-            end = min(beam.inherited + self.params.tokens_per_round, self.params.max_new_tokens)
-            return end - len(beam.tokens)
+            whole = self.params.max_new_tokens
+            chunk = self.setting("chunk_length") if self.params.method == "cbs" else whole
+            return min(beam.inherited + chunk, whole) - len(beam.tokens)
         return 0
 
     def take(self, beam: ModelBeam, tokens: list[int], logprobs: list[float]) -> None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -206,20 +206,28 @@ class Reference:
         """``guide_prompts``: the guides' own; else they are given the base's."""
         p = params
         guide_prompts = guide_prompts or [prompt] * len(self.guides)
+        # Of every round that there can be: W, K and L.
+        turns = range(p.max_new_tokens)
+        successors = [_entry(p.successors, r) for r in turns]
         if p.method == "cbs":
-            width, first = p.beam_width, p.beam_width * p.successors
-            chunk = p.chunk_length or p.max_new_tokens
-            scored = first > 1
+            widths = [_entry(p.beam_width, r) for r in turns]
+            chunks = [_entry(p.chunk_length, r) or p.max_new_tokens for r in turns]
+            first = widths[0] * successors[0]
+            # Where no round ever has a choice, nothing is scored.
+            rounds_at_most = next(r + 1 for r in turns if sum(chunks[: r + 1]) >= p.max_new_tokens)
+            scored = first > 1 or any(k > 1 for k in successors[1:rounds_at_most])
         elif p.method == "bon":
-            width, first, chunk, scored = p.n, p.successors, p.max_new_tokens, True
+            widths, first, chunks, scored = [p.n], successors[0], [p.max_new_tokens], True
         else:
-            width, first, chunk, scored = p.n, p.n, p.max_new_tokens, False
+            widths, first, chunks, scored = [p.n], p.n, [p.max_new_tokens], False
 
         rounds: list[ReferenceRound] = []
         kept: list[ReferenceHypothesis] = []
         sampled_tokens = 0
         score_margin, draw_margin = math.inf, math.inf
         while not kept or any(h.finish_reason is None for h in kept):
+            turn = len(rounds)
+            width, chunk = widths[turn], chunks[turn]
             # Expand. Each entry is the place of a candidate's parent, and the parent.
             origins: list[tuple[int | None, ReferenceHypothesis]] = []
             if not rounds:
@@ -227,7 +235,7 @@ class Reference:
             else:
                 for parent, hypothesis in enumerate(kept):
                     held = hypothesis.finish_reason is not None and p.finished == "hold"
-                    origins += [(parent, hypothesis)] * (1 if held else p.successors)
+                    origins += [(parent, hypothesis)] * (1 if held else successors[turn])
             candidates = []
             for index, (place, origin) in enumerate(origins):
                 child, margin = self._extend(prompt, origin, p, index, chunk)
@@ -307,6 +315,13 @@ class Reference:
                 finish = "length"
         child = ReferenceHypothesis(token_ids=tokens, token_logprobs=logprobs, finish_reason=finish)
         return child, margin
+
+
+def _entry(value: Any, turn: int) -> Any:
+    """Of a number for all rounds, or of a sequence whose last entry goes on."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return value[turn] if turn < len(value) else value[-1]
 
 
 def _score(candidate: ReferenceHypothesis) -> float:

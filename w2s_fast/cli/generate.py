@@ -6,7 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -22,13 +22,25 @@ from w2s_fast.result import SearchResult
 DEFAULT = SearchParams()
 
 
-def _chunk_length(text: str) -> int | None:
-    if text.lower() in ("none", "0"):
-        return None
+def _by_round(text: str, what: str, words: tuple[str, ...] = ()) -> Any:
+    """A number, or several with commas between, one a round; ``words`` stand for None."""
     try:
-        return int(text)
+        parts = [part.strip().lower() for part in text.split(",")]
+        values = [None if part in words else int(part) for part in parts]
     except ValueError:
-        raise typer.BadParameter(f"{text!r}: a number of tokens, or none (whole)") from None
+        raise typer.BadParameter(f"{text!r}: {what}; or several, as 8,4,2") from None
+    return values if len(values) > 1 else values[0]
+
+
+def _width(text: str) -> int | list[int]:
+    found: int | list[int] = _by_round(text, "a number")
+    return found
+
+
+def _chunk_length(text: str) -> int | list[int | None] | None:
+    what = "a number of tokens, or none (whole)"
+    found: int | list[int | None] | None = _by_round(text, what, ("none", "0"))
+    return found
 
 
 def _option(*names: str, help: str, panel: str) -> typer.models.OptionInfo:
@@ -77,11 +89,14 @@ def generate(
         _option("--method", help="cbs: chunk-level beam search; bon: best-of-N", panel=SEARCH),
     ] = DEFAULT.method,
     beam_width: Annotated[
-        int, _option("--beam-width", help="W: hypotheses kept each round", panel=SEARCH)
-    ] = DEFAULT.beam_width,
+        str,
+        _option(
+            "--beam-width", help="W: hypotheses kept each round; 8,4,2: by round", panel=SEARCH
+        ),
+    ] = str(DEFAULT.beam_width),
     successors: Annotated[
-        int, _option("--successors", help="K: candidates of each; N of best-of-N", panel=SEARCH)
-    ] = DEFAULT.successors,
+        str, _option("--successors", help="K: candidates of each; N of best-of-N", panel=SEARCH)
+    ] = str(DEFAULT.successors),
     chunk_length: Annotated[
         str, _option("--chunk-length", help="L: tokens a round; none or 0: whole", panel=SEARCH)
     ] = str(DEFAULT.chunk_length),
@@ -154,8 +169,8 @@ def generate(
     _check_usage(prompt, input, output, resume, retry_errors)
     params = SearchParams(
         method=method,
-        beam_width=beam_width,
-        successors=successors,
+        beam_width=_width(beam_width),
+        successors=_width(successors),
         chunk_length=_chunk_length(chunk_length),
         max_new_tokens=max_new_tokens,
         temperature=temperature,

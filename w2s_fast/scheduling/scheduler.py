@@ -24,7 +24,7 @@ from itertools import accumulate
 from operator import attrgetter
 from typing import NamedTuple
 
-from w2s_fast._pages import in_rounds, round_pages
+from w2s_fast._pages import in_rounds, round_pages, round_rows
 from w2s_fast.cache import PagePool
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
@@ -106,10 +106,9 @@ class Scheduler:
                     f"{share.model.name}, which has {pool.num_pages * pool.page_size}; allowed: a "
                     "shorter prompt, fewer candidates or new tokens, or a larger kv_cache_tokens"
                 )
-            if request.rows > pool.manager.max_slots:
-                raise InvalidRequest(
-                    f"the request has {request.rows} candidates; allowed: {pool.manager.max_slots}"
-                )
+            rows, slots = request.params.rows, pool.manager.max_slots
+            if rows > slots:
+                raise InvalidRequest(f"the request has {rows} candidates; allowed: {slots}")
 
     def submit(self, request: Request) -> None:
         """Let a checked request wait for its turn."""
@@ -166,7 +165,11 @@ class Scheduler:
         # or be missed.
         waiting = self.waiting[: self.max_rows + _MOST_MISSES]
         asking = list(merge(between, waiting, key=_urgency)) if waiting else between
-        pages_of = round_pages([request.beams for request in asking], self._page_sizes).tolist()
+        beams = [request.beams for request in asking]
+        pages_of = round_pages(beams, self._page_sizes).tolist()
+        # Of the round at hand, like the pages: a width that falls frees room at once.
+        for request, own in zip(asking, round_rows(beams)):
+            request.rows = own
         wanted = sum(request.rows for request in asking)
         if (
             not waiting

@@ -44,9 +44,9 @@ class Request:
             [(len(own), own[-1]) for guide in self.guide_prompts for own in guide],
             # More would not fit anywhere: the scheduler refuses it.
             first_candidates=min(params.first_candidates, _INT32_MAX),
-            width=min(params.kept, _INT32_MAX),
-            successors=min(params.successors, _INT32_MAX),
-            chunk=min(params.tokens_per_round, _INT32_MAX),
+            widths=_as_int32(params.widths.kept),
+            successors=_as_int32(params.widths.successors),
+            chunks=_as_int32(params.widths.chunks),
             max_new_tokens=min(params.max_new_tokens, _INT32_MAX),
             hold=params.finished == "hold",
             mean=params.score == "mean",
@@ -62,10 +62,11 @@ class Request:
             seed=seed_bits(params.seed),
         )
         self.urgency = (0, 0)  # the scheduler's: smaller numbers run first
-        # Pages of the round under way in every model, as the scheduler counts them.
+        # Pages of the round under way in every model, and its rows, as the scheduler counts them;
+        # before the first, rows of any.
         self.promised: Sequence[int] = ()
-        # Asked for in every step: of the parameters.
         self.rows = params.rows
+        # Asked for in every step: of the parameters.
         self.uses_guides = params.uses_guides
         self.stats = RequestStats()
         self.streams = False  # whether somebody wants to know what its hypotheses agree on
@@ -118,3 +119,7 @@ class Request:
         if not self.uses_guides:
             return None
         return beam.total / len(beam.tokens) if self.params.score == "mean" else beam.total
+
+
+def _as_int32(values: Sequence[int]) -> list[int]:
+    return [min(value, _INT32_MAX) for value in values]
