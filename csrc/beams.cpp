@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <utility>
 
 namespace w2s {
@@ -156,7 +157,7 @@ void Beams::append_new(const Beam& candidate, std::vector<std::int32_t>& tokens,
 }
 
 BeamContents Beams::contents(const Beam& beam, const std::int32_t* slots, bool scored) const {
-    BeamContents found{beam.parent, {}, {}, {}, beam.total, beam.finish, {}};
+    BeamContents found{beam.parent, {}, {}, {}, beam.total, beam.extra, beam.finish, {}};
     const auto length = static_cast<std::size_t>(beam.length);
     found.tokens.resize(length);
     found.logprobs.resize(length);
@@ -216,8 +217,11 @@ std::int64_t Beams::round_pages(int model, std::int64_t page_size) const {
                                                       settings_.max_new_tokens - tokens);
     const std::int64_t common = std::min(prompt + shared, history) / page_size;
     const std::int64_t histories = hypotheses * (history / page_size - common);
+    // Copies of a candidate end in pages of their own, and there may be more of them than rows.
+    const std::int64_t ends = settings_.copies ? settings_.width_in(round_ahead()) : 0;
     return common + histories +
-           rows() * ceil_div(history % page_size + chunk - (model == 0), page_size);
+           std::max(rows(), ends) *
+               ceil_div(history % page_size + chunk - (model == 0), page_size);
 }
 
 // ---- what a round does ----
@@ -315,7 +319,13 @@ void Beams::set_scores(std::size_t candidate, std::span<const double> token_scor
     }
 }
 
-void Beams::end_round(std::vector<std::int32_t> winners, const Managers& managers) {
+void Beams::set_extras(std::span<const double> extras) {
+    if (extras.size() != candidates_.size()) throw std::invalid_argument("extras must be [C]");
+    for (std::size_t c = 0; c < extras.size(); ++c) candidates_[c].extra = extras[c];
+}
+
+std::vector<std::vector<PageCopy>> Beams::end_round(std::vector<std::int32_t> winners,
+                                                    const Managers& managers) {
     const std::size_t models = prompt_ends_.size(), width = winners.size();
     std::vector<std::int32_t> common(width * width);
     const std::size_t parents = kept_.size();
@@ -323,13 +333,16 @@ void Beams::end_round(std::vector<std::int32_t> winners, const Managers& manager
         const Beam& a = candidates_.at(static_cast<std::size_t>(winners[i]));
         for (std::size_t j = 0; j < width; ++j) {
             const Beam& b = candidates_.at(static_cast<std::size_t>(winners[j]));
-            // Beams of the same parent share what they inherited, others what their parents did.
-            common[i * width + j] = i == j                 ? a.length
+            // Beams of the same parent share what they inherited, others what their parents did, and
+            // copies of a candidate all that stands in the KV.
+            common[i * width + j] = i == j                   ? a.length
+                                    : winners[i] == winners[j] ? a.length - 1
                                     : a.parent == b.parent ? a.inherited
                                                            : common_[a.parent * parents + b.parent];
         }
     }
     std::vector<bool> goes_on(candidates_.size(), false);
+    std::map<std::size_t, std::vector<std::size_t>> copies;  // of a winner, among the kept
     std::vector<Beam> kept;
     std::vector<std::int32_t> kept_slots(width * models, kNoSlot);
     for (std::size_t i = 0; i < width; ++i) {
@@ -337,6 +350,10 @@ void Beams::end_round(std::vector<std::int32_t> winners, const Managers& manager
         kept.push_back(candidates_[winner]);
         hold_block(candidates_[winner].block);
         if (candidates_[winner].finished()) continue;
+        if (goes_on[winner]) {
+            copies[winner].push_back(i);
+            continue;
+        }
         goes_on[winner] = true;
         std::copy_n(slots_.begin() + winner * models, models, kept_slots.begin() + i * models);
     }
@@ -348,6 +365,20 @@ void Beams::end_round(std::vector<std::int32_t> winners, const Managers& manager
             if (slot != kNoSlot && !goes_on[c]) released.push_back(slot);
         }
         if (!released.empty()) managers.at(m)->release(released);
+    }
+    std::vector<std::vector<PageCopy>> to_copy(managers.size());
+    for (std::size_t m = 0; m < models && !copies.empty(); ++m) {
+        std::vector<std::int32_t> parents, counts;
+        for (const auto& [winner, own] : copies) {
+            parents.push_back(slots_[winner * models + m]);
+            counts.push_back(static_cast<std::int32_t>(own.size()));
+        }
+        ForkResult forks = managers.at(m)->fork(parents, counts);
+        auto next = forks.children.begin();
+        for (const auto& [winner, own] : copies) {
+            for (const std::size_t i : own) kept_slots[i * models + m] = *next++;
+        }
+        to_copy[m] = std::move(forks.copies);
     }
     if (settings_.trace) {
         recorded_.push_back({candidates_, winners});  // it takes over their blocks
@@ -372,6 +403,7 @@ void Beams::end_round(std::vector<std::int32_t> winners, const Managers& manager
         }
     }
     if (!any) shared_ = 0;
+    return to_copy;
 }
 
 void Beams::collect_finished(int model, std::vector<std::int32_t>& released) {

@@ -35,6 +35,7 @@ struct SearchSettings {
     std::vector<std::int32_t> widths, successors, chunks;
     std::int32_t max_new_tokens;
     bool hold, mean, dedup, uses_guides, trace;
+    bool copies;  // a candidate may be kept more than once
     std::vector<std::int32_t> eos_ids, stop_ids;  // what ends a response, and why
     float temperature;
     std::int64_t top_k;
@@ -68,6 +69,7 @@ struct Beam {
     std::int32_t block = kNone;      // with its last tokens
     Finish finish = Finish::no;
     double total = 0.0;              // sum of the scores, as the selection computed it
+    double extra = 0.0;              // what others than the guides say of it, weighted
     std::uint64_t hash = 0;          // of all tokens
 
     bool finished() const { return finish != Finish::no; }
@@ -79,7 +81,7 @@ struct BeamContents {
     std::vector<std::int32_t> tokens;
     std::vector<float> logprobs;       // the base's, at temperature 1
     std::vector<double> token_scores;  // of those that were scored
-    double total;
+    double total, extra;
     Finish finish;
     std::vector<std::int32_t> slots;   // in each model; kNoSlot
 };
@@ -167,8 +169,13 @@ public:
               std::span<const float> logprobs);
     // Scores of a candidate's new tokens, and of its whole response.
     void set_scores(std::size_t candidate, std::span<const double> token_scores, double total);
-    // Keep these candidates, best first, and give back what only others hold.
-    void end_round(std::vector<std::int32_t> kept, const Managers& managers);
+    // What others than the guides say of each candidate.
+    void set_extras(std::span<const double> extras);
+    // Keep these candidates, best first, and give back what only others hold. One that is kept more
+    // than once becomes as many hypotheses, each with slots of its own: returns, of each manager,
+    // the pages to be copied for them.
+    std::vector<std::vector<PageCopy>> end_round(std::vector<std::int32_t> kept,
+                                                 const Managers& managers);
     // Give back the slots of finished candidates in one model.
     void collect_finished(int model, std::vector<std::int32_t>& released);
 

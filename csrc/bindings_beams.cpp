@@ -68,6 +68,7 @@ void bind_beams(py::module_& module) {
         .def_readonly("logprobs", &BeamContents::logprobs)
         .def_readonly("token_scores", &BeamContents::token_scores)
         .def_readonly("total", &BeamContents::total)
+        .def_readonly("extra", &BeamContents::extra)
         .def_readonly("slots", &BeamContents::slots);
 
     py::class_<RoundContents>(module, "BeamsOfRound")
@@ -80,7 +81,7 @@ void bind_beams(py::module_& module) {
                          std::int32_t first_candidates, std::vector<std::int32_t> widths,
                          std::vector<std::int32_t> successors, std::vector<std::int32_t> chunks,
                          std::int32_t max_new_tokens,
-                         bool hold, bool mean, bool dedup, bool uses_guides, bool trace,
+                         bool hold, bool mean, bool dedup, bool uses_guides, bool trace, bool copies,
                          std::vector<std::int32_t> eos_ids, std::vector<std::int32_t> stop_ids,
                          float temperature, std::int64_t top_k, double top_p, double min_p,
                          std::int64_t seed) {
@@ -89,7 +90,7 @@ void bind_beams(py::module_& module) {
                  return std::make_unique<Beams>(
                      w2s::SearchSettings{first_candidates, std::move(widths),
                                          std::move(successors), std::move(chunks), max_new_tokens,
-                                         hold, mean, dedup, uses_guides, trace,
+                                         hold, mean, dedup, uses_guides, trace, copies,
                                          std::move(eos_ids), std::move(stop_ids), temperature,
                                          top_k, top_p, min_p, seed},
                      std::move(prompt), ends);
@@ -97,7 +98,7 @@ void bind_beams(py::module_& module) {
              py::arg("prompt"), py::arg("guide_prompts"), py::kw_only(),
              py::arg("first_candidates"), py::arg("widths"), py::arg("successors"),
              py::arg("chunks"), py::arg("max_new_tokens"), py::arg("hold"), py::arg("mean"),
-             py::arg("dedup"), py::arg("uses_guides"), py::arg("trace"), py::arg("eos_ids"),
+             py::arg("dedup"), py::arg("uses_guides"), py::arg("trace"), py::arg("copies"), py::arg("eos_ids"),
              py::arg("stop_ids"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
              py::arg("min_p"), py::arg("seed"))
         .def_property_readonly("round", &Beams::round)
@@ -142,6 +143,9 @@ void bind_beams(py::module_& module) {
         .def("set_kept_slots", [](Beams& self, int model, const Array<std::int32_t>& slots) {
                 self.set_kept_slots(model, span(slots));
             }, py::arg("model"), py::arg("slots").noconvert())
+        .def("set_extras", [](Beams& self, const Array<double>& extras) {
+                self.set_extras(span(extras));
+            }, py::arg("extras").noconvert())
         .def("resume", &Beams::resume)
         .def("set_aside", &Beams::set_aside, py::arg("managers"))
         .def("start_over", &Beams::start_over, py::arg("managers"))
@@ -201,7 +205,11 @@ void bind_beams(py::module_& module) {
                py::arg("manager"), py::arg("model"));
     module.def("end_rounds", [](const Requests& requests, const Array<std::int64_t>& kept,
                                 const Beams::Managers& managers) {
-        w2s::end_rounds(requests, span(kept), managers);
+        py::list found;
+        for (const auto& copies : w2s::end_rounds(requests, span(kept), managers)) {
+            found.append(to_numpy(copies));
+        }
+        return found;
     }, py::arg("requests"), py::arg("kept").noconvert(), py::arg("managers"));
     module.def("keep_all", &w2s::keep_all, py::arg("requests"), py::arg("managers"));
     module.def("round_rows", &w2s::round_rows, py::arg("requests"));

@@ -272,15 +272,22 @@ std::vector<BrokenNumber> take_scores(const Requests& requests,
     return found;
 }
 
-void end_rounds(const Requests& requests, std::span<const std::int64_t> kept,
-                const Beams::Managers& managers) {
-    if (requests.empty()) return;
+std::vector<std::vector<PageCopy>> end_rounds(const Requests& requests,
+                                              std::span<const std::int64_t> kept,
+                                              const Beams::Managers& managers) {
+    std::vector<std::vector<PageCopy>> copies(managers.size());
+    if (requests.empty()) return copies;
     expect(kept.size() % requests.size() == 0, "kept must be [R, width]");
     const std::size_t width = kept.size() / requests.size();
     for (std::size_t r = 0; r < requests.size(); ++r) {
         const auto row = kept.subspan(r * width, width);
-        requests[r]->end_round({row.begin(), std::ranges::find(row, -1)}, managers);
+        const auto own =
+            requests[r]->end_round({row.begin(), std::ranges::find(row, -1)}, managers);
+        for (std::size_t m = 0; m < own.size(); ++m) {
+            copies[m].insert(copies[m].end(), own[m].begin(), own[m].end());
+        }
     }
+    return copies;
 }
 
 void keep_all(const Requests& requests, const Beams::Managers& managers) {

@@ -99,9 +99,10 @@ std::vector<BrokenNumber> take_scores(const Requests& requests,
                                       std::span<const std::int64_t> broken);
 
 // Keep the candidates [R, width] of each request, best first, up to the first -1, and give back
-// what only others hold.
-void end_rounds(const Requests& requests, std::span<const std::int64_t> kept,
-                const Beams::Managers& managers);
+// what only others hold. Returns, of each manager, pages to be copied for those kept more than once.
+std::vector<std::vector<PageCopy>> end_rounds(const Requests& requests,
+                                              std::span<const std::int64_t> kept,
+                                              const Beams::Managers& managers);
 
 // End rounds without a selection: all candidates are kept.
 void keep_all(const Requests& requests, const Beams::Managers& managers);

@@ -181,6 +181,9 @@ class Beam:
     def total(self) -> float:
         """Sum of the token scores, as the selection computed it."""
     @property
+    def extra(self) -> float:
+        """What others than the guides say of it, weighted; of candidates that were chosen from."""
+    @property
     def finish_reason(self) -> Literal["eos", "stop", "length"] | None: ...
     @property
     def slots(self) -> list[int]:
@@ -211,6 +214,7 @@ class Beams:
         dedup: bool,
         uses_guides: bool,
         trace: bool,
+        copies: bool,
         eos_ids: Sequence[int],
         stop_ids: Sequence[int],
         temperature: float,
@@ -262,6 +266,7 @@ class Beams:
     @property
     def candidates(self) -> list[Beam]: ...
     def trace(self) -> list[BeamsOfRound]: ...
+    def set_extras(self, extras: NDArray[np.float64]) -> None: ...
     def slot_of_first(self, model: int) -> int:
         """The first candidate's slot, which has the pages of its parent."""
     def kept_slots(self, model: int) -> Int32:
@@ -447,7 +452,11 @@ def same_dicts(now: list[dict[str, Any]], seen: list[dict[str, Any]], /) -> bool
 def same_numbers(objects: list[Any], name: str, numbers: list[int], call: bool, /) -> bool:
     """Whether an attribute of each object, or what it returns, is the number."""
 
-def end_rounds(requests: Sequence[Beams], kept: Int64, managers: Sequence[PageManager]) -> None: ...
+def end_rounds(
+    requests: Sequence[Beams], kept: Int64, managers: Sequence[PageManager]
+) -> list[Int32]:
+    """Returns, of each manager, pages to be copied for candidates that are kept more than once."""
+
 def keep_all(requests: Sequence[Beams], managers: Sequence[PageManager]) -> None: ...
 def round_rows(requests: Sequence[Beams]) -> list[int]:
     """Candidates that grow in the round under way, or else in the next one, as it begins."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from w2s_fast.errors import InvalidRequest
+from w2s_fast.scorer import Choice
 from w2s_fast.widths import RoundShape, Widths, by_round
 
 Method = Literal["cbs", "bon", "sample", "beam", "fusion", "dynamic_fusion"]
@@ -56,6 +57,12 @@ class SearchParams:
             ``"replicate"``: it is copied K times like any other, as the paper's code does.
         dedup: keep only the first of several candidates with the same tokens.
         score: ``"sum"`` of the log-ratios of all response tokens, or their ``"mean"``.
+        selection: which candidates of ``cbs`` and ``bon`` are kept. ``"top"``: those with the best
+            values, that is, the guides' score plus what the engine's scorers add, weighted.
+            ``"resample"``: W are drawn with replacement, with weights softmax(value / tau)
+            (systematic resampling, as particle filters have it). A callable gets the values and
+            the candidates, and returns indices, W at most, best first.
+        tau: temperature of ``"resample"``.
         proposal: what candidates of ``cbs`` and ``bon`` are sampled from: the ``"base"``, or its
             logits fused with the guides', as the methods of those names do. They are ranked by
             the guides' score all the same.
@@ -90,6 +97,8 @@ class SearchParams:
     finished: Finished = "hold"
     dedup: bool = False
     score: ScoreKind = "sum"
+    selection: Literal["top", "resample"] | Choice = "top"
+    tau: float = 1.0
     proposal: Proposal = "base"
     beta: float | Sequence[float] | None = None
     plausibility: float = 0.0
@@ -109,6 +118,11 @@ class SearchParams:
         _check_number("temperature", self.temperature, 0.0, _FLOAT32_MAX, allowed)
         _check_number("top_p", self.top_p, 0.0, 1.0, "in (0, 1]", open_low=True)
         _check_number("min_p", self.min_p, 0.0, 1.0, "in [0, 1]")
+        if not callable(self.selection) and self.selection not in ("top", "resample"):
+            raise _invalid("selection", self.selection, "'top', 'resample', or a callable")
+        if self.selection != "top" and self.method not in ("cbs", "bon"):
+            raise _invalid("selection", self.selection, f"'top' for method {self.method!r}")
+        _check_number("tau", self.tau, 0.0, _FLOAT32_MAX, "a number > 0", open_low=True)
         _check_choice("proposal", self.proposal, get_args(Proposal))
         if self.proposal != "base" and self.method not in ("cbs", "bon"):
             raise _invalid("proposal", self.proposal, f"'base' for method {self.method!r}")
@@ -191,12 +205,18 @@ class SearchParams:
                 whole if length is None else min(length, whole)
                 for length in by_round(self.chunk_length)
             )
-            return Widths(kept[0] * successors[0], kept, successors, chunks, whole)
+            first = kept[0] * successors[0]
+            return Widths(first, kept, successors, chunks, whole, self.keeps_copies)
         if self.method == "beam":
             (width,) = by_round(self.beam_width)
             return Widths(width, (width,), (1,), (1,), whole)
         first = by_round(self.successors)[0] if self.method == "bon" else self.n
-        return Widths(first, (self.n,), (1,), (whole,), whole)
+        return Widths(first, (self.n,), (1,), (whole,), whole, self.keeps_copies)
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether a candidate may be kept more than once."""
+        return self.selection != "top"
 
     @property
     def first_candidates(self) -> int:
@@ -211,7 +231,7 @@ class SearchParams:
     @property
     def rows(self) -> int:
         """Rows of a decoding step at most, in any round; each has a slot of its own."""
-        return max(shape.rows for shape in self.widths.shapes())
+        return max(max(shape.rows, shape.kept) for shape in self.widths.shapes())
 
     @property
     def last_shape(self) -> RoundShape:

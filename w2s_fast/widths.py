@@ -36,6 +36,7 @@ class Widths(NamedTuple):
         kept: W. successors: K, from round 2 on; its first entry is part of ``first_candidates``.
         chunks: L, at most ``max_new_tokens``.
         max_new_tokens: of a response.
+        copies: a candidate may be kept more than once.
     """
 
     first_candidates: int
@@ -43,6 +44,11 @@ class Widths(NamedTuple):
     successors: tuple[int, ...]
     chunks: tuple[int, ...]
     max_new_tokens: int
+    copies: bool = False
+
+    def width_in(self, number: int) -> int:
+        """W of a round, counted from 1."""
+        return in_round(self.kept, number)
 
     def shapes(self) -> Iterator[RoundShape]:
         """Of all rounds there can be, up to the first one that repeats."""
@@ -54,7 +60,8 @@ class Widths(NamedTuple):
             rows = (
                 self.first_candidates if first else hypotheses * in_round(self.successors, number)
             )
-            kept = min(in_round(self.kept, number), rows)
+            width = self.width_in(number)
+            kept = width if self.copies else min(width, rows)
             last = before + chunk == self.max_new_tokens
             repeats = number >= max(entries, 2) and kept == hypotheses and not last
             yield RoundShape(hypotheses, rows, kept, before, chunk, repeats)

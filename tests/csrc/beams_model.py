@@ -20,6 +20,7 @@ class ModelBeam:
     logprobs: list[float]
     scores: list[float]
     total: float = 0.0
+    extra: float = 0.0
     reason: str | None = None
 
     def child(self, parent: int | None) -> ModelBeam:
@@ -30,11 +31,20 @@ class ModelBeam:
             list(self.logprobs),
             list(self.scores),
             self.total,
+            self.extra,
             self.reason,
         )
 
     def seen(self) -> tuple[Any, ...]:
-        return self.parent, self.tokens, self.logprobs, self.scores, self.total, self.reason
+        return (
+            self.parent,
+            self.tokens,
+            self.logprobs,
+            self.scores,
+            self.total,
+            self.extra,
+            self.reason,
+        )
 
 
 @dataclass
@@ -115,6 +125,8 @@ class ModelRequest:
             a, b = chosen[i], chosen[j]
             if i == j:
                 return len(a.tokens)
+            if winners[i] == winners[j]:
+                return len(a.tokens) - 1  # what stood in the KV when it was copied
             if a.parent == b.parent:
                 return a.inherited
             assert a.parent is not None and b.parent is not None

@@ -46,6 +46,7 @@ def seen(beam: Beam) -> tuple[Any, ...]:
         beam.logprobs,
         beam.token_scores,
         beam.total,
+        beam.extra,
         beam.finish_reason,
     )
 
@@ -132,6 +133,7 @@ def some_params(draw: st.DrawFn) -> SearchParams:
         min_p=draw(st.sampled_from([0.0, 0.1])),
         seed=draw(st.integers(0, 99)),
         trace=draw(st.booleans()),
+        selection="top" if method == "sample" else draw(st.sampled_from(["top", "resample"])),
     )
 
 
@@ -403,11 +405,30 @@ class World:
             self.models[i].score(beam, own, float(totals[c]))
         kept = np.full((len(which), int(width.max())), -1)
         for r, i in enumerate(which):
-            most = min(self.models[i].width, len(self.models[i].candidates))
-            order = self.draw(st.permutations(range(len(self.models[i].candidates))))
-            kept[r, :most] = order[:most]
-            self._record(i, order[:most])
-        end_rounds(self.beams(which), kept, self.managers)
+            own = self._winners(self.models[i])
+            kept[r, : len(own)] = own
+            if self.models[i].params.keeps_copies:
+                extras = np.arange(1.0, len(self.models[i].candidates) + 1)
+                self.requests[i].beams.set_extras(extras)
+                for beam, extra in zip(self.models[i].candidates, extras.tolist()):
+                    beam.extra = extra
+            self._record(i, own)
+        before = [manager.free_pages for manager in self.managers]
+        copies = end_rounds(self.beams(which), kept, self.managers)
+        for manager, own, free in zip(self.managers, copies, before):
+            # Losers' pages first, and one at most for each copy.
+            assert manager.free_pages >= free - len(own)
+            assert len({*own[:, 1].tolist()}.difference(own[:, 0].tolist())) == len(own)
+
+    def _winners(self, model: ModelRequest) -> list[int]:
+        """Some candidates, best first; each as often as may be where they are resampled."""
+        count = len(model.candidates)
+        if model.params.keeps_copies:
+            one = st.integers(0, count - 1)
+            found: list[int] = self.draw(st.lists(one, min_size=1, max_size=model.width))
+            return found
+        order = self.draw(st.permutations(range(count)))
+        return list(order[: min(model.width, count)])
 
     def _record(self, i: int, winners: list[int]) -> None:
         model = self.models[i]

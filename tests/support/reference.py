@@ -8,7 +8,7 @@ noise is part of the definition. Everything else here is written apart from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from w2s_fast.kernels.noise import seed_bits, uniform
+from w2s_fast.kernels.noise import seed_bits, uniform, uniform_of_round
 from w2s_fast.params import SearchParams
 
 WEIGHT_ONE = 2**40
@@ -166,7 +166,10 @@ class Reference:
         *,
         vocab_size: int,
         eos_token_ids: Sequence[int],
+        scorers: Sequence[tuple[Callable[[list[int], bool], float], float]] = (),
     ) -> None:
+        """``scorers``: of a response's tokens, and whether it has ended; each with its weight."""
+        self.scorers = list(scorers)
         self.base = base
         self.guides = list(guides)
         self.vocab_size = vocab_size
@@ -185,7 +188,7 @@ class Reference:
 
         ``prompts``: one for each guide.
         """
-        scores = [0.0] * len(response)
+        scores = [0.0] * len(response) if self.guides else []
         for guide, prompt in zip(self.guides, prompts, strict=True):
             before_tuned, before_untuned = prompt if isinstance(prompt, tuple) else (prompt, prompt)
             tuned = forward(guide.tuned, before_tuned + response, self.vocab_size)
@@ -255,6 +258,9 @@ class Reference:
                     child.score = math.fsum(seen[key])
                     if p.score == "mean":
                         child.score /= len(child.token_ids)
+                    for scorer, weight in self.scorers:
+                        ended = child.finish_reason is not None
+                        child.score += weight * scorer(child.token_ids, ended)
 
             # Select.
             eligible = list(range(len(candidates)))
@@ -265,6 +271,11 @@ class Reference:
                 eligible.sort(key=lambda i: (-_score(candidates[i]), i))
                 score_margin = min(score_margin, _margin(candidates, eligible, width))
             chosen = eligible[:width]
+            if scored and p.selection == "resample":
+                ranked = _margin(candidates, eligible, len(eligible))
+                drawn, margin = _resample(candidates, eligible, width, p, turn + 1)
+                chosen = [i for i in eligible for _ in range(drawn.count(i))]
+                score_margin, draw_margin = min(score_margin, ranked), min(draw_margin, margin)
             rounds.append(ReferenceRound(candidates, chosen))
             kept = [candidates[i] for i in chosen]
 
@@ -275,7 +286,7 @@ class Reference:
             prompt_tokens=len(prompt),
             completion_tokens=sum(len(h.token_ids) for h in hypotheses),
             sampled_tokens=sampled_tokens,
-            scored_tokens=sampled_tokens if scored else 0,
+            scored_tokens=sampled_tokens if scored and self.guides else 0,
             score_margin=score_margin,
             draw_margin=draw_margin,
         )
@@ -315,6 +326,29 @@ class Reference:
                 finish = "length"
         child = ReferenceHypothesis(token_ids=tokens, token_logprobs=logprobs, finish_reason=finish)
         return child, margin
+
+
+def _resample(
+    candidates: list[ReferenceHypothesis],
+    eligible: list[int],
+    width: int,
+    p: SearchParams,
+    number: int,
+) -> tuple[list[int], float]:
+    """Systematic resampling, point by point; and how near a point came to the edge of a share."""
+    eligible = sorted(eligible)
+    best = max(_score(candidates[i]) for i in eligible)
+    weights = [math.exp((_score(candidates[i]) - best) / p.tau) for i in eligible]
+    drawn, margin = [], math.inf
+    for k in range(width):
+        point = (uniform_of_round(seed_bits(p.seed), number) + k) / width * math.fsum(weights)
+        running = 0.0
+        for i, weight in zip(eligible, weights, strict=True):
+            if running <= point < running + weight:
+                drawn.append(i)
+            margin = min(margin, abs(point - running - weight))
+            running += weight
+    return drawn, margin
 
 
 def _entry(value: Any, turn: int) -> Any:

@@ -33,7 +33,9 @@ def _pages_in(
     else:
         history = prompt - (guide is not None) + shape.before
         chunk = -(-(history % page_size + shape.chunk - (guide is None)) // page_size)
-    return common + shape.hypotheses * (history // page_size - common) + shape.rows * chunk
+    # Where a candidate is kept more than once, each copy ends in a page of its own.
+    rows = max(shape.rows, shape.kept)
+    return common + shape.hypotheses * (history // page_size - common) + rows * chunk
 
 
 def _prompt_length(request: Request, guide: OfGuide | None) -> int:

@@ -138,6 +138,9 @@ class Scheduler:
     ) -> Choice:
         """Decide who takes part in the next step; ``running`` and ``waiting`` follow.
 
+        Of those in the middle of a round, whose candidates somebody is choosing from takes no part,
+        and keeps rows and pages.
+
         Nobody does if somebody more urgent than those in flight had to wait for their pages or
         rows: it is decided again when they are no longer in flight.
 
@@ -151,9 +154,12 @@ class Scheduler:
         here = [r for r in self.running if r not in flying] if flying else self.running
         opened = in_rounds([request.beams for request in here])
         chosen = [request for request, is_open in zip(here, opened) if is_open]
+        resting = [request for request in chosen if request.choice is not None]
+        if resting:
+            chosen = [request for request in chosen if request.choice is None]
         between = [request for request, is_open in zip(here, opened) if not is_open]
         between.sort(key=_urgency)
-        taken = [*in_flight, *chosen]
+        taken = [*in_flight, *resting, *chosen]
         rows = sum(request.rows for request in taken)
         for request in taken:
             free = [f - p for f, p in zip(free, request.promised)]
@@ -217,7 +223,7 @@ class Scheduler:
         for request in set_aside:
             self._wait(request)
             request.stats.wait()
-        self.running = [*in_flight, *run, *later]
+        self.running = [*in_flight, *resting, *run, *later]
         apart = len(run) < len(chosen) or (bool(in_flight) and cohorts > 1)
         return Choice(run, set_aside, apart)
 

@@ -6,9 +6,19 @@ further; which requests these are, and whether their pages exist, is decided abo
 """
 
 from w2s_fast._pages import Beam
+from w2s_fast.search.choice import OpenChoice
 from w2s_fast.search.guide import Guide, PagedGuide
 from w2s_fast.search.request import Request
 from w2s_fast.search.score_graphs import ScoreGraphs
 from w2s_fast.search.search import InFlight, Search
 
-__all__ = ["Beam", "Guide", "InFlight", "PagedGuide", "Request", "ScoreGraphs", "Search"]
+__all__ = [
+    "Beam",
+    "Guide",
+    "InFlight",
+    "OpenChoice",
+    "PagedGuide",
+    "Request",
+    "ScoreGraphs",
+    "Search",
+]

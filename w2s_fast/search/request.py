@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from w2s_fast._pages import Beam, Beams
 from w2s_fast.errors import W2SFastError
 from w2s_fast.kernels.noise import seed_bits
 from w2s_fast.params import SearchParams
 from w2s_fast.result import Candidate, Round
+from w2s_fast.search.choice import OpenChoice
 from w2s_fast.stats import RequestStats
 
 _INT32_MAX = 2**31 - 1
@@ -28,17 +30,25 @@ class Request:
         params: SearchParams,
         priority: int = 0,
         eos_ids: Collection[int] = (),
+        *,
+        given: Any = None,
+        has_scorers: bool = False,
     ) -> None:
         """``prompt``: the base's tokens, at least one; ``guide_prompts``: for each guide those of
         its tuned model and those of its untuned one.
 
         ``priority``: the lower, the sooner. ``eos_ids``: what ends a response, unless it is to be
-        ignored.
+        ignored. ``given``: the prompt as its caller gave it. ``has_scorers``: others than the
+        guides have a say in which candidates are kept; then there need be no guides.
         """
         self.prompt = list(prompt)
         self.guide_prompts = [(list(tuned), list(untuned)) for tuned, untuned in guide_prompts]
         self.params = params
         self.priority = priority
+        self.given = given
+        # Asked for in every step: of the parameters.
+        self.uses_guides = params.uses_guides and (not has_scorers or bool(guide_prompts))
+        self.has_scorers = has_scorers and params.uses_guides and params.method in ("cbs", "bon")
         self.beams = Beams(
             self.prompt,
             [(len(own), own[-1]) for guide in self.guide_prompts for own in guide],
@@ -51,8 +61,9 @@ class Request:
             hold=params.finished == "hold",
             mean=params.score == "mean",
             dedup=params.dedup,
-            uses_guides=params.uses_guides,
+            uses_guides=self.uses_guides,
             trace=params.trace,
+            copies=params.keeps_copies,
             eos_ids=[] if params.ignore_eos else sorted(eos_ids),
             stop_ids=list(params.stop_token_ids),
             temperature=params.temperature,
@@ -66,8 +77,11 @@ class Request:
         # before the first, rows of any.
         self.promised: Sequence[int] = ()
         self.rows = params.rows
-        # Asked for in every step: of the parameters.
-        self.uses_guides = params.uses_guides
+        # Whether the host chooses who is kept, and whether code of the caller's has a say in it.
+        self.host_chooses = self.has_scorers or (self.uses_guides and params.selection != "top")
+        self.asks_the_caller = self.has_scorers or callable(params.selection)
+        # Of a round whose candidates are complete, until it is closed: nobody draws for it then.
+        self.choice: OpenChoice | None = None
         self.stats = RequestStats()
         self.streams = False  # whether somebody wants to know what its hypotheses agree on
         self.agreed: list[int] = []  # that, after the last step it took part in
@@ -115,9 +129,19 @@ class Request:
         ]
 
     def score_of(self, beam: Beam) -> float | None:
-        """The beam's score as this request defines it; None where no guide runs."""
-        if not self.uses_guides:
+        """The beam's score as this request defines it; None where nobody scores."""
+        if not (self.uses_guides or self.has_scorers):
             return None
+        return self._guides_score_of(beam) + beam.extra
+
+    def open_choice(self) -> None:
+        """Its round is complete, and the guides have scored it: the host chooses who is kept."""
+        candidates = self.beams.candidates
+        scores = [self._guides_score_of(beam) for beam in candidates]
+        self.choice = OpenChoice(self.params, self.beams.round, candidates, scores)
+
+    def _guides_score_of(self, beam: Beam) -> float:
+        """0 where there are none."""
         return beam.total / len(beam.tokens) if self.params.score == "mean" else beam.total
 
 

@@ -39,7 +39,7 @@ std::unique_ptr<Beams> some_request(Random& random) {
     };
     w2s::SearchSettings settings{
         number(1, 9), by_round(5), by_round(4), by_round(40), 0, flag(), flag(), flag(),
-        number(0, 3) > 0, flag(), {0}, {1, 2}, 1.0F, 0, 1.0, 0.0, 7};
+        number(0, 3) > 0, flag(), flag(), {0}, {1, 2}, 1.0F, 0, 1.0, 0.0, 7};
     settings.max_new_tokens = number(std::ranges::max(settings.chunks), 60);
     // Without a guide there is one round.
     if (!settings.uses_guides) settings.chunks = {settings.max_new_tokens};
@@ -231,6 +231,12 @@ void random_rounds(long rounds, Random& random, std::map<std::string, long>& hap
                 std::shuffle(order.begin(), order.end(), random);
                 const auto width = request->settings().width_in(request->round());
                 order.resize(std::min<std::size_t>(order.size(), width));
+                if (request->settings().copies) {
+                    for (std::int64_t& winner : order) {
+                        winner = order[static_cast<std::size_t>(pick(random, 0, std::ssize(order) - 1))];
+                    }
+                    ++happened["kept copies"];
+                }
                 order.resize(scoring.max_width, -1);
                 kept.insert(kept.end(), order.begin(), order.end());
             }
