@@ -15,6 +15,7 @@ Method = Literal["cbs", "bon", "sample", "beam", "fusion", "dynamic_fusion"]
 Proposal = Literal["base", "fusion", "dynamic_fusion"]
 Finished = Literal["hold", "replicate"]
 ScoreKind = Literal["sum", "mean"]
+Selection = Literal["top", "resample"]
 
 _FLOAT32_MAX = 3.4028234663852886e38  # logits are divided by a temperature in float32
 
@@ -97,7 +98,7 @@ class SearchParams:
     finished: Finished = "hold"
     dedup: bool = False
     score: ScoreKind = "sum"
-    selection: Literal["top", "resample"] | Choice = "top"
+    selection: Selection | Choice = "top"
     tau: float = 1.0
     proposal: Proposal = "base"
     beta: float | Sequence[float] | None = None
@@ -118,7 +119,7 @@ class SearchParams:
         _check_number("temperature", self.temperature, 0.0, _FLOAT32_MAX, allowed)
         _check_number("top_p", self.top_p, 0.0, 1.0, "in (0, 1]", open_low=True)
         _check_number("min_p", self.min_p, 0.0, 1.0, "in [0, 1]")
-        if not callable(self.selection) and self.selection not in ("top", "resample"):
+        if not callable(self.selection) and self.selection not in get_args(Selection):
             raise _invalid("selection", self.selection, "'top', 'resample', or a callable")
         if self.selection != "top" and self.method not in ("cbs", "bon"):
             raise _invalid("selection", self.selection, f"'top' for method {self.method!r}")

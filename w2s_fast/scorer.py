@@ -31,7 +31,9 @@ class Scorer(Protocol):
     """Anything that can be called like this: a function, or an object with ``__call__``.
 
     It is called in a thread of its own, one call at a time, and may take as long as it likes:
-    requests that do not wait for it go on.
+    requests that do not wait for it go on. It must not wait for the engine that calls it. What it
+    raises, and what is no finite number for each candidate, is the error of the request whose
+    candidates it is raised for: :class:`w2s_fast.errors.ScorerFailure`.
     """
 
     def __call__(self, candidates: Sequence[ScoredCandidate], /) -> Sequence[float]:

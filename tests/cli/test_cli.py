@@ -59,6 +59,7 @@ def test_json_is_one_record_with_all_hypotheses(models: DemoModels) -> None:
 def test_every_option_reaches_the_search(models: DemoModels) -> None:
     options = "--method bon --successors 3 -n 2 --seed 5 --temperature 0.9 --top-k 7 --top-p 0.9"
     options += " --min-p 0.01 --score mean --finished replicate --dedup --chunk-length none"
+    options += " --selection resample --tau 0.5"
     first, again = (
         run("generate", "x", "--json", *options.split(), *named(models), *SMALL) for _ in range(2)
     )
@@ -137,6 +138,8 @@ def test_sampling_needs_no_guides(models: DemoModels) -> None:
         (["generate", "x", "--beam-width", "none"], "none"),
         (["generate", "x", "--successors", "4,0"], "error: successors is 0"),
         (["generate", "x", "--method", "magic"], "magic"),
+        (["generate", "x", "--selection", "best"], "best"),
+        (["generate", "x", "--tau", "0"], "error: tau is 0.0"),
         (["generate", "x", "--temperature", "-1"], "error: temperature is -1.0"),
         (["generate", "x", "-n", "9"], "error: n is 9"),
         (["generate", "--input", "/no/such/file"], "error: /no/such/file: No such file"),

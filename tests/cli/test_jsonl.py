@@ -130,6 +130,7 @@ def test_a_line_may_set_widths_by_round() -> None:
         ("\0" * 9, "JSON"),
         ('{"prompt": "x"}'.encode("utf-16"), "UTF-8"),
         ('{"prompt": "x", "stop_token_ids": 5}', "stop_token_ids"),
+        ('{"prompt": "x", "selection": {}}', "selection is {}"),
         ('{"prompt": "x", "beam_width": []}', "beam_width is []"),
         ('{"prompt": "x", "beam_width": [4, null]}', "beam_width is None"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,9 @@ from w2s_fast.scheduling import Judge, Runner
 
 PATIENCE = 60  # seconds; only a test that fails needs them
 SAMPLE = SearchParams(method="sample", n=2, max_new_tokens=60, ignore_eos=True, trace=True)
-EXAMPLE = Path(__file__).parents[2] / "examples" / "reward_model.py"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "reward_model.py"
+PAGE = ROOT / "docs" / "scorers.md"
 
 
 def length_and_last(candidates: Sequence[ScoredCandidate]) -> list[float]:
@@ -382,6 +385,13 @@ def test_a_scorer_reads_prompt_and_text(models: DemoModels) -> None:
     assert counts == sorted(counts, reverse=True)
     assert {c.prompt for c in seen} == {"The film"}
     assert sorted(h.text or "" for h in result.hypotheses) == sorted(c.text or "" for c in seen)
+
+
+def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = (block.split("```")[0] for block in PAGE.read_text().split("```python\n")[1:])
+    exec(compile(example, str(PAGE), "exec"), {})
+    score, text = capsys.readouterr().out.split(" ", 1)
+    assert math.isfinite(float(score)) and text.strip()
 
 
 def test_a_sequence_classifier_is_a_reward_model(

@@ -16,7 +16,7 @@ from w2s_fast.cli.console import note, note_console, out_console
 from w2s_fast.cli.jsonl import Request, answer_record, encode_record, fingerprint
 from w2s_fast.cli.models import Decode, decoder, load_engine, made_by, name_models
 from w2s_fast.cli.paths import check_input, check_output
-from w2s_fast.params import Finished, Method, ScoreKind, SearchParams
+from w2s_fast.params import Finished, Method, ScoreKind, SearchParams, Selection
 from w2s_fast.result import SearchResult
 
 DEFAULT = SearchParams()
@@ -111,6 +111,13 @@ def generate(
     score: Annotated[
         ScoreKind, _option("--score", help="Sum or mean of token scores", panel=SEARCH)
     ] = DEFAULT.score,
+    selection: Annotated[
+        Selection,
+        _option("--selection", help="Keep the best, or resample by their scores", panel=SEARCH),
+    ] = "top",
+    tau: Annotated[
+        float, _option("--tau", help="Temperature of resampling", panel=SEARCH)
+    ] = DEFAULT.tau,
     trace: Annotated[
         bool, _option("--trace", help="Show (or write) the search tree.", panel=SEARCH)
     ] = False,
@@ -183,6 +190,8 @@ def generate(
         finished=finished,
         dedup=dedup,
         score=score,
+        selection=selection,
+        tau=tau,
     )
     models = name_models(base, tuned or [], untuned or [], weight or [])
     if params.uses_guides and not models.guides and input is None:

@@ -105,12 +105,13 @@ def resampled(
         weights = np.exp((values - values.max()) / tau)
     shares = np.cumsum(weights)
     points = (uniform + np.arange(width)) / width * shares[-1]
-    drawn = np.searchsorted(shares, points, side="right")
+    drawn: NDArray[np.intp] = np.searchsorted(shares, points, side="right")
     # A point that rounds up to 1 draws the last one that has a share.
     drawn = np.minimum(drawn, np.flatnonzero(weights)[-1])
     rank = np.empty(len(values), np.intp)
     rank[ranked(values)] = np.arange(len(values))
-    return drawn[np.argsort(rank[drawn], kind="stable")]
+    order: NDArray[np.intp] = drawn[np.argsort(rank[drawn], kind="stable")]
+    return order
 
 
 def _first_of_equals(texts: Sequence[Sequence[int]]) -> NDArray[np.intp]:
