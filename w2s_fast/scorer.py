@@ -62,13 +62,16 @@ def with_weights(scorers: Sequence[Scorer | tuple[Scorer, float]]) -> list[Weigh
     """Scorers, alone or as (scorer, weight).
 
     Raises:
-        InvalidRequest: one cannot be called, or a weight is no finite number.
+        InvalidRequest: they are no sequence, one cannot be called, or a weight is no finite number.
     """
+    if not isinstance(scorers, Sequence):
+        raise InvalidRequest(f"scorers is {scorers!r}; allowed: a sequence of scorers")
     found = []
     for given in scorers:
-        scorer, weight = given if isinstance(given, tuple) else (given, 1.0)
-        if not callable(scorer):
-            raise InvalidRequest(f"a scorer is {scorer!r}; allowed: what takes candidates")
+        pair = given if isinstance(given, tuple) else (given, 1.0)
+        if len(pair) != 2 or not callable(pair[0]):
+            raise InvalidRequest(f"a scorer is {given!r}; allowed: a callable, or (it, weight)")
+        scorer, weight = pair
         if isinstance(weight, bool) or not (
             isinstance(weight, (int, float)) and math.isfinite(weight)
         ):

@@ -353,10 +353,17 @@ def test_scorers_may_stand_in_for_guides() -> None:
         e.generate(PROMPTS[:1], SearchParams(method="fusion"))
 
 
-@pytest.mark.parametrize("bad", [5, (length_and_last, "1"), (length_and_last, float("nan"))])
+@pytest.mark.parametrize(
+    "bad", [5, (length_and_last,), (length_and_last, "1"), (length_and_last, float("nan"))]
+)
 def test_what_is_no_scorer_is_refused(bad: Any) -> None:
     with pytest.raises(InvalidRequest, match="scorer is"):
         scored(bad)
+
+
+def test_scorers_are_a_sequence() -> None:
+    with pytest.raises(InvalidRequest, match="scorers is"):
+        make_engine(*tiny_triple(), scorers=length_and_last)
 
 
 @pytest.fixture

@@ -210,7 +210,8 @@ def test_a_choice_of_ones_own_keeps_what_it_says() -> None:
         (lambda values, seen: [-1], r"gave \[-1\]"),
         (lambda values, seen: [0.5], "allowed: indices"),
         (lambda values, seen: None, "None; allowed: indices"),
-        (lambda values, seen: 1 // 0, "ZeroDivisionError"),
+        (lambda values, seen: 1 // 0, "the choice failed: ZeroDivisionError"),
+        (lambda values, seen: (1 // 0 for _ in seen), "the choice failed: ZeroDivisionError"),
     ],
 )
 def test_a_choice_that_makes_no_sense_is_its_requests_error(choice: Any, told: str) -> None:

@@ -48,7 +48,8 @@ class Engine:
             unless there are scorers).
         scorers: functions of one's own that value partial responses, beside the guides or in their
             place, each alone or as (scorer, weight); see :class:`w2s_fast.Scorer`. Their values,
-            weighted, are added to the guides' score of every ``cbs`` and ``bon`` request.
+            weighted, are added to the guides' score of every ``cbs`` and ``bon`` request; plain
+            sampling, W = K = 1 included, asks nobody.
         tokenizer: the base's, where it does not lie with the model.
         device: ``"auto"``, or anything torch accepts.
         dtype: of weights and KV; ``"auto"`` is float32 on a CPU. Elsewhere it is the checkpoint's

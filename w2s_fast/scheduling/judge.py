@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from w2s_fast.errors import ScorerFailure, W2SFastError
+from w2s_fast.errors import ScorerFailure
 from w2s_fast.scheduling.news import News
 from w2s_fast.scorer import ScoredCandidate, Scorer, WeightedScorer
 from w2s_fast.search import Beam, OpenChoice, Request
@@ -67,7 +67,8 @@ class Judge:
                 self._decide(found)
             except BaseException as error:  # nobody may wait for a thread that is no more
                 for _, choice in found:
-                    choice.error = choice.error or _failure("scoring", error)
+                    if not choice.decided:
+                        choice.error = _failure("a scorer or a choice", error)
             self.decided.extend(found)
         self.news.tell()
 
@@ -84,8 +85,8 @@ class Judge:
         for choice, seen in described:
             try:
                 choice.decide(seen)
-            except W2SFastError as error:
-                choice.error = error
+            except Exception as error:
+                choice.error = _failure("the choice", error)
 
 
 def _score(scorer: Scorer, weight: float, described: list[_Described]) -> list[_Described]:
@@ -98,8 +99,7 @@ def _score(scorer: Scorer, weight: float, described: list[_Described]) -> list[_
     except Exception as error:
         if len(described) > 1:
             return [own for one in described for own in _score(scorer, weight, [one])]
-        choice = described[0][0]
-        choice.error = error if isinstance(error, ScorerFailure) else _failure("a scorer", error)
+        described[0][0].error = _failure("a scorer", error)
         return []
     begin = 0
     for choice, seen in described:
@@ -123,6 +123,8 @@ def _values(scorer: Scorer, candidates: Sequence[ScoredCandidate]) -> list[float
 
 
 def _failure(what: str, error: BaseException) -> ScorerFailure:
+    if isinstance(error, ScorerFailure):  # which says all
+        return error
     failure = ScorerFailure(f"{what} failed: {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure

@@ -18,7 +18,7 @@ class News:
     """
 
     def __init__(self) -> None:
-        self._bells: list[Bell] = []
+        self._bells: set[Bell] = set()
 
     @contextmanager
     def heard(self) -> Iterator[Bell]:
@@ -28,10 +28,10 @@ class News:
         """
         bell: Bell = SimpleQueue()
         try:
-            self._bells.append(bell)
+            self._bells.add(bell)
             yield bell
         finally:
-            self._bells.remove(bell)
+            self._bells.discard(bell)
 
     def tell(self) -> None:
         """There is something new."""

@@ -58,11 +58,11 @@ class OpenChoice:
         """Choose who is kept, by the request's parameters; ``seen``: for a callable.
 
         Raises:
-            ScorerFailure: it raised, or gave what are no indices.
+            ScorerFailure: it gave what are no indices. What it raises itself is passed on.
         """
         params, values = self._params, self._scores + self.extras
         if callable(params.selection):
-            self.kept = self._indices(_called(params.selection, values, seen))
+            self.kept = self._indices(params.selection(values.tolist(), seen))
             return
         eligible = np.arange(len(values))
         if params.dedup:
@@ -119,14 +119,3 @@ def _first_of_equals(texts: Sequence[Sequence[int]]) -> NDArray[np.intp]:
     for i, text in enumerate(texts):
         first.setdefault(tuple(text), i)
     return np.array(list(first.values()), np.intp)
-
-
-def _called(
-    choose: object, values: NDArray[np.float64], seen: Sequence[ScoredCandidate]
-) -> Sequence[int]:
-    assert callable(choose)
-    try:
-        found: Sequence[int] = choose(values.tolist(), seen)
-    except Exception as error:
-        raise ScorerFailure(f"the choice failed: {type(error).__name__}: {error}") from error
-    return found
