@@ -366,6 +366,7 @@ std::vector<std::vector<PageCopy>> Beams::end_round(std::vector<std::int32_t> wi
         }
         if (!released.empty()) managers.at(m)->release(released);
     }
+    // There is room: at most as many copies as losers, or else what round_pages adds for them.
     std::vector<std::vector<PageCopy>> to_copy(managers.size());
     for (std::size_t m = 0; m < models && !copies.empty(); ++m) {
         std::vector<std::int32_t> parents, counts;

@@ -102,7 +102,8 @@ def test_scorers_and_cohorts_and_tight_memory_change_nothing(page_size: int) -> 
     e = scored(length_and_last, page_size=page_size, kv_cache_tokens=480)
     e.runner = Runner(e._search, e._scheduler, Judge(e.runner._judge._scorers), cohorts=2)
     e._search._ahead = True
-    params = [replace(SEARCH, seed=i) for i in range(5)]
+    kinds: list[Any] = ["top", "resample"]
+    params = [replace(SEARCH, seed=i, selection=kinds[i % 2]) for i in range(5)]
     assert found(e.generate(PROMPTS, params)) == expected(PROMPTS, params)
     assert_all_pages_free(e)
     assert in_cohorts(e).generate(PROMPTS[:1], SAMPLE)
