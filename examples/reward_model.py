@@ -26,4 +26,4 @@ if __name__ == "__main__":
     models = demo_model_paths()  # or any Hugging Face paths or ids
     guide = Guide(tuned=models.tuned, untuned=models.untuned)
     engine = Engine(base=models.base, guides=guide, scorers=[(Reward(sys.argv[1]), 0.5)])
-    print(*engine.generate("The film", SearchParams(beam_width=2, max_new_tokens=20)))
+    print(engine.generate("The film", SearchParams(beam_width=2, max_new_tokens=20))[0].text)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import math
+import runpy
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -403,7 +404,10 @@ def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_sequence_classifier_is_a_reward_model(
-    models: DemoModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: DemoModels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The example: it is short, it runs, and says what the classifier says of each text."""
     assert len(EXAMPLE.read_text().splitlines()) < 30
@@ -418,11 +422,9 @@ def test_a_sequence_classifier_is_a_reward_model(
     tokenizer.pad_token = "<eos>"
     tokenizer.save_pretrained(tmp_path / "reward")
     monkeypatch.setattr(w2s_fast.demo, "demo_model_paths", lambda: models)
-    spec = importlib.util.spec_from_file_location("reward_model", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    reward = example.Reward(str(tmp_path / "reward"))
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(tmp_path / "reward")])
+    reward = runpy.run_path(str(EXAMPLE), run_name="__main__")["Reward"](tmp_path / "reward")
+    assert capsys.readouterr().out.strip()
     e = Engine(
         models.base, Guide(models.tuned, models.untuned), scorers=[(reward, 2.0)],
         device="cpu", kv_cache_tokens=4096,
