@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <utility>
 
 namespace w2s {
@@ -25,17 +26,23 @@ bool contains(const std::vector<std::int32_t>& ids, std::int32_t token) {
     return std::ranges::find(ids, token) != ids.end();
 }
 
+std::int32_t block_size_of(const SearchSettings& settings) {
+    for (const auto* by_round : {&settings.widths, &settings.successors, &settings.chunks}) {
+        if (by_round->empty() || std::ranges::min(*by_round) < 1 || settings.first_candidates < 1) {
+            throw std::invalid_argument("a round has candidates, keeps some, and they grow");
+        }
+    }
+    return std::min(std::ranges::max(settings.chunks), kMostInBlock);
+}
+
 }  // namespace
 
 Beams::Beams(SearchSettings settings, std::vector<std::int32_t> prompt,
              const std::vector<PromptEnd>& guide_prompts)
     : settings_(std::move(settings)),
       prompt_(std::move(prompt)),
-      block_size_(std::min(settings_.chunk, kMostInBlock)) {
+      block_size_(block_size_of(settings_)) {
     if (prompt_.empty()) throw std::invalid_argument("a prompt has at least one token");
-    if (block_size_ < 1 || settings_.first_candidates < 1 || settings_.successors < 1) {
-        throw std::invalid_argument("a round has candidates, and they grow");
-    }
     prompt_ends_.push_back({static_cast<std::int32_t>(prompt_.size()), prompt_.back()});
     prompt_ends_.insert(prompt_ends_.end(), guide_prompts.begin(), guide_prompts.end());
     forked_.resize(prompt_ends_.size());
@@ -94,7 +101,7 @@ std::int32_t Beams::tokens_left() const {
     for (const Beam& beam : candidates_) {
         if (!beam.finished()) {
             const std::int32_t end =
-                std::min(beam.inherited + settings_.chunk, settings_.max_new_tokens);
+                std::min(beam.inherited + settings_.chunk_in(round_), settings_.max_new_tokens);
             return end - beam.length;
         }
     }
@@ -151,7 +158,7 @@ void Beams::append_new(const Beam& candidate, std::vector<std::int32_t>& tokens,
 }
 
 BeamContents Beams::contents(const Beam& beam, const std::int32_t* slots, bool scored) const {
-    BeamContents found{beam.parent, {}, {}, {}, beam.total, beam.finish, {}};
+    BeamContents found{beam.parent, {}, {}, {}, beam.total, beam.extra, beam.finish, {}};
     const auto length = static_cast<std::size_t>(beam.length);
     found.tokens.resize(length);
     found.logprobs.resize(length);
@@ -184,11 +191,17 @@ std::vector<RoundContents> Beams::trace() const {
     return rounds;
 }
 
+std::int64_t Beams::rows() const {
+    if (from_prompt()) return settings_.first_candidates;
+    const auto alive = std::ranges::count_if(kept_, [](const Beam& b) { return !b.finished(); });
+    return std::int64_t{alive} * settings_.successors_in(round_ahead());
+}
+
 // P + W h + W K L tokens' worth: the full pages that all rows share, the other full pages of each
 // hypothesis, and those of each candidate behind them.
 std::int64_t Beams::round_pages(int model, std::int64_t page_size) const {
-    std::int64_t tokens = 0, shared = 0, hypotheses = 1, rows = settings_.first_candidates;
-    if (!kept_.empty() && !(open_ && round_ == 1)) {
+    std::int64_t tokens = 0, shared = 0, hypotheses = 1;
+    if (!from_prompt()) {
         hypotheses = 0;
         for (const Beam& beam : kept_) {
             if (beam.finished()) continue;
@@ -196,18 +209,20 @@ std::int64_t Beams::round_pages(int model, std::int64_t page_size) const {
             ++hypotheses;
         }
         shared = shared_;
-        rows = hypotheses * settings_.successors;
     }
     // The base forks when the last token of the text has been run, the guides before that; both run
     // the chunk's tokens but the last.
     const std::int64_t prompt = prompt_ends_[model].length - (model != 0);
     const std::int64_t history = prompt + tokens;
-    const std::int64_t chunk = std::min<std::int64_t>(settings_.chunk,
+    const std::int64_t chunk = std::min<std::int64_t>(settings_.chunk_in(round_ahead()),
                                                       settings_.max_new_tokens - tokens);
     const std::int64_t common = std::min(prompt + shared, history) / page_size;
     const std::int64_t histories = hypotheses * (history / page_size - common);
+    // Copies of a candidate end in pages of their own, and there may be more of them than rows.
+    const std::int64_t ends = settings_.copies ? settings_.width_in(round_ahead()) : 0;
     return common + histories +
-           rows * ceil_div(history % page_size + chunk - (model == 0), page_size);
+           std::max(rows(), ends) *
+               ceil_div(history % page_size + chunk - (model == 0), page_size);
 }
 
 // ---- what a round does ----
@@ -220,6 +235,7 @@ void Beams::begin_round() {
     }
     candidates_.clear();
     first_child_.assign(1, 0);
+    const std::int32_t successors = settings_.successors_in(round_ + 1);
     for (std::size_t p = 0; p < kept_.size(); ++p) {
         const Beam& parent = kept_[p];
         Beam child = parent;
@@ -228,7 +244,7 @@ void Beams::begin_round() {
         child.before_token = parent.last_token;
         const std::int32_t count = round_ == 0 ? settings_.first_candidates
                                    : parent.finished() && settings_.hold ? 1
-                                                                         : settings_.successors;
+                                                                         : successors;
         for (std::int32_t i = 0; i < count; ++i) {
             hold_block(child.block);
             candidates_.push_back(child);
@@ -311,7 +327,13 @@ void Beams::set_scores(std::size_t candidate, std::span<const double> token_scor
     }
 }
 
-void Beams::end_round(std::vector<std::int32_t> winners, const Managers& managers) {
+void Beams::set_extras(std::span<const double> extras) {
+    if (extras.size() != candidates_.size()) throw std::invalid_argument("extras must be [C]");
+    for (std::size_t c = 0; c < extras.size(); ++c) candidates_[c].extra = extras[c];
+}
+
+std::vector<std::vector<PageCopy>> Beams::end_round(std::vector<std::int32_t> winners,
+                                                    const Managers& managers) {
     const std::size_t models = prompt_ends_.size(), width = winners.size();
     std::vector<std::int32_t> common(width * width);
     const std::size_t parents = kept_.size();
@@ -319,13 +341,16 @@ void Beams::end_round(std::vector<std::int32_t> winners, const Managers& manager
         const Beam& a = candidates_.at(static_cast<std::size_t>(winners[i]));
         for (std::size_t j = 0; j < width; ++j) {
             const Beam& b = candidates_.at(static_cast<std::size_t>(winners[j]));
-            // Beams of the same parent share what they inherited, others what their parents did.
-            common[i * width + j] = i == j                 ? a.length
+            // Beams of the same parent share what they inherited, others what their parents did, and
+            // copies of a candidate all that stands in the KV.
+            common[i * width + j] = i == j                   ? a.length
+                                    : winners[i] == winners[j] ? a.length - 1
                                     : a.parent == b.parent ? a.inherited
                                                            : common_[a.parent * parents + b.parent];
         }
     }
     std::vector<bool> goes_on(candidates_.size(), false);
+    std::map<std::size_t, std::vector<std::size_t>> copies;  // of a winner, among the kept
     std::vector<Beam> kept;
     std::vector<std::int32_t> kept_slots(width * models, kNoSlot);
     for (std::size_t i = 0; i < width; ++i) {
@@ -333,6 +358,10 @@ void Beams::end_round(std::vector<std::int32_t> winners, const Managers& manager
         kept.push_back(candidates_[winner]);
         hold_block(candidates_[winner].block);
         if (candidates_[winner].finished()) continue;
+        if (goes_on[winner]) {
+            copies[winner].push_back(i);
+            continue;
+        }
         goes_on[winner] = true;
         std::copy_n(slots_.begin() + winner * models, models, kept_slots.begin() + i * models);
     }
@@ -344,6 +373,21 @@ void Beams::end_round(std::vector<std::int32_t> winners, const Managers& manager
             if (slot != kNoSlot && !goes_on[c]) released.push_back(slot);
         }
         if (!released.empty()) managers.at(m)->release(released);
+    }
+    // There is room: at most as many copies as losers, or else what round_pages adds for them.
+    std::vector<std::vector<PageCopy>> to_copy(managers.size());
+    for (std::size_t m = 0; m < models && !copies.empty(); ++m) {
+        std::vector<std::int32_t> parents, counts;
+        for (const auto& [winner, own] : copies) {
+            parents.push_back(slots_[winner * models + m]);
+            counts.push_back(static_cast<std::int32_t>(own.size()));
+        }
+        ForkResult forks = managers.at(m)->fork(parents, counts);
+        auto next = forks.children.begin();
+        for (const auto& [winner, own] : copies) {
+            for (const std::size_t i : own) kept_slots[i * models + m] = *next++;
+        }
+        to_copy[m] = std::move(forks.copies);
     }
     if (settings_.trace) {
         recorded_.push_back({candidates_, winners});  // it takes over their blocks
@@ -368,6 +412,7 @@ void Beams::end_round(std::vector<std::int32_t> winners, const Managers& manager
         }
     }
     if (!any) shared_ = 0;
+    return to_copy;
 }
 
 void Beams::collect_finished(int model, std::vector<std::int32_t>& released) {

@@ -16,6 +16,7 @@
 // beam holds no slot, since nothing will be appended to it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -29,8 +30,12 @@ enum class Finish : std::int8_t { no, eos, stop, length };
 
 // What a request asks for; see w2s_fast/params.py for the meaning of each.
 struct SearchSettings {
-    std::int32_t first_candidates, width, successors, chunk, max_new_tokens;
+    std::int32_t first_candidates;
+    // An entry a round, from the first on; the last one goes on.
+    std::vector<std::int32_t> widths, successors, chunks;
+    std::int32_t max_new_tokens;
     bool hold, mean, dedup, uses_guides, trace;
+    bool copies;  // a candidate may be kept more than once
     std::vector<std::int32_t> eos_ids, stop_ids;  // what ends a response, and why
     float temperature;
     std::int64_t top_k;
@@ -43,6 +48,15 @@ struct SearchSettings {
     bool dynamic;
 
     bool fuses() const { return !betas.empty(); }
+
+    std::int32_t width_in(std::int32_t round) const { return entry(widths, round); }
+    std::int32_t successors_in(std::int32_t round) const { return entry(successors, round); }
+    std::int32_t chunk_in(std::int32_t round) const { return entry(chunks, round); }
+
+private:
+    static std::int32_t entry(const std::vector<std::int32_t>& by_round, std::int32_t round) {
+        return by_round[std::min(static_cast<std::size_t>(round), by_round.size()) - 1];
+    }
 };
 
 // The prompt of one model: the base's whole, of the guides only what is asked for here.
@@ -62,6 +76,7 @@ struct Beam {
     std::int32_t block = kNone;      // with its last tokens
     Finish finish = Finish::no;
     double total = 0.0;              // sum of the scores, as the selection computed it
+    double extra = 0.0;              // what others than the guides say of it, weighted
     std::uint64_t hash = 0;          // of all tokens
 
     bool finished() const { return finish != Finish::no; }
@@ -73,7 +88,7 @@ struct BeamContents {
     std::vector<std::int32_t> tokens;
     std::vector<float> logprobs;       // the base's, at temperature 1
     std::vector<double> token_scores;  // of those that were scored
-    double total;
+    double total, extra;
     Finish finish;
     std::vector<std::int32_t> slots;   // in each model; kNoSlot
 };
@@ -133,8 +148,6 @@ public:
     }
     // Which kept beam is the first with the same tokens as this one.
     std::int32_t first_alike(std::size_t beam) const;
-    // Whether two beams have the same tokens.
-    bool same_tokens(const Beam& a, const Beam& b) const;
     // The tokens that a candidate has got in this round, and their log-probs, appended.
     void append_new(const Beam& candidate, std::vector<std::int32_t>& tokens,
                     std::vector<float>& logprobs) const;
@@ -142,7 +155,9 @@ public:
     BeamContents contents(bool of_kept, std::size_t beam) const;
     std::vector<RoundContents> trace() const;
 
-    // Pages that it can hold in one model at most during its next round.
+    // Candidates that grow in the round under way, or else in the next one, as it begins.
+    std::int64_t rows() const;
+    // Pages that it can hold in one model at most during that round.
     std::int64_t round_pages(int model, std::int64_t page_size) const;
 
     // ---- what a round does ----
@@ -163,8 +178,13 @@ public:
               std::span<const float> logprobs, std::span<const double> scores = {});
     // Scores of a candidate's new tokens, and of its whole response.
     void set_scores(std::size_t candidate, std::span<const double> token_scores, double total);
-    // Keep these candidates, best first, and give back what only others hold.
-    void end_round(std::vector<std::int32_t> kept, const Managers& managers);
+    // What others than the guides say of each candidate.
+    void set_extras(std::span<const double> extras);
+    // Keep these candidates, best first, and give back what only others hold. One that is kept more
+    // than once becomes as many hypotheses, each with slots of its own: returns, of each manager,
+    // the pages to be copied for them.
+    std::vector<std::vector<PageCopy>> end_round(std::vector<std::int32_t> kept,
+                                                 const Managers& managers);
     // Give back the slots of finished candidates in one model.
     void collect_finished(int model, std::vector<std::int32_t>& released);
 
@@ -198,6 +218,9 @@ private:
     template <typename Out>
     void copy_tokens(const Beam& beam, std::int32_t begin, Out* out) const;
     BeamContents contents(const Beam& beam, const std::int32_t* slots, bool scored) const;
+    bool same_tokens(const Beam& a, const Beam& b) const;
+    bool from_prompt() const { return kept_.empty() || (open_ && round_ == 1); }
+    std::int32_t round_ahead() const { return open_ ? round_ : round_ + 1; }
     void release_all(const Managers& managers);
     Finish finish_of(std::int32_t token, std::int32_t length) const;
 

@@ -68,6 +68,7 @@ void bind_beams(py::module_& module) {
         .def_readonly("logprobs", &BeamContents::logprobs)
         .def_readonly("token_scores", &BeamContents::token_scores)
         .def_readonly("total", &BeamContents::total)
+        .def_readonly("extra", &BeamContents::extra)
         .def_readonly("slots", &BeamContents::slots);
 
     py::class_<RoundContents>(module, "BeamsOfRound")
@@ -77,9 +78,10 @@ void bind_beams(py::module_& module) {
     py::class_<Beams>(module, "Beams")
         .def(py::init([](std::vector<std::int32_t> prompt,
                          const std::vector<std::pair<std::int32_t, std::int32_t>>& guide_prompts,
-                         std::int32_t first_candidates, std::int32_t width,
-                         std::int32_t successors, std::int32_t chunk, std::int32_t max_new_tokens,
-                         bool hold, bool mean, bool dedup, bool uses_guides, bool trace,
+                         std::int32_t first_candidates, std::vector<std::int32_t> widths,
+                         std::vector<std::int32_t> successors, std::vector<std::int32_t> chunks,
+                         std::int32_t max_new_tokens,
+                         bool hold, bool mean, bool dedup, bool uses_guides, bool trace, bool copies,
                          std::vector<std::int32_t> eos_ids, std::vector<std::int32_t> stop_ids,
                          float temperature, std::int64_t top_k, double top_p, double min_p,
                          std::int64_t seed, std::vector<float> betas, float plausibility,
@@ -87,17 +89,19 @@ void bind_beams(py::module_& module) {
                  std::vector<w2s::PromptEnd> ends;
                  for (const auto& [length, last] : guide_prompts) ends.push_back({length, last});
                  return std::make_unique<Beams>(
-                     w2s::SearchSettings{first_candidates, width, successors, chunk,
-                                         max_new_tokens, hold, mean, dedup, uses_guides, trace,
+                     w2s::SearchSettings{first_candidates, std::move(widths),
+                                         std::move(successors), std::move(chunks), max_new_tokens,
+                                         hold, mean, dedup, uses_guides, trace, copies,
                                          std::move(eos_ids), std::move(stop_ids), temperature,
                                          top_k, top_p, min_p, seed, std::move(betas),
                                          plausibility, dynamic},
                      std::move(prompt), ends);
              }),
              py::arg("prompt"), py::arg("guide_prompts"), py::kw_only(),
-             py::arg("first_candidates"), py::arg("width"), py::arg("successors"),
-             py::arg("chunk"), py::arg("max_new_tokens"), py::arg("hold"), py::arg("mean"),
-             py::arg("dedup"), py::arg("uses_guides"), py::arg("trace"), py::arg("eos_ids"),
+             py::arg("first_candidates"), py::arg("widths"), py::arg("successors"),
+             py::arg("chunks"), py::arg("max_new_tokens"), py::arg("hold"), py::arg("mean"),
+             py::arg("dedup"), py::arg("uses_guides"), py::arg("trace"), py::arg("copies"),
+             py::arg("eos_ids"),
              py::arg("stop_ids"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
              py::arg("min_p"), py::arg("seed"), py::arg("betas"),
              py::arg("plausibility"), py::arg("dynamic"))
@@ -143,6 +147,9 @@ void bind_beams(py::module_& module) {
         .def("set_kept_slots", [](Beams& self, int model, const Array<std::int32_t>& slots) {
                 self.set_kept_slots(model, span(slots));
             }, py::arg("model"), py::arg("slots").noconvert())
+        .def("set_extras", [](Beams& self, const Array<double>& extras) {
+                self.set_extras(span(extras));
+            }, py::arg("extras").noconvert())
         .def("resume", &Beams::resume)
         .def("set_aside", &Beams::set_aside, py::arg("managers"))
         .def("start_over", &Beams::start_over, py::arg("managers"))
@@ -202,18 +209,18 @@ void bind_beams(py::module_& module) {
                            move_to_numpy(std::move(rows.plausibility)),
                            move_to_numpy(std::move(rows.dynamic)).attr("view")("bool")));
     }, py::arg("requests"), py::arg("model"));
-    module.def("rank_candidates", [](const Requests& requests, std::int64_t width) {
-        if (width < 1) throw py::value_error("a round keeps at least one");
-        const auto rows = static_cast<py::ssize_t>(requests.size());
-        return move_to_numpy(w2s::rank_candidates(requests, width), {rows, width});
-    }, py::arg("requests"), py::arg("width"));
     module.def("release_finished", &w2s::release_finished, py::arg("requests"),
                py::arg("manager"), py::arg("model"));
     module.def("end_rounds", [](const Requests& requests, const Array<std::int64_t>& kept,
                                 const Beams::Managers& managers) {
-        w2s::end_rounds(requests, span(kept), managers);
+        py::list found;
+        for (const auto& copies : w2s::end_rounds(requests, span(kept), managers)) {
+            found.append(to_numpy(copies));
+        }
+        return found;
     }, py::arg("requests"), py::arg("kept").noconvert(), py::arg("managers"));
     module.def("keep_all", &w2s::keep_all, py::arg("requests"), py::arg("managers"));
+    module.def("round_rows", &w2s::round_rows, py::arg("requests"));
     module.def("round_pages", [](const Requests& requests,
                                  const std::vector<std::int64_t>& page_sizes) {
         const auto rows = static_cast<py::ssize_t>(requests.size());

@@ -263,33 +263,6 @@ std::vector<BrokenNumber> take_fused(const Requests& requests, const FusedDraws&
     return broken;
 }
 
-Int64s rank_candidates(const Requests& requests, std::int64_t width) {
-    Int64s kept(requests.size() * static_cast<std::size_t>(width), -1);
-    std::vector<std::size_t> order;
-    for (std::size_t r = 0; r < requests.size(); ++r) {
-        const Beams& request = *requests[r];
-        const SearchSettings& settings = request.settings();
-        expect(settings.width <= width, "a request keeps more");
-        const std::vector<Beam>& candidates = request.candidates();
-        order.clear();
-        for (std::size_t c = 0; c < candidates.size(); ++c) {
-            const auto twin = [&](std::size_t other) {
-                return request.same_tokens(candidates[other], candidates[c]);
-            };
-            if (!settings.dedup || std::ranges::none_of(order, twin)) order.push_back(c);
-        }
-        const auto value = [&](std::size_t c) {
-            const Beam& beam = candidates[c];
-            return settings.mean && beam.length > 0 ? beam.total / beam.length : beam.total;
-        };
-        std::ranges::stable_sort(
-            order, [&](std::size_t a, std::size_t b) { return value(a) > value(b); });
-        const std::size_t count = std::min<std::size_t>(order.size(), settings.width);
-        std::copy_n(order.begin(), count, kept.begin() + r * width);
-    }
-    return kept;
-}
-
 std::vector<BrokenNumber> take_selected(const Requests& requests, const Requests& drawing,
                                         std::span<const std::int64_t> cu_tokens,
                                         std::span<const std::int64_t> tokens,
@@ -378,15 +351,22 @@ std::vector<BrokenNumber> take_scores(const Requests& requests,
     return found;
 }
 
-void end_rounds(const Requests& requests, std::span<const std::int64_t> kept,
-                const Beams::Managers& managers) {
-    if (requests.empty()) return;
+std::vector<std::vector<PageCopy>> end_rounds(const Requests& requests,
+                                              std::span<const std::int64_t> kept,
+                                              const Beams::Managers& managers) {
+    std::vector<std::vector<PageCopy>> copies(managers.size());
+    if (requests.empty()) return copies;
     expect(kept.size() % requests.size() == 0, "kept must be [R, width]");
     const std::size_t width = kept.size() / requests.size();
     for (std::size_t r = 0; r < requests.size(); ++r) {
         const auto row = kept.subspan(r * width, width);
-        requests[r]->end_round({row.begin(), std::ranges::find(row, -1)}, managers);
+        const auto own =
+            requests[r]->end_round({row.begin(), std::ranges::find(row, -1)}, managers);
+        for (std::size_t m = 0; m < own.size(); ++m) {
+            copies[m].insert(copies[m].end(), own[m].begin(), own[m].end());
+        }
     }
+    return copies;
 }
 
 void keep_all(const Requests& requests, const Beams::Managers& managers) {
@@ -395,6 +375,13 @@ void keep_all(const Requests& requests, const Beams::Managers& managers) {
         for (std::size_t c = 0; c < all.size(); ++c) all[c] = static_cast<std::int32_t>(c);
         request->end_round(std::move(all), managers);
     }
+}
+
+Int64s round_rows(const Requests& requests) {
+    Int64s rows;
+    rows.reserve(requests.size());
+    for (const Beams* request : requests) rows.push_back(request->rows());
+    return rows;
 }
 
 Int64s round_pages(const Requests& requests, std::span<const std::int64_t> page_sizes) {

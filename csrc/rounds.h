@@ -103,10 +103,6 @@ inline constexpr std::int64_t kFused = -1;
 std::vector<BrokenNumber> take_fused(const Requests& requests, const FusedDraws& drawn,
                                      const std::vector<GuideTerm>& guides);
 
-// The candidates of each request by value, best first, as score_select ranks them: [R, width], -1
-// behind them. All of their scores are known.
-Int64s rank_candidates(const Requests& requests, std::int64_t width);
-
 // The same for those who are `drawing`, from a selection among these requests: candidate c's chunk is
 // cu_tokens[c] : cu_tokens[c + 1], and ends with the `steps` tokens that were drawn for it, if it
 // grows. What is reported is counted among those who are drawing.
@@ -128,12 +124,16 @@ std::vector<BrokenNumber> take_scores(const Requests& requests,
                                       std::span<const std::int64_t> broken);
 
 // Keep the candidates [R, width] of each request, best first, up to the first -1, and give back
-// what only others hold.
-void end_rounds(const Requests& requests, std::span<const std::int64_t> kept,
-                const Beams::Managers& managers);
+// what only others hold. Returns, of each manager, pages to be copied for those kept more than once.
+std::vector<std::vector<PageCopy>> end_rounds(const Requests& requests,
+                                              std::span<const std::int64_t> kept,
+                                              const Beams::Managers& managers);
 
 // End rounds without a selection: all candidates are kept.
 void keep_all(const Requests& requests, const Beams::Managers& managers);
+
+// Candidates of each request that grow in the round under way, or else in the next one.
+Int64s round_rows(const Requests& requests);
 
 // Pages that each request can hold at most in its next round: [R, models], 0 where it runs not.
 Int64s round_pages(const Requests& requests, std::span<const std::int64_t> page_sizes);

@@ -99,11 +99,12 @@ Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::
             found.stops.insert(found.stops.end(), ids.begin(), ids.end());
         }
         found.cu_stops.push_back(std::ssize(found.stops));
-        found.width.push_back(settings.width);
+        const std::int64_t width = settings.width_in(request->round());
+        found.width.push_back(width);
         found.mean.push_back(settings.mean);
         found.dedup.push_back(settings.dedup);
         found.max_candidates = std::max<std::int64_t>(found.max_candidates, count);
-        found.max_width = std::max<std::int64_t>(found.max_width, settings.width);
+        found.max_width = std::max(found.max_width, width);
     }
     return found;
 }

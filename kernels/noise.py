@@ -10,6 +10,9 @@ counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1
 
 ``candidate`` is the index among the candidates of its round, ``position`` the index of the
 token in the response, both from 0.
+
+What resamples a round draws one more, with its number, from 1, in the place of ``candidate`` and
+counter (round, 0, 1, 0): no token's third word is 1.
 """
 
 from __future__ import annotations
@@ -71,6 +74,14 @@ def uniform(seed: Tensor, candidate: Tensor, position: Tensor) -> Tensor:
     key = (seed & _MASK, (seed >> 32) & _MASK)
     x0, x1, _, _ = philox_4x32((candidate & _MASK, position & _MASK, zero, zero), key)
     return ((x0 >> 5) * 2**26 + (x1 >> 6)).double() * 2.0**-53
+
+
+def uniform_of_round(seed: int, number: int) -> float:
+    """The number in [0, 1) that resamples a round; ``seed``: as :func:`seed_bits` gives it."""
+    words = (seed & _MASK, seed >> 32 & _MASK, number & _MASK, 0, 1)
+    low, high, counter, zero, one = (torch.tensor([word]) for word in words)
+    x0, x1, _, _ = philox_4x32((counter, zero, one, zero), (low, high))
+    return float(((x0 >> 5) * 2**26 + (x1 >> 6)).double() * 2.0**-53)
 
 
 @jit

@@ -15,6 +15,8 @@ BAD: list[tuple[str, Any, str]] = [
     *((name, value, INTEGER) for name in ("beam_width", "successors", "max_new_tokens", "n")
       for value in (0, -1, 1.0, 2.5, "4", None, True, False, math.nan)),
     *(("chunk_length", value, INTEGER) for value in (0, -5, 1.0, "5", True, math.inf)),
+    *((name, value, "at least one") for name in ("beam_width", "successors", "chunk_length")
+      for value in ([], ())),
     *(("top_k", value, "an integer >= 0") for value in (-1, 1.5, "50", None, True)),
     *(("temperature", value, "a number >= 0")
       for value in (-0.1, -1, math.nan, math.inf, -math.inf, "0.7", None, True)),
@@ -45,6 +47,26 @@ def test_a_bad_value_is_refused_by_name_with_what_is_allowed(
     assert allowed in message
 
 
+@pytest.mark.parametrize("value", [[0], [4, 0, 2], (1, -1), [2, 1.5], ["4"], [True], [[4]]])
+@pytest.mark.parametrize("name", ["beam_width", "successors", "chunk_length"])
+def test_a_bad_entry_of_a_sequence_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=INTEGER) as caught:
+        SearchParams(**{name: value})
+    assert name in str(caught.value)
+
+
+def test_no_width_is_none() -> None:
+    for name in ("beam_width", "successors"):
+        with pytest.raises(InvalidRequest, match=name):
+            SearchParams(**{name: [2, None]})
+
+
+def test_one_number_where_there_is_one_round() -> None:
+    for values in ({"method": "bon", "successors": [4, 2]}, {"method": "beam", "beam_width": [4]}):
+        with pytest.raises(InvalidRequest, match="one number for method"):
+            SearchParams(**values)
+
+
 @pytest.mark.parametrize("value", ["stop", [""], [1], ["a", None]])
 def test_stop_is_a_sequence_of_strings_and_not_one_string(value: Any) -> None:
     with pytest.raises(InvalidRequest, match="stop"):
@@ -72,6 +94,12 @@ def test_an_unhashable_choice_is_refused_like_any_other(name: str, value: Any) -
         ({"method": "cbs", "beam_width": 2, "successors": 9, "n": 9}, "beam_width (2)"),
         ({"method": "bon", "successors": 4, "n": 5}, "successors (4)"),
         ({"method": "bon", "beam_width": 9, "successors": 4, "n": 9}, "successors (4)"),
+        ({"beam_width": [4, 2], "n": 3}, "beam_width of the last round (2)"),
+        # Three rounds: the fourth entry is nobody's.
+        ({"beam_width": [1, 2, 3, 4], "max_new_tokens": 15, "n": 4}, "of the last round (3)"),
+        # No more than there are candidates.
+        ({"beam_width": [1, 9], "successors": 2, "max_new_tokens": 10, "n": 3}, "round (2)"),
+        ({"beam_width": [2, 9], "successors": 1, "n": 3}, "round (2)"),
     ],
 )
 def test_no_more_hypotheses_can_be_asked_for_than_are_kept(
@@ -115,9 +143,30 @@ def test_params_cannot_change_once_they_were_checked() -> None:
     params = SearchParams(stop_token_ids=ids)
     ids.append(-1)
     assert params.stop_token_ids == (1, 2)
+    widths = [3, 2]
+    assert SearchParams(beam_width=widths).beam_width == (3, 2)
     with pytest.raises(AttributeError):
         params.beam_width = 0  # type: ignore[misc]
     hash(params)  # a request's parameters can be a key
+
+
+def test_the_rounds_follow_from_the_widths() -> None:
+    params = SearchParams(
+        beam_width=[8, 4, 1], successors=[2, 1, 3], chunk_length=[5, 2], max_new_tokens=14
+    )
+    shapes = list(params.widths.shapes())
+    assert [(s.hypotheses, s.rows, s.kept, s.before, s.chunk) for s in shapes] == [
+        (1, 16, 8, 0, 5),
+        (8, 8, 4, 5, 2),
+        (4, 12, 1, 7, 2),
+        (1, 3, 1, 9, 2),
+    ]
+    assert [s.repeats for s in shapes] == [False, False, False, True]
+    assert params.rows == 16
+    short = SearchParams(beam_width=[8, 4, 1], chunk_length=9, max_new_tokens=10)
+    assert [(s.rows, s.before, s.chunk) for s in short.widths.shapes()] == [(32, 0, 9), (32, 9, 1)]
+    # However many rounds there are.
+    assert len(list(SearchParams(chunk_length=1, max_new_tokens=10**9).widths.shapes())) == 2
 
 
 def test_a_refusal_is_also_a_value_error() -> None:
@@ -138,6 +187,10 @@ def test_a_refusal_is_also_a_value_error() -> None:
         ({"method": "bon", "successors": 16}, 16, 1, 50, True),
         ({"method": "bon", "successors": 16, "n": 3}, 16, 3, 50, True),
         ({"method": "sample", "n": 3}, 3, 3, 50, False),
+        ({"beam_width": [8, 4, 2], "successors": [2, 1], "chunk_length": [7, 3]}, 16, 8, 7, True),
+        ({"beam_width": [1, 2], "successors": [1, 3], "chunk_length": [7, None]}, 1, 2, 50, True),
+        # The second round never comes.
+        ({"beam_width": 1, "successors": [1, 3], "chunk_length": None}, 1, 1, 50, False),
     ],
     ids=str,
 )

@@ -24,6 +24,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
 from w2s_fast import errors
 from w2s_fast.params import SearchParams
 from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
+from w2s_fast.scorer import ScoredCandidate, Scorer
 
 if TYPE_CHECKING:
     from w2s_fast.engine import AsyncEngine, Engine, StreamPiece
@@ -41,6 +42,8 @@ __all__ = [
     "Engine",
     "Guide",
     "Hypothesis",
+    "ScoredCandidate",
+    "Scorer",
     "SearchParams",
     "SearchResult",
     "StreamPiece",

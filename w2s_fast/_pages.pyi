@@ -181,6 +181,9 @@ class Beam:
     def total(self) -> float:
         """Sum of the token scores, as the selection computed it."""
     @property
+    def extra(self) -> float:
+        """What others than the guides say of it, weighted; of candidates that were chosen from."""
+    @property
     def finish_reason(self) -> Literal["eos", "stop", "length"] | None: ...
     @property
     def slots(self) -> list[int]:
@@ -202,15 +205,16 @@ class Beams:
         guide_prompts: Sequence[tuple[int, int]],
         *,
         first_candidates: int,
-        width: int,
-        successors: int,
-        chunk: int,
+        widths: Sequence[int],
+        successors: Sequence[int],
+        chunks: Sequence[int],
         max_new_tokens: int,
         hold: bool,
         mean: bool,
         dedup: bool,
         uses_guides: bool,
         trace: bool,
+        copies: bool,
         eos_ids: Sequence[int],
         stop_ids: Sequence[int],
         temperature: float,
@@ -222,7 +226,10 @@ class Beams:
         plausibility: float,
         dynamic: bool,
     ) -> None:
-        """`guide_prompts`: length and last token, of each model but the base."""
+        """`guide_prompts`: length and last token, of each model but the base.
+
+        `widths`, `successors`, `chunks`: an entry a round, the last one goes on.
+        """
     @property
     def round(self) -> int:
         """The one under way, or the last one; 0 before the first."""
@@ -262,6 +269,7 @@ class Beams:
     @property
     def candidates(self) -> list[Beam]: ...
     def trace(self) -> list[BeamsOfRound]: ...
+    def set_extras(self, extras: NDArray[np.float64]) -> None: ...
     def slot_of_first(self, model: int) -> int:
         """The first candidate's slot, which has the pages of its parent."""
     def kept_slots(self, model: int) -> Int32:
@@ -311,9 +319,6 @@ def lay_out_rows(
 ]:
     """Returns slots [S], sampling columns [S] each, what the rows share, and of those that fuse
     factors [S * G], log of plausibility [S], and whether factors are chosen [S]."""
-
-def rank_candidates(requests: Sequence[Beams], width: int) -> Int64:
-    """Returns [R, width], best first; -1 behind them."""
 
 class PassRoom:
     """Where the fields of a pass lie in a buffer, in PassField's order; and the room there is."""
@@ -485,8 +490,15 @@ def same_dicts(now: list[dict[str, Any]], seen: list[dict[str, Any]], /) -> bool
 def same_numbers(objects: list[Any], name: str, numbers: list[int], call: bool, /) -> bool:
     """Whether an attribute of each object, or what it returns, is the number."""
 
-def end_rounds(requests: Sequence[Beams], kept: Int64, managers: Sequence[PageManager]) -> None: ...
+def end_rounds(
+    requests: Sequence[Beams], kept: Int64, managers: Sequence[PageManager]
+) -> list[Int32]:
+    """Returns, of each manager, pages to be copied for candidates that are kept more than once."""
+
 def keep_all(requests: Sequence[Beams], managers: Sequence[PageManager]) -> None: ...
+def round_rows(requests: Sequence[Beams]) -> list[int]:
+    """Candidates that grow in the round under way, or else in the next one, as it begins."""
+
 def round_pages(requests: Sequence[Beams], page_sizes: Sequence[int]) -> Int64:
     """Returns pages [R, models], 0 where a model runs not."""
 

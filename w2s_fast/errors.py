@@ -42,6 +42,11 @@ class NumericalError(W2SFastError, ArithmeticError):
         return cls(f"model {model!r} gave NaN or infinity at position {position} of the response")
 
 
+class ScorerFailure(W2SFastError, RuntimeError):
+    """A scorer or a choice of the caller's raised an exception for this request's candidates (see
+    ``__cause__``), or gave what cannot be used; the message says which."""
+
+
 class OutOfPages(W2SFastError, RuntimeError):
     """The KV cache has too few free pages (or slots) for what was asked."""
 

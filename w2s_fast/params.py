@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from w2s_fast.errors import InvalidRequest
+from w2s_fast.scorer import Choice
+from w2s_fast.widths import RoundShape, Widths, by_round
 
 Method = Literal["cbs", "bon", "sample", "beam", "fusion", "dynamic_fusion"]
 Proposal = Literal["base", "fusion", "dynamic_fusion"]
 Finished = Literal["hold", "replicate"]
 ScoreKind = Literal["sum", "mean"]
+Selection = Literal["top", "resample"]
 
 _FLOAT32_MAX = 3.4028234663852886e38  # logits are divided by a temperature in float32
 
@@ -31,6 +34,9 @@ class SearchParams:
         beam_width: W, hypotheses kept after each round (``cbs``), or the beams (``beam``).
         successors: K, candidates sampled from each kept hypothesis; N of best-of-N.
         chunk_length: L, tokens a candidate samples in a round. None: a whole response.
+            In ``cbs`` each of these three is a number, or a sequence with an entry for each round,
+            of which the last one goes on: ``beam_width=(64, 32, 16, 8), successors=1`` is
+            speculative rejection. Round 1 draws W * K candidates from the prompt.
         max_new_tokens: tokens of a response at most.
         temperature: of sampling. 0 means greedy.
         top_k: sample only from the k likeliest tokens, ties with the k-th included. 0: off.
@@ -43,13 +49,21 @@ class SearchParams:
         stop: stop strings.
         stop_token_ids: a sampled token among these ends the response with ``"stop"``.
         ignore_eos: treat EOS as any other token.
-        n: hypotheses to return, best first: at most ``beam_width`` (``cbs``, ``beam``) or
-            ``successors`` (``bon``); any number for those that draw independent samples.
+        n: hypotheses to return, best first: at most ``beam_width`` (``cbs``, ``beam``), as the
+            last round that there can be has it, or ``successors`` (``bon``); any number for those
+            that draw independent samples. Fewer come back where a search ends before its beams
+            are so wide, or where ``dedup`` left fewer.
         trace: record every round's candidates in the result.
         finished: ``"hold"``: a finished hypothesis stays one candidate with its final score;
             ``"replicate"``: it is copied K times like any other, as the paper's code does.
         dedup: keep only the first of several candidates with the same tokens.
         score: ``"sum"`` of the log-ratios of all response tokens, or their ``"mean"``.
+        selection: which candidates of ``cbs`` and ``bon`` are kept. ``"top"``: those with the best
+            values, that is, the guides' score plus what the engine's scorers add, weighted.
+            ``"resample"``: W are drawn with replacement, with weights softmax(value / tau)
+            (systematic resampling, as particle filters have it). A callable gets the values and
+            the candidates, and returns indices, W at most, best first.
+        tau: temperature of ``"resample"``.
         proposal: what candidates of ``cbs`` and ``bon`` are sampled from: the ``"base"``, or its
             logits fused with the guides', as the methods of those names do. They are ranked by
             the guides' score all the same.
@@ -67,9 +81,9 @@ class SearchParams:
     """
 
     method: Method = "cbs"
-    beam_width: int = 4
-    successors: int = 4
-    chunk_length: int | None = 5
+    beam_width: int | Sequence[int] = 4
+    successors: int | Sequence[int] = 4
+    chunk_length: int | Sequence[int | None] | None = 5
     max_new_tokens: int = 50
     temperature: float = 0.7
     top_k: int = 50
@@ -84,6 +98,8 @@ class SearchParams:
     finished: Finished = "hold"
     dedup: bool = False
     score: ScoreKind = "sum"
+    selection: Selection | Choice = "top"
+    tau: float = 1.0
     proposal: Proposal = "base"
     beta: float | Sequence[float] | None = None
     plausibility: float = 0.0
@@ -94,16 +110,20 @@ class SearchParams:
         _check_choice("method", self.method, get_args(Method))
         _check_choice("finished", self.finished, get_args(Finished))
         _check_choice("score", self.score, get_args(ScoreKind))
-        for name in ("beam_width", "successors", "max_new_tokens", "n"):
+        for name in ("max_new_tokens", "n"):
             _check_int(name, getattr(self, name), low=1)
-        if self.chunk_length is not None:
-            _check_int("chunk_length", self.chunk_length, low=1, also="None (whole responses)")
+        self._check_widths()
         _check_int("top_k", self.top_k, low=0, high=2**31 - 1)
         _check_int("seed", self.seed, low=0, high=2**64 - 1)
         allowed = "a number >= 0 (0: greedy)"
         _check_number("temperature", self.temperature, 0.0, _FLOAT32_MAX, allowed)
         _check_number("top_p", self.top_p, 0.0, 1.0, "in (0, 1]", open_low=True)
         _check_number("min_p", self.min_p, 0.0, 1.0, "in [0, 1]")
+        if not callable(self.selection) and self.selection not in get_args(Selection):
+            raise _invalid("selection", self.selection, "'top', 'resample', or a callable")
+        if self.selection != "top" and self.method not in ("cbs", "bon"):
+            raise _invalid("selection", self.selection, f"'top' for method {self.method!r}")
+        _check_number("tau", self.tau, 0.0, _FLOAT32_MAX, "a number > 0", open_low=True)
         _check_choice("proposal", self.proposal, get_args(Proposal))
         if self.proposal != "base" and self.method not in ("cbs", "bon"):
             raise _invalid("proposal", self.proposal, f"'base' for method {self.method!r}")
@@ -118,11 +138,27 @@ class SearchParams:
             if not isinstance(getattr(self, name), bool):
                 raise _invalid(name, getattr(self, name), "True or False")
         self._check_stop()
-        limits = {"cbs": self.beam_width, "beam": self.beam_width, "bon": self.successors}
-        limit = limits.get(self.method)
-        if limit is not None and self.n > limit:
-            which = "successors" if self.method == "bon" else "beam_width"
-            raise _invalid("n", self.n, f"at most {which} ({limit}) for method {self.method!r}")
+        if self.method in ("cbs", "beam", "bon"):
+            limit = self.last_shape.kept if self.method != "bon" else self.first_candidates
+            if self.n > limit:
+                which = "successors" if self.method == "bon" else "beam_width"
+                if isinstance(getattr(self, which), tuple):
+                    which += " of the last round"
+                raise _invalid("n", self.n, f"at most {which} ({limit}) for method {self.method!r}")
+
+    def _check_widths(self) -> None:
+        for name in ("beam_width", "successors", "chunk_length"):
+            value = getattr(self, name)
+            also = "None (whole responses)" if name == "chunk_length" else None
+            if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+                if not value:
+                    raise _invalid(name, value, "a number, or a sequence of at least one")
+                if (self.method, name) in (("beam", "beam_width"), ("bon", "successors")):
+                    raise _invalid(name, value, f"one number for method {self.method!r}")
+                object.__setattr__(self, name, tuple(value))
+            for one in by_round(getattr(self, name)):
+                if one is not None or also is None:
+                    _check_int(name, one, low=1, also=also)
 
     def _check_stop(self) -> None:
         for name, item in (("stop", "non-empty strings"), ("stop_token_ids", "token ids")):
@@ -173,32 +209,53 @@ class SearchParams:
         return None if self.proposal == "base" else self.proposal
 
     @property
+    def widths(self) -> Widths:
+        """The rounds, as the method has them."""
+        whole = self.max_new_tokens
+        if self.method == "cbs":
+            kept, successors = by_round(self.beam_width), by_round(self.successors)
+            chunks = tuple(
+                whole if length is None else min(length, whole)
+                for length in by_round(self.chunk_length)
+            )
+            first = kept[0] * successors[0]
+            return Widths(first, kept, successors, chunks, whole, self.keeps_copies)
+        if self.method == "beam":
+            (width,) = by_round(self.beam_width)
+            return Widths(width, (width,), (1,), (1,), whole)
+        first = by_round(self.successors)[0] if self.method == "bon" else self.n
+        return Widths(first, (self.n,), (1,), (whole,), whole, self.keeps_copies)
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether a candidate may be kept more than once."""
+        return self.selection != "top"
+
+    @property
     def first_candidates(self) -> int:
         """Candidates sampled from the prompt in round 1."""
-        if self.method == "beam":
-            return self.beam_width
-        if self.method not in ("cbs", "bon"):
-            return self.n
-        return self.successors if self.method == "bon" else self.beam_width * self.successors
+        return self.widths.first_candidates
 
     @property
     def kept(self) -> int:
         """Candidates kept by a selection, at most."""
-        return self.beam_width if self.method in ("cbs", "beam") else self.n
+        return max(self.widths.kept)
 
     @property
     def rows(self) -> int:
-        """Rows of a decoding step at most, each with a slot of its own."""
-        return max(self.first_candidates, self.kept)
+        """Rows of a decoding step at most, in any round; each has a slot of its own."""
+        return max(max(shape.rows, shape.kept) for shape in self.widths.shapes())
+
+    @property
+    def last_shape(self) -> RoundShape:
+        """The last round that there can be, or the first that all others are like."""
+        *_, last = self.widths.shapes()
+        return last
 
     @property
     def tokens_per_round(self) -> int:
         """Tokens a candidate samples before the next selection, at most."""
-        if self.method == "beam":
-            return 1
-        if self.method == "cbs" and self.chunk_length is not None:
-            return min(self.chunk_length, self.max_new_tokens)
-        return self.max_new_tokens
+        return max(self.widths.chunks)
 
     @property
     def uses_guides(self) -> bool:
@@ -206,7 +263,7 @@ class SearchParams:
         if self.fuses is not None:
             return True
         if self.method == "cbs":
-            return self.first_candidates > 1
+            return self.rows > 1
         return self.method == "bon"
 
 

@@ -19,7 +19,8 @@ class Hypothesis:
         text: the response without prompt, special tokens and stop token; None if the engine
             has no tokenizer.
         token_ids: the sampled tokens, EOS or stop token included where one was sampled.
-        score: guides' score of the whole response (a log-ratio in nats); None where no guide ran.
+        score: guides' score of the whole response (a log-ratio in nats), plus the weighted values
+            of the engine's scorers; None where neither said anything.
         finish_reason: ``"eos"``, ``"stop"`` or ``"length"``.
         token_scores: each token's part of the score, in nats; empty where no guide ran.
         token_logprobs: the base's own log-prob of each token, at temperature 1, unwarped.
@@ -40,7 +41,7 @@ class Candidate:
     Attributes:
         parent: index into the previous round's ``kept``; None in round 1.
         token_ids: the whole response so far.
-        score: its score; None where no guide runs.
+        score: its score; None where nobody scores.
         finish_reason: None while it can still be extended.
     """
 

@@ -59,12 +59,21 @@ def test_json_is_one_record_with_all_hypotheses(models: DemoModels) -> None:
 def test_every_option_reaches_the_search(models: DemoModels) -> None:
     options = "--method bon --successors 3 -n 2 --seed 5 --temperature 0.9 --top-k 7 --top-p 0.9"
     options += " --min-p 0.01 --score mean --finished replicate --dedup --chunk-length none"
+    options += " --selection resample --tau 0.5"
     first, again = (
         run("generate", "x", "--json", *options.split(), *named(models), *SMALL) for _ in range(2)
     )
     assert first.exit_code == 0
     assert len(json.loads(first.stdout)["hypotheses"]) == 2
     assert first.stdout == again.stdout
+
+
+def test_widths_by_round_reach_the_search(models: DemoModels) -> None:
+    options = "--json --trace --beam-width 6,3,1 --successors 1,2 --chunk-length 3,2,none"
+    result = run("generate", "x", *options.split(), *named(models), *SMALL)
+    rounds = json.loads(result.stdout)["trace"]["rounds"]
+    assert [len(one["candidates"]) for one in rounds][:2] == [6, 12]
+    assert [len(one["kept"]) for one in rounds][:2] == [6, 3]
 
 
 def test_the_machine_options_reach_the_engine(
@@ -125,7 +134,12 @@ def test_sampling_needs_no_guides(models: DemoModels) -> None:
         (["generate", "x", "--tuned", "y"], "--base"),
         (["generate", "x", "--base", "y", "--tuned", "z"], "--untuned"),
         (["generate", "x", "--chunk-length", "many"], "many"),
+        (["generate", "x", "--beam-width", "8,,2"], "8,,2"),
+        (["generate", "x", "--beam-width", "none"], "none"),
+        (["generate", "x", "--successors", "4,0"], "error: successors is 0"),
         (["generate", "x", "--method", "magic"], "magic"),
+        (["generate", "x", "--selection", "best"], "best"),
+        (["generate", "x", "--tau", "0"], "error: tau is 0.0"),
         (["generate", "x", "--temperature", "-1"], "error: temperature is -1.0"),
         (["generate", "x", "-n", "9"], "error: n is 9"),
         (["generate", "--input", "/no/such/file"], "error: /no/such/file: No such file"),

@@ -86,6 +86,16 @@ def test_a_line_may_set_any_parameter_and_the_others_stay() -> None:
     )
 
 
+def test_a_line_may_set_widths_by_round() -> None:
+    line = '{"prompt": "x", "beam_width": [8, 4, 2], "successors": 1, "chunk_length": [4, null]}'
+    request, again = (read_one(line) for _ in range(2))
+    assert isinstance(request, Request)
+    assert request.params == SearchParams(
+        beam_width=(8, 4, 2), successors=1, chunk_length=(4, None)
+    )
+    assert request.fingerprint == again.fingerprint
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -120,6 +130,9 @@ def test_a_line_may_set_any_parameter_and_the_others_stay() -> None:
         ("\0" * 9, "JSON"),
         ('{"prompt": "x"}'.encode("utf-16"), "UTF-8"),
         ('{"prompt": "x", "stop_token_ids": 5}', "stop_token_ids"),
+        ('{"prompt": "x", "selection": {}}', "selection is {}"),
+        ('{"prompt": "x", "beam_width": []}', "beam_width is []"),
+        ('{"prompt": "x", "beam_width": [4, null]}', "beam_width is None"),
     ],
 )
 def test_a_bad_line_says_what_is_wrong_and_harms_no_other(line: str | bytes, told: str) -> None:

@@ -20,6 +20,7 @@ class ModelBeam:
     logprobs: list[float]
     scores: list[float]
     total: float = 0.0
+    extra: float = 0.0
     reason: str | None = None
 
     def child(self, parent: int | None) -> ModelBeam:
@@ -30,11 +31,20 @@ class ModelBeam:
             list(self.logprobs),
             list(self.scores),
             self.total,
+            self.extra,
             self.reason,
         )
 
     def seen(self) -> tuple[Any, ...]:
-        return self.parent, self.tokens, self.logprobs, self.scores, self.total, self.reason
+        return (
+            self.parent,
+            self.tokens,
+            self.logprobs,
+            self.scores,
+            self.total,
+            self.extra,
+            self.reason,
+        )
 
 
 @dataclass
@@ -49,12 +59,25 @@ class ModelRequest:
     common: list[list[int]] = field(default_factory=list)
     sampled: int = 0
     scored: int = 0
+    rounds: int = 0  # begun
+
+    def setting(self, name: str) -> int:
+        """Of the round under way: a number for all, or a sequence whose last entry goes on."""
+        value = getattr(self.params, name)
+        if isinstance(value, tuple):
+            value = (*value, *value[-1:] * self.rounds)[self.rounds - 1]
+        return self.params.max_new_tokens if value is None else value
+
+    @property
+    def width(self) -> int:
+        return self.setting("beam_width") if self.params.method == "cbs" else self.params.n
 
     @property
     def candidates(self) -> list[ModelBeam]:
         return [child for _, children in self.families for child in children]
 
     def begin(self) -> None:
+        self.rounds += 1
         if not self.kept:
             root = ModelBeam(None, 0, [], [], [])
             children = [root.child(None) for _ in range(self.params.first_candidates)]
@@ -62,7 +85,7 @@ class ModelRequest:
             return
         for i, beam in enumerate(self.kept):
             held = beam.reason is not None and self.params.finished == "hold"
-            count = 1 if held else self.params.successors
+            count = 1 if held else self.setting("successors")
             self.families.append((beam, [beam.child(i) for _ in range(count)]))
 
     @property
@@ -71,8 +94,9 @@ class ModelRequest:
 
     def left(self) -> int:
         for beam in self.growing:
-            end = min(beam.inherited + self.params.tokens_per_round, self.params.max_new_tokens)
-            return end - len(beam.tokens)
+            whole = self.params.max_new_tokens
+            chunk = self.setting("chunk_length") if self.params.method == "cbs" else whole
+            return min(beam.inherited + chunk, whole) - len(beam.tokens)
         return 0
 
     def take(self, beam: ModelBeam, tokens: list[int], logprobs: list[float]) -> None:
@@ -101,6 +125,8 @@ class ModelRequest:
             a, b = chosen[i], chosen[j]
             if i == j:
                 return len(a.tokens)
+            if winners[i] == winners[j]:
+                return len(a.tokens) - 1  # what stood in the KV when it was copied
             if a.parent == b.parent:
                 return a.inherited
             assert a.parent is not None and b.parent is not None

@@ -22,6 +22,7 @@ from w2s_fast._pages import (
     lay_out_rows,
     lay_out_sources,
     release_finished,
+    round_rows,
     take_scores,
     take_selected,
     take_tokens,
@@ -45,6 +46,7 @@ def seen(beam: Beam) -> tuple[Any, ...]:
         beam.logprobs,
         beam.token_scores,
         beam.total,
+        beam.extra,
         beam.finish_reason,
     )
 
@@ -104,14 +106,21 @@ def take_scored(requests: Any, cu_tokens: Any, token_scores: Any, scores: Any, b
 @st.composite
 def some_params(draw: st.DrawFn) -> SearchParams:
     method = draw(st.sampled_from(["cbs", "cbs", "bon", "sample"]))
-    width, successors = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    width: Any = draw(st.integers(1, 4))
+    successors: Any = draw(st.integers(1, 3))
+    chunk_length: Any = draw(st.sampled_from([1, 2, 3, 5, 17, 20]))
     most = {"cbs": width, "bon": successors, "sample": 4}[method]
+    if method == "cbs" and draw(st.booleans()):
+        width = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+        successors = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+        chunk_length = draw(st.lists(st.sampled_from([1, 2, 17, None]), min_size=1, max_size=3))
+        most = 1
     return SearchParams(
         method=method,
         beam_width=width,
         successors=successors,
         n=draw(st.integers(1, most)),
-        chunk_length=draw(st.sampled_from([1, 2, 3, 5, 17, 20])),
+        chunk_length=chunk_length,
         max_new_tokens=draw(st.sampled_from([1, 4, 9, 40])),
         finished=draw(st.sampled_from(["hold", "replicate"])),
         score=draw(st.sampled_from(["sum", "mean"])),
@@ -124,6 +133,7 @@ def some_params(draw: st.DrawFn) -> SearchParams:
         min_p=draw(st.sampled_from([0.0, 0.1])),
         seed=draw(st.integers(0, 99)),
         trace=draw(st.booleans()),
+        selection="top" if method == "sample" else draw(st.sampled_from(["top", "resample"])),
     )
 
 
@@ -161,6 +171,9 @@ class World:
             assert beams.tokens_left == model.left()
             assert beams.agreed() == model.agreed
             assert beams.shared == model.shared
+            if model.families:
+                alive = sum(len(c) for parent, c in model.families if parent.reason is None)
+                assert round_rows([beams]) == [alive]
             assert (beams.sampled, beams.scored) == (model.sampled, model.scored)
             assert beams.done == (
                 not model.families
@@ -358,7 +371,7 @@ class World:
             self._check_tree(tree, [(i, beam, end) for (i, beam), end in zip(drawn, ends)])
             self._grow(m, slots, counts)
         assert most == max(len(self.models[i].candidates) for i in which)
-        assert width == max(self.models[i].params.kept for i in which)
+        assert width == max(self.models[i].width for i in which)
         self._select(which, len(targets), laid_out)
 
     def _select(self, which: list[int], count: int, columns: dict[str, Any]) -> None:
@@ -373,7 +386,7 @@ class World:
         assert previous.tolist() == [beam.total for _, beam in candidates]
         assert lengths.tolist() == [beam.inherited for _, beam in candidates]
         assert parents.tolist() == [-1 if b.parent is None else b.parent for _, b in candidates]
-        assert width.tolist() == [self.models[i].params.kept for i in which]
+        assert width.tolist() == [self.models[i].width for i in which]
         for r, i in enumerate(which):
             params = self.models[i].params
             ends = {*params.stop_token_ids, *(() if params.ignore_eos else EOS)}
@@ -394,11 +407,30 @@ class World:
             self.models[i].score(beam, own, float(totals[c]))
         kept = np.full((len(which), int(width.max())), -1)
         for r, i in enumerate(which):
-            most = min(self.models[i].params.kept, len(self.models[i].candidates))
-            order = self.draw(st.permutations(range(len(self.models[i].candidates))))
-            kept[r, :most] = order[:most]
-            self._record(i, order[:most])
-        end_rounds(self.beams(which), kept, self.managers)
+            own = self._winners(self.models[i])
+            kept[r, : len(own)] = own
+            if self.models[i].params.keeps_copies:
+                extras = np.arange(1.0, len(self.models[i].candidates) + 1)
+                self.requests[i].beams.set_extras(extras)
+                for beam, extra in zip(self.models[i].candidates, extras.tolist()):
+                    beam.extra = extra
+            self._record(i, own)
+        before = [manager.free_pages for manager in self.managers]
+        copies = end_rounds(self.beams(which), kept, self.managers)
+        for manager, own, free in zip(self.managers, copies, before):
+            # Losers' pages first, and one at most for each copy.
+            assert manager.free_pages >= free - len(own)
+            assert len({*own[:, 1].tolist()}.difference(own[:, 0].tolist())) == len(own)
+
+    def _winners(self, model: ModelRequest) -> list[int]:
+        """Some candidates, best first; each as often as may be where they are resampled."""
+        count = len(model.candidates)
+        if model.params.keeps_copies:
+            one = st.integers(0, count - 1)
+            found: list[int] = self.draw(st.lists(one, min_size=1, max_size=model.width))
+            return found
+        order = self.draw(st.permutations(range(count)))
+        return list(order[: min(model.width, count)])
 
     def _record(self, i: int, winners: list[int]) -> None:
         model = self.models[i]
@@ -411,6 +443,7 @@ class World:
         if model.families:
             beams.start_over(self.managers)
             model.families = []
+            model.rounds -= 1
             assert beams.aside == bool(model.kept)
         else:
             beams.set_aside(self.managers)

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -25,7 +26,7 @@ import w2s_fast
 from tests.support.cohorts import in_cohorts
 from tests.support.engines import assert_all_pages_free, found, make_engine, models_of, quiet
 from tests.support.tiny_models import tiny_model
-from w2s_fast import Engine, SearchParams
+from w2s_fast import Engine, ScoredCandidate, SearchParams
 from w2s_fast.errors import EngineFailure
 from w2s_fast.search import Request
 
@@ -127,13 +128,20 @@ class Lines:
                 raise KeyboardInterrupt("once more")
 
 
-def small_engine() -> Engine:
+def small_engine(**options: Any) -> Engine:
     """With room for few requests at a time, so that some wait and some are set aside; prompts enter
     in pieces."""
     models = [tiny_model("llama", seed=s, layers=1, dtype=torch.float64) for s in (0, 1, 2)]
     base, tuned, untuned = models
     return make_engine(
-        base, tuned, untuned, kv_cache_tokens=44, page_size=2, max_rows=8, max_pass_tokens=4
+        base,
+        tuned,
+        untuned,
+        kv_cache_tokens=44,
+        page_size=2,
+        max_rows=8,
+        max_pass_tokens=4,
+        **options,
     )
 
 
@@ -287,6 +295,43 @@ def test_steps_in_flight_leave_nothing_behind_either() -> None:
             assert not e.runner._in_flight
         except BaseException as failure:
             raise AssertionError(f"{work.__name__} at {at}, again {again}") from failure
+
+
+def generate_chosen(e: Engine) -> None:
+    """Some resampled, as all engines can; where one has scorers, all but the last are judged."""
+    e.generate(PROMPTS, [replace(CBS, selection="resample"), *PARAMS[1:]])
+
+
+def last_tokens(candidates: Sequence[ScoredCandidate]) -> list[float]:
+    return [candidate.token_ids[-1] / 7 for candidate in candidates]
+
+
+@pytest.mark.usefixtures("repeatable")
+@pytest.mark.parametrize("scorers", [(), (last_tokens,)], ids=["resampled", "scored"])
+def test_rounds_that_the_host_decides_leave_nothing_behind_either(scorers: Any) -> None:
+    """Wherever choices are opened, handed over, waited for and closed; and twice, now and then."""
+    e = small_engine(scorers=scorers)
+    answer = found(e.generate([OTHER], CBS))
+    owners = ("runner.py", "judge.py", "news.py", "search.py", "choice.py")
+    places = list(every_place([generate_chosen], e))
+    ours = [(work, at) for work, at in places if at[0][0].endswith(owners)]
+    assert len(ours) > 100
+    ours = ours[len(scorers) :: 2]
+    raised = 0
+    for i, (work, at) in enumerate(ours):
+        start(e)
+        other = bystander(e)
+        again = i * i % 97 if i % 3 == 0 else -1
+        with suppress(KeyboardInterrupt, EngineFailure), Lines(at, again=again) as interrupted:
+            work(e)
+        raised += interrupted.raised > 0
+        try:
+            check(e, other, answer, i % 5 == 0)
+        except BaseException as failure:
+            raise AssertionError(f"{work.__name__} at {at}, again {again}") from failure
+    # Who waits for whom depends on how quick the scorers' thread is.
+    assert raised > 0.8 * len(ours)
+    assert found(e.generate([OTHER], CBS)) == answer
 
 
 OPERATIONS = ("allocate", "reserve", "extend", "fork_beams", "take_tokens", "release_finished")

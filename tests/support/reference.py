@@ -8,16 +8,16 @@ noise is part of the definition. Everything else here is written apart from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from w2s_fast.kernels.noise import seed_bits, uniform
+from w2s_fast.kernels.noise import seed_bits, uniform, uniform_of_round
 from w2s_fast.params import SearchParams
 
 WEIGHT_ONE = 2**40
@@ -198,7 +198,10 @@ class Reference:
         *,
         vocab_size: int,
         eos_token_ids: Sequence[int],
+        scorers: Sequence[tuple[Callable[[list[int], bool], float], float]] = (),
     ) -> None:
+        """``scorers``: of a response's tokens, and whether it has ended; each with its weight."""
+        self.scorers = list(scorers)
         self.base = base
         self.guides = list(guides)
         self.vocab_size = vocab_size
@@ -251,7 +254,7 @@ class Reference:
 
         ``prompts``: one for each guide.
         """
-        scores = [0.0] * len(response)
+        scores = [0.0] * len(response) if self.guides else []
         for guide, prompt in zip(self.guides, prompts, strict=True):
             before_tuned, before_untuned = prompt if isinstance(prompt, tuple) else (prompt, prompt)
             tuned = forward(guide.tuned, before_tuned + response, self.vocab_size)
@@ -276,20 +279,30 @@ class Reference:
         """``guide_prompts``: the guides' own; else they are given the base's."""
         p = params
         guide_prompts = guide_prompts or [prompt] * len(self.guides)
+        # Of every round that there can be: W, K and L.
+        turns = range(p.max_new_tokens)
+        successors = [_entry(p.successors, r) for r in turns]
         if p.method == "cbs":
-            width, first = p.beam_width, p.beam_width * p.successors
-            chunk = p.chunk_length or p.max_new_tokens
-            scored = first > 1 or p.fuses is not None
+            widths = [_entry(p.beam_width, r) for r in turns]
+            chunks = [_entry(p.chunk_length, r) or p.max_new_tokens for r in turns]
+            first = widths[0] * successors[0]
+            # Where no round ever has a choice, nothing is scored.
+            rounds_at_most = next(r + 1 for r in turns if sum(chunks[: r + 1]) >= p.max_new_tokens)
+            scored = (
+                p.fuses is not None or first > 1 or any(k > 1 for k in successors[1:rounds_at_most])
+            )
         elif p.method == "bon":
-            width, first, chunk, scored = p.n, p.successors, p.max_new_tokens, True
+            widths, first, chunks, scored = [p.n], successors[0], [p.max_new_tokens], True
         else:
-            width, first, chunk, scored = p.n, p.n, p.max_new_tokens, p.fuses is not None
+            widths, first, chunks, scored = [p.n], p.n, [p.max_new_tokens], p.fuses is not None
 
         rounds: list[ReferenceRound] = []
         kept: list[ReferenceHypothesis] = []
         sampled_tokens = 0
         score_margin, draw_margin = math.inf, math.inf
         while not kept or any(h.finish_reason is None for h in kept):
+            turn = len(rounds)
+            width, chunk = widths[turn], chunks[turn]
             # Expand. Each entry is the place of a candidate's parent, and the parent.
             origins: list[tuple[int | None, ReferenceHypothesis]] = []
             if not rounds:
@@ -297,7 +310,7 @@ class Reference:
             else:
                 for parent, hypothesis in enumerate(kept):
                     held = hypothesis.finish_reason is not None and p.finished == "hold"
-                    origins += [(parent, hypothesis)] * (1 if held else p.successors)
+                    origins += [(parent, hypothesis)] * (1 if held else successors[turn])
             candidates = []
             for index, (place, origin) in enumerate(origins):
                 child, margin = self._extend(prompt, guide_prompts, origin, p, index, chunk)
@@ -317,6 +330,9 @@ class Reference:
                     child.score = math.fsum(seen[key])
                     if p.score == "mean":
                         child.score /= len(child.token_ids)
+                    for scorer, weight in self.scorers:
+                        ended = child.finish_reason is not None
+                        child.score += weight * scorer(child.token_ids, ended)
 
             # Select.
             eligible = list(range(len(candidates)))
@@ -327,6 +343,11 @@ class Reference:
                 eligible.sort(key=lambda i: (-_score(candidates[i]), i))
                 score_margin = min(score_margin, _margin(candidates, eligible, width))
             chosen = eligible[:width]
+            if scored and p.selection == "resample":
+                ranked = _margin(candidates, eligible, len(eligible))
+                drawn, margin = _resample(candidates, eligible, width, p, turn + 1)
+                chosen = [i for i in eligible for _ in range(drawn.count(i))]
+                score_margin, draw_margin = min(score_margin, ranked), min(draw_margin, margin)
             rounds.append(ReferenceRound(candidates, chosen))
             kept = [candidates[i] for i in chosen]
 
@@ -337,7 +358,7 @@ class Reference:
             prompt_tokens=len(prompt),
             completion_tokens=sum(len(h.token_ids) for h in hypotheses),
             sampled_tokens=sampled_tokens,
-            scored_tokens=sampled_tokens if scored else 0,
+            scored_tokens=sampled_tokens if scored and self.guides else 0,
             score_margin=score_margin,
             draw_margin=draw_margin,
         )
@@ -381,6 +402,36 @@ class Reference:
                 finish = "length"
         child = ReferenceHypothesis(token_ids=tokens, token_logprobs=logprobs, finish_reason=finish)
         return child, margin
+
+
+def _resample(
+    candidates: list[ReferenceHypothesis],
+    eligible: list[int],
+    width: int,
+    p: SearchParams,
+    number: int,
+) -> tuple[list[int], float]:
+    """Systematic resampling, point by point; and how near a point came to the edge of a share."""
+    eligible = sorted(eligible)
+    best = max(_score(candidates[i]) for i in eligible)
+    weights = [math.exp((_score(candidates[i]) - best) / p.tau) for i in eligible]
+    drawn, margin = [], math.inf
+    for k in range(width):
+        point = (uniform_of_round(seed_bits(p.seed), number) + k) / width * math.fsum(weights)
+        running = 0.0
+        for i, weight in zip(eligible, weights, strict=True):
+            if running <= point < running + weight:
+                drawn.append(i)
+            margin = min(margin, abs(point - running - weight))
+            running += weight
+    return drawn, margin
+
+
+def _entry(value: Any, turn: int) -> Any:
+    """Of a number for all rounds, or of a sequence whose last entry goes on."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return value[turn] if turn < len(value) else value[-1]
 
 
 def _score(candidate: ReferenceHypothesis) -> float:

@@ -6,7 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -16,19 +16,31 @@ from w2s_fast.cli.console import note, note_console, out_console
 from w2s_fast.cli.jsonl import Request, answer_record, encode_record, fingerprint
 from w2s_fast.cli.models import Decode, decoder, load_engine, made_by, name_models
 from w2s_fast.cli.paths import check_input, check_output
-from w2s_fast.params import Finished, Method, Proposal, ScoreKind, SearchParams
+from w2s_fast.params import Finished, Method, Proposal, ScoreKind, SearchParams, Selection
 from w2s_fast.result import SearchResult
 
 DEFAULT = SearchParams()
 
 
-def _chunk_length(text: str) -> int | None:
-    if text.lower() in ("none", "0"):
-        return None
+def _by_round(text: str, what: str, words: tuple[str, ...] = ()) -> Any:
+    """A number, or several with commas between, one a round; ``words`` stand for None."""
     try:
-        return int(text)
+        parts = [part.strip().lower() for part in text.split(",")]
+        values = [None if part in words else int(part) for part in parts]
     except ValueError:
-        raise typer.BadParameter(f"{text!r}: a number of tokens, or none (whole)") from None
+        raise typer.BadParameter(f"{text!r}: {what}; or several, as 8,4,2") from None
+    return values if len(values) > 1 else values[0]
+
+
+def _width(text: str) -> int | list[int]:
+    found: int | list[int] = _by_round(text, "a number")
+    return found
+
+
+def _chunk_length(text: str) -> int | list[int | None] | None:
+    what = "a number of tokens, or none (whole)"
+    found: int | list[int | None] | None = _by_round(text, what, ("none", "0"))
+    return found
 
 
 def _option(*names: str, help: str, panel: str) -> typer.models.OptionInfo:
@@ -102,11 +114,14 @@ def generate(
         ),
     ] = DEFAULT.plausibility,
     beam_width: Annotated[
-        int, _option("--beam-width", help="W: hypotheses kept each round", panel=SEARCH)
-    ] = DEFAULT.beam_width,
+        str,
+        _option(
+            "--beam-width", help="W: hypotheses kept each round; 8,4,2: by round", panel=SEARCH
+        ),
+    ] = str(DEFAULT.beam_width),
     successors: Annotated[
-        int, _option("--successors", help="K: candidates of each; N of best-of-N", panel=SEARCH)
-    ] = DEFAULT.successors,
+        str, _option("--successors", help="K: candidates of each; N of best-of-N", panel=SEARCH)
+    ] = str(DEFAULT.successors),
     chunk_length: Annotated[
         str, _option("--chunk-length", help="L: tokens a round; none or 0: whole", panel=SEARCH)
     ] = str(DEFAULT.chunk_length),
@@ -121,6 +136,13 @@ def generate(
     score: Annotated[
         ScoreKind, _option("--score", help="Sum or mean of token scores", panel=SEARCH)
     ] = DEFAULT.score,
+    selection: Annotated[
+        Selection,
+        _option("--selection", help="Keep the best, or resample by their scores", panel=SEARCH),
+    ] = "top",
+    tau: Annotated[
+        float, _option("--tau", help="Temperature of resampling", panel=SEARCH)
+    ] = DEFAULT.tau,
     trace: Annotated[
         bool, _option("--trace", help="Show (or write) the search tree.", panel=SEARCH)
     ] = False,
@@ -182,8 +204,8 @@ def generate(
         proposal=proposal,
         beta=beta[0] if beta and len(beta) == 1 else beta or None,
         plausibility=plausibility,
-        beam_width=beam_width,
-        successors=successors,
+        beam_width=_width(beam_width),
+        successors=_width(successors),
         chunk_length=_chunk_length(chunk_length),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -196,6 +218,8 @@ def generate(
         finished=finished,
         dedup=dedup,
         score=score,
+        selection=selection,
+        tau=tau,
     )
     models = name_models(base, tuned or [], untuned or [], weight or [])
     if params.uses_guides and not models.guides and input is None:

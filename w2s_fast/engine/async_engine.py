@@ -117,6 +117,7 @@ class AsyncEngine:
         with Hold(self._lock):
             self._end = self._end or Aborted("the engine was closed")
         self._work.set()
+        self._runner.wake()
         try:
             await asyncio.to_thread(self._thread.join)
         except RuntimeError:  # no thread is lent any more: the interpreter is shutting down
@@ -181,8 +182,8 @@ class AsyncEngine:
             while self._end is None:
                 self._work.wait()
                 self._work.clear()
-                while self._end is None and self._under_way():
-                    self._runner.advance(())
+                while not self._idle():
+                    self._runner.advance((), unless=self._idle)
         except BaseException as error:  # nobody may wait for a thread that is no more
             end = EngineFailure(f"the engine's thread ended: {type(error).__name__}: {error}")
             end.__cause__ = error
@@ -196,6 +197,9 @@ class AsyncEngine:
                 self._runner.give_up(caller.request, failure)
                 caller.fail(failure)
             self._runner.settle()
+
+    def _idle(self) -> bool:
+        return self._end is not None or not self._under_way()
 
     def _under_way(self) -> bool:
         with Hold(self._lock):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import closing
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from w2s_fast.attention import find_backend
 from w2s_fast.decoding import can_record, record_passes, refuse_compile
 from w2s_fast.engine.intake import Intake, pair
-from w2s_fast.engine.outcome import failed, result_of
+from w2s_fast.engine.outcome import failed, result_of, scored_candidate
 from w2s_fast.engine.progress import progress_bar
 from w2s_fast.engine.served import serve_models
 from w2s_fast.engine.stream import Pieces, StreamPiece
@@ -22,7 +23,8 @@ from w2s_fast.errors import InvalidRequest, W2SFastError
 from w2s_fast.models import ModelSource, PagedModel, pick_device, total_bytes, usual_rows
 from w2s_fast.params import SearchParams
 from w2s_fast.result import SearchResult
-from w2s_fast.scheduling import Claim, Runner, Scheduler, rehearse, score_given
+from w2s_fast.scheduling import Claim, Judge, Runner, Scheduler, rehearse, score_given
+from w2s_fast.scorer import Scorer, with_weights
 from w2s_fast.search import Guide, PagedGuide, Request, ScoreGraphs, Search, roles_of
 from w2s_fast.stats import EngineStats
 from w2s_fast.text import Prompt
@@ -42,7 +44,12 @@ class Engine:
     Args:
         base: path, hub id, or a loaded model. Of that, the weights are shared and nothing else is
             touched: it stays usable by itself, in training too; see :meth:`weights_changed`.
-        guides: a guide, several whose scores are added, or None (then only ``"sample"`` runs).
+        guides: a guide, several whose scores are added, or None (then only ``"sample"`` runs,
+            unless there are scorers).
+        scorers: functions of one's own that value partial responses, beside the guides or in their
+            place, each alone or as (scorer, weight); see :class:`w2s_fast.Scorer`. Their values,
+            weighted, are added to the guides' score of every ``cbs`` and ``bon`` request; plain
+            sampling, W = K = 1 included, asks nobody.
         tokenizer: the base's, where it does not lie with the model.
         device: ``"auto"``, or anything torch accepts.
         dtype: of weights and KV; ``"auto"`` is float32 on a CPU. Elsewhere it is the checkpoint's
@@ -82,6 +89,7 @@ class Engine:
         base: ModelSource,
         guides: Guide | Sequence[Guide] | None = None,
         *,
+        scorers: Sequence[Scorer | tuple[Scorer, float]] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
@@ -107,6 +115,7 @@ class Engine:
         for guide in guides:
             if not isinstance(guide.weight, (int, float)) or not math.isfinite(guide.weight):
                 raise InvalidRequest(f"weight of a guide is {guide.weight!r}; allowed: a number")
+        weighted = with_weights(scorers)
         where = pick_device(device)
         # Refused before models are loaded.
         backend = find_backend(attention, where)
@@ -155,8 +164,9 @@ class Engine:
             ahead=graphs is not None or where.type == "cuda",
         )
         self._scheduler = Scheduler(self._search.models, max_rows)
-        self._intake = Intake(self._models, self._scheduler)
-        self.runner = Runner(self._search, self._scheduler)
+        self._intake = Intake(self._models, self._scheduler, has_scorers=bool(weighted))
+        judge = Judge(weighted, partial(scored_candidate, self.tokenizer))
+        self.runner = Runner(self._search, self._scheduler, judge)
         # Requests that one iteration has under way: more than can run, so that none ever waits for
         # the caller's iterable to be read.
         self._read_ahead = max_rows + _READ_AHEAD
@@ -211,6 +221,7 @@ class Engine:
         Raises:
             InvalidRequest: a prompt or its parameters are not allowed.
             NumericalError: a model produced NaN or infinity.
+            ScorerFailure: a scorer or a choice failed.
         """
         many = not isinstance(prompts, str)
         total = len(prompts) if many and isinstance(prompts, Sized) else None

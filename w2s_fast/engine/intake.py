@@ -21,9 +21,13 @@ from w2s_fast.text import Prompt, PromptEncoder
 class Intake:
     """Checks and encodes what comes in. Any thread may call it, and nothing is held."""
 
-    def __init__(self, models: ServedModels, scheduler: Scheduler) -> None:
+    def __init__(
+        self, models: ServedModels, scheduler: Scheduler, *, has_scorers: bool = False
+    ) -> None:
+        """``has_scorers``: of the engine's own, so that a search needs no guides."""
         self._models = models
         self._scheduler = scheduler
+        self._has_scorers = has_scorers
         # Fast tokenizers keep the options of a call as their own state: one call at a time.
         self._encoding = threading.Lock()
 
@@ -32,7 +36,8 @@ class Intake:
         models = self._models
         if not isinstance(params, SearchParams):
             raise InvalidRequest(f"params is {type(params).__name__}; allowed: SearchParams")
-        if params.uses_guides and not models.guides:
+        scored = self._has_scorers and params.method in ("cbs", "bon") and params.fuses is None
+        if params.uses_guides and not models.guides and not scored:
             raise InvalidRequest(f"method {params.method!r} needs guides; the engine has none")
         if params.fuses == "dynamic_fusion" and any(len(g.models) < 2 for g in models.guides):
             raise InvalidRequest(
@@ -59,6 +64,8 @@ class Intake:
             int(priority),
             models.eos_token_ids,
             params.betas([guide.weight for guide in models.guides]) if params.fuses else (),
+            given=prompt,
+            has_scorers=self._has_scorers,
         )
         self._scheduler.check(request)
         return request

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from w2s_fast.errors import EngineFailure, W2SFastError
 from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
+from w2s_fast.scorer import ScoredCandidate
 from w2s_fast.search import Beam, Request
 from w2s_fast.text import decode_response
 
@@ -38,18 +39,29 @@ def _hypothesis(
     request: Request, beam: Beam, tokenizer: PreTrainedTokenizerBase | None
 ) -> Hypothesis:
     assert beam.finish_reason is not None
-    text = None
-    if tokenizer is not None:
-        shown = beam.tokens if beam.finish_reason == "length" else beam.tokens[:-1]
-        text = decode_response(tokenizer, request.prompt, shown)
     return Hypothesis(
-        text,
+        _text(request, beam, tokenizer),
         beam.tokens,
         request.score_of(beam),
         beam.finish_reason,
         beam.token_scores,
         beam.logprobs,
     )
+
+
+def scored_candidate(
+    tokenizer: PreTrainedTokenizerBase | None, request: Request, beam: Beam
+) -> ScoredCandidate:
+    """A candidate as scorers see it. Raises what the tokenizer does."""
+    text = _text(request, beam, tokenizer)
+    return ScoredCandidate(request.given, text, beam.tokens, beam.finish_reason is not None)
+
+
+def _text(request: Request, beam: Beam, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    if tokenizer is None:
+        return None
+    ended = beam.finish_reason in ("eos", "stop")
+    return decode_response(tokenizer, request.prompt, beam.tokens[:-1] if ended else beam.tokens)
 
 
 def _usage(request: Request, beams: Sequence[Beam]) -> Usage:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from w2s_fast.search import Request
+from w2s_fast.widths import RoundShape
 
 
 def pages_at_most(request: Request, model: int, page_size: int) -> int:
     """Pages that a request can hold in one model at one time, in any round; 0: the base."""
-    params = request.params
     prompt = len(request.prompts[model])
-    if params.tokens_per_round == params.max_new_tokens:
-        # The base forks when the prompt's last token has been run, the guides before that; both run
-        # the chunk's tokens but the last.
-        history = prompt - (model != 0)
-        new = params.max_new_tokens - (model == 0)
-        chunk = -(-(history % page_size + new) // page_size)
-        return history // page_size + params.first_candidates * chunk
-    longest = prompt + params.max_new_tokens
-    histories = params.kept * (longest // page_size - prompt // page_size)
-    chunk = -(-(page_size - 1 + params.tokens_per_round) // page_size)
-    return prompt // page_size + histories + request.rows * chunk
+    return max(
+        _pages_in(shape, prompt, request.params.max_new_tokens, model, page_size)
+        for shape in request.params.widths.shapes()
+    )
+
+
+def _pages_in(
+    shape: RoundShape, prompt: int, max_new_tokens: int, model: int, page_size: int
+) -> int:
+    """The same in rounds of this shape."""
+    # The base forks when the last token of the text has been run, the guides before that; both run
+    # the chunk's tokens but the last.
+    common = (prompt - (model != 0)) // page_size
+    if shape.repeats:  # after any number of tokens
+        history = prompt + max_new_tokens
+        chunk = -(-(page_size - 1 + shape.chunk) // page_size)
+    else:
+        history = prompt - (model != 0) + shape.before
+        chunk = -(-(history % page_size + shape.chunk - (model == 0)) // page_size)
+    # Where a candidate is kept more than once, each copy ends in a page of its own.
+    rows = max(shape.rows, shape.kept)
+    return common + shape.hypotheses * (history // page_size - common) + rows * chunk

@@ -15,6 +15,7 @@ from w2s_fast.decoding import HomeStream
 from w2s_fast.errors import Aborted, EngineFailure, OutOfPages, W2SFastError
 from w2s_fast.models import inference
 from w2s_fast.scheduling.cohorts import cohorts_of
+from w2s_fast.scheduling.judge import Judge
 from w2s_fast.scheduling.process import OwnProcess
 from w2s_fast.scheduling.scheduler import Room, Scheduler
 from w2s_fast.search import InFlight, Request, Search
@@ -56,14 +57,27 @@ class Runner:
     tell, whatever a request is or holds changes by one assignment, before anything that follows
     from it is done. A step in flight goes on, unless it was just being launched or finished.
 
+    Requests whose candidates the judge has are left alone until it has decided, or they are given
+    up, and the others go on. Where there is nobody else, whoever takes steps waits for news.
+
     Attributes:
         process: the only one in which steps are taken.
     """
 
-    def __init__(self, search: Search, scheduler: Scheduler, *, cohorts: int | None = None) -> None:
-        """``cohorts``: in how many the requests run; None: by their rows, see :mod:`.cohorts`."""
+    def __init__(
+        self,
+        search: Search,
+        scheduler: Scheduler,
+        judge: Judge | None = None,
+        *,
+        cohorts: int | None = None,
+    ) -> None:
+        """``judge``: None: one without scorers. ``cohorts``: in how many the requests run; None: by
+        their rows, see :mod:`.cohorts`."""
         self._search = search
         self._scheduler = scheduler
+        self._judge = judge or Judge()
+        self._news = self._judge.news
         self.process = OwnProcess()
         self._home = HomeStream(search.base.model.device)
         self._turn = threading.Lock()
@@ -121,6 +135,7 @@ class Runner:
         """Take a request on; it has been checked. It enters with the next step."""
         request.stats.arrive()
         self._arrived.append(request)
+        self._news.tell()
 
     def give_up(self, request: Request, error: W2SFastError | None = None) -> None:
         """End a submitted request with an error, :class:`Aborted` if None; nothing if it has ended.
@@ -128,6 +143,7 @@ class Runner:
         Takes effect when the step under way is over, or with :meth:`settle`.
         """
         self._given_up.append((request, error or Aborted("the request was given up")))
+        self._news.tell()
 
     def settle(self) -> None:
         """Let abortions take effect, now or when the turn under way is over.
@@ -143,19 +159,32 @@ class Runner:
                 if had:
                     self._settle()
 
-    def advance(self, awaited: Collection[Request]) -> None:
+    def advance(
+        self, awaited: Collection[Request], unless: Callable[[], bool] | None = None
+    ) -> None:
         """Take a step when it is our turn, unless one of the awaited requests ended before.
 
-        In several cohorts launch one, and finish the oldest of those in flight.
+        In several cohorts launch one, and finish the oldest of those in flight. Where all wait for
+        the judge, wait for news, too, unless one of those awaited has ended, or ``unless`` says so.
         """
-        with self.turn():
-            if not any(request.ended for request in awaited):
-                self._advance()
+        with self._news.heard() as bell:
+            with self.turn():
+                if any(request.ended for request in awaited):
+                    return
+                progress = self._advance()
+            over = any(request.ended for request in awaited) or (unless is not None and unless())
+            if not progress and not over:
+                bell.get()
+
+    def wake(self) -> None:
+        """Have those who wait for news look again whether they still want to."""
+        self._news.tell()
 
     @inference  # once: each part of a turn would enter it by itself
-    def _advance(self) -> None:
-        self._step()
+    def _advance(self) -> bool:
+        progress = self._step()
         self.record_missed()
+        return progress
 
     def record_missed(self) -> None:
         """Within a turn, between two steps: record the passes that were missed.
@@ -174,6 +203,7 @@ class Runner:
     def weights_changed(self) -> None:
         """Nothing that was computed so far is used from the next step on. Never waits."""
         self._weights_changed.set()
+        self._news.tell()
 
     def stats(self) -> EngineStats:
         """Counts since the runner was made. It waits for no step: some may be of the one before."""
@@ -219,10 +249,21 @@ class Runner:
             if (request := self._scheduler.set_aside_for(rooms)) is not None:
                 self._put_aside([request])
             elif in_round := self._scheduler.in_round:
-                self._run(in_round)
+                if going_on := [request for request in in_round if request.choice is None]:
+                    self._run(going_on)
+                else:
+                    self._await_judge()
             else:
                 raise OutOfPages("more pages or slots are wanted than the KV cache has")
             self._settle()  # a request may have been given up meanwhile
+            self._close_decided()
+
+    def _await_judge(self) -> None:
+        """Within a turn: until something was decided or given up."""
+        with self._news.heard() as bell:
+            self._hand_over()
+            if not self._judge.decided and not self._given_up:
+                bell.get()
 
     def _settle(self) -> None:
         # Nobody leaves a queue before it is dealt with: who is interrupted does it again.
@@ -243,19 +284,51 @@ class Runner:
                 self._leave(request)
             self._given_up.popleft()
 
-    def _step(self) -> None:
-        """Bring those requests a step further whose turn it is."""
+    def _step(self) -> bool:
+        """Bring those requests a step further whose turn it is.
+
+        Returns:
+            Whether there was anything to do, or nobody is there to be waited for.
+        """
         self._settle()
         self._follow_models()
+        closed = self._close_decided()
         flying = [request for step in self._in_flight for request in step.requests]
         chosen, set_aside, apart = self._scheduler.choose(flying, self._cohorts_of)
         self._put_aside(set_aside)
         if not apart and not flying:
             self._run(chosen)
-            return
-        if chosen:
-            self._launch(chosen)
-        self._land(1 if apart and chosen else 0)
+        else:
+            if chosen:
+                self._launch(chosen)
+            self._land(1 if apart and chosen else 0)
+        self._hand_over()
+        waits = not (chosen or flying or closed)
+        return not (waits and any(r.choice is not None for r in self._scheduler.running))
+
+    def _hand_over(self) -> None:
+        """Let the judge have whatever it is to decide, in one go."""
+        new = [
+            (request, choice)
+            for request in self._scheduler.running
+            if (choice := request.choice) is not None and not choice.handed_over
+        ]
+        if new:
+            self._judge.hand_over(new)
+
+    def _close_decided(self) -> bool:
+        """Close the rounds that were decided; whether there were any."""
+        decided = self._judge.decided
+        # Nobody leaves it before it is dealt with: who is interrupted does it again.
+        if not (count := len(decided)):
+            return False
+        pairs = [decided[i] for i in range(count)]
+        requests = [request for request, choice in pairs if request.choice is choice]
+        self._work_at(requests, partial(self._search.close, requests))
+        self._step_taken(requests)
+        for _ in range(count):
+            decided.popleft()
+        return True
 
     def _cohorts_of(self, rows: int) -> int:
         if self._cohorts is not None:

@@ -23,7 +23,7 @@ from itertools import accumulate
 from operator import attrgetter
 from typing import NamedTuple
 
-from w2s_fast._pages import in_rounds, round_pages
+from w2s_fast._pages import in_rounds, round_pages, round_rows
 from w2s_fast.cache import PagePool
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
@@ -98,10 +98,9 @@ class Scheduler:
                     f"{model.name}, which has {pool.num_pages * pool.page_size}; allowed: a "
                     "shorter prompt, fewer candidates or new tokens, or a larger kv_cache_tokens"
                 )
-            if request.rows > pool.manager.max_slots:
-                raise InvalidRequest(
-                    f"the request has {request.rows} candidates; allowed: {pool.manager.max_slots}"
-                )
+            rows, slots = request.params.rows, pool.manager.max_slots
+            if rows > slots:
+                raise InvalidRequest(f"the request has {rows} candidates; allowed: {slots}")
 
     def submit(self, request: Request) -> None:
         """Let a checked request wait for its turn."""
@@ -131,6 +130,9 @@ class Scheduler:
     ) -> Choice:
         """Decide who takes part in the next step; ``running`` and ``waiting`` follow.
 
+        Of those in the middle of a round, whose candidates somebody is choosing from takes no part,
+        and keeps rows and pages.
+
         Nobody does if somebody more urgent than those in flight had to wait for their pages or
         rows: it is decided again when they are no longer in flight.
 
@@ -144,9 +146,12 @@ class Scheduler:
         here = [r for r in self.running if r not in flying] if flying else self.running
         opened = in_rounds([request.beams for request in here])
         chosen = [request for request, is_open in zip(here, opened) if is_open]
+        resting = [request for request in chosen if request.choice is not None]
+        if resting:
+            chosen = [request for request in chosen if request.choice is None]
         between = [request for request, is_open in zip(here, opened) if not is_open]
         between.sort(key=_urgency)
-        taken = [*in_flight, *chosen]
+        taken = [*in_flight, *resting, *chosen]
         rows = sum(request.rows for request in taken)
         for request in taken:
             free = [f - p for f, p in zip(free, request.promised)]
@@ -158,7 +163,11 @@ class Scheduler:
         # or be missed.
         waiting = self.waiting[: self.max_rows + _MOST_MISSES]
         asking = list(merge(between, waiting, key=_urgency)) if waiting else between
-        pages_of = round_pages([request.beams for request in asking], self._page_sizes).tolist()
+        beams = [request.beams for request in asking]
+        pages_of = round_pages(beams, self._page_sizes).tolist()
+        # Of the round at hand, like the pages: a width that falls frees room at once.
+        for request, own in zip(asking, round_rows(beams)):
+            request.rows = own
         wanted = sum(request.rows for request in asking)
         if (
             not waiting
@@ -206,7 +215,7 @@ class Scheduler:
         for request in set_aside:
             self._wait(request)
             request.stats.wait()
-        self.running = [*in_flight, *run, *later]
+        self.running = [*in_flight, *resting, *run, *later]
         apart = len(run) < len(chosen) or (bool(in_flight) and cohorts > 1)
         return Choice(run, set_aside, apart)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from w2s_fast._pages import Beam, Beams
 from w2s_fast.errors import W2SFastError
 from w2s_fast.kernels.noise import seed_bits
 from w2s_fast.params import SearchParams
 from w2s_fast.result import Candidate, Round
+from w2s_fast.search.choice import OpenChoice
 from w2s_fast.stats import RequestStats
 
 _INT32_MAX = 2**31 - 1
@@ -34,30 +36,40 @@ class Request:
         priority: int = 0,
         eos_ids: Collection[int] = (),
         betas: Sequence[float] = (),
+        *,
+        given: Any = None,
+        has_scorers: bool = False,
     ) -> None:
         """``prompt``: the base's tokens, at least one; ``guide_prompts``: those of each other model
         of the search, in their order; none if no guide runs.
 
         ``priority``: the lower, the sooner. ``eos_ids``: what ends a response, unless it is to be
-        ignored. ``betas``: the factor of each guide, where logits are fused.
+        ignored. ``betas``: the factor of each guide, where logits are fused. ``given``: the prompt
+        as its caller gave it. ``has_scorers``: others than the guides have a say in which
+        candidates are kept; then there need be no guides.
         """
         self.prompts = [list(prompt), *map(list, guide_prompts)]  # of each model that runs
         self.params = params
         self.priority = priority
+        self.given = given
+        # Asked for in every step: of the parameters.
+        self.uses_guides = params.uses_guides and (not has_scorers or bool(guide_prompts))
+        self.has_scorers = has_scorers and params.uses_guides and params.method in ("cbs", "bon")
         self.beams = Beams(
             self.prompt,
             [(len(own), own[-1]) for own in self.prompts[1:]],
             # More would not fit anywhere: the scheduler refuses it.
             first_candidates=min(params.first_candidates, _INT32_MAX),
-            width=min(params.kept, _INT32_MAX),
-            successors=min(params.successors, _INT32_MAX),
-            chunk=min(params.tokens_per_round, _INT32_MAX),
+            widths=_as_int32(params.widths.kept),
+            successors=_as_int32(params.widths.successors),
+            chunks=_as_int32(params.widths.chunks),
             max_new_tokens=min(params.max_new_tokens, _INT32_MAX),
             hold=params.finished == "hold",
             mean=params.score == "mean",
             dedup=params.dedup,
-            uses_guides=params.uses_guides,
+            uses_guides=self.uses_guides,
             trace=params.trace,
+            copies=params.keeps_copies,
             eos_ids=[] if params.ignore_eos else sorted(eos_ids),
             stop_ids=list(params.stop_token_ids),
             temperature=params.temperature,
@@ -70,13 +82,20 @@ class Request:
             dynamic=params.fuses == "dynamic_fusion",
         )
         self.urgency = (0, 0)  # the scheduler's: smaller numbers run first
-        # Pages of the round under way in every model, as the scheduler counts them.
+        # Pages of the round under way in every model, and its rows, as the scheduler counts them;
+        # before the first, rows of any.
         self.promised: Sequence[int] = ()
-        # Asked for in every step: of the parameters.
         self.rows = params.rows
-        self.uses_guides = params.uses_guides
         self.fuses = params.fuses is not None
-        self.ranked = params.method in ("cbs", "bon") and params.uses_guides
+        ranked = params.method in ("cbs", "bon") and self.uses_guides
+        # Whether the host chooses who is kept, and whether code of the caller's has a say in it.
+        # Of fused candidates all scores are known when they are drawn: no pass ranks them.
+        self.host_chooses = self.has_scorers or (
+            ranked and (params.selection != "top" or self.fuses)
+        )
+        self.asks_the_caller = self.has_scorers or callable(params.selection)
+        # Of a round whose candidates are complete, until it is closed: nobody draws for it then.
+        self.choice: OpenChoice | None = None
         self.stats = RequestStats()
         self.streams = False  # whether somebody wants to know what its hypotheses agree on
         self.agreed: list[int] = []  # that, after the last step it took part in
@@ -129,7 +148,21 @@ class Request:
         ]
 
     def score_of(self, beam: Beam) -> float | None:
-        """The beam's score as this request defines it; None where no guide runs."""
-        if not self.uses_guides:
+        """The beam's score as this request defines it; None where nobody scores."""
+        if not (self.uses_guides or self.has_scorers):
             return None
+        return self._guides_score_of(beam) + beam.extra
+
+    def open_choice(self) -> None:
+        """Its round is complete, and the guides have scored it: the host chooses who is kept."""
+        candidates = self.beams.candidates
+        scores = [self._guides_score_of(beam) for beam in candidates]
+        self.choice = OpenChoice(self.params, self.beams.round, candidates, scores)
+
+    def _guides_score_of(self, beam: Beam) -> float:
+        """0 where there are none."""
         return beam.total / len(beam.tokens) if self.params.score == "mean" else beam.total
+
+
+def _as_int32(values: Sequence[int]) -> list[int]:
+    return [min(value, _INT32_MAX) for value in values]

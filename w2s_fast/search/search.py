@@ -20,7 +20,6 @@ from w2s_fast._pages import (
     end_rounds,
     entering,
     keep_all,
-    rank_candidates,
     take_scores,
     tokens_left,
 )
@@ -202,13 +201,31 @@ class Search:
         # Whose scores are known, or who has none.
         known = (request for request in step.complete if request.fuses or not request.uses_guides)
         done = [request for request in known if request.error is None]
-        if ranked := [request for request in done if request.ranked]:
-            width = max(request.params.kept for request in ranked)
-            kept = rank_candidates(_beams(ranked), width)
-            end_rounds(_beams(ranked), kept, self._managers)
-        if unranked := [request for request in done if not request.ranked]:
-            keep_all(_beams(unranked), self._managers)
-        _count_rounds(done)
+        plain = [request for request in done if not request.host_chooses]
+        keep_all(_beams(plain), self._managers)
+        _count_rounds(plain)
+        self._open_choices([request for request in done if request.host_chooses])
+
+    @inference
+    def close(self, requests: Sequence[Request]) -> None:
+        """Close rounds of which it was decided who is kept; others may have stepped meanwhile."""
+        chosen = [(request, request.choice) for request in requests if request.choice is not None]
+        for request, choice in chosen:
+            request.error = choice.error
+        closed = [(request, choice) for request, choice in chosen if choice.kept is not None]
+        found = [choice.kept or [] for _, choice in closed]
+        kept = np.full((len(found), max(map(len, found), default=0)), -1, np.int64)
+        for (request, choice), row, own in zip(closed, kept, found):
+            row[: len(own)] = own
+            request.beams.set_extras(choice.extras)
+        sound = [request for request, _ in closed]
+        copies = end_rounds(_beams(sound), kept, self._managers)
+        for model, pairs in zip(self.models, copies):
+            model.pool.copy_pages(pairs)
+        for request in sound:
+            request.choice = None
+        _count_rounds(sound)
+        self._abort_failed(requests)
 
     def set_aside(self, request: Request) -> None:
         """Give back all slots of a request between two rounds; its next step recomputes them."""
@@ -219,10 +236,12 @@ class Search:
 
         The round under way is drawn anew, from the beams that the last one kept.
         """
+        request.choice = None
         request.beams.start_over(self._managers)
 
     def abort(self, request: Request) -> None:
         """Give back all slots of a request."""
+        request.choice = None
         request.beams.abort(self._managers)
 
     def keep_only(self, requests: Sequence[Request]) -> None:
@@ -295,8 +314,22 @@ class Search:
             sound = [i for i, request in enumerate(requests) if request.error is None]
             kept, closed = kept[sound], [requests[i] for i in sound]
         self.guides.remember([request for request in closed if request.beams.round == 1])
+        if any(request.host_chooses for request in closed):
+            self._open_choices([request for request in closed if request.host_chooses])
+            others = [i for i, request in enumerate(closed) if not request.host_chooses]
+            kept, closed = kept[others], [closed[i] for i in others]
         end_rounds(_beams(closed), kept, self._managers)
         _count_rounds(closed)
+
+    def _open_choices(self, requests: Sequence[Request]) -> None:
+        """Their candidates are complete. Where no code of the caller's is asked, choose at once."""
+        at_once = []
+        for request in requests:
+            request.open_choice()
+            if request.choice is not None and not request.asks_the_caller:
+                request.choice.decide()
+                at_once.append(request)
+        self.close(at_once)
 
     def _enter(self, late: Sequence[Request], most: list[int]) -> set[Request]:
         """Run texts that requests go on from, as far as may be; those that have to wait still."""

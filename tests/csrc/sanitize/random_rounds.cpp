@@ -32,13 +32,17 @@ std::unique_ptr<Beams> some_request(Random& random) {
         return static_cast<std::int32_t>(pick(random, least, most));
     };
     const auto flag = [&] { return number(0, 1) == 1; };
+    const auto by_round = [&](std::int64_t most) {
+        w2s::Int32s entries(static_cast<std::size_t>(number(1, 3)));
+        for (std::int32_t& entry : entries) entry = number(1, most);
+        return entries;
+    };
     w2s::SearchSettings settings{
-        number(1, 9), number(1, 5), number(1, 4), number(1, 40), 0, flag(), flag(), flag(),
-        number(0, 3) > 0, flag(), {0}, {1, 2}, 1.0F, 0, 1.0, 0.0, 7, {}, 0.0F, false};
-    settings.max_new_tokens = number(settings.chunk, 60);
+        number(1, 9), by_round(5), by_round(4), by_round(40), 0, flag(), flag(), flag(),
+        number(0, 3) > 0, flag(), flag(), {0}, {1, 2}, 1.0F, 0, 1.0, 0.0, 7, {}, 0.0F, false};
+    settings.max_new_tokens = number(std::ranges::max(settings.chunks), 60);
     // Without a guide there is one round.
-    if (!settings.uses_guides) settings.chunk = settings.max_new_tokens;
-    settings.width = std::min(settings.width, settings.first_candidates);
+    if (!settings.uses_guides) settings.chunks = {settings.max_new_tokens};
     const std::vector<w2s::PromptEnd> guides{{number(1, 20), 3}, {number(1, 20), 4}};
     return std::make_unique<Beams>(settings, std::vector<std::int32_t>(number(1, 20), 5), guides);
 }
@@ -225,7 +229,14 @@ void random_rounds(long rounds, Random& random, std::map<std::string, long>& hap
                 std::vector<std::int64_t> order(request->candidates().size());
                 for (std::size_t c = 0; c < order.size(); ++c) order[c] = c;
                 std::shuffle(order.begin(), order.end(), random);
-                order.resize(std::min<std::size_t>(order.size(), request->settings().width));
+                const auto width = request->settings().width_in(request->round());
+                order.resize(std::min<std::size_t>(order.size(), width));
+                if (request->settings().copies) {
+                    for (std::int64_t& winner : order) {
+                        winner = order[static_cast<std::size_t>(pick(random, 0, std::ssize(order) - 1))];
+                    }
+                    ++happened["kept copies"];
+                }
                 order.resize(scoring.max_width, -1);
                 kept.insert(kept.end(), order.begin(), order.end());
             }
