@@ -84,13 +84,16 @@ def fused_params(draw: st.DrawFn, dynamic: bool = True) -> SearchParams:
     width, successors = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     limit = {"cbs": width, "bon": successors}.get(method, 3)
     ranked = method in ("cbs", "bon")
+    falling = method == "cbs" and draw(st.booleans())
     return SearchParams(
         method=method,  # type: ignore[arg-type]
         proposal=draw(st.sampled_from([*kinds, "base"])) if ranked else "base",
         beta=draw(st.sampled_from([None, 1.0, 0.3, -0.5, 0])),
         plausibility=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0])),
-        beam_width=width,
+        beam_width=(3, width, 1) if falling else width,
         successors=successors,
+        selection=draw(st.sampled_from(["top", "top", "resample"])) if ranked else "top",
+        tau=2.0,
         chunk_length=draw(st.sampled_from([2, 1, 3, 5, None])),
         max_new_tokens=draw(st.sampled_from([10, 7, 3, 1])),
         temperature=draw(st.sampled_from([0.7, 1.0, 0.3, 0.0])),
@@ -99,7 +102,7 @@ def fused_params(draw: st.DrawFn, dynamic: bool = True) -> SearchParams:
         seed=draw(st.integers(0, 2**64 - 1)),
         stop_token_ids=draw(st.sampled_from([(), (2,)])),
         ignore_eos=draw(st.sampled_from([False, False, True])),
-        n=draw(st.integers(1, limit)),
+        n=1 if falling else draw(st.integers(1, limit)),
         trace=True,
         finished=draw(st.sampled_from(["hold", "replicate"])),
         dedup=draw(st.booleans()) if ranked else False,
