@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from bench.baselines import GuideModels, generate_rows, released_search
+from bench.baselines import GuideModels, generate_beams, generate_rows, released_search
 from w2s_fast import Engine, Guide, SearchParams
 
 # The variants of a case.
@@ -18,8 +18,9 @@ ENGINE = "w2s-fast"
 BATCH = "w2s-fast, many requests"
 GENERATE = "A: generate"
 RELEASED = "B: as released"
+BEAMS = "C: generate, beams"
 
-ROWS = 16  # of one request, in every case
+ROWS = 16  # of one request, in every case but that of beams
 
 
 class Sizes(NamedTuple):
@@ -62,6 +63,11 @@ class Case:
     variants: tuple[str, ...]
     ratios: tuple[Ratio, ...]
     batch: int = 8  # how many requests many are
+
+    @property
+    def rows(self) -> int:
+        """Of one request."""
+        return self.params.beam_width if self.params.method == "beam" else ROWS
 
     @property
     def shape(self) -> str:
@@ -114,6 +120,11 @@ def cases(quick: bool = False) -> list[Case]:
             "sample", base, None, short,
             dataclasses.replace(search, method="sample", n=ROWS),
             (ENGINE, GENERATE), (Ratio("w2s-fast / A", ENGINE, GENERATE, at_most=0.85),),
+        ),
+        Case(
+            "beam", base, None, short,
+            dataclasses.replace(search, method="beam", n=search.beam_width),
+            (ENGINE, BEAMS), (Ratio("w2s-fast / C", ENGINE, BEAMS, at_most=0.6),),
         ),
     ]  # fmt: skip
 
@@ -168,6 +179,8 @@ class Bench:
         torch.manual_seed(seed)
         if variant == GENERATE:
             sampled = generate_rows(self.base, prompts.expand(ROWS, -1), new_tokens, params).numel()
+        elif variant == BEAMS:
+            sampled = generate_beams(self.base, prompts, new_tokens, params).numel()
         elif variant == RELEASED:
             sampled = released_search(
                 self.base, self.guides, prompts[0].tolist(), params
@@ -175,7 +188,7 @@ class Bench:
         else:
             results = self.engine.generate(prompts.tolist(), params)
             sampled = sum(result.usage.sampled_tokens for result in results)
-        expected = len(prompts) * ROWS * new_tokens
+        expected = len(prompts) * self.case.rows * new_tokens
         if sampled != expected:
             raise RuntimeError(f"{variant} sampled {sampled} tokens; promised: {expected}")
         return sampled

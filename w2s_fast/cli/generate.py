@@ -6,7 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.text import Text
@@ -74,7 +74,11 @@ def generate(
     ] = None,
     method: Annotated[
         Method,
-        _option("--method", help="cbs: chunk-level beam search; bon: best-of-N", panel=SEARCH),
+        _option(
+            "--method",
+            help="cbs: chunk-level beam search; bon: best-of-N; beam: beams of the base alone",
+            panel=SEARCH,
+        ),
     ] = DEFAULT.method,
     beam_width: Annotated[
         int, _option("--beam-width", help="W: hypotheses kept each round", panel=SEARCH)
@@ -96,6 +100,14 @@ def generate(
     score: Annotated[
         ScoreKind, _option("--score", help="Sum or mean of token scores", panel=SEARCH)
     ] = DEFAULT.score,
+    length_penalty: Annotated[
+        float,
+        _option("--length-penalty", help="beam: power of the length in scores", panel=SEARCH),
+    ] = DEFAULT.length_penalty,
+    early_stopping: Annotated[
+        Literal["false", "true", "never"],
+        _option("--early-stopping", help="beam: as transformers has it", panel=SEARCH),
+    ] = "false",
     trace: Annotated[
         bool, _option("--trace", help="Show (or write) the search tree.", panel=SEARCH)
     ] = False,
@@ -168,10 +180,12 @@ def generate(
         finished=finished,
         dedup=dedup,
         score=score,
+        length_penalty=length_penalty,
+        early_stopping="never" if early_stopping == "never" else early_stopping == "true",
     )
     models = name_models(base, tuned or [], untuned or [], weight or [])
     if params.uses_guides and not models.guides and input is None:
-        raise typer.BadParameter("steering needs --tuned and --untuned, or --method sample")
+        raise typer.BadParameter("steering needs --tuned and --untuned, or --method sample or beam")
     # Whatever can be refused is refused before models are loaded.
     if input is not None:
         check_input(input)

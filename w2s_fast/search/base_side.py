@@ -94,7 +94,7 @@ class BaseSide:
         with timed("prefill_s", new), timed("decode_s", old):
             draws = self.decoder.begin(layout, steps)
             if draws is None:
-                logits = self._first_logits(requests)
+                logits = self.first_logits(requests)
         if draws is None:
             with timed("decode_s", new + old):
                 draws = self._decode(requests, logits, steps)
@@ -144,7 +144,7 @@ class BaseSide:
             self._remember([request for request in drawn.begun if request.error is None])
         release_finished(_beams(drawn.requests), self.model.pool.manager, _BASE)
 
-    def _first_logits(self, requests: Sequence[Request]) -> Tensor:
+    def first_logits(self, requests: Sequence[Request]) -> Tensor:
         """Append what stands before the first tokens; the logits behind, once for each child."""
         slots, counts, children, tokens, tree = lay_out_sources(
             _beams(requests), self.model.pool.manager

@@ -60,6 +60,8 @@ class Request:
             top_p=params.top_p,
             min_p=params.min_p,
             seed=seed_bits(params.seed),
+            length_penalty=params.length_penalty if params.method == "beam" else None,
+            early_stopping=None if params.early_stopping == "never" else params.early_stopping,
         )
         self.urgency = (0, 0)  # the scheduler's: smaller numbers run first
         # Pages of the round under way in every model, as the scheduler counts them.
@@ -67,6 +69,11 @@ class Request:
         # Asked for in every step: of the parameters.
         self.rows = params.rows
         self.uses_guides = params.uses_guides
+        self.is_beam_search = params.method == "beam"
+        # Of a beam search, the continuations of a beam that are enough to choose from: as many may
+        # end as there are ids that end a response.
+        ends = {*params.stop_token_ids, *([] if params.ignore_eos else eos_ids)}
+        self.continuations = params.beam_width + len(ends)
         self.stats = RequestStats()
         self.streams = False  # whether somebody wants to know what its hypotheses agree on
         self.agreed: list[int] = []  # that, after the last step it took part in
@@ -92,9 +99,10 @@ class Request:
         return self.beams.round == 1 and not self.beams.forked
 
     def agreed_tokens(self) -> list[int]:
-        """The longest common prefix of all hypotheses; no EOS among it as long as one goes on.
+        """The longest common prefix of all hypotheses that may be the best one in the end.
 
-        As before where all have ended in the middle of a round: what ended them is no text.
+        No EOS is among it as long as one goes on. As before where all have ended in the middle of a
+        round: what ended them is no text.
         """
         if self.in_round and not self.beams.tokens_left:
             return self.agreed
@@ -114,7 +122,9 @@ class Request:
         ]
 
     def score_of(self, beam: Beam) -> float | None:
-        """The beam's score as this request defines it; None where no guide runs."""
+        """The beam's score as this request defines it; None where there is none."""
+        if self.is_beam_search:
+            return beam.total
         if not self.uses_guides:
             return None
         return beam.total / len(beam.tokens) if self.params.score == "mean" else beam.total

@@ -27,6 +27,7 @@ from w2s_fast.decoding import DecodeGraphs
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel, inference
 from w2s_fast.search.base_side import BaseSide, Drawn
+from w2s_fast.search.beam_side import BeamSide, Continuations
 from w2s_fast.search.guide import PagedGuide
 from w2s_fast.search.guide_side import GuideSide
 from w2s_fast.search.request import Request
@@ -38,7 +39,8 @@ from w2s_fast.stats import timed
 # carried along until then.
 MAX_STEP_TOKENS = 16
 # A step samples at least this many tokens, as long as some chunk asks for them: with chunks of many
-# lengths the guides would otherwise run after nearly every token.
+# lengths the guides would otherwise run after nearly every token. And no more beside a beam search,
+# which takes one in a step.
 LEAST_STEP_TOKENS = 4
 
 
@@ -57,6 +59,7 @@ class InFlight(NamedTuple):
         selection: among the candidates of ``scored``; None: there are none.
         reading: of what was drawn, unless all of it stands in the selection, and of the selection;
             None: of nothing.
+        continuations: of those that are beam searches; None: there are none.
     """
 
     requests: Sequence[Request]
@@ -65,6 +68,7 @@ class InFlight(NamedTuple):
     drawn: Drawn | None
     selection: Selection | None
     reading: Reading | None
+    continuations: Continuations | None
 
 
 class Search:
@@ -94,6 +98,7 @@ class Search:
                 have to wait for a device.
         """
         self.base = BaseSide(base, vocab_size, graphs)
+        self.beams = BeamSide(self.base)
         self.guides = GuideSide(guides, score_graphs)
         self._ahead = ahead
         self.models = [base, *(model for guide in guides for model in guide.models)]
@@ -131,8 +136,13 @@ class Search:
             waiting = self._enter([requests[i] for i in late], most)
             going_on = [request for request in requests if request not in waiting]
             beams = _beams(going_on)
+        continuations = None
+        if searching := [request for request in going_on if request.is_beam_search]:
+            continuations = self.beams.run(searching)
+            going_on = [request for request in going_on if not request.is_beam_search]
+            beams = _beams(going_on)
         left = tokens_left(beams)
-        tokens = _step_tokens(left)
+        tokens = min(_step_tokens(left), LEAST_STEP_TOKENS if searching else MAX_STEP_TOKENS)
         drawn = None
         while tokens > 0 and any(left):
             if drawn is not None:
@@ -163,7 +173,7 @@ class Search:
         tensors = [draws.memory] if apart and draws is not None else []
         tensors += [] if selection is None else [selection.packed]
         reading = Reading(*tensors) if tensors else None
-        return InFlight(requests, complete, scored, drawn, selection, reading)
+        return InFlight(requests, complete, scored, drawn, selection, reading, continuations)
 
     @inference
     def finish(self, step: InFlight) -> None:
@@ -176,6 +186,10 @@ class Search:
         if unscored := [r for r in step.complete if r.error is None and not r.uses_guides]:
             keep_all(_beams(unscored), self._managers)
             _count_rounds(unscored)
+        if step.continuations is not None:
+            self.beams.keep(step.continuations)
+            self._abort_failed(step.continuations.requests)
+            _count_rounds([r for r in step.continuations.requests if r.error is None])
 
     def set_aside(self, request: Request) -> None:
         """Give back all slots of a request between two rounds; its next step recomputes them."""
