@@ -87,8 +87,8 @@ def _likeliest(logits: Tensor, count: int) -> Tensor:
     # As integers, numbers of float32 are in order if the negative ones are turned around. Behind
     # each its token, so that no two are equal: which of equal ones is found would be left to topk.
     bits = logits.view(torch.int32)
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
-    order -= torch.arange(logits.shape[1], device=logits.device)
+    order = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).long()
+    order.bitwise_left_shift_(32).sub_(torch.arange(logits.shape[1], device=logits.device))
     tokens = order.topk(count).indices
     largest = logits.amax(1, keepdim=True)
     rest = (logits - largest).exp_().sum(1, keepdim=True).log_()
