@@ -121,10 +121,13 @@ def cases(quick: bool = False) -> list[Case]:
             dataclasses.replace(search, method="sample", n=ROWS),
             (ENGINE, GENERATE), (Ratio("w2s-fast / A", ENGINE, GENERATE, at_most=0.85),),
         ),
-        Case(
-            "beam", base, None, short,
-            dataclasses.replace(search, method="beam", n=search.beam_width),
-            (ENGINE, BEAMS), (Ratio("w2s-fast / C", ENGINE, BEAMS, at_most=0.6),),
+        *(
+            Case(
+                name, base, None, prompt,
+                dataclasses.replace(search, method="beam", n=search.beam_width),
+                (ENGINE, BEAMS), (Ratio("w2s-fast / C", ENGINE, BEAMS, at_most=0.6),),
+            )
+            for name, prompt in (("beam", short), ("beam-long-prompt", long))
         ),
     ]  # fmt: skip
 
