@@ -1,4 +1,5 @@
-"""What the search is measured against: transformers' sampling, and the search as released.
+"""What the search is measured against: transformers' sampling and beam search, and the search as
+released.
 
 Baseline A, :func:`generate_rows`, samples the same number of rows and tokens with transformers'
 ``generate`` and scores nothing: what the base alone costs.
@@ -80,6 +81,31 @@ def generate_rows(
         **sampling,
     )
     return rows[:, prompts.shape[1] :]
+
+
+@torch.inference_mode()
+def generate_beams(
+    model: PreTrainedModel, prompt: Tensor, new_tokens: int, params: SearchParams
+) -> Tensor:
+    """Beam search by transformers, of exactly ``new_tokens`` tokens: int64 [W, new_tokens].
+
+    Args:
+        prompt: int64 [1, P].
+    """
+    untyped: Any = model
+    rows: Tensor = untyped.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        use_cache=True,
+        do_sample=False,
+        num_beams=params.beam_width,
+        num_return_sequences=params.beam_width,
+        length_penalty=params.length_penalty,
+        early_stopping=params.early_stopping,
+    )
+    return rows[:, prompt.shape[1] :]
 
 
 @torch.inference_mode()

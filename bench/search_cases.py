@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from bench.baselines import GuideModels, generate_rows, released_search
+from bench.baselines import GuideModels, generate_beams, generate_rows, released_search
 from w2s_fast import Engine, Guide, SearchParams
 
 # The variants of a case.
@@ -19,8 +19,9 @@ BATCH = "w2s-fast, many requests"
 GENERATE = "A: generate"
 RELEASED = "B: as released"
 EACH = "A: generate, of each model"
+BEAMS = "C: generate, beams"
 
-ROWS = 16  # of one request, in every case
+ROWS = 16  # of one request, in every case but that of beams
 
 
 class Sizes(NamedTuple):
@@ -63,6 +64,11 @@ class Case:
     variants: tuple[str, ...]
     ratios: tuple[Ratio, ...]
     batch: int = 8  # how many requests many are
+
+    @property
+    def rows(self) -> int:
+        """Of one request."""
+        return self.params.beam_width if self.params.method == "beam" else ROWS
 
     @property
     def shape(self) -> str:
@@ -120,6 +126,14 @@ def cases(quick: bool = False) -> list[Case]:
             "fusion", base, small, short,
             dataclasses.replace(search, method="fusion", n=ROWS),
             (ENGINE, EACH), (Ratio("w2s-fast / A", ENGINE, EACH, at_most=1.0),),
+        ),
+        *(
+            Case(
+                name, base, None, prompt,
+                dataclasses.replace(search, method="beam", n=search.beam_width),
+                (ENGINE, BEAMS), (Ratio("w2s-fast / C", ENGINE, BEAMS, at_most=0.6),),
+            )
+            for name, prompt in (("beam", short), ("beam-long-prompt", long))
         ),
     ]  # fmt: skip
 
@@ -179,6 +193,8 @@ class Bench:
             rows = prompts.expand(ROWS, -1)
             found = [generate_rows(model, rows, new_tokens, params) for model in models]
             sampled = found[0].numel()
+        elif variant == BEAMS:
+            sampled = generate_beams(self.base, prompts, new_tokens, params).numel()
         elif variant == RELEASED:
             sampled = released_search(
                 self.base, self.guides, prompts[0].tolist(), params
@@ -186,7 +202,7 @@ class Bench:
         else:
             results = self.engine.generate(prompts.tolist(), params)
             sampled = sum(result.usage.sampled_tokens for result in results)
-        expected = len(prompts) * ROWS * new_tokens
+        expected = len(prompts) * self.case.rows * new_tokens
         if sampled != expected:
             raise RuntimeError(f"{variant} sampled {sampled} tokens; promised: {expected}")
         return sampled

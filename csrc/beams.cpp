@@ -114,7 +114,10 @@ std::vector<std::int32_t> Beams::agreed() const {
     const Beam& first = beams.front();
     std::int32_t agreed = first.length;
     std::vector<std::int32_t> left, right;
+    bool best_passed = false;
     for (const Beam& other : beams) {
+        // No finished beam of a beam search passes the best one, which is the first.
+        if (settings_.beam_search && other.finished() && std::exchange(best_passed, true)) break;
         // Back to where both have the same block: from there on they are one.
         std::int32_t a = first.block, b = other.block;
         std::int32_t a_end = first.length, b_end = other.length;
@@ -192,6 +195,8 @@ std::vector<RoundContents> Beams::trace() const {
 }
 
 std::int64_t Beams::rows() const {
+    // It may fill its width again from one beam.
+    if (settings_.beam_search) return settings_.width_in(1);
     if (from_prompt()) return settings_.first_candidates;
     const auto alive = std::ranges::count_if(kept_, [](const Beam& b) { return !b.finished(); });
     return std::int64_t{alive} * settings_.successors_in(round_ahead());
@@ -227,6 +232,15 @@ std::int64_t Beams::round_pages(int model, std::int64_t page_size) const {
 
 // ---- what a round does ----
 
+void Beams::add_child(std::size_t parent) {
+    Beam child = kept_[parent];
+    child.parent = round_ == 1 ? Beam::kNone : static_cast<std::int32_t>(parent);
+    child.inherited = child.length;
+    child.before_token = child.last_token;
+    hold_block(child.block);
+    candidates_.push_back(child);
+}
+
 void Beams::begin_round() {
     if (open_) throw std::logic_error("a round is under way");
     if (kept_.empty()) {
@@ -235,24 +249,17 @@ void Beams::begin_round() {
     }
     candidates_.clear();
     first_child_.assign(1, 0);
-    const std::int32_t successors = settings_.successors_in(round_ + 1);
+    const std::int32_t successors = settings_.successors_in(++round_);
     for (std::size_t p = 0; p < kept_.size(); ++p) {
-        const Beam& parent = kept_[p];
-        Beam child = parent;
-        child.parent = round_ == 0 ? Beam::kNone : static_cast<std::int32_t>(p);
-        child.inherited = parent.length;
-        child.before_token = parent.last_token;
-        const std::int32_t count = round_ == 0 ? settings_.first_candidates
-                                   : parent.finished() && settings_.hold ? 1
-                                                                         : successors;
-        for (std::int32_t i = 0; i < count; ++i) {
-            hold_block(child.block);
-            candidates_.push_back(child);
-        }
+        const bool held = kept_[p].finished() && settings_.hold;
+        // Which children a beam has, a beam search knows when its continuations are there.
+        const std::int32_t count = settings_.beam_search || held ? 1
+                                   : round_ == 1                 ? settings_.first_candidates
+                                                                 : successors;
+        for (std::int32_t i = 0; i < count; ++i) add_child(p);
         first_child_.push_back(static_cast<std::int32_t>(candidates_.size()));
     }
     slots_.assign(candidates_.size() * prompt_ends_.size(), kNoSlot);
-    ++round_;
     forked_.assign(prompt_ends_.size(), 0);
     open_ = true;
 }
@@ -278,6 +285,40 @@ std::size_t Beams::give_slots(int model, const std::int32_t* next) {
         }
     }
     return static_cast<std::size_t>(next - begin);
+}
+
+std::size_t Beams::branch(std::span<const Child> children, const std::int32_t* next) {
+    const std::int32_t* const begin = next;
+    const std::size_t models = prompt_ends_.size();
+    drop(candidates_);
+    candidates_.clear();
+    first_child_.assign(1, 0);
+    slots_.assign(children.size() * models, kNoSlot);
+    auto child = children.begin();
+    for (std::size_t p = 0; p < kept_.size(); ++p) {
+        for (; child != children.end() && child->parent == static_cast<std::int32_t>(p); ++child) {
+            const std::size_t c = candidates_.size();
+            add_child(p);
+            candidates_[c].total = child->total;
+            if (child->token != Beam::kNone) {
+                const std::int64_t token = child->token;
+                take(c, {&token, 1}, {&child->logprob, 1});
+            }
+            if (!child->goes_on) continue;
+            std::int32_t& own = kept_slots_[p * models];
+            slots_[c * models] = own != kNoSlot ? std::exchange(own, kNoSlot) : *next++;
+        }
+        first_child_.push_back(static_cast<std::int32_t>(candidates_.size()));
+    }
+    return static_cast<std::size_t>(next - begin);
+}
+
+void Beams::collect_childless(std::span<const std::int32_t> branches,
+                              std::vector<std::int32_t>& released) {
+    for (std::size_t p = 0; p < kept_.size(); ++p) {
+        std::int32_t& slot = kept_slots_[p * prompt_ends_.size()];
+        if (branches[p] == 0 && slot != kNoSlot) released.push_back(std::exchange(slot, kNoSlot));
+    }
 }
 
 Finish Beams::finish_of(std::int32_t token, std::int32_t length) const {
@@ -449,7 +490,15 @@ void Beams::release_all(const Managers& managers) {
 
 void Beams::set_aside(const Managers& managers) {
     release_all(managers);
+    share_less();
     aside_ = true;
+}
+
+void Beams::share_less() {
+    const std::size_t kept = kept_.size();
+    for (std::size_t i = 0; i < common_.size(); ++i) {
+        if (i % kept != i / kept) common_[i] = std::min(common_[i], shared_);
+    }
 }
 
 void Beams::start_over(const Managers& managers) {
@@ -461,6 +510,7 @@ void Beams::start_over(const Managers& managers) {
         drop(kept_);
         kept_.clear();
     }
+    share_less();
     open_ = false;
     aside_ = !kept_.empty();
 }

@@ -28,6 +28,14 @@ namespace w2s {
 
 enum class Finish : std::int8_t { no, eos, stop, length };
 
+// When a beam search ends before its length does; see w2s_fast/params.py.
+enum class EarlyStopping : std::int8_t { no, yes, never };
+
+struct BeamSearch {
+    double length_penalty;
+    EarlyStopping early_stopping;
+};
+
 // What a request asks for; see w2s_fast/params.py for the meaning of each.
 struct SearchSettings {
     std::int32_t first_candidates;
@@ -46,6 +54,7 @@ struct SearchSettings {
     std::vector<float> betas;  // empty: they are drawn from the base alone
     float plausibility;
     bool dynamic;
+    std::optional<BeamSearch> beam_search{};  // the base's own, a token a round: see beam_search.h
 
     bool fuses() const { return !betas.empty(); }
 
@@ -75,11 +84,21 @@ struct Beam {
     std::int32_t before_token = kNone;  // the last one of those that are inherited
     std::int32_t block = kNone;      // with its last tokens
     Finish finish = Finish::no;
-    double total = 0.0;              // sum of the scores, as the selection computed it
+    double total = 0.0;              // sum of the scores, as the selection computed it; of beam search
+                                     // the log-prob, and once it is finished what it is ranked by
     double extra = 0.0;              // what others than the guides say of it, weighted
     std::uint64_t hash = 0;          // of all tokens
 
     bool finished() const { return finish != Finish::no; }
+};
+
+// What becomes of a kept beam in a beam search.
+struct Child {
+    std::int32_t parent;
+    std::int32_t token;  // one more; kNone where the parent is finished, and stays what it is
+    float logprob;
+    double total;
+    bool goes_on;
 };
 
 // A beam as its request's owner sees it: all that is known of it, copied.
@@ -133,7 +152,7 @@ public:
     std::int32_t shared() const { return shared_; }
     // How many tokens each growing candidate samples until the selection; 0: none is growing.
     std::int32_t tokens_left() const;
-    // The longest common prefix of all hypotheses.
+    // The longest common prefix of all hypotheses that may be the best one in the end.
     std::vector<std::int32_t> agreed() const;
 
     const std::vector<Beam>& kept() const { return kept_; }
@@ -155,6 +174,9 @@ public:
     BeamContents contents(bool of_kept, std::size_t beam) const;
     std::vector<RoundContents> trace() const;
 
+    // Whether a response of so many tokens ends with its last one, and why.
+    Finish finish_of(std::int32_t token, std::int32_t length) const;
+
     // Candidates that grow in the round under way, or else in the next one, as it begins.
     std::int64_t rows() const;
     // Pages that it can hold in one model at most during that round.
@@ -171,6 +193,13 @@ public:
     // slots for the others, in their order; returns how many of them were taken.
     std::size_t give_slots(int model, const std::int32_t* next);
     void set_forked(int model) { forked_[model] = 1; }
+    // Beam search: make these children, parent by parent, the candidates. Those that go on get slots
+    // in the base as give_slots gives them; returns how many of `next` were taken.
+    std::size_t branch(std::span<const Child> children, const std::int32_t* next);
+    // Before that: give up the base's slots of kept beams of which no child goes on. `branches`: of
+    // each, how many do.
+    void collect_childless(std::span<const std::int32_t> branches,
+                           std::vector<std::int32_t>& released);
     // Append sampled tokens to a growing candidate, up to where it ends. Returns whether all log-
     // probs up to there are finite; what comes from the first one on that is not, is left out.
     // `scores`: of these tokens, where they are known already; added to the total.
@@ -221,8 +250,10 @@ private:
     bool same_tokens(const Beam& a, const Beam& b) const;
     bool from_prompt() const { return kept_.empty() || (open_ && round_ == 1); }
     std::int32_t round_ahead() const { return open_ ? round_ : round_ + 1; }
+    void add_child(std::size_t parent);
     void release_all(const Managers& managers);
-    Finish finish_of(std::int32_t token, std::int32_t length) const;
+    // When they are recomputed, kept beams have in common what all have, and nothing more.
+    void share_less();
 
     SearchSettings settings_;
     std::vector<std::int32_t> prompt_;

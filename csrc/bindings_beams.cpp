@@ -55,6 +55,16 @@ std::optional<std::int32_t> parent_of(const BeamContents& beam) {
     return beam.parent;
 }
 
+// Without a penalty it is no beam search; None for early stopping is "never".
+std::optional<w2s::BeamSearch> rule_of(std::optional<double> length_penalty,
+                                       std::optional<bool> early_stopping) {
+    using w2s::EarlyStopping;
+    if (!length_penalty) return std::nullopt;
+    if (!early_stopping) return w2s::BeamSearch{*length_penalty, EarlyStopping::never};
+    return w2s::BeamSearch{*length_penalty,
+                           *early_stopping ? EarlyStopping::yes : EarlyStopping::no};
+}
+
 }  // namespace
 
 namespace w2s {
@@ -85,7 +95,8 @@ void bind_beams(py::module_& module) {
                          std::vector<std::int32_t> eos_ids, std::vector<std::int32_t> stop_ids,
                          float temperature, std::int64_t top_k, double top_p, double min_p,
                          std::int64_t seed, std::vector<float> betas, float plausibility,
-                         bool dynamic) {
+                         bool dynamic, std::optional<double> length_penalty,
+                         std::optional<bool> early_stopping) {
                  std::vector<w2s::PromptEnd> ends;
                  for (const auto& [length, last] : guide_prompts) ends.push_back({length, last});
                  return std::make_unique<Beams>(
@@ -94,7 +105,8 @@ void bind_beams(py::module_& module) {
                                          hold, mean, dedup, uses_guides, trace, copies,
                                          std::move(eos_ids), std::move(stop_ids), temperature,
                                          top_k, top_p, min_p, seed, std::move(betas),
-                                         plausibility, dynamic},
+                                         plausibility, dynamic,
+                                         rule_of(length_penalty, early_stopping)},
                      std::move(prompt), ends);
              }),
              py::arg("prompt"), py::arg("guide_prompts"), py::kw_only(),
@@ -104,7 +116,8 @@ void bind_beams(py::module_& module) {
              py::arg("eos_ids"),
              py::arg("stop_ids"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
              py::arg("min_p"), py::arg("seed"), py::arg("betas"),
-             py::arg("plausibility"), py::arg("dynamic"))
+             py::arg("plausibility"), py::arg("dynamic"),
+             py::arg("length_penalty") = py::none(), py::arg("early_stopping") = py::none())
         .def_property_readonly("round", &Beams::round)
         .def_property_readonly("open", &Beams::open)
         .def_property_readonly("forked", [](const Beams& self) { return self.forked(); })

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "beam_search.h"
 #include "draw.h"
 #include "rounds.h"
 #include "scoring.h"
@@ -391,6 +392,14 @@ void bind_layouts(py::module_& module) {
             w2s::take_fused(requests, {steps, rows, tokens, found, of_others}, terms));
     }, py::arg("requests"), py::arg("memory").noconvert(), py::arg("rows"), py::arg("logprobs"),
                py::arg("others"), py::arg("models"), py::arg("room"), py::arg("guides"));
+    module.def("broken_continuations", [](const Requests& requests, const Array<float>& logprobs) {
+        return broken(w2s::broken_continuations(requests, span(logprobs)));
+    }, py::arg("requests"), py::arg("logprobs").noconvert());
+    module.def("advance_beams", [](const Requests& requests, const IntArray& tokens,
+                                   const Array<float>& logprobs, PageManager& base) {
+        return to_numpy(w2s::advance_beams(requests, {span(tokens), span(logprobs)}, base));
+    }, py::arg("requests"), py::arg("tokens").noconvert(), py::arg("logprobs").noconvert(),
+               py::arg("base"));
 }
 
 }  // namespace w2s

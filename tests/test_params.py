@@ -29,6 +29,9 @@ BAD: list[tuple[str, Any, str]] = [
     *(("score", value, "'sum', 'mean'") for value in ("max", "", None, 0)),
     *((name, value, "True or False") for name in ("ignore_eos", "trace", "dedup")
       for value in (0, 1, "yes", None)),
+    *(("length_penalty", value, "a finite number") for value in (math.nan, math.inf, "1", None,
+                                                                 True)),
+    *(("early_stopping", value, "True, False or 'never'") for value in ("always", 1, None)),
     *(("stop_token_ids", value, "an integer >= 0") for value in ([-1], [1, 2.0], ["a"], [True],
                                                                  [None])),
 ]  # fmt: skip
@@ -92,6 +95,7 @@ def test_an_unhashable_choice_is_refused_like_any_other(name: str, value: Any) -
     [
         ({"method": "cbs", "beam_width": 2, "n": 3}, "beam_width (2)"),
         ({"method": "cbs", "beam_width": 2, "successors": 9, "n": 9}, "beam_width (2)"),
+        ({"method": "beam", "beam_width": 2, "successors": 9, "n": 3}, "beam_width (2)"),
         ({"method": "bon", "successors": 4, "n": 5}, "successors (4)"),
         ({"method": "bon", "beam_width": 9, "successors": 4, "n": 9}, "successors (4)"),
         ({"beam_width": [4, 2], "n": 3}, "beam_width of the last round (2)"),

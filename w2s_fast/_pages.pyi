@@ -179,7 +179,8 @@ class Beam:
         """Each token's weighted log-ratio, added over the guides; of those that were scored."""
     @property
     def total(self) -> float:
-        """Sum of the token scores, as the selection computed it."""
+        """Sum of the token scores, as the selection computed it; of beam search the log-prob, and
+        once it is finished what it is ranked by."""
     @property
     def extra(self) -> float:
         """What others than the guides say of it, weighted; of candidates that were chosen from."""
@@ -225,10 +226,13 @@ class Beams:
         betas: Sequence[float],
         plausibility: float,
         dynamic: bool,
+        length_penalty: float | None = None,
+        early_stopping: bool | None = None,
     ) -> None:
         """`guide_prompts`: length and last token, of each model but the base.
 
-        `widths`, `successors`, `chunks`: an entry a round, the last one goes on.
+        `widths`, `successors`, `chunks`: an entry a round, the last one goes on. With a
+        `length_penalty` it is a beam search of the base alone; `early_stopping` of None is "never".
         """
     @property
     def round(self) -> int:
@@ -472,6 +476,17 @@ def take_selected(
 ) -> Broken:
     """Of each growing candidate of those ``drawing`` the last ``steps`` tokens of its chunk, as
     they were drawn. What is broken is counted among them."""
+
+def broken_continuations(requests: Sequence[Beams], logprobs: Float32) -> Broken:
+    """``logprobs`` [rows, k] of beams that go on, best first; csrc/beam_search.h says of which."""
+
+def advance_beams(
+    requests: Sequence[Beams], tokens: Int32, logprobs: Float32, base: PageManager
+) -> Int32:
+    """Close the rounds of beam searches by the likeliest continuations of each beam [rows, k].
+
+    Those with a broken log-prob stay as they are. Returns page copies, as PageManager.fork does.
+    OutOfPages, in the middle of it."""
 
 def any_broken(packed: Int64, kept: int, candidates: int, tokens: int, used: int) -> bool:
     """Whether some score is not finite, of the first ``used`` candidates."""

@@ -71,10 +71,15 @@ class SearchParams:
             guide's weight.
         plausibility: alpha of contrastive decoding: tokens less likely under the base than this
             share of its likeliest one are dropped before fusion. 0: off.
-        length_penalty: of ``beam``: its scores are log-probs over length to the power of this.
+        length_penalty: of ``beam``: responses that have ended are ranked by their log-prob over
+            length to the power of this, which is their score.
         early_stopping: of ``beam``, as transformers has it: True ends when ``beam_width``
             responses have ended, False where no better one is likely, ``"never"`` where none can
             come.
+
+    ``beam`` is deterministic, and reads of these only ``beam_width``, ``n``, ``max_new_tokens``,
+    ``stop_token_ids``, ``ignore_eos``, ``trace`` and its own two. A stop token counts as a further
+    EOS. One beam is greedy decoding, as it is in transformers.
 
     Raises:
         InvalidRequest: names the field, the value given and the values allowed.

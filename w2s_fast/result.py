@@ -20,7 +20,8 @@ class Hypothesis:
             has no tokenizer.
         token_ids: the sampled tokens, EOS or stop token included where one was sampled.
         score: guides' score of the whole response (a log-ratio in nats), plus the weighted values
-            of the engine's scorers; None where neither said anything.
+            of the engine's scorers; None where neither said anything. Of beam search what ranks it:
+            the base's log-prob of the whole, over its length to the power of ``length_penalty``.
         finish_reason: ``"eos"``, ``"stop"`` or ``"length"``.
         token_scores: each token's part of the score, in nats; empty where no guide ran.
         token_logprobs: the base's own log-prob of each token, at temperature 1, unwarped.
@@ -41,7 +42,8 @@ class Candidate:
     Attributes:
         parent: index into the previous round's ``kept``; None in round 1.
         token_ids: the whole response so far.
-        score: its score; None where nobody scores.
+        score: its score; None where nobody scores. Of beam search its log-prob as long as it can be
+            extended, and then what ranks it.
         finish_reason: None while it can still be extended.
     """
 
@@ -53,7 +55,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Round:
-    """One round: its candidates, and the indices of those kept, best first."""
+    """One round: its candidates, and the indices of those kept, best first.
+
+    A round of beam search is a token. Its candidates are the continuations that became beams, and
+    those that ended before; kept are first those that go on, and then those that ended.
+    """
 
     candidates: list[Candidate]
     kept: list[int]
@@ -73,7 +79,8 @@ class Usage:
     Attributes:
         prompt_tokens: of the base's prompt.
         completion_tokens: of the returned hypotheses together.
-        sampled_tokens: sampled from the base, losers' tokens included.
+        sampled_tokens: sampled from the base, losers' tokens included; of beam search, those that
+            beams were continued by.
         scored_tokens: run through each guide.
     """
 

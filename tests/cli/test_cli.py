@@ -76,6 +76,21 @@ def test_widths_by_round_reach_the_search(models: DemoModels) -> None:
     assert [len(one["kept"]) for one in rounds][:2] == [6, 3]
 
 
+def test_beams_are_searched_with_their_own_options(models: DemoModels) -> None:
+    def scores(*options: str) -> list[float]:
+        beam = ["--method", "beam", "--beam-width", "3", "-n", "3", *options]
+        result = run("generate", "x", "--json", *beam, *named(models), *SMALL)
+        assert result.exit_code == 0
+        return [hypothesis["score"] for hypothesis in json.loads(result.stdout)["hypotheses"]]
+
+    assert scores() == sorted(scores(), reverse=True)
+    # Log-probs of whole responses, and of a token.
+    assert max(scores("--length-penalty", "0")) < min(scores())
+    assert len(scores("--early-stopping", "never")) == len(scores("--early-stopping", "true")) == 3
+    refused = run("generate", "x", "--early-stopping", "soon", *named(models), *SMALL)
+    assert refused.exit_code == 2
+
+
 def test_the_machine_options_reach_the_engine(
     models: DemoModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:

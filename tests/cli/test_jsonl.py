@@ -63,6 +63,14 @@ def test_a_chat_may_have_tools_and_variables_of_its_template_beside_it() -> None
     assert isinstance(bad, BadLine) and "'tools' beside a prompt that is no list" in str(bad.error)
 
 
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+def test_a_line_may_ask_for_beams(early_stopping: Any) -> None:
+    asked = {"method": "beam", "length_penalty": 0.5, "early_stopping": early_stopping}
+    request = read_one(json.dumps({"prompt": "x", **asked}))
+    assert isinstance(request, Request)
+    assert request.params == SearchParams(**asked)
+
+
 @pytest.mark.parametrize(
     "prompt",
     ["The film", "", [1, 2, 3], [{"role": "user", "content": "Hello"}], "ünïcode 日本 \u2028"],

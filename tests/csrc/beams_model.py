@@ -136,6 +136,12 @@ class ModelRequest:
         self.common = [[shared(i, j) for j in span] for i in span]
         self.kept, self.families = chosen, []
 
+    def give_up(self) -> None:
+        """What is recomputed, they have in common only up to where all have it."""
+        shared = self.shared
+        for i, row in enumerate(self.common):
+            row[:] = [n if i == j else min(n, shared) for j, n in enumerate(row)]
+
     @property
     def shared(self) -> int:
         alive = [i for i, beam in enumerate(self.kept) if beam.reason is None]

@@ -447,6 +447,7 @@ class World:
             assert beams.aside == bool(model.kept)
         else:
             beams.set_aside(self.managers)
+        model.give_up()
         if not beams.aside:
             return
         alive = [b for b in model.kept if b.reason is None]

@@ -22,8 +22,10 @@ from tests.csrc.beams_world import (
 from w2s_fast import SearchParams
 from w2s_fast._pages import (
     PageManager,
+    advance_beams,
     any_broken,
     begin_rounds,
+    broken_continuations,
     end_rounds,
     entering,
     fork_beams,
@@ -269,3 +271,86 @@ def test_equal_tokens_of_other_parents_are_siblings() -> None:
         end_rounds([one.beams], np.array([kept]), [])
         begin_rounds([one.beams])
         assert set(scoring([one.beams], [one.beams], 1)[2]["siblings"].tolist()) == {0}
+
+
+def beams(width: int, manager: PageManager) -> Request:
+    """A beam search whose prompt stands, in its first round."""
+    params = SearchParams(method="beam", beam_width=width, max_new_tokens=9)
+    one = Request([1, 2], [], params, eos_ids=EOS)
+    begin_rounds([one.beams])
+    root = manager.allocate(1)
+    manager.reserve(root, np.array([2], np.int32))
+    manager.extend(root, np.array([2], np.int32))
+    one.beams.set_kept_slots(0, root)
+    return one
+
+
+def continuations(*rows: list[tuple[int, float]]) -> tuple[Any, Any]:
+    tokens = [[token for token, _ in row] for row in rows]
+    logprobs = [[logprob for _, logprob in row] for row in rows]
+    return np.array(tokens, np.int32), np.array(logprobs, np.float32)
+
+
+def test_an_end_behind_the_first_in_rank_is_no_end() -> None:
+    manager = PageManager(64, PAGE, 8, 8)
+    one = beams(2, manager)
+    # Of two beams the first two in rank may end; what goes on is looked for behind them, too.
+    row = [(5, -1.0), (0, -2.0), (6, -3.0), (7, -4.0)]
+    advance_beams([one.beams], *continuations(row), manager)
+    assert [(b.tokens, b.total) for b in one.beams.kept] == [([5], -1.0), ([6], -3.0), ([0], -2.0)]
+    begin_rounds([one.beams])
+    rows = [[(7, -1.0), (8, -1.5), (0, -2.5)], [(9, -4.0), (0, -5.0), (8, -6.0)]]
+    advance_beams([one.beams], *continuations(*rows), manager)
+    assert [(b.tokens, b.parent) for b in one.beams.kept] == [([5, 7], 0), ([5, 8], 0), ([0], 2)]
+    assert one.beams.sampled == 5
+    manager.check()
+    assert manager.max_slots - manager.free_slots == 2
+
+
+def test_a_broken_beam_search_stays_as_it_is() -> None:
+    manager = PageManager(64, PAGE, 8, 8)
+    broken, sound = beams(1, manager), beams(1, manager)
+    found = continuations([(5, np.nan), (6, -1.0)], [(7, -1.0), (8, -np.inf)])
+    both = [broken.beams, sound.beams]
+    assert broken_continuations(both, found[1]) == [(0, -1, 0)]
+    slots = held_slots([broken.beams], 0).tolist()
+    advance_beams(both, *found, manager)
+    assert [b.tokens for b in sound.beams.kept] == [[7]]
+    assert broken.beams.open
+    assert held_slots([broken.beams], 0).tolist() == slots
+
+
+def test_continuations_of_other_rows_are_refused() -> None:
+    manager = PageManager(64, PAGE, 8, 8)
+    one, two = beams(2, manager), beams(2, manager)
+    both = [one.beams, two.beams]
+    tokens, logprobs = continuations([(5, -1.0), (6, -2.0), (7, -3.0)])
+    for wrong in (logprobs, logprobs[:, :0]):
+        with pytest.raises(ValueError, match="rows, k"):
+            broken_continuations(both, wrong)
+    with pytest.raises(ValueError, match="as many tokens"):
+        advance_beams([one.beams], tokens[:, :2].copy(), logprobs, manager)
+    other = request()
+    begin_rounds([other.beams])
+    with pytest.raises(ValueError, match="a round of its own"):
+        advance_beams([other.beams], tokens, logprobs, manager)
+    assert one.beams.open
+    assert one.beams.candidates[0].tokens == []
+
+
+def test_what_is_recomputed_is_shared_only_as_far_as_all_share_it() -> None:
+    manager = PageManager(64, PAGE, 16, 8)
+    one = beams(3, manager)
+    advance_beams([one.beams], *continuations([(5, -1.0), (6, -2.0), (7, -9.0)]), manager)
+    rows = [[(1, -1.0), (2, -1.5), (3, -9.0)], [(4, -1.0), (5, -9.0), (6, -9.0)], [(1, -9.0)] * 3]
+    begin_rounds([one.beams])
+    advance_beams([one.beams], *continuations(*rows), manager)
+    assert [b.tokens for b in one.beams.kept] == [[5, 1], [5, 2], [6, 4]]
+    one.beams.set_aside([manager])
+    one.beams.set_kept_slots(0, manager.allocate(3))
+    one.beams.resume()
+    begin_rounds([one.beams])
+    rows = [[(1, -1.0), (2, -1.1), (3, -9.0)], [(4, -1.0), (5, -9.0), (6, -9.0)], [(1, -9.0)] * 3]
+    advance_beams([one.beams], *continuations(*rows), manager)
+    assert [b.tokens[:2] for b in one.beams.kept] == [[5, 1], [5, 1], [5, 2]]
+    assert one.beams.shared == 0  # and not 1: the first token was run for each by itself

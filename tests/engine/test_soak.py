@@ -49,7 +49,7 @@ def asked() -> list[Asked]:
         prompt = [draw.choice(usual) for _ in range(draw.randint(1, 12))]
         if seed % 12 == 0:
             prompt[0] = BROKEN
-        method: Any = draw.choice(["cbs", "cbs", "cbs", "bon", "sample"])
+        method: Any = draw.choice(["cbs", "cbs", "cbs", "bon", "sample", "beam"])
         width = draw.randint(1, 3)
         params = SearchParams(
             method=method,

@@ -69,7 +69,7 @@ def test_phases_are_told_apart() -> None:
 
     with (
         mock.patch("time.perf_counter", side_effect=lambda: now),
-        taking(Expansion, "_first_logits", 1.0),
+        taking(Expansion, "first_logits", 1.0),
         taking(Expansion, "_decode", 100.0),
         taking(GuideSide, "prefill", 10.0),
         taking(Search, "_score", 10_000.0),

@@ -40,6 +40,7 @@ METHODS = [
     SearchParams(finished="replicate", beam_width=2, successors=3, max_new_tokens=18, trace=True),
     SearchParams(dedup=True, score="mean", temperature=0.3, max_new_tokens=18, trace=True),
     SearchParams(method="sample", max_new_tokens=40, ignore_eos=True, trace=True),
+    SearchParams(method="beam", beam_width=3, max_new_tokens=20, trace=True),
     SearchParams(method="sample", max_new_tokens=40, stop_token_ids=range(40), trace=True),
 ]
 

@@ -38,8 +38,9 @@ OWNERS = tuple(str(PACKAGE / room) for room in ("engine", "scheduling", "search"
 CBS = SearchParams(beam_width=2, successors=2, chunk_length=2, max_new_tokens=4)
 BON = SearchParams(method="bon", successors=2, max_new_tokens=2)
 SAMPLE = SearchParams(method="sample", n=2, max_new_tokens=2)
-PROMPTS = [[3, 1, 4, 1, 5, 9], [3, 1, 4, 1, 5, 8], [3, 1, 4, 1, 5, 9, 2], [2, 7]]
-PARAMS = [CBS, CBS, BON, SAMPLE]
+BEAM = SearchParams(method="beam", beam_width=2, max_new_tokens=3, ignore_eos=True)
+PROMPTS = [[3, 1, 4, 1, 5, 9], [3, 1, 4, 1, 5, 8], [3, 1, 4, 1, 5, 9, 2], [2, 7], [2, 8]]
+PARAMS = [CBS, CBS, BON, SAMPLE, BEAM]
 OTHER = [8, 1, 8]
 
 Line = tuple[str, int]
@@ -335,7 +336,7 @@ def test_rounds_that_the_host_decides_leave_nothing_behind_either(scorers: Any) 
 
 
 OPERATIONS = ("allocate", "reserve", "extend", "fork_beams", "take_tokens", "release_finished")
-OPERATIONS += ("begin_rounds", "set_kept_slots", "take_scores", "end_rounds")
+OPERATIONS += ("begin_rounds", "set_kept_slots", "take_scores", "end_rounds", "advance_beams")
 
 
 @pytest.mark.usefixtures("repeatable")

@@ -6,7 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.text import Text
@@ -88,7 +88,8 @@ def generate(
         Method,
         _option(
             "--method",
-            help="cbs: chunk-level beam search; bon: best-of-N; fusion: logits of all models",
+            help="cbs: chunk-level beam search; bon: best-of-N; beam: beams of the base alone; "
+            "fusion: logits of all models",
             panel=SEARCH,
         ),
     ] = DEFAULT.method,
@@ -143,6 +144,14 @@ def generate(
     tau: Annotated[
         float, _option("--tau", help="Temperature of resampling", panel=SEARCH)
     ] = DEFAULT.tau,
+    length_penalty: Annotated[
+        float,
+        _option("--length-penalty", help="beam: power of the length in scores", panel=SEARCH),
+    ] = DEFAULT.length_penalty,
+    early_stopping: Annotated[
+        Literal["false", "true", "never"],
+        _option("--early-stopping", help="beam: as transformers has it", panel=SEARCH),
+    ] = "false",
     trace: Annotated[
         bool, _option("--trace", help="Show (or write) the search tree.", panel=SEARCH)
     ] = False,
@@ -220,10 +229,12 @@ def generate(
         score=score,
         selection=selection,
         tau=tau,
+        length_penalty=length_penalty,
+        early_stopping="never" if early_stopping == "never" else early_stopping == "true",
     )
     models = name_models(base, tuned or [], untuned or [], weight or [])
     if params.uses_guides and not models.guides and input is None:
-        raise typer.BadParameter("steering needs --tuned and --untuned, or --method sample")
+        raise typer.BadParameter("steering needs --tuned and --untuned, or --method sample or beam")
     # Whatever can be refused is refused before models are loaded.
     if input is not None:
         check_input(input)

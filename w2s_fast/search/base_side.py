@@ -63,6 +63,10 @@ class BaseSide:
         """Sample the next ``steps`` tokens of every growing candidate; the host waits for none."""
         return self.expansion.draw(requests, steps)
 
+    def first_logits(self, requests: Sequence[Request]) -> Tensor:
+        """Append what stands before the next tokens; the logits behind, once for each child."""
+        return self.expansion.first_logits(requests)[0]
+
     def take(self, drawn: Drawn, memory: Tensor) -> None:
         """Give candidates what was drawn for them, up to where they end.
 

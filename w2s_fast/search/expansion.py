@@ -66,7 +66,7 @@ class Expansion:
         with timed("prefill_s", new), timed("decode_s", old):
             draws = self.decoder.begin(layout, steps)
             if draws is None:
-                logits = self._first_logits(requests)
+                logits = self.first_logits(requests)
         if draws is None:
             with timed("decode_s", new + old):
                 draws = self._decode(beams, logits, steps)
@@ -74,7 +74,7 @@ class Expansion:
             self.decoded += (layout.num_sources + layout.rows * (steps - 1), steps)
         return Drawn(list(requests), begun, draws)
 
-    def _first_logits(self, requests: Sequence[Request]) -> list[Tensor]:
+    def first_logits(self, requests: Sequence[Request]) -> list[Tensor]:
         """Append what stands before the first tokens; each model's logits behind it."""
         found = []
         for index, model in enumerate(self._models):

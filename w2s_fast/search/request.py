@@ -80,6 +80,8 @@ class Request:
             betas=list(betas),
             plausibility=_log(params.plausibility),
             dynamic=params.fuses == "dynamic_fusion",
+            length_penalty=params.length_penalty if params.method == "beam" else None,
+            early_stopping=None if params.early_stopping == "never" else params.early_stopping,
         )
         self.urgency = (0, 0)  # the scheduler's: smaller numbers run first
         # Pages of the round under way in every model, and its rows, as the scheduler counts them;
@@ -96,6 +98,11 @@ class Request:
         self.asks_the_caller = self.has_scorers or callable(params.selection)
         # Of a round whose candidates are complete, until it is closed: nobody draws for it then.
         self.choice: OpenChoice | None = None
+        self.is_beam_search = params.method == "beam"
+        # Of a beam search, the continuations of a beam that are enough to choose from: as many may
+        # end as there are ids that end a response.
+        ends = {*params.stop_token_ids, *([] if params.ignore_eos else eos_ids)}
+        self.continuations = params.kept + len(ends)
         self.stats = RequestStats()
         self.streams = False  # whether somebody wants to know what its hypotheses agree on
         self.agreed: list[int] = []  # that, after the last step it took part in
@@ -126,9 +133,10 @@ class Request:
         return self.beams.round == 1 and not self.beams.forked
 
     def agreed_tokens(self) -> list[int]:
-        """The longest common prefix of all hypotheses; no EOS among it as long as one goes on.
+        """The longest common prefix of all hypotheses that may be the best one in the end.
 
-        As before where all have ended in the middle of a round: what ended them is no text.
+        No EOS is among it as long as one goes on. As before where all have ended in the middle of a
+        round: what ended them is no text.
         """
         if self.in_round and not self.beams.tokens_left:
             return self.agreed
@@ -149,6 +157,8 @@ class Request:
 
     def score_of(self, beam: Beam) -> float | None:
         """The beam's score as this request defines it; None where nobody scores."""
+        if self.is_beam_search:
+            return beam.total
         if not (self.uses_guides or self.has_scorers):
             return None
         return self._guides_score_of(beam) + beam.extra

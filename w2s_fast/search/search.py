@@ -28,6 +28,7 @@ from w2s_fast.decoding import RecordedSteps
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel, inference
 from w2s_fast.search.base_side import BaseSide
+from w2s_fast.search.beam_side import BeamSide, Continuations
 from w2s_fast.search.expansion import Decoded, Drawn
 from w2s_fast.search.fused_side import FusedSide
 from w2s_fast.search.guide import PagedGuide, distinct_models
@@ -41,7 +42,8 @@ from w2s_fast.stats import timed
 # carried along until then.
 MAX_STEP_TOKENS = 16
 # A step samples at least this many tokens, as long as some chunk asks for them: with chunks of many
-# lengths the guides would otherwise run after nearly every token.
+# lengths the guides would otherwise run after nearly every token. And no more beside a beam search,
+# which takes one in a step.
 LEAST_STEP_TOKENS = 4
 
 
@@ -60,6 +62,7 @@ class InFlight(NamedTuple):
         drawn: the same, of the base alone. apart: whether they are not all in the selection.
         selection: among the candidates of ``scored``; None: there are none.
         reading: of these three, in this order; None: of nothing.
+        continuations: of those that are beam searches; None: there are none.
     """
 
     requests: Sequence[Request]
@@ -70,6 +73,7 @@ class InFlight(NamedTuple):
     apart: bool
     selection: Selection | None
     reading: Reading | None
+    continuations: Continuations | None
 
 
 class Search:
@@ -101,6 +105,7 @@ class Search:
         self.models = distinct_models(base, guides)
         alone, together = graphs or (None, None)
         self.base = BaseSide(base, vocab_size, alone)
+        self.beams = BeamSide(self.base)
         self.guides = GuideSide(guides, self.models, vocab_size, score_graphs)
         self.fused = FusedSide(
             self.models, self.guides.roles, self.guides.weights, vocab_size, together
@@ -154,8 +159,13 @@ class Search:
             waiting = self._enter([requests[i] for i in late], most)
             going_on = [request for request in requests if request not in waiting]
             beams = _beams(going_on)
+        continuations = None
+        if searching := [request for request in going_on if request.is_beam_search]:
+            continuations = self.beams.run(searching)
+            going_on = [request for request in going_on if not request.is_beam_search]
+            beams = _beams(going_on)
         left = tokens_left(beams)
-        tokens = _step_tokens(left)
+        tokens = min(_step_tokens(left), LEAST_STEP_TOKENS if searching else MAX_STEP_TOKENS)
         fused = drawn = None
         while tokens > 0 and any(left):
             if fused is not None or drawn is not None:
@@ -191,13 +201,28 @@ class Search:
         tensors += [] if draws is None or not apart else [draws.memory]
         tensors += [] if selection is None else [selection.packed]
         reading = Reading(*tensors) if tensors else None
-        return InFlight(requests, complete, scored, fused, drawn, apart, selection, reading)
+        return InFlight(
+            requests,
+            complete,
+            scored,
+            fused,
+            drawn,
+            apart,
+            selection,
+            reading,
+            continuations,
+        )
 
     @inference
     def finish(self, step: InFlight) -> None:
         """Read what a step found, and close the rounds that end with it."""
         if step.reading is not None:
             self._read(step, step.reading)
+        if step.continuations is not None:
+            searching = step.continuations.requests
+            self.beams.keep(step.continuations)
+            _count_rounds([request for request in searching if request.error is None])
+            self._abort_failed(searching)
         # Whose scores are known, or who has none.
         known = (request for request in step.complete if request.fuses or not request.uses_guides)
         done = [request for request in known if request.error is None]

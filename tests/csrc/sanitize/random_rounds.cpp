@@ -7,12 +7,14 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "beam_search.h"
 #include "draw.h"
 #include "rounds.h"
 #include "scoring.h"
@@ -43,6 +45,12 @@ std::unique_ptr<Beams> some_request(Random& random) {
     settings.max_new_tokens = number(std::ranges::max(settings.chunks), 60);
     // Without a guide there is one round.
     if (!settings.uses_guides) settings.chunks = {settings.max_new_tokens};
+    if (number(0, 3) == 0) {
+        settings.uses_guides = false;
+        settings.chunks = {1};
+        settings.beam_search = {number(-2, 2) / 2.0, w2s::EarlyStopping{static_cast<std::int8_t>(
+                                                         number(0, 2))}};
+    }
     const std::vector<w2s::PromptEnd> guides{{number(1, 20), 3}, {number(1, 20), 4}};
     return std::make_unique<Beams>(settings, std::vector<std::int32_t>(number(1, 20), 5), guides);
 }
@@ -106,6 +114,34 @@ std::int64_t draw(const Requests& growing, w2s::PageManager& manager, std::int64
     return layout.rows();
 }
 
+// A round of these beam searches. Those that are broken are returned.
+Requests advance(const Requests& searching, w2s::PageManager& manager, Random& random) {
+    const w2s::Sources sources = lay_out_sources(searching, manager);
+    grow(manager, sources.slots, sources.counts);
+    const std::int64_t k = pick(random, 1, 9);
+    std::vector<std::int32_t> tokens;
+    std::vector<float> logprobs;
+    for (std::size_t row = 0; row < sources.slots.size(); ++row) {
+        float logprob = -0.5F;
+        for (std::int64_t i = 0; i < k; ++i) {
+            tokens.push_back(static_cast<std::int32_t>(pick(random, 0, 30)));
+            logprobs.push_back(logprob);
+            logprob -= static_cast<float>(pick(random, 0, 3));
+            if (pick(random, 0, 40) == 0) logprob = -1.0F / 0.0F;
+        }
+    }
+    if (pick(random, 0, 20) == 0) {
+        const std::int64_t row = pick(random, 0, std::ssize(sources.slots) - 1);
+        logprobs[static_cast<std::size_t>(row * k)] = 0.0F / 0.0F;
+    }
+    Requests broken;
+    for (const auto& [index, token, position] : broken_continuations(searching, logprobs)) {
+        broken.push_back(searching[static_cast<std::size_t>(index)]);
+    }
+    advance_beams(searching, {tokens, logprobs}, manager);
+    return broken;
+}
+
 // What a recording of a selection is given.
 void score(const w2s::Scoring& scoring, const Beams::Managers& guides, std::int64_t more) {
     const w2s::ScoringPasses passes(scoring, guides, 4, 8);
@@ -162,6 +198,23 @@ void random_rounds(long rounds, Random& random, std::map<std::string, long>& hap
         for (std::size_t r = 0; r < requests.size(); ++r) {
             if (requests[r]->round() == 1 && fresh[r]) take_slots(*requests[r], managers, 0);
         }
+        const auto drop = [&](Beams* request) {
+            request->abort(all);
+            std::erase_if(owners, [&](const auto& own) { return own.get() == request; });
+            std::erase(requests, request);
+            ++happened["broken"];
+        };
+        Requests searching;
+        std::ranges::copy_if(requests, std::back_inserter(searching), [](const Beams* request) {
+            return request->settings().beam_search.has_value();
+        });
+        std::erase_if(requests, [](const Beams* request) {
+            return request->settings().beam_search.has_value();
+        });
+        if (!searching.empty()) {
+            for (Beams* request : advance(searching, *managers[0], random)) drop(request);
+            ++happened["beams searched"];
+        }
         const w2s::Int32s left = tokens_left(requests);
         Requests growing;
         std::int32_t most = 16;
@@ -191,12 +244,7 @@ void random_rounds(long rounds, Random& random, std::map<std::string, long>& hap
             if (pick(random, 0, 20) == 0) logprobs[pick(random, 0, tokens.size() - 1)] /= 0.0F;
             const auto broken = take_tokens(growing, tokens, logprobs, steps);
             release_finished(growing, *managers[0], 0);
-            for (const auto& [index, _, position] : broken) {
-                growing[index]->abort(all);
-                std::erase_if(owners, [&](const auto& own) { return own.get() == growing[index]; });
-                std::erase(requests, growing[index]);
-                ++happened["broken"];
-            }
+            for (const auto& [index, _, position] : broken) drop(growing[index]);
         }
         Requests scored, others;
         for (Beams* request : requests) {
