@@ -9,7 +9,7 @@ SPREAD := --numprocesses auto --maxprocesses 8 --dist worksteal
 OLD_TRITON := build/triton-3.6.0
 TYPED := $(wildcard w2s_fast/*) kernels
 
-.PHONY: help demo test lint bench demo-models clean
+.PHONY: help demo test aot lint bench demo-models clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -23,10 +23,14 @@ test: export PYTHONDONTWRITEBYTECODE =
 test: $(OLD_TRITON)/installed
 test: .venv/installed ## run the tests, on all cores (at most 8)
 	W2S_FAST_BACKEND=interpret $(BIN)/pytest $(SPREAD) tests/interpret
-	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD)
-	@# Another process, with the older Triton first on its path. One architecture, one data type: to
-	@# compile everything twice takes too long. CONTRIBUTING.md has the line for all checks.
-	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest $(SPREAD) -k 90-bf16 tests/kernels/test_aot.py
+	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m "not every_gpu"
+	@# Another process, with the older Triton first on its path.
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest $(SPREAD) -m "not every_gpu" -k 90-bf16 \
+		tests/kernels/test_aot.py
+
+aot: $(OLD_TRITON)/installed ## compile all kernels for every GPU, with both Tritons
+	$(BIN)/pytest $(SPREAD) tests/kernels/test_aot.py
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest $(SPREAD) tests/kernels/test_aot.py
 
 lint: .venv/linters ## ruff, and mypy in strict mode
 	$(BIN)/ruff check .

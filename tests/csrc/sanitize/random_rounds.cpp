@@ -100,23 +100,23 @@ struct Buffer {
 // What a recording of a draw is given; as many rows as come out of it.
 std::int64_t draw(const Requests& growing, w2s::PageManager& manager, std::int64_t steps,
                   std::int64_t more) {
-    w2s::DrawLayout layout(growing, manager);
+    w2s::DrawLayout layout(growing, {&manager});
     layout.begin(steps, 4, 8);
     const std::int64_t rows = layout.rows() + more;
-    Buffer of_rows(layout.row_pass(), more,
+    Buffer of_rows(layout.row_pass(0), more,
                    {{rows, 4}, {rows, 8}, {rows, 8}, {rows, 8}, {rows, 8}, {rows, 8}, {rows, 8},
                     {1, 8}, {2 * rows, 4}});
-    layout.write_rows(of_rows.bytes, of_rows.room, of_rows.columns);
-    const w2s::PassShape sources = layout.source_pass().shape();
-    Buffer of_sources(layout.source_pass(), more,
+    layout.write_rows(of_rows.bytes, {&of_rows.room}, {of_rows.columns});
+    const w2s::PassShape sources = layout.source_pass(0).shape();
+    Buffer of_sources(layout.source_pass(0), more,
                       {{sources.tokens + more, 8}, {sources.rows + more, 8}, {rows, 8}});
-    layout.write_sources(of_sources.bytes, of_sources.room, of_sources.columns, rows);
+    layout.write_sources(of_sources.bytes, {&of_sources.room}, {of_sources.columns}, rows);
     return layout.rows();
 }
 
 // A round of these beam searches. Those that are broken are returned.
 Requests advance(const Requests& searching, w2s::PageManager& manager, Random& random) {
-    const w2s::Sources sources = lay_out_sources(searching, manager);
+    const w2s::Sources sources = lay_out_sources(searching, manager, 0);
     grow(manager, sources.slots, sources.counts);
     const std::int64_t k = pick(random, 1, 9);
     std::vector<std::int32_t> tokens;
