@@ -53,7 +53,7 @@ def by_round(draw: st.DrawFn) -> SearchParams:
     )
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(
     eos=st.sampled_from(EOS_SETS),
     page_size=st.sampled_from([1, 16]),
