@@ -60,7 +60,7 @@ def test_a_compiled_search_finds_the_same(family: str, monkeypatch: pytest.Monke
     engine = make_engine(*models)
     # The guides of both families are the same: one is compiled with the first.
     compiled = models_of(engine)[:2] if family == "llama" else [engine.base]
-    engine._search.base.decoder.graphs = record(
+    engine._search.base.expansion.decoder.graphs = record(
         engine.base, compiled[1:], engine._models.vocab_size
     ).alone
     expected = found(make_engine(*models).generate(RAGGED_PROMPTS, MIXED))

@@ -99,7 +99,7 @@ def test_a_recorded_decode_is_one_copy_and_a_replay_a_step() -> None:
     logits = torch.randn(3, engine._models.vocab_size)
     with launches() as found:
         rows = [GrowingRows(slots, tree)]
-        drawn = engine._search.base.decoder.run(rows, settings(3), None, [logits], 6)
+        drawn = engine._search.base.expansion.decoder.run(rows, settings(3), None, [logits], 6)
     assert found == ["staging", "sample_tokens", "copy_", "copy_", *["replay"] * 5]
     tokens, logprobs = drawn.tokens.numpy(), drawn.logprobs.numpy()
     assert tokens.shape == logprobs.shape == (6, 3)
@@ -192,7 +192,7 @@ def test_page_copies_travel_with_a_decode() -> None:
         slots, copies = forked(model, text, rows)
         tree = RowTree.of([Level([0] * rows, [len(text)] * rows)], rows)
         logits = torch.randn(rows, engine._models.vocab_size)
-        decoder = engine._search.base.decoder
+        decoder = engine._search.base.expansion.decoder
         with launches() as found:
             own = [GrowingRows(slots, tree, copies)]
             drawn = decoder.run(own, settings(rows), None, [logits], 6)

@@ -162,7 +162,7 @@ def recorded(
     if hook is not None:
         handle = models[0].base_model.layers[0].register_forward_hook(lambda *_: hook())
     try:
-        engine._search.base.decoder.graphs = record_passes(
+        engine._search.base.expansion.decoder.graphs = record_passes(
             engine.base,
             models_of(engine)[1:],
             vocab_size=engine._models.vocab_size,
@@ -177,7 +177,7 @@ def recorded(
 
 def made(engine: Engine) -> list[int]:
     """Recordings of the base's steps, and of the passes of base, tuned and untuned model."""
-    steps = engine._search.base.decoder.graphs
+    steps = engine._search.base.expansion.decoder.graphs
     assert isinstance(steps, DecodeGraphs)
     return [len(steps.recordings), *(len(m.replays.recordings) for m in models_of(engine))]
 

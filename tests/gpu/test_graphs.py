@@ -36,7 +36,7 @@ def test_a_search_with_graphs_finds_the_same(
     compile: bool, expected: list[list[list[int]]]
 ) -> None:
     engine = engine_of(compile=compile)
-    graphs = engine._search.base.decoder.graphs
+    graphs = engine._search.base.expansion.decoder.graphs
     assert graphs is not None and len(graphs.recordings) > 5
     for _ in range(3):  # shapes that come again are recorded
         assert tokens(engine) == expected

@@ -42,7 +42,7 @@ class Recorded(NamedTuple):
         """``options``: of the engine."""
         with set_up_as_on_cuda(lambda _: recorder):
             engine = make_engine(*models, max_rows=max_rows, **options)
-        steps = engine._search.base.decoder.graphs
+        steps = engine._search.base.expansion.decoder.graphs
         assert steps is not None
         return cls(engine, steps, [model.replays for model in models_of(engine)])
 

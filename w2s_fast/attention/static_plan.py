@@ -202,10 +202,5 @@ class StaticPlan:
             self.copy_pages(count)
 
     @property
-    def nbytes(self) -> int:
-        """Of the buffer."""
-        return self.made.fields.nbytes
-
-    @property
     def _pairs(self) -> Tensor:
         return self.more[_COPIES].view(-1, 2)

@@ -21,12 +21,13 @@ class StaticPasses:
 
     Attributes:
         plans: of each model, with what was asked for beside it.
-        buffer: uint8 [n]. nbytes: what the host fills.
+        buffer: uint8 [nbytes].
         rooms: where each plan lies in the buffer. columns: offsets of what lies beside it.
     """
 
     plans: Sequence[StaticPlan]
     buffer: Tensor
+    nbytes: int
     rooms: list[PassRoom]
     columns: list[NDArray[np.int64]]
 
@@ -54,16 +55,13 @@ class StaticPasses:
                 for model, bucket, own, span in zip(models, buckets, made, spans)
             ],
             buffer=buffer,
+            nbytes=ends[-1],
             rooms=[own.room_at(span.start) for own, span in zip(made, spans)],
             columns=[
                 own.fields.offsets_of(wanted) + span.start
                 for own, wanted, span in zip(made, names, spans)
             ],
         )
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.buffer)
 
     def clear(self) -> None:
         """No row is left in any of them, and no token."""

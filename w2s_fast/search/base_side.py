@@ -36,10 +36,6 @@ class BaseSide:
         self.model = model
         self.expansion = Expansion(Decoder([model], vocab_size, graphs))
 
-    @property
-    def decoder(self) -> Decoder:
-        return self.expansion.decoder
-
     def enter(self, requests: Sequence[Request], most: list[int]) -> list[Request]:
         """Run what requests go on from: of new ones the prompt, of those set aside the hypotheses.
 
@@ -54,7 +50,8 @@ class BaseSide:
         prompts = [request.prompt for request in requests]
         entered = enter(self.model, _BASE, requests, prompts, most[_BASE], finishes=True)
         most[_BASE] = entered.left
-        self.expansion.decoded += (sum(entered.rows), len(entered.rows))
+        self.expansion.rows += sum(entered.rows)
+        self.expansion.passes += len(entered.rows)
         for request, adopted in entered.adopted.items():
             request.stats.cached_tokens += adopted
         return entered.waiting

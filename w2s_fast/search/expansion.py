@@ -32,25 +32,22 @@ class Drawn(NamedTuple):
 class Decoded(NamedTuple):
     """What decoding passes of the base have run."""
 
-    rows: int = 0
-    passes: int = 0
-
-    def __add__(self, other: tuple[int, ...]) -> Decoded:  # type: ignore[override]
-        rows, passes = other
-        return Decoded(self.rows + rows, self.passes + passes)
+    rows: int
+    passes: int
 
 
 class Expansion:
     """Draws tokens for candidates, in slots of the models that draw.
 
     Attributes:
-        decoded: so far, by the first of these models.
+        rows, passes: of all decoding passes of the first of these models, so far.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         """``decoder``: of the first models of a request's beams."""
         self.decoder = decoder
-        self.decoded = Decoded()
+        self.rows = 0
+        self.passes = 0
         self._models = decoder.models
         self._managers = [model.pool.manager for model in self._models]
 
@@ -71,7 +68,8 @@ class Expansion:
             with timed("decode_s", new + old):
                 draws = self._decode(beams, logits, steps)
         else:
-            self.decoded += (layout.num_sources + layout.rows * (steps - 1), steps)
+            self.rows += layout.num_sources + layout.rows * (steps - 1)
+            self.passes += steps
         return Drawn(list(requests), begun, draws)
 
     def first_logits(self, requests: Sequence[Request]) -> list[Tensor]:
@@ -81,7 +79,8 @@ class Expansion:
             ran = run_sources(model, index, requests)
             found.append(self.decoder.logits(index, ran.ends).index_select(0, ran.source))
             if index == 0:
-                self.decoded += (ran.rows, ran.passes)
+                self.rows += ran.rows
+                self.passes += ran.passes
         return found
 
     def _decode(self, beams: Sequence[Beams], logits: Sequence[Tensor], steps: int) -> Draws:
@@ -91,7 +90,8 @@ class Expansion:
             copies = fork_beams(beams, manager, index)
             slots, sampling, tree, fusion = lay_out_rows(beams, index)
             rows.append(GrowingRows(slots, RowTree(*tree), copies))
-        self.decoded += (len(slots) * (steps - 1), steps - 1)
+        self.rows += len(slots) * (steps - 1)
+        self.passes += steps - 1
         return self.decoder.run(
             rows,
             SamplingColumns(*sampling),

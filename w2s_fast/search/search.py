@@ -116,16 +116,17 @@ class Search:
     @property
     def decoded(self) -> Decoded:
         """All that decoding passes of the base have run so far."""
-        return self.base.expansion.decoded + self.fused.expansion.decoded
+        alone, together = self.base.expansion, self.fused.expansion
+        return Decoded(alone.rows + together.rows, alone.passes + together.passes)
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """For ``with``: what is decoded within does not count."""
         sides = self.base.expansion, self.fused.expansion
-        before = [side.decoded for side in sides]
+        before = [(side.rows, side.passes) for side in sides]
         yield
-        for side, decoded in zip(sides, before):
-            side.decoded = decoded
+        for side, counts in zip(sides, before):
+            side.rows, side.passes = counts
 
     @property
     def ahead(self) -> bool:
@@ -225,11 +226,11 @@ class Search:
             self._abort_failed(searching)
         # Whose scores are known, or who has none.
         known = (request for request in step.complete if request.fuses or not request.uses_guides)
-        done = [request for request in known if request.error is None]
-        plain = [request for request in done if not request.host_chooses]
-        keep_all(_beams(plain), self._managers)
-        _count_rounds(plain)
-        self._open_choices([request for request in done if request.host_chooses])
+        if done := [request for request in known if request.error is None]:
+            plain = [request for request in done if not request.host_chooses]
+            keep_all(_beams(plain), self._managers)
+            _count_rounds(plain)
+            self._open_choices([request for request in done if request.host_chooses])
 
     @inference
     def close(self, requests: Sequence[Request]) -> None:
@@ -354,7 +355,8 @@ class Search:
             if request.choice is not None and not request.asks_the_caller:
                 request.choice.decide()
                 at_once.append(request)
-        self.close(at_once)
+        if at_once:
+            self.close(at_once)
 
     def _enter(self, late: Sequence[Request], most: list[int]) -> set[Request]:
         """Run texts that requests go on from, as far as may be; those that have to wait still."""
