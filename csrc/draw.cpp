@@ -73,8 +73,9 @@ bool DrawLayout::some_dynamic() const {
 
 void DrawLayout::write_settings(std::span<std::byte> buffer, Columns columns,
                                 std::int64_t rows) const {
-    if (columns.size() != static_cast<std::size_t>(models() > 1 ? RowColumn::kCount
-                                                                : RowColumn::kBeta)) {
+    const bool fuses = !growing_.dynamic.empty();
+    if (columns.size() !=
+        static_cast<std::size_t>(fuses ? RowColumn::kCount : RowColumn::kBeta)) {
         throw PageMisuse("rows have other columns");
     }
     const auto put = [&](RowColumn column, const auto& values, auto spare, std::int64_t each = 1) {
@@ -90,7 +91,7 @@ void DrawLayout::write_settings(std::span<std::byte> buffer, Columns columns,
     put(RowColumn::kCandidate, growing_.candidate, std::int64_t{0});
     put(RowColumn::kPosition, growing_.position, std::int64_t{0});
     *field_of<std::int64_t>(buffer, columns[static_cast<std::size_t>(RowColumn::kTaken)], 1) = 0;
-    if (models() == 1) return;
+    if (!fuses) return;
     const std::int64_t growing = std::ssize(growing_.dynamic);
     if (growing != rows_ || growing_.betas.size() % static_cast<std::size_t>(growing) != 0) {
         throw PageMisuse("a row says nothing of how logits are fused");

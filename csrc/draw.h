@@ -24,7 +24,7 @@ enum class RowColumn {
     kPosition,     // int64, of the next token to be drawn
     kTaken,        // int64 [1], steps taken: none
     kCopies,       // int32 [2 rows], pairs of pages; -1 behind those that there are
-    // Where several models draw:
+    // Where logits are fused:
     kBeta,          // float32 [rows, guides]
     kPlausibility,  // float32 [rows]
     kDynamic,       // bool [rows]

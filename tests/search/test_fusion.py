@@ -12,11 +12,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.support.engines import found, make_engine
-from tests.support.recorded import Recorded, record_missed, replays
+from tests.support.engines import found
+from tests.support.recorded import record_missed, replays
+from tests.support.recorder import Recording, set_up_as_on_cuda
 from tests.support.reference import Reference, ReferenceGuide, ReferenceResult
 from tests.support.results import assert_same
-from tests.support.tiny_models import FAMILIES, VOCABULARY, tiny_model, tiny_triple
+from tests.support.tiny_models import FAMILIES, VOCABULARY, tiny_model
 from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.errors import InvalidRequest
 
@@ -31,6 +32,7 @@ GUIDES: tuple[Settings, ...] = (
     (("tuned", None, 1.0),),
     (("base", "untuned", 0.7),),
     (("tuned", "base", 1.3), ("other", None, 0.4)),
+    (("base", None, 0.6),),
 )
 
 
@@ -239,7 +241,7 @@ def test_a_model_with_two_roles_has_pages_once() -> None:
     def names(guides: Settings) -> int:
         return len(engine_and_reference("llama", (0,), guides)[0].stats().pools)
 
-    assert [names(guides) for guides in GUIDES] == [3, 4, 2, 2, 3]
+    assert [names(guides) for guides in GUIDES] == [3, 4, 2, 2, 3, 1]
 
 
 def test_one_beta_for_each_guide() -> None:
@@ -273,16 +275,33 @@ TOGETHER: list[dict[str, Any]] = [
 ]
 
 
+def recorded_engine(guides: Settings) -> Engine:
+    """An engine on its GPU path, and the same models as engine_and_reference("llama", (0,), ...)
+    in float32."""
+    of = models("llama", (0,), torch.float32)
+    with set_up_as_on_cuda(lambda _: Recording):
+        return Engine(
+            base=of["base"],
+            guides=[Guide(of[tuned], of[untuned], weight) for tuned, untuned, weight in guides],
+            device="cpu",
+            kv_cache_tokens=4096,
+            max_rows=64,
+        )
+
+
 @pytest.mark.parametrize("ahead", [False, True])
-def test_fusion_from_recordings_finds_the_same(ahead: bool) -> None:
-    models = tiny_triple(eos=(0,))
-    engine, *_ = Recorded.of(models, max_rows=64)
+@pytest.mark.parametrize("guides", GUIDES, ids=str)
+def test_fusion_from_recordings_finds_the_same(guides: Settings, ahead: bool) -> None:
+    plain, _ = engine_and_reference("llama", (0,), guides, dtype=torch.float32)
+    engine = recorded_engine(guides)
     engine._search._ahead = ahead
     graphs = engine._search.fused.expansion.decoder.graphs
     assert graphs is not None
-    requests = [SearchParams(**{"max_new_tokens": 12, **own}, seed=3) for own in TOGETHER]
+    dynamic = all(untuned is not None for _, untuned, _ in guides)
+    asked = [own for own in TOGETHER if dynamic or "dynamic_fusion" not in own.values()]
+    requests = [SearchParams(**{"max_new_tokens": 12, **own}, seed=3) for own in asked]
     prompts = [[1 + i, *range(2, 8)] for i in range(len(requests))]
-    expected = found(make_engine(*models).generate(prompts, requests))
+    expected = found(plain.generate(prompts, requests))
     for _ in range(3):
         assert found(engine.generate(prompts, requests)) == expected
         record_missed(engine)
