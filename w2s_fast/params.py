@@ -182,7 +182,11 @@ class SearchParams:
         allowed = "a finite number, a sequence of one for each guide, or None"
         if self.beta is None:
             return
-        if isinstance(self.beta, Sequence) and not isinstance(self.beta, str) and self.beta:
+        if (
+            isinstance(self.beta, Sequence)
+            and not isinstance(self.beta, (str, bytes))
+            and self.beta
+        ):
             object.__setattr__(self, "beta", tuple(self.beta))
             for one in self.beta:
                 _check_number("beta", one, -_FLOAT32_MAX, _FLOAT32_MAX, allowed)

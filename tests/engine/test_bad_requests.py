@@ -19,7 +19,7 @@ from tests.support.tiny_models import (
     VOCABULARY,
     tiny_model,
 )
-from w2s_fast import Engine, SearchParams
+from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.errors import (
     InvalidRequest,
     UnsupportedModel,
@@ -154,6 +154,24 @@ def test_no_prompts_give_no_results() -> None:
 def test_a_bad_size_of_the_engine_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=name):
         Engine(base=tiny_model("llama"), device="cpu", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("which", "source"),
+    [("base", None), ("base", 3), ("tuned", None), ("tuned", ["gpt2"]), ("untuned", 3)],
+)
+def test_what_is_no_model_is_refused_by_name(which: str, source: Any) -> None:
+    tiny = tiny_model("llama")
+    named = {"base": tiny, "tuned": tiny, "untuned": tiny, which: source}
+    guide = Guide(named["tuned"], named["untuned"])
+    with pytest.raises(InvalidRequest, match="allowed: a path, a hub id, or a loaded model"):
+        Engine(named["base"], guide, device="cpu", kv_cache_tokens=256)
+
+
+@pytest.mark.parametrize("guides", [[tiny_model("llama")], "gpt2", [None], 3])
+def test_what_is_no_guide_is_refused_by_name(guides: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"a guide is of type \w+; allowed: a Guide"):
+        Engine(tiny_model("llama"), guides, device="cpu", kv_cache_tokens=256)
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "", "./nowhere"])

@@ -333,7 +333,7 @@ def test_bad_requests_are_named() -> None:
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("beta", [math.nan, math.inf, "1", [], [1.0, math.nan], True]),
+        ("beta", [math.nan, math.inf, "1", b"1", [], [1.0, math.nan], True]),
         ("plausibility", [-0.1, 1.1, math.nan]),
         ("proposal", ["guides", None]),
     ],

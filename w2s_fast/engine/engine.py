@@ -111,10 +111,7 @@ class Engine:
         ):
             if value is not None:
                 _check_positive(name, value)
-        guides = [guides] if isinstance(guides, Guide) else list(guides or ())
-        for guide in guides:
-            if not isinstance(guide.weight, (int, float)) or not math.isfinite(guide.weight):
-                raise InvalidRequest(f"weight of a guide is {guide.weight!r}; allowed: a number")
+        guides = _checked_guides(guides)
         weighted = with_weights(scorers)
         where = pick_device(device)
         # Refused before models are loaded.
@@ -371,6 +368,18 @@ class Engine:
     def result(self, request: Request) -> SearchResult:
         """The result of a request that has ended; carries its error if it failed."""
         return result_of(request, self.tokenizer)
+
+
+def _checked_guides(given: Any) -> list[Guide]:
+    """One, several or none, as a list."""
+    guides = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    for guide in guides:
+        if not isinstance(guide, Guide):
+            kind = type(guide).__name__
+            raise InvalidRequest(f"a guide is of type {kind}; allowed: a Guide, or several of them")
+        if not isinstance(guide.weight, (int, float)) or not math.isfinite(guide.weight):
+            raise InvalidRequest(f"weight of a guide is {guide.weight!r}; allowed: a number")
+    return guides
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -109,7 +109,8 @@ def serve_models(
         InvalidRequest: there is no room for any tokens, or a template that cannot be used.
     """
     templates = templates_of(guides)
-    loaded: dict[Any, PreTrainedModel] = {}
+    # The base first: a path that is none is an error of its model, and not of its tokenizer.
+    loaded = {_key(base): load_model(base, device, dtype)}
     if tokenizer is None:
         tokenizer = load_tokenizer(base)
     tokenizers = {_key(base): tokenizer}

@@ -66,6 +66,7 @@ def load_model(
     otherwise left as it is.
 
     Raises:
+        InvalidRequest: that is nothing a model can be named by.
         UnsupportedModel: the folder or id cannot be read as a causal language model, or does not
             hold the whole of one; says what is missing or left over.
     """
@@ -74,6 +75,10 @@ def load_model(
         if source.device != device or (wanted is not None and source.dtype != wanted):
             nn.Module.to(source, device=device, dtype=wanted)
         return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise InvalidRequest(
+            f"a model is {source!r}; allowed: a path, a hub id, or a loaded model of transformers"
+        )
     name = os.path.expanduser(os.fspath(source))
     wanted = pick_dtype(dtype, device)
     _check_path(name)
