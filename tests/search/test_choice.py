@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.search.test_reference import EOS_SETS, decided, guide_models, prompts
+from tests.search.test_reference import EOS_SETS, guide_models, prompts
 from tests.support.engines import PROMPTS, SEARCH, assert_all_pages_free, found, make_engine, quiet
 from tests.support.reference import Reference, ReferenceGuide
-from tests.support.results import assert_same
+from tests.support.results import assert_all_found
 from tests.support.tiny_models import VOCABULARY, tiny_model, tiny_triple
 from w2s_fast import Engine, Guide, ScoredCandidate, SearchParams
 from w2s_fast.errors import InvalidRequest, ScorerFailure
@@ -105,11 +105,7 @@ def test_any_choice_is_that_of_the_reference(
 ) -> None:
     engine, reference = both(eos, *sides, page_size)
     # One candidate is nobody's choice, and needs guides no more than scorers.
-    expected = [reference.search(prompt, params) for prompt, params in requests]
-    assume(all(decided(e) for e in expected))
-    results = engine.generate([p for p, _ in requests], [s for _, s in requests])
-    for result, reference_result in zip(results, expected, strict=True):
-        assert_same(result, reference_result)
+    assert_all_found(engine, reference, requests)
     assert quiet(engine)
 
 
@@ -125,11 +121,7 @@ def test_any_choice_in_too_few_pages_is_the_same(
     """Copies find the room that was promised them, and requests that are set aside their copies."""
     engine, reference = both(EOS_SETS[2], *sides, 2, 176)
     requests = [replace(params, seed=seed) for seed in seeds]
-    expected = [reference.search([3, 5, 7, 2], p) for p in requests]
-    assume(all(decided(e) for e in expected))
-    results = engine.generate([[3, 5, 7, 2]] * len(requests), requests)
-    for result, reference_result in zip(results, expected, strict=True):
-        assert_same(result, reference_result)
+    assert_all_found(engine, reference, [([3, 5, 7, 2], p) for p in requests])
 
 
 def test_copies_of_a_candidate_go_on_by_themselves() -> None:

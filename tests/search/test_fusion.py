@@ -9,20 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.search.test_reference import EOS_SETS, prompts
 from tests.support.engines import found
 from tests.support.recorded import record_missed, replays
 from tests.support.recorder import Recording, set_up_as_on_cuda
-from tests.support.reference import Reference, ReferenceGuide, ReferenceResult
-from tests.support.results import assert_same
+from tests.support.reference import Reference, ReferenceGuide
+from tests.support.results import assert_all_found, assert_same, decided
 from tests.support.tiny_models import FAMILIES, VOCABULARY, tiny_model
 from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.errors import InvalidRequest
 
-MARGIN = 2e-5
-EOS_SETS: tuple[tuple[int, ...], ...] = ((), (0,), (3, 7), (1, 4, 8, 11))
 # Of each guide its tuned and its untuned model, and its weight.
 Settings = tuple[tuple[str, str | None, float], ...]
 PAIR: Settings = (("tuned", "untuned", 1.0),)
@@ -72,11 +71,6 @@ def engine_and_reference(
     return engine, reference
 
 
-def decided(expected: ReferenceResult) -> bool:
-    """Whether no draw and no selection hung on rounding."""
-    return expected.draw_margin > MARGIN and expected.score_margin > MARGIN
-
-
 @st.composite
 def fused_params(draw: st.DrawFn, dynamic: bool = True) -> SearchParams:
     method = draw(st.sampled_from(["fusion", "dynamic_fusion", "cbs", "bon", "sample"]))
@@ -112,9 +106,6 @@ def fused_params(draw: st.DrawFn, dynamic: bool = True) -> SearchParams:
     )
 
 
-prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=7)
-
-
 @settings(max_examples=60)
 @given(
     family=st.sampled_from(FAMILIES),
@@ -131,11 +122,7 @@ def test_any_fusion_finds_what_the_reference_finds(
     requests = data.draw(
         st.lists(st.tuples(prompts, fused_params(dynamic)), min_size=1, max_size=3)
     )
-    expected = [reference.search(prompt, params) for prompt, params in requests]
-    assume(all(decided(e) for e in expected))
-    results = engine.generate([p for p, _ in requests], [s for _, s in requests])
-    for result, reference_result in zip(results, expected, strict=True):
-        assert_same(result, reference_result)
+    assert_all_found(engine, reference, requests)
     assert all(pool.used_pages == 0 for pool in engine.stats().pools.values())
 
 
@@ -151,11 +138,7 @@ def test_any_fusion_in_too_few_pages_finds_the_same(
     # Room for one request of the largest kind, 9 rows of 10 tokens and one page, and little more.
     engine, reference = engine_and_reference("llama", eos, PAIR, 2, 132)
     requests = [SearchParams(**{**vars(params), "seed": seed}) for seed in seeds]
-    expected = [reference.search([3, 5, 7, 2], p) for p in requests]
-    assume(all(decided(e) for e in expected))
-    results = engine.generate([[3, 5, 7, 2]] * len(requests), requests)
-    for result, reference_result in zip(results, expected, strict=True):
-        assert_same(result, reference_result)
+    assert_all_found(engine, reference, [([3, 5, 7, 2], p) for p in requests])
 
 
 SAMPLED: dict[str, Any] = {"n": 3, "max_new_tokens": 12, "temperature": 1.0, "trace": True}

@@ -10,14 +10,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.support.reference import Reference, ReferenceGuide, ReferenceResult
-from tests.support.results import assert_same
+from tests.support.reference import Reference, ReferenceGuide
+from tests.support.results import assert_all_found, assert_same, decided
 from tests.support.tiny_models import FAMILIES, VOCABULARY, tiny_model
 from w2s_fast import Engine, Guide, SearchParams
 
-# Rounding may decide otherwise where a draw or two scores are as close as this; eager attention
-# has its softmax in float32 whatever the model's type.
-MARGIN = 2e-5
 EOS_SETS: tuple[tuple[int, ...], ...] = ((), (0,), (3, 7), (1, 4, 8, 11))
 WEIGHTS: tuple[tuple[float, ...], ...] = ((1.0,), (0.5, -1.5), (2.0, 0.0))
 
@@ -59,11 +56,6 @@ def engine_and_reference(
         eos_token_ids=eos,
     )
     return engine, reference
-
-
-def decided(expected: ReferenceResult) -> bool:
-    """Whether no draw and no selection hung on rounding."""
-    return expected.draw_margin > MARGIN and expected.score_margin > MARGIN
 
 
 @st.composite
@@ -111,11 +103,7 @@ def test_any_search_finds_what_the_reference_finds(
     requests: list[tuple[list[int], SearchParams]],
 ) -> None:
     engine, reference = engine_and_reference(family, eos, weights, page_size)
-    expected = [reference.search(prompt, params) for prompt, params in requests]
-    assume(all(decided(e) for e in expected))
-    results = engine.generate([p for p, _ in requests], [s for _, s in requests])
-    for result, reference_result in zip(results, expected, strict=True):
-        assert_same(result, reference_result)
+    assert_all_found(engine, reference, requests)
 
 
 @settings(max_examples=25)
@@ -130,11 +118,7 @@ def test_any_search_in_too_few_pages_finds_the_same(
     # Room for one request of the largest kind, 12 rows of 12 tokens and one page, and no more.
     engine, reference = engine_and_reference("llama", eos, (1.0,), 2, 176)
     requests = [SearchParams(**{**vars(params), "seed": seed}) for seed in seeds]
-    expected = [reference.search([3, 5, 7, 2], p) for p in requests]
-    assume(all(decided(e) for e in expected))
-    results = engine.generate([[3, 5, 7, 2]] * len(requests), requests)
-    for result, reference_result in zip(results, expected, strict=True):
-        assert_same(result, reference_result)
+    assert_all_found(engine, reference, [([3, 5, 7, 2], p) for p in requests])
 
 
 @settings(max_examples=25)

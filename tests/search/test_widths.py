@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.search.test_reference import EOS_SETS, decided, engine_and_reference, prompts
+from tests.search.test_reference import EOS_SETS, engine_and_reference, prompts
 from tests.support.engines import assert_all_pages_free, found, make_engine
-from tests.support.results import assert_same
+from tests.support.results import assert_all_found, assert_same, decided
 from tests.support.tiny_models import tiny_triple
 from w2s_fast import Engine, SearchParams
 from w2s_fast._pages import round_pages, round_rows
@@ -63,11 +63,7 @@ def test_any_widths_find_what_the_reference_finds(
     eos: tuple[int, ...], page_size: int, requests: list[tuple[list[int], SearchParams]]
 ) -> None:
     engine, reference = engine_and_reference("llama", eos, (1.0,), page_size)
-    expected = [reference.search(prompt, params) for prompt, params in requests]
-    assume(all(decided(e) for e in expected))
-    results = engine.generate([p for p, _ in requests], [s for _, s in requests])
-    for result, reference_result in zip(results, expected, strict=True):
-        assert_same(result, reference_result)
+    results = assert_all_found(engine, reference, requests)
     for (prompt, params), result in zip(requests, results, strict=True):
         (alone,) = engine.generate([prompt], params)
         assert found([alone]) == found([result])
@@ -82,11 +78,7 @@ def test_any_widths_in_too_few_pages_find_the_same(params: SearchParams, seeds: 
     # Room for one request of the largest kind, 12 rows of 12 tokens and one page, and no more.
     engine, reference = engine_and_reference("llama", EOS_SETS[2], (1.0,), 2, 176)
     requests = [SearchParams(**{**vars(params), "seed": seed}) for seed in seeds]
-    expected = [reference.search([3, 5, 7, 2], p) for p in requests]
-    assume(all(decided(e) for e in expected))
-    results = engine.generate([[3, 5, 7, 2]] * len(requests), requests)
-    for result, reference_result in zip(results, expected, strict=True):
-        assert_same(result, reference_result)
+    assert_all_found(engine, reference, [([3, 5, 7, 2], p) for p in requests])
 
 
 @pytest.mark.parametrize("values", [SPECULATIVE, TREE, GROWING], ids=["rejection", "tree", "wider"])
