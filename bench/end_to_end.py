@@ -5,7 +5,8 @@
 
 Models have random weights in bfloat16. A row is one way to run one number of requests: the engine
 plainly, with CUDA graphs, and with graphs of compiled models; transformers' ``generate`` of as many
-rows, which scores nothing; and the search as it was released, of one request. Then what NVIDIA
+rows, which scores nothing; the search as it was released, of one request; and as many rows of
+fused logits, and of four beams a request, a token at a time with graphs. Then what NVIDIA
 published for 256 rows of three tokens (SID-GR, Qwen3-1.7B, one H100), here drawn without a guide.
 Beside the JSON a text shows the kernels of one round of each search with graphs, and its gaps.
 """
@@ -20,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -52,9 +53,12 @@ from w2s_fast import Engine, Guide, SearchParams
 ROWS = 16  # of a request: W=K=4
 PLAIN, GRAPHS, COMPILED = "plain", "graphs", "graphs+compile"
 GENERATE, RELEASED = "generate", "released"
-_BESIDE_ROUNDS = 3  # of the baselines
+FUSION, BEAM = "fusion", "beam"  # methods whose steps are tokens
+_BESIDE_ROUNDS = 3  # of the baselines, and of methods without rounds
 # Seconds that have to be left for a way to be begun: estimates, to lose no row that is under way.
-_ASKS = {PLAIN: 15, GRAPHS: 30, COMPILED: 100, GENERATE: 10, RELEASED: 10}
+_ASKS = {
+    PLAIN: 15, GRAPHS: 30, COMPILED: 100, GENERATE: 10, RELEASED: 10, FUSION: 20, BEAM: 15,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -288,6 +292,41 @@ def released_row(
     yield Row(setting.name, 1, RELEASED, ms, peak_gb=_peak_gb(bench.device))
 
 
+def method_rows(
+    bench: Bench, setting: Setting, base: PreTrainedModel, guides: list[PreTrainedModel], way: str
+) -> Iterator[Row]:
+    """A chunk's tokens by a method whose steps are tokens, without the prompts."""
+    fused = SearchParams(method="fusion", n=ROWS, ignore_eos=True)
+    beams = SearchParams(method="beam", beam_width=4, ignore_eos=True)
+    longest = (1 + _BESIDE_ROUNDS) * setting.chunk
+    own = setting.prompt + ROWS * (longest + 2 * setting.page_size)
+    engine = engine_for(
+        base, guides if way == FUSION else [], GRAPHS,
+        max_rows=ROWS * max(setting.requests),
+        kv_cache_tokens=max(setting.requests) * own * 11 // 10,
+        page_size=setting.page_size,
+    )  # fmt: skip
+    for requests in setting.requests:
+        if bench.seconds.left < 0:
+            print(f"left out, for want of time: {setting.name} {way} {requests}", flush=True)
+            continue
+        prompts = setting.prompts(requests)
+
+        def seconds(chunks: int, prompts: list[list[int]] = prompts) -> float:
+            params = replace(
+                fused if way == FUSION else beams, max_new_tokens=chunks * setting.chunk
+            )
+            begin = time.perf_counter()
+            engine.generate(prompts, params, progress=False)
+            synchronize(bench.device)
+            return time.perf_counter() - begin
+
+        for _ in range(SETTLED):  # shapes that come again are recorded
+            seconds(1 + _BESIDE_ROUNDS)
+        ms = 1e3 * (seconds(1 + _BESIDE_ROUNDS) - seconds(1)) / _BESIDE_ROUNDS
+        yield Row(setting.name, requests, way, ms, peak_gb=_peak_gb(bench.device))
+
+
 def run_setting(bench: Bench, setting: Setting, ways: Sequence[str]) -> None:
     """These ways, with models of their own."""
     if not any(bench.has_time_for(setting.name, way) for way in ways):
@@ -303,6 +342,8 @@ def run_setting(bench: Bench, setting: Setting, ways: Sequence[str]) -> None:
         if way == GENERATE or not bench.has_time_for(name, way):
             continue
         rows = released_row if way == RELEASED else functools.partial(search_rows, way=way)
+        if way in (FUSION, BEAM):
+            rows = functools.partial(method_rows, way=way)
         bench.attempt(name, way, functools.partial(rows, bench, setting, base, guides))
 
 
@@ -383,7 +424,7 @@ def run(bench: Bench) -> None:
     xl = Setting("gpt2-xl", shapes.GPT2_XL, shapes.GPT2, (1, 16, 64), 5, 512, 10)
     eight = Setting("8B", shapes.LARGE, shapes.LARGE, (1, 16), 30, 512, 3)
     many = Setting("8B", shapes.LARGE, shapes.LARGE, (64,), 30, 512, 2)
-    run_setting(bench, xl, [GENERATE, RELEASED, GRAPHS, PLAIN])
+    run_setting(bench, xl, [GENERATE, RELEASED, GRAPHS, PLAIN, FUSION, BEAM])
     run_setting(bench, eight, [GENERATE, RELEASED, GRAPHS, PLAIN])
     asked = [
         Wide(1, 1000, 17.6),
@@ -406,7 +447,7 @@ def dry_run(bench: Bench) -> None:
     Pages are small: on a CPU a recorded row computes with all keys that there is room for.
     """
     tiny = Setting("tiny", shapes.TINY, shapes.TINY, (1, 2), 3, 20, 1, page_size=4)
-    run_setting(bench, tiny, [GENERATE, RELEASED, GRAPHS, PLAIN])
+    run_setting(bench, tiny, [GENERATE, RELEASED, GRAPHS, PLAIN, FUSION, BEAM])
     config = shapes.qwen3(1, 32, 4, 2, 8, 48, 97)
     asked = [Wide(1, 20), Wide(2, 40)]
     bench.attempt("wide", GRAPHS, lambda: wide_rows(bench, "wide", config, asked, 4))

@@ -38,12 +38,17 @@ from tests.support.tiny_models import tiny_model, tiny_rope
 from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.kernels.copy_pages import library_path
 
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [2, 2]]
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [2, 2], [3, 9], [1, 4, 4], [8]]
 PARAMS = [
     SearchParams(beam_width=2, successors=3, chunk_length=3, max_new_tokens=12),
     SearchParams(beam_width=3, successors=2, chunk_length=2, max_new_tokens=12, top_k=0, top_p=0.9),
     SearchParams(method="bon", successors=4, n=2, max_new_tokens=10, top_k=0),
     SearchParams(method="sample", n=3, max_new_tokens=9, min_p=0.05),
+    SearchParams(method="fusion", n=3, max_new_tokens=9, plausibility=0.05),
+    SearchParams(
+        proposal="dynamic_fusion", beam_width=2, successors=2, chunk_length=3, max_new_tokens=9
+    ),
+    SearchParams(method="beam", beam_width=3, n=2, max_new_tokens=10),
 ]
 HALF = torch.bfloat16
 USUAL = SearchParams(max_new_tokens=40, ignore_eos=True)

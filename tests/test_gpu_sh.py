@@ -87,9 +87,10 @@ def test_a_dry_run_of_the_search_compares_the_ways(tmp_path: Path) -> None:
     assert [(row["way"], row["requests"]) for row in searches] == [
         ("generate", 1), ("generate", 2), ("released", 1),
         ("graphs", 1), ("graphs", 2), ("plain", 1), ("plain", 2),
+        ("fusion", 1), ("fusion", 2), ("beam", 1), ("beam", 2),
     ]  # fmt: skip
     assert all(row["ms"] > 0 and not row["error"] for row in report["rows"])
-    for row in searches[3:]:
+    for row in searches[3:7]:
         assert 0 < row["host_ms"] <= row["ms"] and row["set_up_s"] > 0
         assert min(row["decode_ms"], row["scoring_ms"]) > 0
         assert row["decode_ms"] + row["scoring_ms"] <= row["ms"]
@@ -233,8 +234,13 @@ def test_what_fails_is_a_row_and_the_others_go_on(
     out = tmp_path / "search.json"
     assert bench.end_to_end.main(["--dry-run", "--out", str(out)]) == 1
     rows = json.loads(out.read_text())["rows"]
-    assert [row["way"] for row in rows] == ["generate", "generate", "released", "graphs", "plain"]
-    assert [row["error"] for row in rows] == [""] * 3 + ["RuntimeError: for the test"] * 2
+    assert [row["way"] for row in rows] == [
+        *("generate", "generate", "released", "graphs", "plain"),
+        *("fusion", "fusion", "beam", "beam"),
+    ]
+    assert [row["error"] for row in rows] == [""] * 3 + ["RuntimeError: for the test"] * 2 + [
+        ""
+    ] * 4
 
 
 def test_nothing_is_begun_when_time_is_up(

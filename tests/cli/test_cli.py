@@ -76,6 +76,33 @@ def test_widths_by_round_reach_the_search(models: DemoModels) -> None:
     assert [len(one["kept"]) for one in rounds][:2] == [6, 3]
 
 
+def test_logits_are_fused_as_asked(models: DemoModels) -> None:
+    def found(*options: str) -> Any:
+        common = ["--json", "--temperature", "1", *named(models), *SMALL]
+        result = run("generate", "x", *common, *options)
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    plain = found("--method", "sample")
+    assert found("--method", "fusion", "--beta", "0")["token_ids"] == plain["token_ids"]
+    fused = found("--method", "fusion", "--beta", "40")
+    assert fused["token_ids"] != plain["token_ids"] and fused["score"] > 0
+    greedy = found("--method", "fusion", "--beta", "0", "--plausibility", "1")
+    assert greedy["token_ids"] == found("--method", "sample", "--top-k", "1")["token_ids"]
+    assert found("--method", "dynamic_fusion")["score"] is not None
+    ranked = found("--method", "bon", "--proposal", "fusion", "--successors", "2", "--beta", "40")
+    assert ranked["score"] >= fused["score"]
+
+
+def test_a_guide_may_have_no_untuned_model(models: DemoModels) -> None:
+    alone = ["--base", str(models.base), "--tuned", str(models.tuned), "--untuned", "none"]
+    result = run("generate", "x", "--json", *alone, *SMALL)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["score"] < 0  # a log-prob
+    refused = run("generate", "x", *alone, "--method", "dynamic_fusion", *SMALL)
+    assert refused.exit_code != 0 and "dynamic_fusion compares" in refused.stderr
+
+
 def test_beams_are_searched_with_their_own_options(models: DemoModels) -> None:
     def scores(*options: str) -> list[float]:
         beam = ["--method", "beam", "--beam-width", "3", "-n", "3", *options]

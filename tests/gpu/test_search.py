@@ -13,12 +13,17 @@ from transformers import PreTrainedModel
 from tests.support.tiny_models import tiny_model
 from w2s_fast import Engine, Guide, SearchParams, SearchResult
 
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [2, 2]]
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [2, 2], [3, 9], [1, 4, 4], [8]]
 PARAMS = [
     SearchParams(beam_width=2, successors=3, chunk_length=3, max_new_tokens=12, trace=True),
     SearchParams(beam_width=3, successors=2, chunk_length=2, max_new_tokens=12, top_k=0, top_p=0.9),
     SearchParams(method="bon", successors=4, n=2, max_new_tokens=10, top_k=0),
     SearchParams(method="sample", n=3, max_new_tokens=9, min_p=0.05),
+    SearchParams(method="fusion", n=3, max_new_tokens=9, plausibility=0.05),
+    SearchParams(
+        proposal="dynamic_fusion", beam_width=2, successors=2, chunk_length=3, max_new_tokens=9
+    ),
+    SearchParams(method="beam", beam_width=3, n=2, max_new_tokens=10),
 ]
 # How far a score of 12 tokens may be from one computed in another order, in nats.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.2, torch.bfloat16: 1.5}
@@ -62,7 +67,7 @@ def test_scores_are_those_of_a_recomputation(dtype: torch.dtype) -> None:
     engine = Engine(base, Guide(tuned, untuned), device="cuda", kv_cache_tokens=4096)
     for prompt, result in zip(PROMPTS, results(engine)):
         for h in result.hypotheses:
-            if h.score is None:
+            if not h.token_scores:  # no guide has scored it
                 continue
             above, below = (eager_logprobs(m, prompt, h.token_ids) for m in (tuned, untuned))
             assert h.score == pytest.approx(float((above - below).sum()), abs=TOLERANCE[dtype])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from w2s_fast.errors import (
     InvalidRequest,
     NumericalError,
 )
+from w2s_fast.models import PagedModel
 
 SEARCHED = SearchParams(beam_width=2, successors=2, chunk_length=2, max_new_tokens=6, trace=True)
 FUSED = replace(SEARCHED, proposal="fusion")
@@ -144,3 +146,57 @@ def test_an_exception_out_of_a_model_leaves_no_page_behind(which: int, call: int
     assert isinstance(raised.value.__cause__, MemoryError)
     assert_all_pages_free(e)
     assert found(e.generate(PROMPTS, MIXED)) == found(engine().generate(PROMPTS, MIXED))
+
+
+def logits_with(value: float, token: int) -> Any:
+    """PagedModel.logits, with this value for a token of the model named ``untuned``."""
+    inner = PagedModel.logits
+
+    def logits(self: PagedModel, hidden: torch.Tensor) -> torch.Tensor:
+        found = inner(self, hidden)
+        if self.name == "untuned":
+            found = found.clone()
+            found[:, token] = value
+        return found
+
+    return mock.patch.object(PagedModel, "logits", logits)
+
+
+def test_a_sum_of_sound_logits_that_is_not_finite_is_named() -> None:
+    """What one guide's model forbids, and the other does not, would be drawn for certain."""
+    made = make_engine(*tiny_triple(eos=()))
+    params = SearchParams(method="fusion", max_new_tokens=6, ignore_eos=True)
+    with logits_with(-math.inf, 5):
+        (result,) = made.generate([[1, 2]], params, on_error="return")
+        # Against the guides it is never drawn.
+        (against,) = made.generate([[1, 2]], replace(params, beta=-1.0), on_error="return")
+    assert isinstance(result.error, NumericalError)
+    assert "the base and its guides" in str(result.error) or "untuned" in str(result.error)
+    assert against.error is None and 5 not in against.token_ids
+    assert_all_pages_free(made)
+
+
+def test_a_token_that_all_guides_forbid_is_the_bases_to_draw() -> None:
+    """-inf minus -inf counts as 0, in the fused logits and in the score."""
+    models = tiny_triple(eos=())
+    made = make_engine(*models)
+    plain = make_engine(*models)
+    params = SearchParams(method="fusion", max_new_tokens=6, beta=0.0, n=4, ignore_eos=True)
+    wanted = plain.generate([[1, 2]], params)
+    token = wanted[0].token_ids[0]
+    inner = PagedModel.logits
+
+    def logits(self: PagedModel, hidden: torch.Tensor) -> torch.Tensor:
+        found = inner(self, hidden)
+        if self.name != "base":
+            found = found.clone()
+            found[:, token] = -math.inf
+        return found
+
+    with mock.patch.object(PagedModel, "logits", logits):
+        (result,) = made.generate([[1, 2]], replace(params, beta=1.0), on_error="return")
+        (same,) = made.generate([[1, 2]], params)
+    assert result.error is None
+    assert [h.token_ids for h in same.hypotheses] == [h.token_ids for h in wanted[0].hypotheses]
+    first = same.hypotheses[0]
+    assert first.token_ids[0] == token and first.token_scores[0] == 0
