@@ -108,6 +108,70 @@ def test_a_draw_as_a_recording_is_given_it(manager: PageManager, more: int) -> N
 
 
 @pytest.mark.parametrize("more", [0, 3])
+def test_a_draw_of_several_models_as_a_recording_is_given_it(more: int) -> None:
+    managers = [PageManager(200, PAGE, 64, 20) for _ in range(3)]
+    prompts = ([1, 2, 3, 4, 5, 6], [7, 8, 9], [2, 4])  # of base and guide, all but one token there
+    params = SearchParams(method="fusion", n=3, max_new_tokens=9, beta=0.25, plausibility=0.5)
+    beams = [Request(prompts[0], prompts[1:], params, eos_ids=EOS, betas=[0.25, -1]).beams]
+    begin_rounds(beams)
+    for model, (manager, prompt) in enumerate(zip(managers, prompts)):
+        root = manager.allocate(1)
+        manager.reserve(root, np.array([len(prompt) - 1], np.int32))
+        manager.extend(root, np.array([len(prompt) - 1], np.int32))
+        beams[0].set_kept_slots(model, root)
+    layout = DrawLayout(beams, managers)
+    assert (layout.rows, layout.tokens, layout.max_new, layout.num_sources) == (3, 1, 1, 1)
+    layout.begin(STEPS, SPLIT_KEYS, SPLIT_QUERIES)
+    assert layout.some_plausible and not layout.some_dynamic
+    for model, (manager, prompt) in enumerate(zip(managers, prompts)):
+        slots, *_ = lay_out_rows(beams, model)
+        assert manager.lengths[slots].tolist() == [len(prompt) + STEPS - 1] * 3
+
+    def laid_out(which: int, wanted: list[list[tuple[str, str, int]]], write: Any) -> list[Any]:
+        """What is written for each model: its columns first, and its plan behind them."""
+        pieces, rooms, offsets, begin = [], [], [], 0
+        for bounds, own in zip(layout.bounds, wanted):
+            made, _ = columns(own)
+            plan, _ = fields(bounds[which], more)
+            rooms.append(plan.room_at(begin + made.nbytes))
+            offsets.append(made.offsets + begin)
+            pieces.append((made, slice(begin, begin + made.nbytes)))
+            begin += made.nbytes + plan.fields.nbytes
+        whole = torch.full((begin,), 77, dtype=torch.uint8)
+        write(whole.numpy(), rooms, offsets)
+        return [
+            {n: c.tolist() for n, c in made.cut(whole[own].clone()).items()} for made, own in pieces
+        ]
+
+    of_sources = [[("tokens", "int64", 1 + more), ("last", "int64", 1 + more)] for _ in range(3)]
+    of_sources[0].append(("source", "int64", 3 + more))
+    found = laid_out(0, of_sources, lambda *to: layout.write_sources(*to, 3 + more))
+    assert [one["tokens"] for one in found] == [[p[-1], *[0] * more] for p in prompts]
+    assert [one["last"] for one in found] == [[0] * (1 + more)] * 3
+    assert found[0]["source"] == [0] * (3 + more)
+
+    rows = 3 + more
+    settings = [(name, dtype, rows) for name, dtype in zip(ROWS, DTYPES)]
+    copies = ("copies", "int32", 2 * rows)
+    fused = [("beta", "float32", 2 * rows), ("plausibility", "float32", rows)]
+    first = [*settings, ("taken", "int64", 1), copies, *fused, ("dynamic", "bool", rows)]
+    found = laid_out(1, [first, [copies], [copies]], layout.write_rows)
+    assert found[0]["beta"] == [0.25, -1.0] * 3 + [0.0, 0.0] * more
+    assert found[0]["plausibility"] == pytest.approx([np.log(0.5)] * 3 + [-np.inf] * more)
+    assert found[0]["dynamic"] == [False] * rows
+    assert found[0]["candidate"] == [0, 1, 2, *[0] * more]
+    for one, count, prompt in zip(found, layout.num_copies, prompts):
+        # Prompts that end within a page: each child but the first gets a copy of it.
+        assert count == (2 if len(prompt) % PAGE else 0)
+        pairs = np.reshape(one["copies"], (-1, 2)).tolist()
+        assert pairs[count:] == [[-1, -1]] * (rows - count)
+    with pytest.raises(PageMisuse, match="other columns"):
+        laid_out(1, [first[:9], [copies], [copies]], layout.write_rows)
+    with pytest.raises(PageMisuse, match="other models"):
+        laid_out(1, [first, [copies]], layout.write_rows)
+
+
+@pytest.mark.parametrize("more", [0, 3])
 def test_a_selection_as_a_recording_is_given_it(manager: PageManager, more: int) -> None:
     """Indices of tokens are those of a buffer with more rows than were drawn."""
     beams = drawing(manager)

@@ -67,7 +67,7 @@ class FusedSide:
             draws.room,
             self._terms,
         ):
-            name = self._models[model].name if model >= 0 else "what the base and its guides give"
+            name = self._models[model].name if model >= 0 else "base and guides, fused"
             request = drawn.requests[index]
             request.error = request.error or NumericalError.at(name, position)
         self._remember([request for request in drawn.begun if request.error is None])
