@@ -21,6 +21,7 @@ from bench.kernel_cases import Case, Scale, cases
 from bench.kernels import rates
 from bench.machine import cores
 from bench.timing import Limits, ToldClock, Walk
+from w2s_fast.models import onednn
 
 CLOCK = ToldClock()  # of the device, whose times events take
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,3 +101,26 @@ def test_attention(
     with torch.inference_mode():
         timed(lambda _: ways["tree"](), [None])
     benchmark.extra_info |= {"shape": vars(shape), "history": history, "rows": len(case.slots)}
+
+
+# [width, outputs] of GPT-2's head and of its MLP, whose weights lie the other way round.
+PRODUCTS = {"head": (768, 50_257), "fc": (768, 3072), "proj": (3072, 768)}
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="of a CPU")
+@pytest.mark.parametrize("by", ["onednn", "torch"])
+@pytest.mark.parametrize("rows", [1, 4, 16, 64])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_product(
+    benchmark: BenchmarkFixture, timed: Timed, sizes: Sizes, product: str, rows: int, by: str
+) -> None:
+    width, outputs = (16, 97) if sizes == "quick" else PRODUCTS[product]
+    weights = [torch.randn(outputs, width) for _ in range(1 if product == "head" else 8)]
+    if product != "head":
+        weights = [weight.T.contiguous().T for weight in weights]
+    bias = None if product == "head" else torch.randn(outputs)
+    hidden = torch.randn(rows, width)
+    multiply = onednn if by == "onednn" else torch.nn.functional.linear
+    with torch.inference_mode():
+        timed(lambda weight: multiply(hidden, weight, bias), weights)
+    benchmark.extra_info |= {"width": width, "outputs": outputs}

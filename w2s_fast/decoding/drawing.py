@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from w2s_fast.attention import StaticPlan
@@ -76,8 +75,7 @@ class Drawing(NamedTuple):
         """The same from logits of each model [S, V]."""
         if fusion is None:
             return sampling.draw(logits[0]), None
-        draw, others = fusion.draw(logits, self.guides, sampling)
-        return draw, torch.stack(others) if others else logits[0].new_empty(0, len(draw.tokens))
+        return fusion.draw(logits, self.guides, sampling)
 
     def logits(self, model: int, hidden: Tensor) -> Tensor:
         """Hidden states [N, D] of a model -> logits [N, vocab_size]."""

@@ -92,17 +92,22 @@ class Fusion(NamedTuple):
 
     def draw(
         self, logits: Sequence[Tensor], guides: GuideRoles, sampling: SamplingBatch
-    ) -> FusedDraw:
+    ) -> tuple[Draw, Tensor]:
         """Draw a token for each row.
 
         Args:
             logits: of each model [S, V], the base first.
+
+        Returns:
+            What was drawn, with the base's log-probs, +inf where only the fused logits are broken;
+            and the other models' log-probs of it, float32 [M - 1, S].
         """
         tokens, fused = sampling.draw(self.mix(logits, guides))
-        base, *others = (token_logprob(own, tokens) for own in logits)
+        logprobs = torch.stack([token_logprob(own, tokens) for own in logits])
+        base = logprobs[0]
         # Where only their sum is broken, it has to be seen by other means than the base's NaN.
         broken = fused.isfinite().logical_not_() & base.isfinite()
-        return FusedDraw(Draw(tokens, base.masked_fill(broken, torch.inf)), others)
+        return Draw(tokens, base.masked_fill(broken, torch.inf)), logprobs[1:]
 
     def mix(self, logits: Sequence[Tensor], guides: GuideRoles) -> Tensor:
         """The fused logits, float32 [S, V]."""
@@ -120,18 +125,6 @@ class Fusion(NamedTuple):
         for g, (tuned, untuned) in enumerate(pairs):
             fused = fuse_logits(fused, tuned[None], untuned[None], beta[g : g + 1])
         return fused
-
-
-class FusedDraw(NamedTuple):
-    """What a step drew from several models.
-
-    Attributes:
-        draw: with the base's log-probs; +inf where only the fused logits are broken.
-        others: the other models' log-probs of these tokens, float32 [S] each.
-    """
-
-    draw: Draw
-    others: list[Tensor]
 
 
 def _of_untuned(logits: Sequence[Tensor], untuned: int | None) -> Tensor:

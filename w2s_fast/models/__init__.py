@@ -7,6 +7,7 @@ The room knows no sampling, no beams and no text.
 
 from w2s_fast.models.activations import activations_of
 from w2s_fast.models.body import Body, run_body
+from w2s_fast.models.forwards import onednn
 from w2s_fast.models.inference import inference
 from w2s_fast.models.limits import main_memory
 from w2s_fast.models.load import (
@@ -41,6 +42,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "main_memory",
+    "onednn",
     "pick_device",
     "pick_dtype",
     "read_as",

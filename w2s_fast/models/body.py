@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from w2s_fast.attention import ATTENTION_NAME, Attends
 from w2s_fast.errors import UnsupportedModel
+from w2s_fast.models.forwards import forward_of
 from w2s_fast.models.inference import inference
 from w2s_fast.models.view import ModelView
 
@@ -23,7 +24,8 @@ Body = Callable[..., Any]
 def view_of(model: PreTrainedModel, name: str, attention: str = ATTENTION_NAME) -> ModelView:
     """A view of the model, named as errors call it. UnsupportedModel: it cannot have one."""
     try:
-        return ModelView(model, attention)
+        # What pages are compared with is the model's own in its products, too.
+        return ModelView(model, attention, forward_of if attention == ATTENTION_NAME else None)
     except Exception as error:  # a model's modules may hold anything
         raise refuse(model, name, f"no view of its modules can be made: {error}") from error
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from w2s_fast.kernels.linear_logprob_partials import Partials, linear_logprob_partials
 from w2s_fast.kernels.token_logprob import token_logprob
 from w2s_fast.models.body import refuse
+from w2s_fast.models.forwards import goes_to_onednn, onednn
 from w2s_fast.models.inference import inference
 
 # Rows of logits that begin anywhere, as those of GPT-2's 50,257 ids, are written and read by single
@@ -78,9 +79,8 @@ class LMHead:
         head = self.module
         if self._padded is not None and _is_plain(head):
             head = self._padded
-        if type(head) is nn.Linear and _is_plain(head) and _goes_to_onednn(hidden, head.weight):
-            linear = torch.ops.mkldnn._linear_pointwise
-            logits: Tensor = linear(hidden, head.weight, head.bias, "none", [], "")
+        if type(head) is nn.Linear and _is_plain(head) and goes_to_onednn(hidden, head.weight):
+            logits = onednn(hidden, head.weight, head.bias)
         else:
             logits = head(hidden)
         if self.scale != 1.0:
@@ -114,17 +114,6 @@ class LMHead:
         ]
         none = hidden.new_zeros(0, dtype=torch.float32)
         return Partials.of_logprobs(torch.cat(blocks) if blocks else none)
-
-
-def _goes_to_onednn(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN has the product: torch leaves those in float32 on a CPU to its BLAS.
-
-    For 2 to 32 rows and a head of 50,257 x 768 it takes 0.3 to 0.8 of MKL's processor time (AMD
-    EPYC, one thread and two).
-    """
-    if weight.device.type != "cpu" or not hidden.dtype is weight.dtype is torch.float32:
-        return False
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _padded(head: nn.Linear) -> nn.Linear | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType
 from typing import Any, cast
 
@@ -21,6 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 _SHARED = frozenset(vars(nn.Module())) - {"training", "_modules", "_buffers"}
 # Compiled code of the caller's own modules, of which it runs the forward.
 _LEFT_OUT = "_compiled_call_impl"
+# Another forward for a module of some kinds, called with the module; or None.
+Forwards = Callable[[nn.Module], Callable[..., Any] | None]
 
 
 class ModelView:
@@ -30,13 +32,19 @@ class ModelView:
         model: the twin of the model itself, in eval mode, with the attention that was asked for.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, attention: str, forwards: Forwards | None = None
+    ) -> None:
         """Make the twins. Takes some microseconds a module and no memory for weights.
+
+        Args:
+            forwards: what twins compute by other means than their class does.
 
         Raises:
             ValueError: a module's forward was replaced by something that cannot have a twin.
         """
         self._attention = attention
+        self._forwards = forwards or (lambda _: None)
         # By the id of the original, which is kept so that its id stays its own.
         self._twins: dict[int, tuple[nn.Module, nn.Module]] = {}
         self._configs: dict[int, Any] = {}
@@ -45,7 +53,7 @@ class ModelView:
     def follow(self) -> None:
         """Take over what the caller has set on modules or replaced in them since."""
         for original, twin in list(self._twins.values()):
-            state = self._state(original)
+            state = self._state(original, twin)
             vars(twin).clear()
             vars(twin).update(state)
 
@@ -55,10 +63,10 @@ class ModelView:
             return known[1]
         twin: nn.Module = type(module).__new__(type(module))
         self._twins[id(module)] = (module, twin)
-        vars(twin).update(self._state(module))
+        vars(twin).update(self._state(module, twin))
         return twin
 
-    def _state(self, module: nn.Module) -> dict[str, Any]:
+    def _state(self, module: nn.Module, twin: nn.Module) -> dict[str, Any]:
         own = dict(vars(module))
         state = {
             name: value if name in _SHARED else self._ours(value)
@@ -67,6 +75,8 @@ class ModelView:
         }
         if "forward" in own:
             _check_replaced_forward(module, own["forward"])
+        elif (forward := self._forwards(module)) is not None:
+            state["forward"] = MethodType(forward, twin)
         # Buffers are shared one by one: some models replace theirs while they run.
         state["_buffers"] = dict(module._buffers)
         state["training"] = False
