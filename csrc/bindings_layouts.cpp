@@ -52,6 +52,15 @@ std::vector<std::span<const std::int64_t>> spans(const std::vector<Array<std::in
     return found;
 }
 
+std::span<const w2s::PageCopy> pairs(const IntArray& array) {
+    if (array.size() > 0 && (array.ndim() != 2 || array.shape(1) != 2)) {
+        throw py::value_error("pairs of pages are int32 [n, 2]");
+    }
+    static_assert(sizeof(w2s::PageCopy) == 2 * sizeof(std::int32_t));
+    return {reinterpret_cast<const w2s::PageCopy*>(array.data()),
+            static_cast<std::size_t>(array.size() / 2)};
+}
+
 template <typename T>
 constexpr const char* dtype_of() {
     if constexpr (std::is_same_v<T, double>) return "float64";
@@ -119,13 +128,19 @@ public:
         return found;
     }
 
+    // `copies`, int32 [n, 2] of each model that there is a room for, go to these offsets.
     void write(Array<std::uint8_t> buffer, const Array<std::int64_t>& offsets,
                const Array<std::int64_t>& items, std::int64_t room,
-               const std::vector<const w2s::PassRoom*>& rooms) const {
+               const std::vector<const w2s::PassRoom*>& rooms, const std::vector<IntArray>& copies,
+               const std::vector<std::int64_t>& of_copies) const {
+        if (copies.size() != rooms.size() || of_copies.size() != rooms.size()) {
+            throw py::value_error("copies for each model");
+        }
         w2s::write_columns(scoring_, bytes(buffer), span(offsets), span(items), room);
         for (std::size_t m = 0; m < rooms.size(); ++m) {
-            passes_.value().passes().at(m).write(bytes(buffer), rooms[m]->offsets, rooms[m]->shape,
-                                                 false);
+            const w2s::PassShape& shape = rooms[m]->shape;
+            passes_.value().passes().at(m).write(bytes(buffer), rooms[m]->offsets, shape, false);
+            w2s::write_copies(bytes(buffer), of_copies[m], pairs(copies[m]), shape.rows);
         }
     }
 
@@ -302,7 +317,8 @@ void bind_layouts(py::module_& module) {
         })
         .def("write", &ScoringLayout::write, py::arg("buffer").noconvert(),
              py::arg("offsets").noconvert(), py::arg("items").noconvert(), py::arg("room"),
-             py::arg("rooms"));
+             py::arg("rooms"), py::arg("copies").noconvert() = std::vector<IntArray>(),
+             py::arg("of_copies") = std::vector<std::int64_t>());
     // `packed`, and for what it has room: of SelectionWords.
     module.def("take_selected", [](const Requests& requests, const Requests& drawing,
                                    const Array<std::int64_t>& cu_tokens,

@@ -7,22 +7,6 @@
 
 namespace w2s {
 
-namespace {
-
-void write_copies(std::span<std::byte> buffer, std::int64_t offset,
-                  const std::vector<PageCopy>& copies, std::int64_t rows) {
-    std::int32_t* copy = field_of<std::int32_t>(buffer, offset, 2 * rows);
-    if (std::ssize(copies) > rows) throw PageMisuse("a row copies one page at most");
-    std::int32_t* const end = copy + 2 * rows;
-    for (const auto [source, destination] : copies) {
-        *copy++ = source;
-        *copy++ = destination;
-    }
-    std::fill(copy, end, -1);
-}
-
-}  // namespace
-
 DrawLayout::DrawLayout(Requests requests, Beams::Managers managers)
     : requests_(std::move(requests)), managers_(std::move(managers)), of_models_(managers_.size()) {
     if (managers_.empty()) throw PageMisuse("there is no model to draw from");

@@ -32,4 +32,17 @@ void fill(T* target, const Values& values, std::int64_t items, T spare) {
     std::fill(std::copy(values.begin(), values.end(), target), target + items, spare);
 }
 
+// Pairs of pages to be copied, one a row at most; -1 behind those that there are.
+inline void write_copies(std::span<std::byte> buffer, std::int64_t offset,
+                         std::span<const PageCopy> copies, std::int64_t rows) {
+    if (std::ssize(copies) > rows) throw PageMisuse("a row copies one page at most");
+    std::int32_t* copy = field_of<std::int32_t>(buffer, offset, 2 * rows);
+    std::int32_t* const end = copy + 2 * rows;
+    for (const auto [source, destination] : copies) {
+        *copy++ = source;
+        *copy++ = destination;
+    }
+    std::fill(copy, end, -1);
+}
+
 }  // namespace w2s

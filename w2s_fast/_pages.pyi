@@ -450,9 +450,12 @@ class ScoringLayout:
         items: Int64,
         room: int,
         rooms: Sequence[PassRoom],
+        copies: Sequence[Int32] = (),
+        of_copies: Sequence[int] = (),
     ) -> None:
         """``offsets``, ``items``: of the columns. ``room``: rows of the buffer of drawn tokens.
-        ``rooms``: of the models' passes."""
+        ``rooms``: of the models' passes. ``copies``: for each of them pairs of pages [n, 2], and
+        ``of_copies``, where those go."""
 
 def take_scores(
     requests: Sequence[Beams],

@@ -24,7 +24,7 @@ from w2s_fast import Engine, Guide, SearchParams
 
 # At most, in a round of any number of requests.
 READS = 1  # what was drawn and selected
-COPIES = 3  # the rows of the base, what they come from, and all of the guides
+COPIES = 2  # all of the base, and all of the guides
 WAITS = 1
 REPLAYS = 6  # first tokens, 4 steps, and the guides with the selection
 LAUNCHES = 1  # what was drawn goes to where the selection reads it

@@ -172,6 +172,6 @@ class Room:
         Who holds the old one keeps it.
         """
         if nbytes > len(self._whole):
-            size = max(nbytes, 2 * len(self._whole))
+            size = 2 * nbytes  # what is to lie behind finds room, too
             self._whole = torch.empty(size, dtype=torch.uint8, device=self._whole.device)
         return self._whole[:nbytes]

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -70,9 +69,20 @@ class Bucket(NamedTuple):
         """The first bucket of so many rows and tokens that is large enough for a pass."""
         max_q = 1 << max(0, bounds.max_q - 1).bit_length()
         least = cls.smallest(rows, tokens, max_q, most_pages)
+        shares = max_q <= SPLIT_QUERIES or bounds.splits > 0
+        # Most passes fit the smallest: several buckets a round are asked for.
+        if (
+            shares
+            and bounds.pages <= least.pages
+            and bounds.splits <= least.splits
+            and bounds.max_tokens <= least.max_tokens
+            and bounds.max_parts <= least.max_parts
+            and bounds.max_own <= least.max_own
+        ):
+            return least
         pages = min(_rung(bounds.pages, least.pages, 2), rows * most_pages)
         max_own = _rung(bounds.max_own, least.max_own, 4)
-        if max_q > SPLIT_QUERIES and not bounds.splits:
+        if not shares:
             # Room for partial results of rows that have none would be most of a pass's memory.
             return cls(rows, tokens, max_q, 0, 0, 0, max_own if bounds.max_own else 0, pages)
         return cls(
@@ -175,13 +185,8 @@ class StaticPlan:
         host = host_buffer(len(self.buffer), self.buffer.device)
         array = host.numpy()
         self.made.write(layout, array, back)
-        self.made.fields.fill(array, {**self.nothing, **more})
-        self.put_copies(array, copies)
+        self.made.fields.fill(array, {**self.nothing, **more, _COPIES: copies.ravel()})
         launch_copy(host, self.buffer)
-
-    def put_copies(self, buffer: NDArray[np.uint8], copies: Int32Array) -> None:
-        """Write pairs of pages int32 [n, 2], at most one a row, to what will be copied here."""
-        self.made.fields.fill(buffer, {_COPIES: copies.ravel()})
 
     def copy_pages(self, count: int) -> None:
         """Copy the first ``count`` pairs of pages that were loaded."""

@@ -77,7 +77,7 @@ class DecodeGraphs:
             model.pool.max_tokens_per_slot // model.pool.page_size for model in models
         ]
         with torch.inference_mode():
-            self._room, self._room_of_sources = Room(device), Room(device)
+            self._room = Room(device)
             # By rows. What is in them was drawn: spare rows, too, append what can be embedded.
             self._drawn: dict[int, Draws] = {}
         self.recordings: Recordings[StepBucket, Step]
@@ -143,7 +143,7 @@ class DecodeGraphs:
     def begin(self, layout: DrawLayout, steps: int) -> Draws | None:
         """Run what rows come from, draw their first tokens, and ``steps`` - 1 more.
 
-        In two copies to the device, and replays. All that is appended counts in the pools then.
+        In one copy to the device, and replays. All that is appended counts in the pools then.
 
         Returns:
             What each step drew; None if it has to be done without: nothing has happened.
@@ -175,11 +175,10 @@ class DecodeGraphs:
         for m, count in enumerate(layout.num_before):
             if count:
                 self._models[m].pool.copy_pages(layout.before(m))
-        host = step.passes.host_buffer()
-        layout.write_rows(host.numpy(), step.passes.rooms, step.passes.columns)
-        step.passes.take(host)
         host = before.passes.host_buffer()
-        layout.write_sources(host.numpy(), before.passes.rooms, before.passes.columns, padded)
+        both = host.numpy()
+        layout.write_rows(both, step.passes.rooms, step.passes.columns)
+        layout.write_sources(both, before.passes.rooms, before.passes.columns, padded)
         before.passes.take(host)
         first.replay()
         for plan, count in zip(step.plans, layout.num_copies):
@@ -201,6 +200,8 @@ class DecodeGraphs:
             most_pages,
         )
         # Few shapes: what there is room for depends on the rows alone, as long as that is enough.
+        if found.pages >= step.pages and (found.splits >= step.splits or not found.splits):
+            return found
         return found._replace(
             splits=max(found.splits, step.splits if found.splits else 0),
             pages=max(found.pages, step.pages),
@@ -270,11 +271,17 @@ class DecodeGraphs:
             for own in bucket.sources
         ]
         more[0]["source"] = Field(int64, (bucket.step.rows,))
+        step = self.recordings.static_of(bucket.step)
         passes = StaticPasses.cut(
-            self._models, bucket.sources, more, [list(own) for own in more], self._room_of_sources
+            self._models,
+            bucket.sources,
+            more,
+            [list(own) for own in more],
+            self._room,
+            behind=step.passes,
         )
         return FirstStep(
-            step=self.recordings.static_of(bucket.step),
+            step=step,
             passes=passes,
             tokens=[plan.more["tokens"] for plan in passes.plans],
             last=[plan.more["last"] for plan in passes.plans],

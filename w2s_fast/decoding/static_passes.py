@@ -17,19 +17,23 @@ from w2s_fast.models import PagedModel
 
 @dataclass
 class StaticPasses:
-    """A plan for each model, side by side in one buffer.
+    """A plan for each model, side by side in one buffer, which may lie behind that of others.
 
     Attributes:
         plans: of each model, with what was asked for beside it.
-        buffer: uint8 [nbytes].
-        rooms: where each plan lies in the buffer. columns: offsets of what lies beside it.
+        buffer: uint8 [n]. others: what lies before it.
+        nbytes: of both, as the host lays them out.
+        rooms: where each plan lies in what the host lays out. columns: offsets of what lies
+            beside it.
     """
 
     plans: Sequence[StaticPlan]
     buffer: Tensor
+    others: Tensor | None
     nbytes: int
     rooms: list[PassRoom]
     columns: list[NDArray[np.int64]]
+    _whole: Tensor | None
 
     @classmethod
     def cut(
@@ -39,28 +43,35 @@ class StaticPasses:
         more: Sequence[Mapping[str, Field]],
         names: Sequence[Sequence[str]],
         room: Room,
+        behind: StaticPasses | None = None,
     ) -> StaticPasses:
         """In the same memory as all others of the room.
 
         Args:
             more: fields of each model beside its plan. names: whose offsets ``columns`` has.
+            behind: passes of the room that are loaded together with these.
         """
         made = [StaticPlan.fields_of(bucket, own) for bucket, own in zip(buckets, more)]
-        ends = np.cumsum([0, *(own.fields.nbytes for own in made)]).tolist()
-        buffer = room.take(ends[-1])
+        begin = 0 if behind is None else behind.nbytes
+        ends = np.cumsum([begin, *(own.fields.nbytes for own in made)]).tolist()
+        whole = room.take(ends[-1])
         spans = [slice(begin, end) for begin, end in pairwise(ends)]
+        others = None if behind is None else behind.buffer
+        together = others is None or others.data_ptr() == whole.data_ptr()
         return cls(
             plans=[
-                StaticPlan.over(bucket, model.pool, own, buffer[span])
+                StaticPlan.over(bucket, model.pool, own, whole[span])
                 for model, bucket, own, span in zip(models, buckets, made, spans)
             ],
-            buffer=buffer,
+            buffer=whole[begin:],
+            others=others,
             nbytes=ends[-1],
             rooms=[own.room_at(span.start) for own, span in zip(made, spans)],
             columns=[
                 own.fields.offsets_of(wanted) + span.start
                 for own, wanted, span in zip(made, names, spans)
             ],
+            _whole=whole if together else None,
         )
 
     def clear(self) -> None:
@@ -69,9 +80,14 @@ class StaticPasses:
             plan.clear()
 
     def host_buffer(self) -> Tensor:
-        """Memory of the host to be filled for :meth:`take`."""
+        """Memory of the host to be filled for :meth:`take`, that of the others first."""
         return host_buffer(self.nbytes, self.buffer.device)
 
     def take(self, host: Tensor) -> None:
-        """Take over what the host has laid out, in one copy."""
-        launch_copy(host, self.buffer)
+        """Take over what the host has laid out: in one copy, if the room has not grown between."""
+        if self._whole is not None:
+            launch_copy(host, self._whole)
+        else:
+            assert self.others is not None
+            launch_copy(host[: len(self.others)], self.others)
+            launch_copy(host[len(self.others) :], self.buffer)

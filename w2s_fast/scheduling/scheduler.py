@@ -155,7 +155,7 @@ class Scheduler:
         rows = sum(request.rows for request in taken)
         for request in taken:
             free = [f - p for f, p in zip(free, request.promised)]
-        latest = max(map(_urgency, in_flight), default=None)
+        latest = max(map(_urgency, in_flight)) if in_flight else None
         set_aside: list[Request] = []
         entered: set[Request] = set()
         misses = 0

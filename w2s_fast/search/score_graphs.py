@@ -85,7 +85,8 @@ class _Scoring:
         plans: of each model, within ``buffer`` uint8 [nbytes].
         columns: what travels beside them, by name.
         drawn: tokens as they were drawn. packed: what comes out, int64 [n].
-        offsets, items: of the columns. rooms, spans: where the plans lie.
+        offsets, items: of the columns. rooms: where the plans lie. of_copies: where each has the
+            pages to be copied.
     """
 
     bucket: _Bucket
@@ -99,7 +100,7 @@ class _Scoring:
     offsets: NDArray[np.int64]
     items: NDArray[np.int64]
     rooms: list[PassRoom]
-    spans: list[slice]
+    of_copies: list[int]
 
     def clear(self) -> None:
         self.buffer.zero_()
@@ -214,9 +215,15 @@ class ScoreGraphs:
         static = recording.static
         host = host_buffer(static.nbytes, self._device)
         array = host.numpy()
-        layout.write(array, static.offsets, static.items, bucket.rows, static.rooms)
-        for plan, span, pairs in zip(static.plans, static.spans, copies):
-            plan.put_copies(array[span], pairs)
+        layout.write(
+            array,
+            static.offsets,
+            static.items,
+            bucket.rows,
+            static.rooms,
+            copies,
+            static.of_copies,
+        )
         launch_copy(host, static.buffer)
         for model, plan, pairs, others in zip(self._models, static.plans, copies, more):
             plan.copy_unrecorded(len(pairs))
@@ -296,7 +303,7 @@ class ScoreGraphs:
             offsets=fields.offsets_of(columns),
             items=np.array([field.shape[0] for field in columns.values()], np.int64),
             rooms=[own.room_at(span.start) for own, span in zip(made, spans)],
-            spans=spans,
+            of_copies=[own.fields.offsets["copies"] + span.start for own, span in zip(made, spans)],
         )
 
 

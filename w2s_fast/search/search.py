@@ -385,6 +385,8 @@ def _step_tokens(left: Sequence[int]) -> int:
     Up to the end of the last chunk that ends soon after the first one: their guides then run
     together, and the candidates that are done wait for the others.
     """
+    if left and left.count(left[0]) == len(left):  # as where all are in step
+        return min(left[0], MAX_STEP_TOKENS)
     nearest = min((tokens for tokens in left if tokens > 0), default=0)
     soon = max(nearest + nearest // 2, LEAST_STEP_TOKENS)
     return min(max((tokens for tokens in left if tokens <= soon), default=nearest), MAX_STEP_TOKENS)
