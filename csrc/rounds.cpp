@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "expect.h"
+
 namespace w2s {
 
 namespace {
@@ -30,10 +32,6 @@ bool lacks_texts(const Beams& request, const PageManager& manager, int model) {
         if (manager.lengths()[slot] < whole) return true;
     }
     return false;
-}
-
-void expect(bool right, const char* what) {
-    if (!right) throw std::invalid_argument(what);
 }
 
 }  // namespace

@@ -6,15 +6,9 @@
 #include <unordered_map>
 #include <utility>
 
+#include "expect.h"
+
 namespace w2s {
-
-namespace {
-
-void expect(bool right, const char* what) {
-    if (!right) throw std::invalid_argument(what);
-}
-
-}  // namespace
 
 Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::int64_t steps,
                         std::vector<double> weights) {

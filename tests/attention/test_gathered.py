@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.drawn import drawn
 from tests.support.no_host import NoHost
 from tests.support.tiny_models import VOCABULARY, tiny_model
 from tests.support.world import DIM, KV_HEADS, LAYER, PLAIN, World, assert_close, requests
@@ -29,7 +30,7 @@ options_of = st.builds(
 )
 
 
-@settings(max_examples=60)
+@drawn(60)
 @given(
     prompts=st.lists(st.sampled_from([1, 15, 16, 31, 64, 70, 130]), min_size=1, max_size=3),
     beams=st.integers(1, 3),

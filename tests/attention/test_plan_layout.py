@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.attention.numpy_plan import NumpyPlan, SplitSegments, only
 from tests.kernels.forests import Forest, Request, make_forest
+from tests.support.drawn import drawn
 from w2s_fast._pages import SHORTEST_SEGMENT, PassLayout
 from w2s_fast.attention.kernel import Bounds, KernelPlan, PassFields
 from w2s_fast.attention.row_tree import Level, RowTree
@@ -76,7 +77,7 @@ def written(
     return fields
 
 
-@settings(max_examples=150)
+@drawn(150)
 @given(
     requests=st.lists(requests, min_size=1, max_size=3),
     page_size=st.sampled_from([1, 3, 16, 48]),
@@ -261,7 +262,7 @@ def test_rows_that_share_nothing_have_their_whole_tables() -> None:
     assert bounds.pages == int(forest.pool.manager.held_pages[forest.slots].sum()) == 3 * 4
 
 
-@settings(max_examples=60)
+@drawn(60)
 @given(
     requests=st.lists(requests, min_size=1, max_size=3),
     aborted=st.sampled_from([0.0, 0.5]),

@@ -7,10 +7,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.contents import assert_recomputed
+from tests.support.drawn import drawn
 from tests.support.engines import LONG_PROMPTS, MIXED, PROMPTS, make_engine, models_of
 from tests.support.tiny_models import tiny_model, tiny_triple
 from w2s_fast.decoding import Decoding
@@ -50,7 +51,7 @@ def _held(engine: Any, request: Any, beam: Any) -> Iterator[tuple[str, list[int]
             yield "guides" if i else "base", [*prompt, *tokens][:-1], model, slot
 
 
-@settings(max_examples=25)
+@drawn(25)
 @given(data=st.data(), page_size=st.sampled_from([1, 3, 4, 16]))
 def test_forks_prunings_and_roll_backs_leave_what_a_recomputation_gives(
     data: st.DataObject, page_size: int

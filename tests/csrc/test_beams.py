@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.csrc.beams_world import (
@@ -19,6 +19,7 @@ from tests.csrc.beams_world import (
     take_scored,
     take_where_selected,
 )
+from tests.support.drawn import drawn
 from w2s_fast import SearchParams
 from w2s_fast._pages import (
     PageManager,
@@ -38,7 +39,7 @@ from w2s_fast.errors import OutOfPages
 from w2s_fast.search import Request
 
 
-@settings(max_examples=150, deadline=None)
+@drawn(150)
 @given(st.data())
 def test_rounds_of_many_requests_are_what_lists_of_tokens_say(data: st.DataObject) -> None:
     world = World(data)

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from tests.interpret.rule import (
     compiled_for,
     exact_logprob,
 )
+from tests.support.drawn import drawn
 from w2s_fast.kernels import linear_logprob as module
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.linear_logprob_partials import linear_logprob_partials
@@ -46,7 +47,7 @@ def check(
     return got.cpu()
 
 
-@settings(max_examples=20)
+@drawn(20)
 @given(
     rows=st.one_of(st.integers(1, 18), compiled_for([31, 33, 65], 9)),
     # Around one and two tiles of 64 (float32) and 128.

@@ -7,13 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.interpret.attention import launched
 from tests.interpret.rule import DEVICE, DTYPES, assert_as_exact_as_torch, compiled_for
 from tests.kernels.test_paged_attention import MIXED, NAN, Case, exact, make_case
+from tests.support.drawn import drawn
 from w2s_fast.kernels import paged_attention as module
 from w2s_fast.kernels import paged_attention_triton as kernels
 from w2s_fast.kernels.paged_attention import SharedSegments, paged_attention
@@ -42,7 +43,7 @@ def rows(most: int = 3) -> st.SearchStrategy[list[tuple[int, int]]]:
     return st.lists(row.map(lambda r: (r[0], r[0] + r[1])), min_size=1, max_size=most)
 
 
-@settings(max_examples=60)
+@drawn(60)
 @given(
     rows=rows(),
     heads=compiled_for([(1, 1), (2, 2), (4, 2), (3, 1), (7, 1)], (4, 2)),
@@ -113,7 +114,7 @@ def test_a_second_launch_merges_only_rows_that_were_cut() -> None:
         merge.__getitem__.assert_called_once()
 
 
-@settings(max_examples=12)
+@drawn(12)
 @given(
     rows=rows(),
     split_keys=compiled_for([16, 32], 32),

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from tests.kernels.warps import (
     rows_of,
     warped,
 )
+from tests.support.drawn import drawn
 from w2s_fast.kernels import sample_tokens as torch_module
 from w2s_fast.kernels import sample_tokens_triton as module
 from w2s_fast.kernels.library import jit, tl
@@ -201,7 +202,7 @@ def test_broken_rows_are_flagged_by_nan_and_leave_their_neighbours_alone(warp: W
     assert torch.equal(logprobs[::2], expected_logprobs[::2])
 
 
-@settings(max_examples=40)
+@drawn(40)
 @given(
     logits=any_row(90),
     warps=st.lists(any_warp, min_size=4, max_size=4),

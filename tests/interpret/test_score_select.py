@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from tests.kernels.beams import DEVICE, RoundOfOne, run
 from tests.kernels.score_rounds import (
@@ -21,6 +21,7 @@ from tests.kernels.score_rounds import (
     spares,
     vocabularies,
 )
+from tests.support.drawn import drawn
 from w2s_fast.kernels import linear_logprob_partials, score_select
 from w2s_fast.kernels.linear_logprob_partials import Partials
 from w2s_fast.kernels.score_select import ScoreSelection
@@ -44,19 +45,19 @@ def check_against_torch(
     assert torch.equal(found.parents, plain.parents)
 
 
-@settings(max_examples=30)
+@drawn(30)
 @given(drawn_rounds(most=6, longest=6), spares)
 def test_any_rounds_agree_with_the_operators_apart_and_with_the_naive_selection(drawn, spare):
     check(*drawn, spare)
 
 
-@settings(max_examples=20)
+@drawn(20)
 @given(drawn_rounds(most=4, longest=18), spares)
 def test_any_rounds_agree_with_torch_bit_for_bit(drawn, spare):
     check_against_torch(*drawn, spare)
 
 
-@settings(max_examples=8)
+@drawn(8)
 @given(drawn_rounds(most=4, longest=6), spares, vocabularies())
 def test_from_hidden_states_it_is_the_operators_one_after_the_other(drawn, spare, sizes):
     check_from_hidden_states(*drawn, spare, sizes)

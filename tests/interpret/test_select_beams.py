@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from tests.kernels.beams import RoundOfOne, check, run, some_rounds
+from tests.support.drawn import drawn
 from w2s_fast.kernels.select_beams_triton import launch_options
 
 
-@settings(max_examples=30)
+@drawn(30)
 @given(some_rounds(most=18, longest=18))
 def test_any_round_agrees_with_the_naive_selection(drawn):
     check(*drawn)

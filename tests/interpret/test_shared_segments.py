@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,11 +18,12 @@ from tests.interpret.attention import check, launched, trees
 from tests.interpret.rule import DEVICE, DTYPES, compiled_for
 from tests.kernels.forests import Forest, Request, assert_tables_agree, attend, make_forest
 from tests.kernels.test_paged_attention import NAN
+from tests.support.drawn import drawn
 from w2s_fast.attention.contract import LayerOptions
 from w2s_fast.attention.kernel import KernelPlan
 
 
-@settings(max_examples=30)
+@drawn(30)
 @given(
     requests=trees(),
     heads=compiled_for([(1, 1), (2, 2), (4, 2), (7, 1)], (4, 2)),
@@ -58,7 +59,7 @@ def test_every_forest_gives_the_definition(
         check(forest, forest.plan(), scale=dim**-0.5, window=window, softcap=softcap, sinks=sinks)
 
 
-@settings(max_examples=10)
+@drawn(10)
 @given(
     requests=trees(),
     page_size=compiled_for([1, 3, 16, 48], 16),

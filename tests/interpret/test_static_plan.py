@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.interpret.attention import launched, trees
 from tests.interpret.rule import DEVICE
 from tests.kernels.forests import Forest, Request, attend, make_forest
+from tests.support.drawn import drawn
 from w2s_fast._pages import PassLayout
 from w2s_fast.attention.contract import LayerOptions
 from w2s_fast.attention.kernel import Bounds, KernelPlan, lay_out
@@ -42,7 +43,7 @@ def rows_of(forest: Forest, draw: Callable[..., Any]) -> np.ndarray[Any, Any]:
     return np.array(draw(kept.map(sorted)))
 
 
-@settings(max_examples=12)
+@drawn(12)
 @given(data=st.data(), requests=trees(), shared=st.sampled_from([True, True, False]))
 def test_attention_is_that_of_the_plan_itself(
     data: st.DataObject, requests: list[Request], shared: bool
@@ -78,7 +79,7 @@ def test_rows_of_many_new_tokens_get_what_their_plan_gives(beside: bool) -> None
     assert torch.equal(got[: len(forest.queries)], expected)
 
 
-@settings(max_examples=3)
+@drawn(3)
 @given(data=st.data())
 def test_steps_write_and_read_what_the_plans_own_steps_do(data: st.DataObject) -> None:
     steps = 3

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from tests.interpret.rule import (
     compiled_for,
     exact_logprob,
 )
+from tests.support.drawn import drawn
 from w2s_fast.kernels import token_logprob as module
 from w2s_fast.kernels.library import Gpu
 from w2s_fast.kernels.token_logprob import token_logprob
@@ -49,7 +50,7 @@ def on(sms: int) -> AbstractContextManager[object]:
     return mock.patch.multiple(module, **table)
 
 
-@settings(max_examples=60)
+@drawn(60)
 @given(
     rows=st.integers(1, 5),
     # Around one, two and three parts of 32.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.interpret.rule import DEVICE, DTYPES, compiled_for
 from tests.kernels.test_write_kv import same, some_pages, written
+from tests.support.drawn import drawn
 from w2s_fast.kernels import write_kv as module
 from w2s_fast.kernels.write_kv import write_kv
 
@@ -21,7 +22,7 @@ def check(k: Tensor, v: Tensor, pages: Tensor, slots: Tensor) -> None:
     assert same(pages.cpu(), expected)
 
 
-@settings(max_examples=25)
+@drawn(25)
 @given(
     tokens=st.integers(0, 9),
     heads=compiled_for([1, 2, 3, 4, 5], 3),

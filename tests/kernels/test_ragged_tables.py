@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.forests import Request, assert_tables_agree, make_forest, strewn_tables
 from tests.kernels.test_paged_attention import check
+from tests.support.drawn import drawn
 from tests.support.no_host import NoHost
 from w2s_fast.kernels.paged_attention import paged_attention
 
@@ -23,7 +24,7 @@ requests = st.builds(
 )
 
 
-@settings(max_examples=60)
+@drawn(60)
 @given(
     requests=st.lists(requests, min_size=1, max_size=3),
     page_size=st.sampled_from([1, 3, 16, 48]),

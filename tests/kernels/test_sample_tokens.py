@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.warps import (
@@ -23,6 +23,7 @@ from tests.kernels.warps import (
     rows_of,
     warped,
 )
+from tests.support.drawn import drawn
 from tests.support.reference import sample_token
 from w2s_fast.kernels import sample_tokens as sample_module
 from w2s_fast.kernels import sample_tokens_triton
@@ -167,7 +168,7 @@ def test_the_logits_given_are_not_changed() -> None:
     assert torch.equal(logits, before)
 
 
-@settings(max_examples=150)
+@drawn(150)
 @given(logits=any_row(30), warp=any_warp, seed=st.integers(0, 2**64 - 1))
 def test_every_token_is_that_of_the_plain_reference(
     logits: list[float], warp: Warp, seed: int

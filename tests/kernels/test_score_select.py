@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.beams import RoundOfOne, run
@@ -22,6 +22,7 @@ from tests.kernels.score_rounds import (
     spares,
     vocabularies,
 )
+from tests.support.drawn import drawn
 from w2s_fast.kernels import score_select as module
 from w2s_fast.kernels.linear_logprob_partials import Partials
 from w2s_fast.kernels.score_select import ScoreSelection, score_select
@@ -54,13 +55,13 @@ def select(*rounds: DrawnRound, weights: tuple[float, ...] = (1.0,)) -> ScoreSel
     return call_of(list(rounds), list(weights)).run()
 
 
-@settings(max_examples=40)
+@drawn(40)
 @given(drawn_rounds(), spares)
 def test_any_rounds_agree_with_the_naive_selection_and_with_the_operators_apart(drawn, spare):
     check(*drawn, spare)
 
 
-@settings(max_examples=15)
+@drawn(15)
 @given(drawn_rounds(), spares, vocabularies())
 def test_from_hidden_states_it_is_the_operators_one_after_the_other(drawn, spare, sizes):
     check_from_hidden_states(*drawn, spare, sizes)

@@ -7,9 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.drawn import drawn
 from tests.support.tiny_models import tiny_model
 from w2s_fast.errors import OutOfPages
 from w2s_fast.models import PagedModel, forward_in_passes
@@ -43,7 +44,7 @@ def model(bound: int) -> PagedModel:
     return PagedModel(tiny_model("gemma2"), kv_cache_tokens=256, page_size=4, max_pass_tokens=bound)
 
 
-@settings(max_examples=30, deadline=None)
+@drawn(30)
 @given(counts=COUNTS, bound=st.sampled_from([1, 3, 7, 64]), on_device=st.booleans())
 def test_passes_give_what_one_pass_gives(counts: list[int], bound: int, on_device: bool) -> None:
     tokens = [t * 7 % 19 + 1 for t in range(sum(counts))]

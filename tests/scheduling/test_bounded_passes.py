@@ -13,10 +13,11 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.broken_models import broken_triple, failing
+from tests.support.drawn import drawn
 from tests.support.engines import (
     LONG_PROMPTS,
     MIXED,
@@ -111,7 +112,7 @@ def batches(draw: st.DrawFn, bound: int) -> tuple[list[list[int]], list[SearchPa
 
 
 @pytest.mark.long
-@settings(max_examples=8, deadline=None)
+@drawn(8)
 @given(cache=st.booleans(), data=st.data())
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_every_bound_gives_equal_results(bound: int, cache: bool, data: st.DataObject) -> None:

@@ -14,12 +14,13 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.scheduling.test_scheduler import request, scheduler
 from tests.search.test_ahead import EOS, parameters, prompt_tokens
 from tests.support.cohorts import around_steps, in_cohorts, run_out
+from tests.support.drawn import drawn
 from tests.support.engines import (
     MIXED,
     PROMPTS,
@@ -158,7 +159,7 @@ def known_of(e: Engine, one: Request) -> Any:
     return str(one.error) if one.error is not None else found([e.result(one)])
 
 
-@settings(max_examples=40)
+@drawn(40)
 @given(
     st.sampled_from(EOS),
     st.sampled_from([4096, 160]),
@@ -298,7 +299,7 @@ def test_who_is_in_flight_keeps_its_pages() -> None:
     assert wide in s.choose((), two_to).run
 
 
-@settings(max_examples=60, deadline=None)
+@drawn(60)
 @given(
     arrivals=st.lists(
         st.tuples(

@@ -13,9 +13,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.drawn import drawn
 from tests.support.engines import (
     MIXED,
     PROMPTS,
@@ -223,7 +224,7 @@ def test_priority_is_worth_so_many_steps() -> None:
     assert s.choose().run == [low]
 
 
-@settings(max_examples=60, deadline=None)
+@drawn(60)
 @given(
     arrivals=st.lists(
         st.tuples(

@@ -13,10 +13,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.support.broken_models import broken_copy
+from tests.support.drawn import drawn
 from tests.support.engines import LONG, MIXED, RAGGED_PROMPTS, SEARCH, make_engine, models_of
 from tests.support.tiny_models import tiny_model
 from w2s_fast import Engine, Guide, SearchParams
@@ -126,7 +127,7 @@ kinds = st.builds(healthy, st.sampled_from(EOS)) | st.sampled_from(BROKEN_KINDS)
 prompt_tokens = st.lists(st.sampled_from(TOKENS), min_size=1, max_size=12)
 
 
-@settings(max_examples=40)
+@drawn(40)
 @given(kinds, st.lists(st.tuples(prompt_tokens, parameters()), min_size=1, max_size=4))
 @example(healthy(EOS[1]), list(zip(RAGGED_PROMPTS, MIXED)))
 @example((EOS[1], "base", math.nan, 4096), list(zip(RAGGED_PROMPTS, MIXED)))

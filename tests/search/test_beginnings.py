@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.broken_models import broken_copy
+from tests.support.drawn import drawn
 from tests.support.engines import forwarded
 from tests.support.tiny_models import tiny_model
 from w2s_fast.errors import OutOfPages
@@ -69,7 +70,7 @@ def last_logits(paged: PagedModel, slots: np.ndarray) -> torch.Tensor:
     return paged.logits(hidden)
 
 
-@settings(max_examples=60, deadline=None)
+@drawn(60)
 @given(texts=TEXTS, known=st.none() | TEXT, page_size=st.sampled_from([1, 2, 4]))
 def test_every_page_is_run_once_and_holds_what_it_should(
     texts: list[list[int]], known: list[int] | None, page_size: int
@@ -162,7 +163,7 @@ def test_without_room_for_all_of_them_nothing_is_held(taken: int) -> None:
     paged.pool.manager.check()
 
 
-@settings(max_examples=60, deadline=None)
+@drawn(60)
 @given(
     texts=TEXTS, page_size=st.sampled_from([1, 2, 4]), most=st.integers(1, 9), warm=st.booleans()
 )

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.search.test_reference import EOS_SETS, guide_models, prompts
+from tests.support.drawn import drawn
 from tests.support.engines import PROMPTS, SEARCH, assert_all_pages_free, found, make_engine, quiet
 from tests.support.reference import Reference, ReferenceGuide
 from tests.support.results import assert_all_found
@@ -90,7 +91,7 @@ def some_params(draw: st.DrawFn) -> SearchParams:
     )
 
 
-@settings(max_examples=60)
+@drawn(60)
 @given(
     eos=st.sampled_from(EOS_SETS[1:]),
     sides=st.sampled_from([(True, 2), (True, 0), (False, 1)]),
@@ -109,7 +110,7 @@ def test_any_choice_is_that_of_the_reference(
     assert quiet(engine)
 
 
-@settings(max_examples=25)
+@drawn(25)
 @given(
     sides=st.sampled_from([(True, 2), (True, 0)]),
     params=some_params(),

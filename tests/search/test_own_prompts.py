@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.support.drawn import drawn
 from tests.support.engines import assert_all_pages_free, forwarded, models_of
 from tests.support.reference import Reference, ReferenceGuide, ReferenceResult
 from tests.support.results import assert_same
@@ -102,7 +103,7 @@ def params(draw: st.DrawFn) -> SearchParams:
 asked = st.builds(Asked, prompts, st.tuples(pairs, pairs), params())
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(page_size=st.sampled_from([1, 3, 16]), requests=st.lists(asked, min_size=1, max_size=2))
 def test_any_prompts_of_the_models_find_what_the_reference_finds(
     page_size: int, requests: list[Asked]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.support.drawn import drawn
 from tests.support.reference import Reference, ReferenceGuide
 from tests.support.results import assert_all_found, assert_same, decided
 from tests.support.tiny_models import FAMILIES, VOCABULARY, tiny_model
@@ -87,7 +88,7 @@ def search_params(draw: st.DrawFn, method: str | None = None) -> SearchParams:
 prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=7)
 
 
-@settings(max_examples=80)
+@drawn(80)
 @given(
     family=st.sampled_from(FAMILIES),
     eos=st.sampled_from(EOS_SETS),
@@ -106,7 +107,7 @@ def test_any_search_finds_what_the_reference_finds(
     assert_all_found(engine, reference, requests)
 
 
-@settings(max_examples=25)
+@drawn(25)
 @given(
     eos=st.sampled_from(EOS_SETS[2:]),
     params=search_params("cbs"),
@@ -121,7 +122,7 @@ def test_any_search_in_too_few_pages_finds_the_same(
     assert_all_found(engine, reference, [([3, 5, 7, 2], p) for p in requests])
 
 
-@settings(max_examples=25)
+@drawn(25)
 @given(
     family=st.sampled_from(["gpt2", "llama", "gemma2"]),
     eos=st.sampled_from(EOS_SETS[1:]),

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.search.test_reference import EOS_SETS, engine_and_reference, prompts
+from tests.support.drawn import drawn
 from tests.support.engines import assert_all_pages_free, found, make_engine
 from tests.support.results import assert_all_found, assert_same, decided
 from tests.support.tiny_models import tiny_triple
@@ -53,7 +54,7 @@ def by_round(draw: st.DrawFn) -> SearchParams:
     )
 
 
-@settings(max_examples=50)
+@drawn(50)
 @given(
     eos=st.sampled_from(EOS_SETS),
     page_size=st.sampled_from([1, 16]),
@@ -69,7 +70,7 @@ def test_any_widths_find_what_the_reference_finds(
         assert found([alone]) == found([result])
 
 
-@settings(max_examples=25)
+@drawn(25)
 @given(
     params=by_round(),
     seeds=st.lists(st.integers(0, 99), min_size=2, max_size=4),
@@ -99,7 +100,7 @@ def test_published_settings_find_what_the_reference_finds(
         assert len(one.kept) == min(width, len(one.candidates))
 
 
-@settings(max_examples=60)
+@drawn(60)
 @given(
     params=by_round(), prompt=st.integers(1, 20), page_size=st.sampled_from([1, 4, 16]),
     eos=st.sampled_from(EOS_SETS),

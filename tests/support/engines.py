@@ -12,9 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.support.tiny_models import (
-    tiny_triple,
-)
+from tests.support.probed import probed_once
+from tests.support.tiny_models import tiny_triple
 from w2s_fast import Engine, Guide, SearchParams, SearchResult
 
 PROMPTS = [[3, 1, 4], [15], [9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [2, 7], [18, 2, 8, 1, 8]]
@@ -31,7 +30,9 @@ def make_engine(
     **options: Any,
 ) -> Engine:
     options = {"kv_cache_tokens": 4096, "page_size": 4, "device": "cpu", **options}
-    return Engine(base=base, guides=[Guide(tuned=tuned, untuned=untuned), *more_guides], **options)
+    guides = [Guide(tuned=tuned, untuned=untuned), *more_guides]
+    with probed_once():
+        return Engine(base=base, guides=guides, **options)
 
 
 @functools.cache

@@ -6,10 +6,11 @@ import copy
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import w2s_fast
+from tests.support.drawn import drawn
 from tests.support.tokenizers import byte_level, metaspace
 from tests.text.chat_templates import KINDS, LLAMA, QWEN, SMOL
 from w2s_fast import Chat
@@ -63,7 +64,7 @@ def chats(draw: Any, name: str, spelling: bool) -> tuple[list[Any], list[Any]]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=15)
+@drawn(15)
 @given(data=st.data())
 def test_tokens_are_those_of_apply_chat_template(name: str, data: Any) -> None:
     tokenizer = KINDS[name].tokenizer
@@ -76,7 +77,7 @@ def test_tokens_are_those_of_apply_chat_template(name: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=15)
+@drawn(15)
 @given(data=st.data())
 def test_only_the_template_writes_special_tokens(name: str, data: Any) -> None:
     tokenizer, special = KINDS[name].tokenizer, special_ids(KINDS[name].tokenizer)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.drawn import drawn
 from tests.support.tokenizers import byte_level, metaspace, unigram
 from w2s_fast.text import decode_response
 
@@ -22,7 +23,7 @@ def whole(tokenizer: Any, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=30)
+@drawn(30)
 @given(prompt=st.lists(PIECES, min_size=1, max_size=8), answer=st.lists(PIECES, max_size=4))
 def test_prompt_and_response_make_the_whole_text(
     name: str, prompt: list[str], answer: list[str]
