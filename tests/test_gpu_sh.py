@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from bench.device_trace import Interval, Trace, table, trace
 from bench.end_to_end import Row, WideRow, engine_for, lines
 from bench.rounds import HostWaits, Spans, measure, rounds_needed
 from bench.rows import Rows
+from tests.support import forked_python
 from w2s_fast import SearchParams
 from w2s_fast.attention import Reading
 
@@ -50,8 +52,18 @@ def summary(run: subprocess.CompletedProcess[str]) -> dict[str, str]:
     return {re.split(r"  +\d+ s  ", line)[0]: line for line in said}
 
 
-def dry_run(what: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return gpu_sh(what, out, W2S_FAST_DRY_RUN="1", **environment)
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    server, python = forked_python.start(tmp_path_factory.mktemp("python"))
+    yield python
+    server.kill()
+    server.wait()
+
+
+def dry_run(
+    what: str, out: Path, python: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return gpu_sh(what, out, W2S_FAST_DRY_RUN="1", PYTHON=str(python), **environment)
 
 
 def read(out: Path, name: str) -> Any:
@@ -61,8 +73,8 @@ def read(out: Path, name: str) -> Any:
 
 
 @pytest.mark.long
-def test_a_dry_run_of_smoke_holds_and_counts(tmp_path: Path) -> None:
-    run = dry_run("smoke", tmp_path)
+def test_a_dry_run_of_smoke_holds_and_counts(tmp_path: Path, python: Path) -> None:
+    run = dry_run("smoke", tmp_path, python)
     assert run.returncode == 0, run.stdout + run.stderr
     said = summary(run)
     assert list(said) == ["build", "smoke", "tests"]
@@ -77,8 +89,8 @@ def test_a_dry_run_of_smoke_holds_and_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_dry_run_of_the_search_compares_the_ways(tmp_path: Path) -> None:
-    run = dry_run("search", tmp_path)
+def test_a_dry_run_of_the_search_compares_the_ways(tmp_path: Path, python: Path) -> None:
+    run = dry_run("search", tmp_path, python)
     assert run.returncode == 0, run.stdout + run.stderr
     assert list(summary(run)) == ["build", "search"]
     report = read(tmp_path, "search")
@@ -106,8 +118,8 @@ def test_a_dry_run_of_the_search_compares_the_ways(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_dry_run_of_the_kernels_times_every_operator(tmp_path: Path) -> None:
-    run = dry_run("kernels", tmp_path)
+def test_a_dry_run_of_the_kernels_times_every_operator(tmp_path: Path, python: Path) -> None:
+    run = dry_run("kernels", tmp_path, python)
     assert run.returncode == 0, run.stdout + run.stderr
     assert list(summary(run)) == ["build", "timings", "first use"]
     operators = {
@@ -143,7 +155,7 @@ def test_a_part_that_fails_hides_no_other(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
-    run = dry_run("kernels", tmp_path, PYTHON=str(python))
+    run = dry_run("kernels", tmp_path, python)
     assert run.returncode == 1
     said = summary(run)
     assert "ok  w2s_fast/_pages" in said["build"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.drawn import TIMES
 from tests.support.made_once import made_once
 
 ROOT = Path(__file__).parents[2]
@@ -44,17 +45,19 @@ def program(tmp_path_factory) -> Path:
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_operations_are_clean_under_the_sanitizers(program, seed):
-    done = subprocess.run([program, "80000", "6000", str(seed)], capture_output=True, text=True)
+    amounts = (str(40_000 * TIMES), str(3_000 * TIMES))
+    done = subprocess.run([program, *amounts, str(seed)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     happened = {
         what: int(count) for what, count in (line.split(": ") for line in done.stdout.splitlines())
     }
     # Not vacuous: the rare things happened too.
     for rare in ("broken", "started over", "set aside"):
-        assert happened.pop(rare) > 100, happened
-    assert min(happened.values()) > 500, happened
+        assert happened.pop(rare) > 50 * TIMES, happened
+    assert min(happened.values()) > 250 * TIMES, happened
 
 
+@pytest.mark.long
 def test_the_sanitizers_are_on(program):
     """A program without them would pass everything above."""
     symbols = program.read_bytes()

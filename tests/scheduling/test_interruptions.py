@@ -24,6 +24,7 @@ import torch
 
 import w2s_fast
 from tests.support.cohorts import in_cohorts
+from tests.support.drawn import TIMES
 from tests.support.engines import assert_all_pages_free, found, make_engine, models_of, quiet
 from tests.support.tiny_models import tiny_model
 from w2s_fast import Engine, ScoredCandidate, SearchParams
@@ -183,7 +184,7 @@ def check(e: Engine, other: Request, answer: Any, to_its_end: bool = True) -> No
 
 def every_place(works: Sequence[Work], e: Engine) -> Iterator[tuple[Work, Place]]:
     """Each line of those who own something once, and some later times, and some of the others."""
-    more = int(os.environ.get("W2S_FAST_INTERRUPTIONS", "10"))
+    more = int(os.environ.get("W2S_FAST_INTERRUPTIONS", str(5 * TIMES)))
     known: set[Line] = set()
     for work in works:
         start(e)
