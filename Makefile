@@ -9,7 +9,7 @@ SPREAD := --numprocesses auto --maxprocesses 8 --dist worksteal
 OLD_TRITON := build/triton-3.6.0
 TYPED := $(wildcard w2s_fast/*) kernels
 
-.PHONY: help demo test aot lint bench demo-models clean
+.PHONY: help demo test thorough aot lint bench demo-models clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,11 +22,16 @@ demo: .venv/installed ## steer the bundled models, show the table and a search t
 test: export PYTHONDONTWRITEBYTECODE =
 test: $(OLD_TRITON)/installed
 test: .venv/installed ## run the tests, on all cores (at most 8)
-	W2S_FAST_BACKEND=interpret $(BIN)/pytest $(SPREAD) tests/interpret
-	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m "not every_gpu"
+	W2S_FAST_BACKEND=interpret $(BIN)/pytest $(SPREAD) -m "not thorough" tests/interpret
+	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m "not (every_gpu or thorough)"
 	@# Another process, with the older Triton first on its path.
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest $(SPREAD) -m "not every_gpu" -k 90-bf16 \
 		tests/kernels/test_aot.py
+
+thorough: export PYTHONDONTWRITEBYTECODE =
+thorough: .venv/installed ## what `make test` leaves out: it takes long, and seldom fails alone
+	W2S_FAST_BACKEND=interpret $(BIN)/pytest $(SPREAD) -m thorough tests/interpret
+	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m thorough
 
 aot: $(OLD_TRITON)/installed ## compile all kernels for every GPU, with both Tritons
 	$(BIN)/pytest $(SPREAD) tests/kernels/test_aot.py

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_a_quick_run_measures_every_ratio_of_the_search(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,7 @@ def test_a_dry_run_of_smoke_holds_and_counts(tmp_path: Path, python: Path) -> No
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_a_dry_run_of_the_search_compares_the_ways(tmp_path: Path, python: Path) -> None:
     run = dry_run("search", tmp_path, python)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -118,6 +119,7 @@ def test_a_dry_run_of_the_search_compares_the_ways(tmp_path: Path, python: Path)
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_a_dry_run_of_the_kernels_times_every_operator(tmp_path: Path, python: Path) -> None:
     run = dry_run("kernels", tmp_path, python)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -265,7 +265,9 @@ def undisturbed(
     return records(output)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "stop", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.thorough)]
+)
 def test_an_interrupted_run_is_resumed_without_loss(
     long_command: list[str],
     undisturbed: list[dict[str, Any]],

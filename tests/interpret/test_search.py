@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from tests.interpret.rule import INTERPRETED
 from tests.interpret.search_results import results
 from w2s_fast.attention.kernel import KernelPlan
@@ -17,6 +19,7 @@ from w2s_fast.attention.kernel import KernelPlan
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.thorough
 @INTERPRETED  # the search runs on the CPU
 def test_a_search_on_the_kernels_gives_the_cpu_paths_tokens() -> None:
     environment = {**os.environ, "W2S_FAST_BACKEND": "torch"}

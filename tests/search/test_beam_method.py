@@ -171,7 +171,10 @@ def test_any_beam_search_finds_what_transformers_and_the_definition_find(
 
 # Cases worth seeing by name, whatever hypothesis draws.
 @pytest.mark.parametrize("early_stopping", STOPPING)
-@pytest.mark.parametrize("length_penalty", PENALTIES)
+@pytest.mark.parametrize(
+    "length_penalty",
+    [*PENALTIES[:2], *(pytest.param(p, marks=pytest.mark.thorough) for p in PENALTIES[2:])],
+)
 @pytest.mark.parametrize("eos", EOS_SETS, ids=["never", "rare", "often", "early"])
 def test_every_rule_of_ending_is_transformers(
     eos: tuple[int, ...], length_penalty: float, early_stopping: Any

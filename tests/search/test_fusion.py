@@ -273,7 +273,7 @@ def recorded_engine(guides: Settings) -> Engine:
         )
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ahead", [pytest.param(False, marks=pytest.mark.thorough), True])
 @pytest.mark.parametrize("guides", GUIDES, ids=str)
 def test_fusion_from_recordings_finds_the_same(guides: Settings, ahead: bool) -> None:
     plain, _ = engine_and_reference("llama", (0,), guides, dtype=torch.float32)
