@@ -31,8 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak-seconds",
         type=float,
-        default=os.environ.get("W2S_FAST_SOAK_SECONDS", "90" if os.environ.get("CI") else "8"),
-        help="how long the soak test lets requests come (default: 8; where CI is set: 90)",
+        default=os.environ.get("W2S_FAST_SOAK_SECONDS", "90" if os.environ.get("CI") else "5"),
+        help="how long the soak test lets requests come (default: 5; where CI is set: 90)",
     )
 
 

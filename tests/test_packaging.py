@@ -133,6 +133,7 @@ def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_a_wheel_holds_all_python_files_and_types(wheel_files: set[str]) -> None:
     for folder, inside in (("w2s_fast", "w2s_fast"), ("kernels", "w2s_fast/kernels")):
         for file in (ROOT / folder).rglob("*.py"):
@@ -140,6 +141,7 @@ def test_a_wheel_holds_all_python_files_and_types(wheel_files: set[str]) -> None
     assert {"w2s_fast/py.typed", "w2s_fast/_pages.pyi"} <= wheel_files
 
 
+@pytest.mark.thorough
 def test_a_wheel_holds_the_compiled_page_manager_and_nothing_of_the_tests(
     wheel_files: set[str],
 ) -> None:
@@ -149,6 +151,7 @@ def test_a_wheel_holds_the_compiled_page_manager_and_nothing_of_the_tests(
     assert folders == {"w2s_fast", *(name for name in folders if name.endswith(".dist-info"))}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model", ["base", "tuned", "untuned"])
 def test_a_wheel_holds_the_bundled_models(wheel_files: set[str], model: str) -> None:
     needed = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}

@@ -58,7 +58,9 @@ TOGETHER = [
 
 # Mixtral's own code asks on the host which experts were chosen.
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
-@pytest.mark.parametrize("asked", [MIXED, TOGETHER], ids=["alone", "together"])
+@pytest.mark.parametrize(
+    "asked", [pytest.param(MIXED, marks=pytest.mark.thorough), TOGETHER], ids=["alone", "together"]
+)
 def test_decoding_never_waits_for_the_device(family: str, asked: list[SearchParams]) -> None:
     """A chunk from its plan to its draws, as a search asks for it; rows with a tree and without."""
     engine = make_engine(*tiny_triple((family, "llama", "gpt2"), layers=2, eos=(0, 6, 13)))

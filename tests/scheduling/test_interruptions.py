@@ -277,6 +277,7 @@ def test_the_next_turn_mends_what_a_second_interrupt_left() -> None:
     assert raised[2] > raised[1]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("repeatable")
 def test_steps_in_flight_leave_nothing_behind_either() -> None:
     """Wherever steps of two cohorts are chosen, launched and finished; and twice, now and then."""
