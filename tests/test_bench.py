@@ -98,6 +98,7 @@ def test_a_profile_names_the_parts_of_a_round(capsys: pytest.CaptureFixture[str]
     assert "aten::addmm" in printed
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_memory_counts_weights_and_pages() -> None:
     case = cases(quick=True)[0]

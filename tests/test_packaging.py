@@ -52,6 +52,7 @@ def imported() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.thorough
 def test_transformers_can_be_imported_from_the_checkouts_root(imported: dict[str, Any]) -> None:
     assert imported["names"][2] == "AutoModelForCausalLM"
 

@@ -309,6 +309,7 @@ def last_tokens(candidates: Sequence[ScoredCandidate]) -> list[float]:
     return [candidate.token_ids[-1] / 7 for candidate in candidates]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("repeatable")
 @pytest.mark.parametrize("scorers", [(), (last_tokens,)], ids=["resampled", "scored"])
 def test_rounds_that_the_host_decides_leave_nothing_behind_either(scorers: Any) -> None:
