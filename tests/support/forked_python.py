@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -40,7 +41,7 @@ def _ask(address: str, arguments: list[str]) -> int:
                 server.connect(address)
                 break
             except (FileNotFoundError, ConnectionRefusedError):  # it is still importing
-                signal.sigtimedwait([], 0.05)
+                time.sleep(0.05)
         asked = json.dumps([arguments, dict(os.environ), os.getcwd()]).encode()
         socket.send_fds(server, [len(asked).to_bytes(4, "big")], [0, 1, 2])
         server.sendall(asked)
