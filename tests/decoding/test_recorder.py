@@ -5,6 +5,7 @@ What they call of torch.cuda is stood in for; on a device: tests/gpu/test_failed
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.record import record_passes
 from w2s_fast.decoding.recorder import CudaRecorder, NothingRecorded
-from w2s_fast.decoding.streams import HomeStream, own_stream
+from w2s_fast.decoding.streams import HomeStream
 
 __all__ = ["cuda"]
 
@@ -230,12 +231,21 @@ def test_a_model_that_waits_is_run_without_and_others_are_recorded(kind: str, cu
 
 def test_streams_are_not_shared_as_long_as_there_are_others(cuda: Cuda) -> None:
     """torch hands out the same ones again after 32."""
-    kept = [own_stream(DEVICE) for _ in range(20)]
+    owners = [Lane(DEVICE) for _ in range(20)]
+    kept = [owner._stream for owner in owners]
     for _ in range(40):
-        assert own_stream(DEVICE) not in kept  # and is let go
-    kept += [own_stream(DEVICE) for _ in range(12)]
+        assert Lane(DEVICE)._stream not in kept  # and is let go
+    owners += [Lane(DEVICE) for _ in range(12)]
+    kept = [owner._stream for owner in owners]
     assert len(set(kept)) == 32
-    assert own_stream(DEVICE) in kept  # none is left: better shared than refused
+    shared = Lane(DEVICE)
+    assert shared._stream in kept  # none is left: better shared than refused
+    del shared
+    gc.collect()
+    for _ in owners:  # who shared it has let go of it, and its first owner has not
+        assert Lane(DEVICE)._stream in kept
+    gone = owners.pop()._stream
+    assert Lane(DEVICE)._stream == gone
 
 
 def test_recorders_and_lanes_have_streams_of_their_own(cuda: Cuda) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
-from weakref import WeakSet
 
 import pytest
 import torch
@@ -26,8 +25,16 @@ PLACES = ("synchronize", "begin", "begun", "body", "end")
 
 
 class Stream:
+    """No weak reference can be made to it: torch's streams are freed without clearing them."""
+
+    __slots__ = ("_cuda", "device", "number")
+
     def __init__(self, cuda: Cuda, number: int, device: torch.device) -> None:
         self._cuda, self.number, self.device = cuda, number, device
+
+    @property
+    def cuda_stream(self) -> int:
+        return self.number
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream) and self.number == other.number
@@ -190,5 +197,5 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", cuda.end_allocate_to_pool)
     monkeypatch.setattr("w2s_fast.decoding.recorder._failed_on", set())
-    monkeypatch.setattr("w2s_fast.decoding.streams._taken", WeakSet())
+    monkeypatch.setattr("w2s_fast.decoding.streams._taken", {})
     return cuda

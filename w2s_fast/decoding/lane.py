@@ -21,7 +21,7 @@ class Lane:
         """On a device without streams, work is done at once."""
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = own_stream(device)
+            self._stream = own_stream(device, self)
 
     @contextmanager
     def beside(self) -> Iterator[None]:

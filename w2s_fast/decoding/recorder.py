@@ -49,7 +49,7 @@ class CudaRecorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         # One for all: libraries keep a workspace for each stream they were ever used on.
-        self._stream = own_stream(device)
+        self._stream = own_stream(device, self)
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         """As a Recorder does; ``run`` is run twice before.

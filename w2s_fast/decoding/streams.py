@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from weakref import WeakSet
+import weakref
 
 import torch
 
 _MOST_TRIES = 32  # torch hands out so many streams of a device, in turn, again and again
-_taken: WeakSet[torch.cuda.Stream] = WeakSet()
+# By a number of each taking: CUDA's handle of the stream. Not a set of weak references to streams:
+# torch frees a stream without clearing those, so that looking through them would end the process.
+_taken: dict[int, int] = {}
+_takings = itertools.count()
 _taking = threading.Lock()
 
 
-def own_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream that nobody else has taken from here and kept, as long as there is one.
+def own_stream(device: torch.device, owner: object) -> torch.cuda.Stream:
+    """A stream that no other ``owner`` has as long as this one lives, if there is one left.
 
     What somebody else launches on a stream while it is recorded becomes part of the recording.
     """
     with _taking:
         for _ in range(_MOST_TRIES):
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            if stream not in _taken:
+            if stream.cuda_stream not in list(_taken.values()):
                 break
-        _taken.add(stream)
+        taking = next(_takings)
+        _taken[taking] = stream.cuda_stream
+        # May run in any thread, in the middle of anything: no lock.
+        weakref.finalize(owner, _taken.pop, taking, None).atexit = False
         return stream
 
 
@@ -39,7 +46,7 @@ class HomeStream:
         self._stream: torch.cuda.Stream | None = None
         self._before: tuple[int, torch.cuda.Stream] | None = None
         if device.type == "cuda":
-            self._stream = own_stream(device)
+            self._stream = own_stream(device, self)
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def enter(self) -> None:
