@@ -45,7 +45,7 @@ def attention_cases(device: torch.device, scale: Scale) -> Iterator[Case]:
     yield _append(device, heads, *((40, 20, 3) if scale == "tiny" else (512, 64, 30)))
 
 
-class _Search(NamedTuple):
+class Search(NamedTuple):
     """Rows of W = K = 4 in a pool, and what they share."""
 
     pool: PagePool
@@ -58,9 +58,9 @@ class _Search(NamedTuple):
         return KernelPlan.make(self.pool, self.slots, counts, self.tree if shares else None)
 
 
-def _search(
+def search(
     device: torch.device, heads: Heads, requests: int, prompt: int, history: int, new: int
-) -> _Search:
+) -> Search:
     """A chunk begins: no row has tokens of its own but the new ones."""
     size, rows = 16, 16 * requests
     tokens = requests * (prompt + 4 * history + 16 * new)
@@ -85,10 +85,10 @@ def _search(
         Level(row // 16, np.full(rows, prompt)),
         Level(row // 4, np.full(rows, prompt + history)),
     ]
-    return _Search(pool, slots, RowTree.of(levels, rows), moved)
+    return Search(pool, slots, RowTree.of(levels, rows), moved)
 
 
-def _queries(device: torch.device, heads: Heads, tokens: int) -> torch.Tensor:
+def queries_of(device: torch.device, heads: Heads, tokens: int) -> torch.Tensor:
     return torch.randn(tokens, heads.queries, heads.dim, device=device).bfloat16()
 
 
@@ -110,10 +110,10 @@ def _attention(
     shares: bool,
 ) -> Case:
     def make() -> Work:
-        search = _search(device, heads, requests, prompt, history, new)
-        plan = search.plan(new, shares)
-        q = _queries(device, heads, len(search.slots) * new)
-        return Work(lambda layer: _attend(plan, layer, q), range(len(search.pool.kv)), search.moved)
+        found = search(device, heads, requests, prompt, history, new)
+        plan = found.plan(new, shares)
+        q = queries_of(device, heads, len(found.slots) * new)
+        return Work(lambda layer: _attend(plan, layer, q), range(len(found.pool.kv)), found.moved)
 
     shape = f"{requests} x 16 rows of {new}, prompt {prompt}, {'shared' if shares else 'plain'}"
     return Case("paged_attention", shape, make)
@@ -123,10 +123,10 @@ def _append(device: torch.device, heads: Heads, prompt: int, history: int, new: 
     """Beside SDPA, whose keys and values have been gathered before."""
 
     def make() -> Work:
-        search = _search(device, heads, 1, prompt, history, new)
-        plan, pool = search.plan(new, True), search.pool
-        q = _queries(device, heads, 16 * new)
-        page = pool.page_table(search.slots).long()
+        found = search(device, heads, 1, prompt, history, new)
+        plan, pool = found.plan(new, True), found.pool
+        q = queries_of(device, heads, 16 * new)
+        page = pool.page_table(found.slots).long()
         dense = [kv[:, page].flatten(2, 3)[:, :, : plan.max_k].transpose(2, 3) for kv in pool.kv]
         rows = q.unflatten(0, (16, new)).transpose(1, 2)
         position = torch.arange(plan.max_k, device=device)
@@ -142,7 +142,7 @@ def _append(device: torch.device, heads: Heads, prompt: int, history: int, new: 
         return Work(
             lambda layer: _attend(plan, layer, q),
             range(len(dense)),
-            search.moved,
+            found.moved,
             beside={"to SDPA on gathered keys": sdpa},
         )
 

@@ -90,7 +90,7 @@ def compare(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    dry, device, _, seconds, report = begin("bench.cohorts", __doc__, arguments, seconds=300)
+    dry, device, _, seconds, report, _ = begin("bench.cohorts", __doc__, arguments, seconds=300)
     dtype = torch.float32 if dry else torch.bfloat16
     shapes = [("tiny", TINY)] if dry else [("1B", MEDIUM), ("8B", LARGE)]
     requests = [2, 3] if dry else [16, 32, 48, 64, 96, 128]

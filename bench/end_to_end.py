@@ -54,6 +54,7 @@ ROWS = 16  # of a request: W=K=4
 PLAIN, GRAPHS, COMPILED = "plain", "graphs", "graphs+compile"
 GENERATE, RELEASED = "generate", "released"
 FUSION, BEAM = "fusion", "beam"  # methods whose steps are tokens
+SETTINGS = ("gpt2-xl", "8B", "Qwen3-1.7B")
 _BESIDE_ROUNDS = 3  # of the baselines, and of methods without rounds
 # Seconds that have to be left for a way to be begun: estimates, to lose no row that is under way.
 _ASKS = {
@@ -152,6 +153,12 @@ class Bench:
     seconds: Seconds
     report: Rows
     profile: Path
+    only: tuple[str, ...] = ()  # settings and ways; none: all of them
+
+    def asked(self, setting: str, way: str) -> bool:
+        """Whether neither the settings nor the ways that were asked for leave it out."""
+        settings, ways = (set(self.only) & set(names) for names in (SETTINGS, _ASKS))
+        return (not settings or setting in settings) and (not ways or way in ways)
 
     def has_time_for(self, setting: str, way: str) -> bool:
         """Whether a way may be begun; said where it may not."""
@@ -329,6 +336,7 @@ def method_rows(
 
 def run_setting(bench: Bench, setting: Setting, ways: Sequence[str]) -> None:
     """These ways, with models of their own."""
+    ways = [way for way in ways if bench.asked(setting.name, way)]
     if not any(bench.has_time_for(setting.name, way) for way in ways):
         return
     name = setting.name
@@ -433,7 +441,7 @@ def run(bench: Bench) -> None:
         Wide(8, 5000, 307.9, 51.4),
     ]
     name = "Qwen3-1.7B"
-    if bench.has_time_for(name, GRAPHS):
+    if bench.asked(name, GRAPHS) and bench.has_time_for(name, GRAPHS):
         bench.attempt(name, GRAPHS, lambda: wide_rows(bench, name, shapes.QWEN3, asked, 256))
     if large:
         run_setting(bench, many, [GRAPHS, PLAIN])
@@ -463,7 +471,9 @@ def _peak_gb(device: torch.device) -> float | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    dry, device, out, seconds, report = begin("bench.end_to_end", __doc__, arguments, seconds=400)
+    dry, device, out, seconds, report, only = begin(
+        "bench.end_to_end", __doc__, arguments, seconds=400, parts=[*SETTINGS, *_ASKS]
+    )
     dtype = torch.float32 if dry else torch.bfloat16
     profile = out.with_name(f"{out.stem}-rounds.txt")  # the kernels of a round
     profile.write_text("")
@@ -472,7 +482,7 @@ def main(arguments: list[str] | None = None) -> int:
         size, square = (2**20, 128) if dry else (2**30, 8192)
         limits = Limits(copy_bandwidth(device, size), matmul_rate(device, dtype, square))
         report.say(bandwidth=limits.bandwidth, product_rate=limits.rate)
-        bench = Bench(device, dtype, limits, seconds, report, profile)
+        bench = Bench(device, dtype, limits, seconds, report, profile, only)
         (dry_run if dry else run)(bench)
         report.end()
     except KeyboardInterrupt:

@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU if need be")
     parser.add_argument("--seconds", type=float, default=180, help="start no case after this long")
+    parser.add_argument("--only", nargs="+", default=[""], help="operators whose names begin so")
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.freeze()  # every capture collects garbage, and would look through all modules
     try:
         for case in (*cases(device, scale), *attention_cases(device, scale)):
+            if not case.name.startswith(tuple(args.only)):
+                continue
             in_time = seconds.left > 0
             row = measure(case, limits) if in_time else failed(case, "not run: time was up")
             print(line(row), flush=True)

@@ -19,7 +19,7 @@ class OnGpu(NamedTuple):
 
     Attributes:
         dry: tiny shapes on the CPU, by one thread. out: the report's file.
-        seconds: after which nothing is begun.
+        seconds: after which nothing is begun. only: names of parts, where not all were asked for.
     """
 
     dry: bool
@@ -27,15 +27,23 @@ class OnGpu(NamedTuple):
     out: Path
     seconds: Seconds
     report: Rows
+    only: tuple[str, ...] = ()
 
 
-def begin(program: str, about: str, arguments: Sequence[str] | None, *, seconds: float) -> OnGpu:
+def begin(
+    program: str,
+    about: str,
+    arguments: Sequence[str] | None,
+    *,
+    seconds: float,
+    parts: Sequence[str] = (),
+) -> OnGpu:
     """Read the command line; without a GPU the program ends here, unless the run is dry.
 
     Args:
         program: its module. about: its docstring.
         arguments: None: those of this process.
-        seconds: unless the command says how many.
+        seconds: unless the command says how many. parts: what ``--only`` may name.
     """
     parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON")
@@ -43,6 +51,9 @@ def begin(program: str, about: str, arguments: Sequence[str] | None, *, seconds:
     parser.add_argument(
         "--seconds", type=float, default=seconds, help="begin nothing after so long"
     )
+    parser.set_defaults(only=())
+    if parts:
+        parser.add_argument("--only", nargs="+", choices=parts, metavar="PART", help="parts to run")
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
     if not (torch.cuda.is_available() or args.dry_run):
@@ -51,4 +62,4 @@ def begin(program: str, about: str, arguments: Sequence[str] | None, *, seconds:
         torch.set_num_threads(1)
     device = torch.device("cpu") if args.dry_run else torch.device("cuda", 0)
     report = Rows(args.out, facts(program, arguments))
-    return OnGpu(args.dry_run, device, args.out, Seconds(args.seconds), report)
+    return OnGpu(args.dry_run, device, args.out, Seconds(args.seconds), report, tuple(args.only))

@@ -351,7 +351,7 @@ def line(rows: list[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    _, device, _, seconds, report = begin("bench.smoke", __doc__, arguments, seconds=100)
+    _, device, _, seconds, report, _ = begin("bench.smoke", __doc__, arguments, seconds=100)
     where = Where(device)
     status = 0
     try:

@@ -1,10 +1,11 @@
 """Triton kernels of paged_attention: tiles of queries over keys, and the merge of their results.
 
-    attend        a shared tile   some queries of a segment's rows, siblings beside each other, over
-                                  at most SPLIT_KEYS of the keys that these rows share
-                  an own tail     some queries of one row over at most SPLIT_KEYS of the keys that
-                                  no segment holds: all its keys where nothing is shared
-    merge_parts   a query, head   the partial results of a row that has more than one
+    attend   a shared tile   some queries of a segment's rows, siblings beside each other, over at
+                             most SPLIT_KEYS of the keys that these rows share
+             an own tail     some queries of one row over at most SPLIT_KEYS of the keys that no
+                             segment holds: all its keys where nothing is shared
+    finish   some queries    merges the partial results of rows that have more than one, behind
+             and heads       them the own keys of rows that share others and have few: at most FEW
 
 A tile holds queries times the query heads of one head of keys, so that keys are read once for all
 of them. It walks over its keys block by block with an online softmax (FlashAttention-2: Dao, arXiv
@@ -12,6 +13,9 @@ of them. It walks over its keys block by block with an online softmax (FlashAtte
 merged in that order (split KV, as in flash-decoding: Dao, Haziza, Massa and Sizov). Both kinds of
 tiles stand in one launch, as in FastTree and DeFT (arXiv 2404.00242): a launch for each level of
 the tree would leave most of the device idle.
+
+Rows of a search differ in the few tokens of a chunk. A tile for each of these tails would be most
+programs of a launch, and hardly any of its work: on an H100 they took half of its time.
 """
 
 from __future__ import annotations
@@ -29,11 +33,12 @@ _COLUMNS = constexpr(6)
 def _own_splits(
     row, own, length, new, window,
     WINDOW: tl.constexpr, SPLIT_QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Where a row's own keys and its first own split begin, and how many splits it has.
 
-    From the row alone. The own keys are all keys if nothing is shared.
+    From the row alone, or of several rows. The own keys are all keys if nothing is shared. No split
+    where they are at most FEW.
     """
     base = length * 0
     if own is not None:
@@ -41,7 +46,9 @@ def _own_splits(
     origin = base
     if WINDOW:
         origin += tl.maximum(length - new - window + 1 - base, 0) // KEYS * KEYS
-    count = tl.maximum(tl.cdiv(length - origin, SPLIT_KEYS), 1)
+    count = tl.maximum((length - origin + SPLIT_KEYS - 1) // SPLIT_KEYS, 1)
+    if FEW > 0:
+        count = tl.where(length - origin <= FEW, 0, count)
     return base, origin, tl.where(new > SPLIT_QUERIES, 1, count)
 
 
@@ -147,9 +154,9 @@ def attend(
     out, sums, peaks, q_token, q_head, values, table_stride, entries, shared_blocks, rows, blocks,
     own_splits, most, queries, window, scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CUT: tl.constexpr,
-    SPLIT_QUERIES: tl.constexpr, SHARED_TILE: tl.constexpr, TILE: tl.constexpr,
-    KEYS: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TAILS: tl.constexpr,
+    CUT: tl.constexpr, SPLIT_QUERIES: tl.constexpr, SHARED_TILE: tl.constexpr, TILE: tl.constexpr,
+    KEYS: tl.constexpr, SPLIT_KEYS: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, key head): first the shared tiles, which are the longest work, then own tails.
 
@@ -169,13 +176,14 @@ def attend(
         tile -= entries * shared_blocks
     # Rows vary fastest: siblings run side by side and find the pages they share in the cache. The
     # last block of queries, which sees the most keys, begins first.
-    _own_tail(
-        tile % rows, blocks - 1 - tile // rows // own_splits, tile // rows % own_splits, kv_head,
-        q, pages, page_table, table_start, lengths, cu_seqlens_q, sinks, own, parts, out, sums,
-        peaks, q_token, q_head, values, table_stride, most, queries, window, scale, softcap,
-        HEADS, GROUP, DIM, LANES, PAGE_SIZE, WINDOW, SOFTCAP, CUT, SPLIT_QUERIES, TILE, KEYS,
-        SPLIT_KEYS,
-    )  # fmt: skip
+    if TAILS:
+        _own_tail(
+            tile % rows, blocks - 1 - tile // rows // own_splits, tile // rows % own_splits,
+            kv_head, q, pages, page_table, table_start, lengths, cu_seqlens_q, sinks, own, parts,
+            out, sums, peaks, q_token, q_head, values, table_stride, most, queries, window, scale,
+            softcap, HEADS, GROUP, DIM, LANES, PAGE_SIZE, WINDOW, SOFTCAP, CUT, SPLIT_QUERIES,
+            TILE, KEYS, SPLIT_KEYS, FEW,
+        )  # fmt: skip
 
 
 @jit
@@ -237,7 +245,7 @@ def _own_tail(
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
     PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CUT: tl.constexpr,
     SPLIT_QUERIES: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """TILE items of one row over the keys of one of its own splits."""
     first_item = block * TILE
@@ -247,7 +255,7 @@ def _own_tail(
         return
     length = tl.load(lengths + row)
     base, origin, count = _own_splits(
-        row, own, length, new, window, WINDOW, SPLIT_QUERIES, KEYS, SPLIT_KEYS
+        row, own, length, new, window, WINDOW, SPLIT_QUERIES, KEYS, SPLIT_KEYS, FEW
     )
     if split >= count:
         return
@@ -293,51 +301,105 @@ def _own_tail(
     tl.store(place, acc.to(out.dtype.element_ty), mask=real[:, None] & (lane < DIM)[None, :])
 
 
+@jit
+def _few_keys(
+    asked, m, s, acc, keys, values, table, origin, last, window, scale, softcap,
+    HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Items ``asked`` [N, LANES] with m, s, acc so far, over keys of their own: origin : last + 1.
+
+    All but the constants, ``values``, ``window`` and the factors are of each item. AT_ONCE keys of
+    all items at a time, so that an item's sums depend on its own keys alone.
+    """
+    lane = tl.arange(0, LANES)
+    for start in range(0, tl.max(last - origin + 1, 0), AT_ONCE):
+        key = origin[:, None] + start + tl.arange(0, AT_ONCE)[None, :]
+        seen = key <= last[:, None]
+        if WINDOW:
+            seen = seen & (key > last[:, None] - window)
+        page = tl.load(table[:, None] + key // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
+        place = page * (PAGE_SIZE * HEADS * DIM) + (key % PAGE_SIZE) * (HEADS * DIM)
+        at = keys[:, None, None] + place[:, :, None] + lane[None, None, :]
+        known = seen[:, :, None] & (lane < DIM)[None, None, :]
+        k = tl.load(at, mask=known, other=0.0).to(tl.float32)
+        v = tl.load(at + values, mask=known, other=0.0).to(tl.float32)
+        x = soften(tl.sum(asked[:, None, :] * k, 2), scale, softcap, SOFTCAP) * _LOG2E
+        x = tl.where(seen, x, -float("inf"))
+        top = tl.maximum(m, tl.max(x, 1))
+        weight = tl.exp2(x - top[:, None])
+        fade = tl.exp2(m - top)
+        s = s * fade + tl.sum(weight, 1)
+        acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * v, 1)
+        m = top
+    return m, s, acc
+
+
 @jit(
     do_not_specialize=[
-        "lengths", "cu_seqlens_q", "sinks", "own", "parts", "sums", "peaks", "most", "queries",
-        "window",
+        "page_table", "table_start", "lengths", "cu_seqlens_q", "sinks", "own", "parts", "sums",
+        "peaks", "table_stride", "items", "most", "queries", "window",
     ]
 )  # fmt: skip
-def merge_parts(
-    lengths, cu_seqlens_q, sinks, own, parts, out, sums, peaks, most, queries, window,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
-    WINDOW: tl.constexpr, SPLIT_QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr,
+def finish(
+    q, pages, page_table, table_start, lengths, cu_seqlens_q, sinks, own, parts, out, sums, peaks,
+    q_token, q_head, values, table_stride, items, most, queries, window, scale, softcap,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SPLIT_QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLIT_KEYS: tl.constexpr, FEW: tl.constexpr,
+    ITEMS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Program (row and query, head): a row's partial results, BLOCK at a time in their order."""
-    row = tl.program_id(0) // queries
-    query = tl.program_id(0) % queries
-    head = tl.program_id(1)
+    """Program: ITEMS items, each a query and a head, of neighbouring heads and then queries.
+
+    A query's partial results in their order, and behind them its own keys where these are few,
+    AT_ONCE of all items at a time. Products are sums of float32, not of tensor cores: an item has
+    keys of its own.
+    """
+    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
+    real = item < items
+    item = tl.where(real, item, 0)
+    head = item % (HEADS * GROUP)
+    row = item // (HEADS * GROUP) // queries
+    query = item // (HEADS * GROUP) % queries
     first_token = tl.load(cu_seqlens_q + row)
     new = tl.load(cu_seqlens_q + row + 1) - first_token
     length = tl.load(lengths + row)
-    _, _, total = _own_splits(
-        row, own, length, new, window, WINDOW, SPLIT_QUERIES, KEYS, SPLIT_KEYS
+    _, origin, total = _own_splits(
+        row, own, length, new, window, WINDOW, SPLIT_QUERIES, KEYS, SPLIT_KEYS, FEW
     )
+    few = total == 0
     if parts is not None:
         total += tl.load(parts + row)
-    if (query >= new) | (total == 1):
-        return
+    real = real & (query < new) & (few | (total > 1))
+    total = tl.where(real, total, 0)
     lane = tl.arange(0, LANES)
-    place = (tl.program_id(0).to(tl.int64) * HEADS + head) * most
-    m = tl.full([1], LOWEST, tl.float32)
-    s = tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, LANES], tl.float32)
-    for first in range(0, total, BLOCK):
-        part = first + tl.arange(0, BLOCK)
+    m = tl.full([ITEMS], LOWEST, tl.float32)
+    s = tl.zeros([ITEMS], tl.float32)
+    acc = tl.zeros([ITEMS, LANES], tl.float32)
+    place = item.to(tl.int64) * most
+    for part in range(tl.max(total, 0)):
         known = part < total
-        at = place + part
-        new_m = tl.load(peaks + at * 2, mask=known, other=LOWEST)
-        new_s = tl.load(peaks + at * 2 + 1, mask=known, other=0.0)
-        kept = (new_s != 0)[:, None] & (lane < DIM)[None, :]  # others were not stored
-        new_acc = tl.load(sums + at[:, None] * DIM + lane[None, :], mask=kept, other=0.0)
-        top = tl.maximum(m, tl.max(new_m, 0))
-        fade = tl.exp2(m - top)
-        new_fade = tl.exp2(new_m - top)
-        s = s * fade + tl.sum(new_s * new_fade, 0)
-        acc = acc * fade[:, None] + tl.sum(new_acc * new_fade[:, None], 0)[None, :]
+        part_m = tl.load(peaks + (place + part) * 2, mask=known, other=LOWEST)
+        part_s = tl.load(peaks + (place + part) * 2 + 1, mask=known, other=0.0)
+        kept = (part_s != 0)[:, None] & (lane < DIM)[None, :]  # others were not stored
+        stored = sums + (place + part)[:, None] * DIM + lane[None, :]
+        part_acc = tl.load(stored, mask=kept, other=0.0)
+        top = tl.maximum(m, part_m)
+        fade, part_fade = tl.exp2(m - top), tl.exp2(part_m - top)
+        s = s * fade + part_s * part_fade
+        acc = acc * fade[:, None] + part_acc * part_fade[:, None]
         m = top
-    acc = _normalised(acc, m, s, sinks, head + tl.arange(0, 1))
-    place = out + ((first_token + query).to(tl.int64) * HEADS + head) * DIM + lane
-    tl.store(place[None, :], acc.to(out.dtype.element_ty), mask=(lane < DIM)[None, :])
+
+    token = (first_token + query).to(tl.int64)
+    if FEW > 0:
+        at = token[:, None] * q_token + head[:, None] * q_head + lane[None, :]
+        asked = tl.load(q + at, mask=real[:, None] & (lane < DIM)[None, :], other=0.0)
+        m, s, acc = _few_keys(
+            asked.to(tl.float32), m, s, acc, pages + head // GROUP * DIM, values,
+            _entries(page_table, table_start, table_stride, row), origin,
+            tl.where(real & few, length - new + query, -1), window, scale, softcap,
+            HEADS, DIM, LANES, PAGE_SIZE, WINDOW, SOFTCAP, AT_ONCE,
+        )  # fmt: skip
+    acc = _normalised(acc, m, s, sinks, head)
+    given = out + token[:, None] * (HEADS * GROUP * DIM) + head[:, None] * DIM + lane[None, :]
+    tl.store(given, acc.to(out.dtype.element_ty), mask=real[:, None] & (lane < DIM)[None, :])

@@ -1,4 +1,4 @@
-"""paged_attention on a GPU: one launch over tiles of queries, and one that merges partial results.
+"""paged_attention on a GPU: one launch over tiles of queries, and one that finishes their rows.
 
 The kernels, and what a tile is, are in paged_attention_tiles. Here: how long the splits are, how
 large the tiles, and how many programs there are.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from w2s_fast.kernels.library import Gpu, gpu, triton
-from w2s_fast.kernels.paged_attention_tiles import attend, merge_parts
+from w2s_fast.kernels.paged_attention_tiles import attend, finish
 
 # Rows of more new tokens than this are never cut, and share nothing. Their queries alone fill
 # tiles and are work for many programs, so packing siblings together would save few reads: with 17
@@ -24,12 +24,33 @@ from w2s_fast.kernels.paged_attention_tiles import attend, merge_parts
 # tiles of 128 it would be 128. What it costs grows with the queries: a partial result is
 # 4 * (D + 2) bytes, written and read again, for each of them, each head and each split.
 SPLIT_QUERIES = 16
-# Keys that one program takes; a multiple of every block. Not measured on a GPU. A partial result
-# of a query of D = 128 moves as many bytes as two keys in 16 bits: 512 keys make that little, and
-# a prompt of 4,096 tokens with 8 heads of keys is still work for 64 programs.
-SPLIT_KEYS = 512
-# Partial results that a merge loads at a time: one round for all but the longest rows.
-_MERGED = 8
+# Keys that one program takes; a multiple of every block. A partial result of a query of D = 128
+# moves as many bytes as two keys in 16 bits. On an H200 a layer of gpt2-xl over a prompt of 512
+# took 15.1, 12.7 and 11.9 us for one request with splits of 512, 256 and 128, and 73, 78 and 86 us
+# for 32 (`python -m bench.attention_tiles`).
+SPLIT_KEYS = 256
+# Own keys of a row that shares others which are too few for a tile of their own. A chunk of the
+# search has as many tokens at most, or is long enough that tiles are worth their launch.
+FEW_KEYS = 32
+
+
+class _Finish(NamedTuple):
+    """A program has ``items`` queries of a head, and ``keys`` of each at a time."""
+
+    items: int
+    keys: int
+    num_warps: int
+
+
+def _finish(dim: int) -> _Finish:
+    """Launch parameters by head size, a power of two; a row's arithmetic depends on ``keys``.
+
+    The work is to wait for memory: many programs of one warp, of 64 to 128 registers a thread. On
+    an H200, 32 requests of gpt2-xl: 62 us a layer with 4 items and 4 keys, 61 with 8 and 4 (for
+    which Triton 3.9 takes all registers), 73 with 8 and 8 in four warps
+    (`python -m bench.attention_tiles`).
+    """
+    return _Finish(items=max(1, 256 // dim), keys=4, num_warps=1)
 
 
 class _Launch(NamedTuple):
@@ -138,31 +159,40 @@ def launch(
     queries = min(max_q, SPLIT_QUERIES)
     longest = max_own if window is None else min(max_own, window + queries + table.keys - 2)
     own_splits = max(1, -(-longest // SPLIT_KEYS))
+    few = FEW_KEYS if splits is not None else 0
+    if longest <= few and max_q == queries:
+        own_splits = 0  # all of them are finished without
     most = max_parts + own_splits
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sums = peaks = out  # not used unless a row may have more than one partial result
-    if most > 1:
+    finishes = few > 0 or most > 1
+    if finishes:
         places = (rows * queries, heads, most)
         sums = torch.empty(*places, dim, dtype=torch.float32, device=q.device)
         peaks = torch.empty(*places, 2, dtype=torch.float32, device=q.device)
     both = {
-        "DIM": dim, "LANES": padded, "WINDOW": window is not None,
-        "SPLIT_QUERIES": SPLIT_QUERIES, "KEYS": table.keys, "SPLIT_KEYS": SPLIT_KEYS,
+        "HEADS": kv_heads, "GROUP": group, "DIM": dim, "LANES": padded, "PAGE_SIZE": page_size,
+        "WINDOW": window is not None, "SOFTCAP": softcap is not None,
+        "SPLIT_QUERIES": SPLIT_QUERIES, "KEYS": table.keys, "SPLIT_KEYS": SPLIT_KEYS, "FEW": few,
     }  # fmt: skip
     programs = (entries * shared_blocks + rows * blocks * own_splits) * kv_heads
-    attend[(programs,)](
-        q, pages, page_table, table_start, lengths, cu_seqlens_q, sinks, own, parts, token_rows,
-        splits, out, sums, peaks, q.stride(0), q.stride(1), pages.stride(0), table_stride, entries,
-        shared_blocks, rows, blocks, own_splits, most, queries, window or 0, scale, softcap or 0.0,
-        HEADS=kv_heads, GROUP=group, PAGE_SIZE=page_size, SOFTCAP=softcap is not None,
-        CUT=most > 1, SHARED_TILE=table.shared_tile, TILE=table.tile, **both,
-        num_warps=table.num_warps, num_stages=table.num_stages, maxnreg=table.maxnreg,
-        enable_fp_fusion=True,
-    )  # fmt: skip
-    if most > 1:
-        merge_parts[(rows * queries, heads)](
-            lengths, cu_seqlens_q, sinks, own, parts, out, sums, peaks, most, queries, window or 0,
-            HEADS=heads, BLOCK=_MERGED, **both, num_warps=1 if padded <= 64 else 2,
+    if programs > 0:
+        attend[(programs,)](
+            q, pages, page_table, table_start, lengths, cu_seqlens_q, sinks, own, parts, token_rows,
+            splits, out, sums, peaks, q.stride(0), q.stride(1), pages.stride(0), table_stride,
+            entries, shared_blocks, rows, blocks, own_splits, most, queries, window or 0, scale,
+            softcap or 0.0, TAILS=own_splits > 0, CUT=most > 1, SHARED_TILE=table.shared_tile,
+            TILE=table.tile, **both,
+            num_warps=table.num_warps, num_stages=table.num_stages, maxnreg=table.maxnreg,
             enable_fp_fusion=True,
+        )  # fmt: skip
+    if finishes:
+        last = _finish(padded)
+        items = rows * queries * heads
+        finish[(-(-items // last.items),)](
+            q, pages, page_table, table_start, lengths, cu_seqlens_q, sinks, own, parts, out, sums,
+            peaks, q.stride(0), q.stride(1), pages.stride(0), table_stride, items, most, queries,
+            window or 0, scale, softcap or 0.0, **both, ITEMS=last.items, AT_ONCE=last.keys,
+            num_warps=last.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out

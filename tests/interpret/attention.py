@@ -23,14 +23,20 @@ from w2s_fast.kernels import paged_attention_triton as kernels
 
 @contextmanager
 def launched(
-    tile: int = 16, split_keys: int = 32, split_queries: int = 16, shared_tile: int = 16
+    tile: int = 16,
+    split_keys: int = 32,
+    split_queries: int = 16,
+    shared_tile: int = 16,
+    few_keys: int = 3,
 ) -> Iterator[None]:
-    """Blocks of 16 keys, so that few keys are many blocks and splits."""
+    """Blocks of 16 keys, so that few keys are many blocks and splits; 2 are finished at a time."""
     launch = kernels._Launch(tile, shared_tile, keys=16, num_warps=4, num_stages=2)
     with (
         mock.patch.object(kernels, "_launch", return_value=launch),
         mock.patch.object(kernels, "SPLIT_QUERIES", split_queries),
         mock.patch.object(kernels, "SPLIT_KEYS", split_keys),
+        mock.patch.object(kernels, "FEW_KEYS", few_keys),
+        mock.patch.object(kernels, "_finish", return_value=kernels._Finish(4, 2, 4)),
         mock.patch.object(plans, "SPLIT_KEYS", split_keys),
         mock.patch.object(static_plan, "SPLIT_KEYS", split_keys),
         products_in_order(),

@@ -16,10 +16,11 @@ from w2s_fast.kernels import paged_attention_tiles as kernels
 
 
 def launches(forest: Forest, plan: KernelPlan, **rule: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Which tiles a call really walks over, and what is merged: (kind, what it was given)."""
+    """Which tiles a call really walks over, and what is finished: (kind, what it was given)."""
     found: list[tuple[str, dict[str, Any]]] = []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_shared_tile", "_own_tail", "_walk", "_store_part", "_normalised"):
+        parts = ("_shared_tile", "_own_tail", "_walk", "_store_part", "_few_keys", "_normalised")
+        for name in parts:
             inner = getattr(kernels, name)
 
             def seen(*args: Any, _name: str = name, _inner: Any = inner) -> Any:
@@ -34,6 +35,11 @@ def launches(forest: Forest, plan: KernelPlan, **rule: Any) -> list[tuple[str, d
 
 def number(value: Any) -> int:
     return int(value.handle.data.reshape(-1)[0]) if hasattr(value, "handle") else int(value)
+
+
+def numbers(value: Any) -> list[int]:
+    """Of each item."""
+    return [int(x) for x in value.handle.data.reshape(-1)]
 
 
 def paths(forest: Forest, plan: KernelPlan, **rule: Any) -> set[str]:
@@ -64,8 +70,13 @@ def paths(forest: Forest, plan: KernelPlan, **rule: Any) -> set[str]:
         elif name == "_store_part":
             found.add(f"{kind} part")
             found |= {"hidden part"} if kind == "shared" and not walked else set()
-        elif name == "_normalised" and kind:
-            found.add("merged" if x["acc"].shape[0] == 1 else "written by the tail")
+        elif name == "_few_keys":
+            kind = "finished"
+            lengths = [b - a + 1 for a, b in zip(numbers(x["origin"]), numbers(x["last"]))]
+            found |= {"few keys"} if max(lengths) > 0 else {"no few keys"}
+            found |= {"few keys twice"} if max(lengths) > number(x["AT_ONCE"]) else set()
+        elif name == "_normalised" and kind == "own":
+            found.add("written by the tail")
     return found
 
 
@@ -95,10 +106,16 @@ def test_entries_that_no_row_needs_are_not_read(window: int | None) -> None:
     read = set()
     with launched():
         for name, x in launches(forest, plan, scale=0.25, window=window):
-            if name == "_walk" and number(x["begin"]) < number(x["end"]):
-                entry = (number(x["table"]) - table.data_ptr()) // table.itemsize
-                first, last = number(x["begin"]) // size, (number(x["end"]) - 1) // size
-                read |= set(range(entry + first, entry + last + 1))
+            walked = []
+            if name == "_walk":
+                walked = [(number(x["table"]), number(x["begin"]), number(x["end"]))]
+            elif name == "_few_keys":
+                ends = [last + 1 for last in numbers(x["last"])]
+                walked = list(zip(numbers(x["table"]), numbers(x["origin"]), ends))
+            for address, begin, end in walked:
+                if begin < end:
+                    entry = (address - table.data_ptr()) // table.itemsize
+                    read |= set(range(entry + begin // size, entry + (end - 1) // size + 1))
     assert min(read) >= 0 and bad not in table[sorted(read)]
     # All that is needed is read; in a window, some of it.
     assert (len(read) == int((table != bad).sum())) == (window is None)
@@ -126,14 +143,14 @@ def test_every_path_is_taken_and_gives_the_definition() -> None:
         plan.shared = plan.shared._replace(splits=splits, max_parts=9, max_own=99, max_tokens=40)
         taken["room in a graph"] = paths(forest, plan, scale=0.25)
         assert torch.equal(check(forest, plan, scale=0.25), expected)
-    everywhere = {"tile", "walked", "shared part", "own part", "merged", "written by the tail"}
+    everywhere = {"tile", "walked", "shared part", "own part", "written by the tail"}
     for name, more in {
         "several blocks": {
             "full tile", "part of a tile", "several blocks", "idle block",
-            "other splits of a segment",
+            "other splits of a segment", "few keys", "few keys twice",
         },
-        "a window": {"hidden by the window", "hidden part", "begins late"},
-        "full tiles, long tails": {"full tile", "other splits of a tail"},
+        "a window": {"hidden by the window", "hidden part", "begins late", "few keys"},
+        "full tiles, long tails": {"full tile", "other splits of a tail", "no few keys"},
         "room in a graph": {"padding", "idle block"},
     }.items():  # fmt: skip
         assert everywhere | more <= taken[name], (name, (everywhere | more) - taken[name])

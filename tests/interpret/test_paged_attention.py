@@ -103,15 +103,15 @@ def test_a_window_that_begins_inside_a_block_may_take_one_split_more() -> None:
         check(make_case([(3, 82), (1, 90)]), scale=0.25, window=65)
 
 
-def test_a_second_launch_merges_only_rows_that_were_cut() -> None:
-    merge = mock.MagicMock()
-    with launched(16, 32), mock.patch.object(kernels, "merge_parts", merge):
+def test_a_second_launch_finishes_only_rows_that_were_cut() -> None:
+    finish = mock.MagicMock()
+    with launched(16, 32), mock.patch.object(kernels, "finish", finish):
         attend(make_case([(1, 32)]), scale=0.25)
-        merge.__getitem__.assert_not_called()
+        finish.__getitem__.assert_not_called()
         attend(make_case([(1, 33)]), scale=0.25)
-        merge.__getitem__.assert_called_once_with((1, 4))
+        finish.__getitem__.assert_called_once_with((1,))  # all 4 heads
         attend(make_case([(1, 500)]), scale=0.25, window=17)  # fits into one split: no cut
-        merge.__getitem__.assert_called_once()
+        finish.__getitem__.assert_called_once()
 
 
 @drawn(12)

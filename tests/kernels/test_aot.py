@@ -202,9 +202,11 @@ def paged_attention_case(
     softcap: float | None = None,
     sinks: bool = False,
     siblings: int = 0,
+    own: int = 40,
     ragged: bool = False,
 ) -> Case:
-    """``siblings``: the rows of a segment; 0: nothing is shared. ``ragged``: so are the tables."""
+    """``siblings``: the rows of a segment, each with so many ``own`` keys at most; 0: nothing is
+    shared. ``ragged``: so are the tables."""
     heads, kv_heads, dim = {**HEADS, **ODD_HEADS}[model]
     tokens = siblings * max_q
 
@@ -217,7 +219,7 @@ def paged_attention_case(
             meta(rows, dtype=i32), meta(rows + 1, dtype=i32), 0.125, window, softcap,
             meta(heads, dtype=dtype) if sinks else None, max_q, max_k,
             *(meta(n, dtype=i32) if siblings else None for n in (rows, rows, rows * max_q)),
-            meta(24, 6, dtype=i32) if siblings else None, tokens, 9, 40 if siblings else max_k,
+            meta(24, 6, dtype=i32) if siblings else None, tokens, 9, own if siblings else max_k,
             meta(rows, dtype=i32) if ragged else None,
         )  # fmt: skip
 
@@ -231,13 +233,14 @@ def paged_attention_case(
         90: "wgmma.mma_async" if wide else "mma.sync",
         100: "tcgen05.mma" if wide else "mma.sync",
     }
-    options = f"{window}-{softcap}-{sinks}-{siblings}-{ragged}"
+    options = f"{window}-{softcap}-{sinks}-{siblings}-{own}-{ragged}"
     name = f"paged_attention-{model}-{rows}x{max_q}-{max_k}-{options}"
     return Case(name, launch, kernels, products)
 
 
 SAMPLING = {"summarise": 64, "block_weights": 88, "draw": 128, "search": 192}
-CUT = {"attend": 255, "merge_parts": 64}
+CUT = {"attend": 255, "finish": 64}
+FEW = {"attend": 255, "finish": 128}
 FUSION = {"fuse": 96, "grid_sums": 120, "choose": 96}
 
 CASES = [
@@ -271,24 +274,25 @@ CASES = [
     write_kv_case("gemma", 64),
     # Decoding, whole and cut; chunks of 5, 16 and 30; a prompt; all options. Limits of 168 and 240
     # are those of as many programs, three and two, as shared memory has room for.
-    paged_attention_case("gpt2", 16, 1, 1024, {"attend": 96, "merge_parts": 64}),
-    paged_attention_case("gpt2", 16, 30, 512, {"attend": 128}),
-    paged_attention_case("gpt2", 4, 512, 512, {"attend": 168}),
-    paged_attention_case("8b", 16, 1, 512, {"attend": 168}),
-    paged_attention_case("8b", 16, 1, 4096, {"attend": 168, "merge_parts": 64}),
-    paged_attention_case("8b", 16, 5, 4096, {"attend": 192, "merge_parts": 64}),
-    paged_attention_case("8b", 16, 16, 4096, {"attend": 255, "merge_parts": 64}),
-    paged_attention_case("8b", 4, 512, 512, {"attend": 192}),
+    paged_attention_case("gpt2", 16, 1, 1024, {"attend": 96, "finish": 64}),
+    paged_attention_case("gpt2", 16, 30, 256, {"attend": 128}),
+    paged_attention_case("gpt2", 4, 512, 256, {"attend": 168}),
+    paged_attention_case("8b", 16, 1, 256, {"attend": 168}),
+    paged_attention_case("8b", 16, 1, 4096, {"attend": 168, "finish": 64}),
+    paged_attention_case("8b", 16, 5, 4096, {"attend": 192, "finish": 64}),
+    paged_attention_case("8b", 16, 16, 4096, {"attend": 255, "finish": 64}),
+    paged_attention_case("8b", 4, 512, 256, {"attend": 192}),
     paged_attention_case("8b", 16, 1, 4096, CUT, window=1024, softcap=30.0, sinks=True),
     paged_attention_case("8b", 4, 512, 4096, CUT, window=1024, softcap=30.0, sinks=True),
-    paged_attention_case("gemma", 16, 1, 4096, {"attend": 168, "merge_parts": 64}),
-    paged_attention_case("gemma", 16, 16, 4096, {"attend": 255, "merge_parts": 64}),
+    paged_attention_case("gemma", 16, 1, 4096, {"attend": 168, "finish": 64}),
+    paged_attention_case("gemma", 16, 16, 4096, {"attend": 255, "finish": 64}),
     paged_attention_case("gemma", 4, 512, 4096, CUT, window=1024, softcap=50.0),
     # Four hypotheses of four candidates: decoding, and a chunk of 5.
     *(
         paged_attention_case(
-            model, 16, max_q, 4200, {"attend": most, "merge_parts": 64}, siblings=16
+            model, 16, max_q, 4200, {"attend": most, "finish": 128}, siblings=16, own=own
         )
+        for own in (40, 5)  # with tails of their own, and without
         for model, max_q, most in (
             ("gpt2", 1, 96),
             ("8b", 5, 240),
@@ -298,14 +302,14 @@ CASES = [
         )
     ),
     paged_attention_case(
-        "8b", 16, 1, 4200, CUT, window=1024, softcap=30.0, sinks=True, siblings=16
+        "8b", 16, 1, 4200, FEW, window=1024, softcap=30.0, sinks=True, siblings=16
     ),
     # Ragged tables, as plans have them, take no more.
-    paged_attention_case("gpt2", 16, 1, 1024, {"attend": 96, "merge_parts": 64}, ragged=True),
-    paged_attention_case("8b", 4, 512, 512, {"attend": 192}, ragged=True),
+    paged_attention_case("gpt2", 16, 1, 1024, {"attend": 96, "finish": 64}, ragged=True),
+    paged_attention_case("8b", 4, 512, 256, {"attend": 192}, ragged=True),
     *(
         paged_attention_case(
-            model, 16, max_q, 4200, {"attend": most, "merge_parts": 64}, siblings=16, ragged=True
+            model, 16, max_q, 4200, {"attend": most, "finish": 128}, siblings=16, own=5, ragged=True
         )
         for model, max_q, most in (("gpt2", 1, 96), ("8b", 5, 240))
     ),

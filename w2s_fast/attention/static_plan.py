@@ -20,7 +20,7 @@ from w2s_fast.attention.kernel import Bounds, KernelPlan, PassFields, lay_out
 from w2s_fast.attention.staging import Field, Room, host_buffer, launch_copy
 from w2s_fast.cache import NO_COPIES, Int32Array, PagePool
 from w2s_fast.kernels.copy_pages import copy_pages, is_one_launch
-from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
+from w2s_fast.kernels.paged_attention_triton import FEW_KEYS, SPLIT_KEYS, SPLIT_QUERIES
 
 # Entries of page tables that most buckets have room for: with pages of 16, 2,048 tokens that 16
 # rows share, all or some of them, and 128 of each row's own.
@@ -55,14 +55,15 @@ class Bucket(NamedTuple):
     def smallest(cls, rows: int, tokens: int, max_q: int, most_pages: int) -> Bucket:
         """The first bucket of so many rows and tokens, of rows of ``most_pages`` at most.
 
-        It is enough for 4 x 4 candidates with a prompt of 1,024 tokens. Such a request has a split
-        for each 512 tokens of the prompt, one for what its hypotheses have in common, and one for
+        It is enough for 4 x 4 candidates with a prompt of 512 tokens. Such a request has a split
+        for each 256 tokens of the prompt, one for what its hypotheses have in common, and one for
         each of their 4 histories, 7 in all; a row has up to 4 of them. There is no room for more:
-        programs of splits that a pass does not have are launched, and return.
+        programs of splits that a pass does not have are launched, and return. Nor is there for own
+        keys that take programs of their own: a chunk has fewer.
         """
         sharing = 16 * min(max_q, SPLIT_QUERIES)
         pages = min(-(-rows // 16) * _SHARED_PAGES + rows * _OWN_PAGES, rows * most_pages)
-        return cls(rows, tokens, max_q, max(7 * rows // 16, 8), sharing, 4, SPLIT_KEYS, pages)
+        return cls(rows, tokens, max_q, max(7 * rows // 16, 8), sharing, 4, FEW_KEYS, pages)
 
     @classmethod
     def of(cls, bounds: Bounds, rows: int, tokens: int, most_pages: int) -> Bucket:
@@ -81,7 +82,9 @@ class Bucket(NamedTuple):
         ):
             return least
         pages = min(_rung(bounds.pages, least.pages, 2), rows * most_pages)
-        max_own = _rung(bounds.max_own, least.max_own, 4)
+        max_own = least.max_own
+        if not shares or bounds.max_own > max_own:
+            max_own = _rung(bounds.max_own, SPLIT_KEYS, 4)
         if not shares:
             # Room for partial results of rows that have none would be most of a pass's memory.
             return cls(rows, tokens, max_q, 0, 0, 0, max_own if bounds.max_own else 0, pages)
