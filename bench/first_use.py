@@ -30,6 +30,8 @@ from w2s_fast.kernels import choose_beta as choosing
 from w2s_fast.kernels import fuse_logits as fusing
 from w2s_fast.kernels import linear_logprob as heads
 from w2s_fast.kernels import paged_attention as attention
+from w2s_fast.kernels import rms_norm as norms
+from w2s_fast.kernels import rotate as rotary
 from w2s_fast.kernels import sample_tokens as sampling
 from w2s_fast.kernels import score_select as scoring
 from w2s_fast.kernels import select_beams as selecting
@@ -108,6 +110,7 @@ def cases(device: torch.device, small: bool) -> Iterator[Case]:
     )
     yield Case("choose_beta", lambda: choosing.choose_beta(*three))
     yield from _pages(device, small, dtype)
+    yield from _modules(device, small, dtype)
 
 
 def _selections(device: torch.device) -> Iterator[Case]:
@@ -184,6 +187,24 @@ def _pages(device: torch.device, small: bool, dtype: torch.dtype) -> Iterator[Ca
         return kv[:, :, 4:6]
 
     yield Case("copy_pages", copied, lambda: kv[:, :, [0, 2]])
+
+
+def _modules(device: torch.device, small: bool, dtype: torch.dtype) -> Iterator[Case]:
+    """What a layer has beside products and attention, for 16 rows."""
+    width, heads, kv_heads, dim = (64, 4, 2, 16) if small else (4096, 32, 8, 128)
+    x, weight = (torch.randn(*shape, device=device).to(dtype) for shape in ((16, width), (width,)))
+    yield Case(
+        "rms_norm",
+        lambda: norms.rms_norm(x, weight, 1e-6),
+        lambda: norms._torch(x, weight, 1e-6, False),
+    )
+    q, k = (torch.randn(1, n, 16, dim, device=device).to(dtype) for n in (heads, kv_heads))
+    cos, sin = torch.rand(2, 1, 16, dim, device=device).to(dtype)
+    yield Case(
+        "rotate",
+        lambda: rotary.rotate(q, k, cos, sin),
+        lambda: rotary._torch(q, k, cos, sin),
+    )
 
 
 def _agree(found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from bench.timing import DTYPES, input_sets
+from w2s_fast.kernels import rms_norm, rotate
 from w2s_fast.kernels.choose_beta import choose_beta
 from w2s_fast.kernels.copy_pages import copy_pages
 from w2s_fast.kernels.fuse_logits import fuse_logits
@@ -88,6 +89,10 @@ def cases(device: torch.device, scale: Scale) -> Iterator[Case]:
             yield _linear(device, rows, outputs, width, "bf16", target)
     yield _fuse(device, 4 if tiny else 64, vocab, "bf16")
     yield _choose_beta(device, 4 if tiny else 64, vocab, "bf16")
+    for rows, width in [(4, 32)] if tiny else [(16, 4096), (1024, 4096)]:
+        yield _rms_norm(device, rows, width, "bf16")
+    for rows, heads in [(4, (4, 2, 16))] if tiny else [(16, (32, 8, 128)), (1024, (32, 8, 128))]:
+        yield _rotate(device, rows, *heads, "bf16")
     layers, kv_heads = (2, 2) if tiny else (48, 25)  # of gpt2-xl
     for pairs in (1, 16):
         yield _copy_pages(device, pairs, layers, kv_heads, "bf16")
@@ -285,6 +290,41 @@ def _choose_beta(device: torch.device, rows: int, vocab: int, dtype: str) -> Cas
         return Work(lambda logits: choose_beta(*logits), inputs, moved)
 
     return Case("choose_beta", f"[{rows}, {vocab}] {dtype}", make)
+
+
+def _rms_norm(device: torch.device, rows: int, width: int, dtype: str) -> Case:
+    """Beside the operators that transformers has in its place."""
+
+    def make() -> Work:
+        moved = 2 * rows * width * DTYPES[dtype].itemsize
+        weight = torch.randn(width, device=device).to(DTYPES[dtype])
+        count = input_sets(moved)
+        inputs = list(torch.randn(count, rows, width, device=device).to(DTYPES[dtype]))
+        return Work(
+            lambda x: rms_norm.rms_norm(x, weight, 1e-6), inputs, moved,
+            beside={"to torch": lambda x: rms_norm._torch(x, weight, 1e-6, False)},
+        )  # fmt: skip
+
+    return Case("rms_norm", f"[{rows}, {width}] {dtype}", make)
+
+
+def _rotate(
+    device: torch.device, rows: int, heads: int, kv_heads: int, dim: int, dtype: str
+) -> Case:
+    """Beside the operators that transformers has in its place."""
+
+    def make() -> Work:
+        moved = 2 * rows * (heads + kv_heads) * dim * DTYPES[dtype].itemsize
+        shape = (input_sets(moved), 1, rows, heads + kv_heads, dim)
+        both = torch.randn(shape, device=device).to(DTYPES[dtype]).transpose(2, 3)
+        cos, sin = torch.rand(2, 1, rows, dim, device=device).to(DTYPES[dtype])
+        inputs = [one.split([heads, kv_heads], 1) for one in both]
+        return Work(
+            lambda x: rotate.rotate(*x, cos, sin), inputs, moved,
+            beside={"to torch": lambda x: rotate._torch(*x, cos, sin)},
+        )  # fmt: skip
+
+    return Case("rotate", f"{rows} x {heads} + {kv_heads} heads of {dim} {dtype}", make)
 
 
 def _copy_pages(device: torch.device, count: int, layers: int, heads: int, dtype: str) -> Case:

@@ -24,6 +24,8 @@ from w2s_fast.kernels import (
     linear_logprob,
     paged_attention,
     paged_attention_triton,
+    rms_norm,
+    rotate,
     sample_tokens_triton,
     score_select,
     select_beams,
@@ -100,6 +102,10 @@ def cases() -> Iterator[Case]:
     ):  # fmt: skip
         yield _paged_attention(model, requests, prompt, 64, new)
     yield _write_kv(_8B, 16)
+    yield _rms_norm(16, 4096)
+    yield _rms_norm(1024, 4096)
+    yield _rotate(_8B, 16)
+    yield _rotate(_8B, 1024)
     if library_path() is not None:  # not where the package was built without nvcc
         yield _copy_pages(_XL, 48, 1)
         yield _copy_pages(_XL, 48, 16)
@@ -288,8 +294,10 @@ def _paged_attention(model: _Model, requests: int, prompt: int, history: int, ne
     keys = requests * (prompt + _WIDTH * history + _ROWS * new)
     moved = keys * 2 * kv_heads * dim * _HALF + 2 * rows * new * heads * dim * _HALF
     flop = 4 * rows * new * longest * heads * dim
-    parts = of_prompt + of_history + 1 if shares else 0
+    parts = of_prompt + of_history if shares else 0
     partials = rows * new * heads * parts * (dim + 2) * 4
+    ended = rows * new * heads * dim * _HALF  # as much as is asked
+    of_tails = rows * new * 2 * kv_heads * dim * _HALF + 2 * ended if shares else 0
 
     def launch() -> None:
         i32 = torch.int32
@@ -318,9 +326,14 @@ def _paged_attention(model: _Model, requests: int, prompt: int, history: int, ne
         tiles = [
             programs(requests * of_prompt, _ROWS * new, size, of_all),
             programs(requests * _WIDTH * of_history, _ROWS // _WIDTH * new, size, history),
-            programs(rows, new, table.tile, new),
         ]
-        return Work(moved + partials, tiles, flop)
+        return Work(moved - of_tails + ended + partials, tiles, flop)
+
+    def finish(_: Compilation) -> Work:
+        table = paged_attention_triton._finish(dim)
+        trips = parts + -(-new // table.keys)
+        count = -(-rows * new * heads // table.items)
+        return Work(of_tails + partials, [Programs(waits=4 + 2 * trips, count=count)])
 
     return Case(
         "paged_attention",
@@ -329,9 +342,7 @@ def _paged_attention(model: _Model, requests: int, prompt: int, history: int, ne
         moved,
         {
             "attend": attend,
-            "merge_parts": lambda c: Work(
-                partials, [Programs(waits=4, count=rows * new * heads)]
-            ),
+            "finish": finish,
         },
         flop,
     )  # fmt: skip
@@ -351,6 +362,34 @@ def _write_kv(model: _Model, tokens: int) -> Case:
         _launched(launch),
         moved,
         {"_scatter": lambda c: Work(moved, [Programs(waits=2)])},
+    )
+
+
+def _rms_norm(rows: int, width: int) -> Case:
+    moved = 2 * rows * width * _HALF
+    return Case(
+        "rms_norm",
+        f"[{rows}, {width:,}]",
+        _launched(lambda: rms_norm._triton(_half(rows, width), _half(width), 1e-6, False)),
+        moved,
+        {"_normalise": lambda c: Work(moved, [Programs(waits=1, exchanges=1)])},
+    )
+
+
+def _rotate(model: _Model, tokens: int) -> Case:
+    moved = 2 * tokens * (model.heads + model.kv_heads) * model.dim * _HALF
+
+    def launch() -> None:
+        q, k = (_half(1, n, tokens, model.dim) for n in (model.heads, model.kv_heads))
+        cos = _half(1, tokens, model.dim)
+        rotate._triton(q, k, cos, cos)
+
+    return Case(
+        "rotate",
+        f"{model.name}, {tokens} tokens",
+        _launched(launch),
+        moved,
+        {"_turn": lambda c: Work(moved, [Programs(waits=1)])},
     )
 
 

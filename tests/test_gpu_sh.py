@@ -134,13 +134,15 @@ def test_a_dry_run_of_the_kernels_times_every_operator(tmp_path: Path, python: P
         "fuse_logits",
         "choose_beta",
         "paged_attention",
+        "rms_norm",
+        "rotate",
     }
     assert {row["name"] for row in read(tmp_path, "kernels")["rows"]} == operators
-    assert "12 operators first used" in summary(run)["first use"]
+    assert "14 operators first used" in summary(run)["first use"]
     first = read(tmp_path, "first-use")["rows"]
     assert {row["name"].split(",")[0] for row in first} == operators | {"write_kv"}
     assert all(row["first_s"] > 0 and row["second_s"] > 0 for row in first)
-    assert sum(row["agrees"] is True for row in first) == 9
+    assert sum(row["agrees"] is True for row in first) == 11
 
 
 # What stands for Python: the timings break, and the first uses take too long.

@@ -125,6 +125,8 @@ def test_every_operator_is_on_paper() -> None:
         "fuse_logits",
         "linear_logprob",
         "paged_attention",
+        "rms_norm",
+        "rotate",
         "sample_tokens",
         "score_select",
         "select_beams",

@@ -19,6 +19,8 @@ from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.linear_logprob_partials import Partials, linear_logprob_partials
 from w2s_fast.kernels.paged_attention import SharedSegments, paged_attention
+from w2s_fast.kernels.rms_norm import rms_norm
+from w2s_fast.kernels.rotate import rotate
 from w2s_fast.kernels.sample_tokens import sample_tokens
 from w2s_fast.kernels.score_select import ScoreSelection, score_select
 from w2s_fast.kernels.select_beams import Selection, select_beams
@@ -36,6 +38,8 @@ __all__ = [
     "linear_logprob",
     "linear_logprob_partials",
     "paged_attention",
+    "rms_norm",
+    "rotate",
     "sample_tokens",
     "score_select",
     "select_beams",

@@ -22,6 +22,8 @@ from w2s_fast.kernels import (
     fuse_logits,
     linear_logprob,
     paged_attention,
+    rms_norm,
+    rotate,
     sample_tokens_triton,
     score_select,
     select_beams,
@@ -192,6 +194,27 @@ def write_kv_case(model: str, registers: int) -> Case:
     return Case(f"write_kv-{model}", launch, {"_scatter": registers}, vectors)
 
 
+def rms_norm_case(rows: int, width: int, registers: int) -> Case:
+    def launch(dtype: torch.dtype) -> None:
+        for offset in (False, True):
+            rms_norm._triton(meta(rows, width, dtype=dtype), meta(width, dtype=dtype), 1e-5, offset)
+
+    vectors = dict.fromkeys(ARCHITECTURES, "ld.global.v4")
+    return Case(f"rms_norm-{rows}x{width}", launch, {"_normalise": registers}, vectors)
+
+
+def rotate_case(model: str, registers: int) -> Case:
+    heads, kv_heads, dim = HEADS[model]
+
+    def launch(dtype: torch.dtype) -> None:
+        q, k = (meta(1, 16, n, dim, dtype=dtype).transpose(1, 2) for n in (heads, kv_heads))
+        cos = meta(1, 16, dim, dtype=dtype)
+        rotate._triton(q, k, cos, cos)
+
+    vectors = dict.fromkeys(ARCHITECTURES, "st.global.v4")
+    return Case(f"rotate-{model}", launch, {"_turn": registers}, vectors)
+
+
 def paged_attention_case(
     model: str,
     rows: int,
@@ -272,6 +295,13 @@ CASES = [
     write_kv_case("gpt2", 64),
     write_kv_case("8b", 64),
     write_kv_case("gemma", 64),
+    rms_norm_case(16, 4096, 64),
+    rms_norm_case(5120, 1600, 64),
+    rms_norm_case(16 * 32, 128, 64),
+    rms_norm_case(16, 16384, 64),
+    rotate_case("gpt2", 128),
+    rotate_case("8b", 128),
+    rotate_case("gemma", 128),
     # Decoding, whole and cut; chunks of 5, 16 and 30; a prompt; all options. Limits of 168 and 240
     # are those of as many programs, three and two, as shared memory has room for.
     paged_attention_case("gpt2", 16, 1, 1024, {"attend": 96, "finish": 64}),

@@ -17,6 +17,8 @@ from w2s_fast.kernels.fuse_logits import fuse_logits
 from w2s_fast.kernels.linear_logprob import linear_logprob
 from w2s_fast.kernels.linear_logprob_partials import Partials, linear_logprob_partials
 from w2s_fast.kernels.paged_attention import SharedSegments, paged_attention
+from w2s_fast.kernels.rms_norm import rms_norm
+from w2s_fast.kernels.rotate import rotate
 from w2s_fast.kernels.sample_tokens import sample_tokens
 from w2s_fast.kernels.score_select import score_select
 from w2s_fast.kernels.select_beams import select_beams
@@ -63,8 +65,21 @@ def operators() -> dict[str, Operator]:
     # Only the first one's table has the page of these.
     ragged = (torch.tensor([3, 0, 4, 2]).int(), torch.tensor([0, 1, 3]).int())
     k, v, slots = torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.tensor([12, -1, 6])
+    turned = (
+        torch.randn(2, 3, 4, 8),
+        torch.randn(2, 4, 1, 8).transpose(1, 2),
+        *torch.rand(2, 1, 4, 8),
+    )
     kv, pairs = torch.randn(3, 2, 5, 4, 2, 8), torch.tensor([[4, 1], [0, -1], [4, 2]]).int()
     return {
+        "rms_norm": (rms_norm, (hidden, weight[0], 1e-6), {}, (hidden, weight[0], 1e-6, False)),
+        "rms_norm with an offset": (
+            rms_norm,
+            (hidden, weight[0], 1e-6),
+            {"offset": True},
+            (hidden, weight[0], 1e-6, True),
+        ),
+        "rotate": (rotate, turned, {}, turned),
         "copy_pages": (copy_pages, (kv, pairs), {}, (kv, pairs)),
         "write_kv": (write_kv, (k, v, pages, slots), {}, (k, v, pages, slots)),
         "paged_attention": (

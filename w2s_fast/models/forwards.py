@@ -2,7 +2,7 @@
 
 On a CPU torch leaves products in float32 to its BLAS, which takes up to three times as long as
 oneDNN to multiply a few rows with large weights: see ``pytest bench/ -k product``. GPT-2's GELU is
-eight operators in transformers, of which torch has one.
+eight operators in transformers, of which torch has one. What Triton kernels compute: fused.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from w2s_fast.models.fused import fused_forward
+
 Forward = Callable[[Any, Tensor], Tensor]
 
 # Below, what oneDNN does once a call takes longer than the product.
@@ -24,10 +26,12 @@ _LEAST_WEIGHTS = 1 << 19
 _MOST_ROWS = 32
 
 
-def forward_of(module: nn.Module) -> Forward | None:
+def forward_of(module: nn.Module) -> Callable[..., Any] | None:
     """What a twin of this module is to be run by; None: its class's own forward."""
     if type(module) is NewGELUActivation:
         return _gelu
+    if (fused := fused_forward(module)) is not None:
+        return fused
     product = _PRODUCTS.get(type(module))
     weight = getattr(module, "weight", None)
     if product is None or not isinstance(weight, Tensor) or weight.numel() < _LEAST_WEIGHTS:
