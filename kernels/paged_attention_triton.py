@@ -69,8 +69,9 @@ def _launch(
 ) -> _Launch:
     """Launch parameters: fixed by architecture, dtype and head size.
 
-    On an H200, 16 requests of an 8B took 45 us a layer with them, 44 with blocks of 32 keys, 46 with
-    two stages, 53 with shared tiles of 32, and 59 with 8 warps (`python -m bench.attention_tiles`).
+    On an H200, 16 requests of an 8B took 45 us a layer with them, 44 with blocks of 32 keys, 46
+    with two stages, 53 with shared tiles of 32, and 59 with 8 warps (`python -m
+    bench.attention_tiles`).
 
     Args:
         items: the most new tokens of a row, times the heads of a group.
