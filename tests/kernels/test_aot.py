@@ -263,7 +263,7 @@ def paged_attention_case(
 
 SAMPLING = {"summarise": 64, "block_weights": 88, "draw": 128, "search": 192}
 CUT = {"attend": 255, "finish": 64}
-FEW = {"attend": 255, "finish": 128}
+FEW = {"attend": 255, "finish": 144}
 FUSION = {"fuse": 96, "grid_sums": 120, "choose": 96}
 
 CASES = [
@@ -320,7 +320,7 @@ CASES = [
     # Four hypotheses of four candidates: decoding, and a chunk of 5.
     *(
         paged_attention_case(
-            model, 16, max_q, 4200, {"attend": most, "finish": 128}, siblings=16, own=own
+            model, 16, max_q, 4200, {"attend": most, "finish": 144}, siblings=16, own=own
         )
         for own in (40, 5)  # with tails of their own, and without
         for model, max_q, most in (
@@ -339,7 +339,7 @@ CASES = [
     paged_attention_case("8b", 4, 512, 256, {"attend": 192}, ragged=True),
     *(
         paged_attention_case(
-            model, 16, max_q, 4200, {"attend": most, "finish": 128}, siblings=16, own=5, ragged=True
+            model, 16, max_q, 4200, {"attend": most, "finish": 144}, siblings=16, own=5, ragged=True
         )
         for model, max_q, most in (("gpt2", 1, 96), ("8b", 5, 240))
     ),
