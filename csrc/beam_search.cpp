@@ -78,6 +78,7 @@ Candidates collect(const Beams& request, const Continuations& found, std::size_t
         for (std::size_t i = row * k; i < (row + 1) * k; ++i) {
             // The base forbids it, and those behind.
             if (!std::isfinite(found.logprobs[i])) break;
+            if (request.ends_too_soon(found.tokens[i], all.length)) continue;
             all.continued.push_back({parent, found.tokens[i], found.logprobs[i],
                                      beam.total + double{found.logprobs[i]}, false});
         }
@@ -98,14 +99,22 @@ bool suffices(const SearchSettings& settings, const std::vector<Child>& finished
     return !(hope > finished.back().total);
 }
 
-Decision decide(const Beams& request, const Continuations& found, std::size_t k, std::size_t row) {
+// `ended`: of this request.
+Decision decide(const Beams& request, const Continuations& found, std::size_t k, std::size_t row,
+                std::span<const EndedText> ended) {
     const SearchSettings& settings = request.settings();
     const auto width = static_cast<std::size_t>(settings.width_in(1));
     auto [continued, finished, length] = collect(request, found, k, row);
+    for (const EndedText& text : ended) {
+        Child& child = continued.at(static_cast<std::size_t>(text.rank));
+        child.length = text.length;
+        child.ending = text.ending;
+    }
     std::vector<Child> chosen;
     for (std::size_t i = 0; i < continued.size(); ++i) {
         Child& child = continued[i];
-        if (request.finish_of(child.token, length) == Finish::no) {
+        if (child.ending == Beam::kNone &&
+            request.finish_of(child.token, length) == Finish::no) {
             if (chosen.size() == width) continue;
             child.goes_on = true;
             chosen.push_back(child);
@@ -151,8 +160,24 @@ std::vector<BrokenNumber> broken_continuations(const Requests& requests,
     return found;
 }
 
+std::vector<RankedContinuation> rank_continuations(const Requests& requests,
+                                                   const Continuations& found,
+                                                   std::size_t request) {
+    const Rows rows = rows_of(requests, found.logprobs.size());
+    std::vector<RankedContinuation> ranked;
+    if (broken(found.logprobs, rows, request)) return ranked;
+    const Beams& beams = *requests.at(request);
+    const auto [continued, _, length] = collect(beams, found, rows.k, rows.first[request]);
+    for (const Child& child : continued) {
+        const Finish finish = beams.finish_of(child.token, length);
+        const bool ends = finish == Finish::eos || finish == Finish::stop;
+        ranked.push_back({child.parent, child.token, ends});
+    }
+    return ranked;
+}
+
 std::vector<PageCopy> advance_beams(const Requests& requests, const Continuations& found,
-                                    PageManager& base) {
+                                    PageManager& base, std::span<const EndedText> ended) {
     const Rows rows = rows_of(requests, found.logprobs.size());
     if (found.tokens.size() != found.logprobs.size()) {
         throw std::invalid_argument("as many tokens as log-probs");
@@ -162,7 +187,9 @@ std::vector<PageCopy> advance_beams(const Requests& requests, const Continuation
     for (std::size_t r = 0; r < requests.size(); ++r) {
         if (broken(found.logprobs, rows, r)) continue;
         sound.push_back(requests[r]);
-        decisions.push_back(decide(*requests[r], found, rows.k, rows.first[r]));
+        const auto own = std::ranges::equal_range(ended, static_cast<std::int32_t>(r), {},
+                                                  &EndedText::request);
+        decisions.push_back(decide(*requests[r], found, rows.k, rows.first[r], own));
     }
     // With these slots back, the forks need no more than was promised.
     Int32s released, slots, counts;

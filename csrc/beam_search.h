@@ -20,6 +20,13 @@
 
 namespace w2s {
 
+// A continuation of a request's beams with which a text ends; see Beams::end_text.
+struct EndedText {
+    std::int32_t request;
+    std::int32_t rank;  // among all continuations of that request, best first
+    std::int32_t length, ending;
+};
+
 // The likeliest continuations of each kept beam that goes on, [rows, k], best first, in the order of
 // lay_out_sources: their tokens, and what the base gives these. For a width W, and E tokens that end a
 // response, k = W + E or the whole vocabulary is enough.
@@ -32,10 +39,19 @@ struct Continuations {
 std::vector<BrokenNumber> broken_continuations(const Requests& requests,
                                                std::span<const float> logprobs);
 
+// A continuation of a kept beam, and whether its token ends a response by itself.
+struct RankedContinuation {
+    std::int32_t parent, token;
+    bool ends;
+};
+// All continuations of a request's beams, best first. None where they are broken.
+std::vector<RankedContinuation> rank_continuations(const Requests& requests,
+                                                   const Continuations& found, std::size_t request);
+
 // Close the round under way of each request that is not broken, when the base has run its sources:
 // the beams that go on get slots, and those of others are free again. Returns pages to be copied.
 // Throws OutOfPages, in the middle of it.
 std::vector<PageCopy> advance_beams(const Requests& requests, const Continuations& found,
-                                    PageManager& base);
+                                    PageManager& base, std::span<const EndedText> ended = {});
 
 }  // namespace w2s

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <numeric>
 #include <utility>
 
 namespace w2s {
@@ -66,6 +67,18 @@ std::int32_t Beams::new_block(std::int32_t before) {
     return block;
 }
 
+// A new block with the first tokens of another.
+std::int32_t Beams::part_of(std::int32_t block, std::int32_t count) {
+    const std::int32_t part = new_block(blocks_[block].before);
+    hold_block(blocks_[part].before);
+    blocks_[part].count = count;
+    const auto from = std::int64_t{block} * block_size_, to = std::int64_t{part} * block_size_;
+    std::copy_n(tokens_.begin() + from, count, tokens_.begin() + to);
+    std::copy_n(logprobs_.begin() + from, count, logprobs_.begin() + to);
+    if (settings_.uses_guides) std::copy_n(scores_.begin() + from, count, scores_.begin() + to);
+    return part;
+}
+
 void Beams::hold_block(std::int32_t block) {
     if (block != Beam::kNone) ++blocks_[block].references;
 }
@@ -106,6 +119,11 @@ std::int32_t Beams::tokens_left() const {
         }
     }
     return 0;
+}
+
+std::int32_t Beams::grown() const {
+    const auto beam = std::ranges::find_if(candidates_, [](const Beam& b) { return !b.finished(); });
+    return beam == candidates_.end() ? 0 : beam->length;
 }
 
 std::vector<std::int32_t> Beams::agreed() const {
@@ -161,7 +179,8 @@ void Beams::append_new(const Beam& candidate, std::vector<std::int32_t>& tokens,
 }
 
 BeamContents Beams::contents(const Beam& beam, const std::int32_t* slots, bool scored) const {
-    BeamContents found{beam.parent, {}, {}, {}, beam.total, beam.extra, beam.finish, {}};
+    BeamContents found{beam.parent, {},          {}, {}, beam.total,
+                       beam.extra,  beam.finish, {}, beam.ending};
     const auto length = static_cast<std::size_t>(beam.length);
     found.tokens.resize(length);
     found.logprobs.resize(length);
@@ -304,6 +323,7 @@ std::size_t Beams::branch(std::span<const Child> children, const std::int32_t* n
                 const std::int64_t token = child->token;
                 take(c, {&token, 1}, {&child->logprob, 1});
             }
+            if (child->ending != Beam::kNone) end_text(c, child->length, child->ending);
             if (!child->goes_on) continue;
             std::int32_t& own = kept_slots_[p * models];
             slots_[c * models] = own != kNoSlot ? std::exchange(own, kNoSlot) : *next++;
@@ -325,6 +345,11 @@ Finish Beams::finish_of(std::int32_t token, std::int32_t length) const {
     if (contains(settings_.eos_ids, token)) return Finish::eos;
     if (contains(settings_.stop_ids, token)) return Finish::stop;
     return length == settings_.max_new_tokens ? Finish::length : Finish::no;
+}
+
+bool Beams::ends_too_soon(std::int32_t token, std::int32_t length) const {
+    return length <= settings_.min_new_tokens &&
+           (contains(settings_.eos_ids, token) || contains(settings_.stop_ids, token));
 }
 
 bool Beams::take(std::size_t candidate, std::span<const std::int64_t> tokens,
@@ -353,6 +378,59 @@ bool Beams::take(std::size_t candidate, std::span<const std::int64_t> tokens,
         ++sampled_;
     }
     return true;
+}
+
+std::vector<NewText> Beams::new_texts() const {
+    std::vector<NewText> found;
+    for (std::size_t c = 0; c < candidates_.size(); ++c) {
+        const Beam& beam = candidates_[c];
+        const bool ended = beam.finish == Finish::eos || beam.finish == Finish::stop;
+        if (beam.ending != Beam::kNone || beam.length == beam.inherited) continue;
+        NewText& text = found.emplace_back();
+        text.beam = static_cast<std::int32_t>(c);
+        text.known = beam.inherited;
+        text.tokens.resize(static_cast<std::size_t>(beam.length));
+        copy_tokens(beam, 0, text.tokens.data());
+        if (ended) text.tokens.pop_back();
+    }
+    return found;
+}
+
+void Beams::end_text(std::size_t candidate, std::int32_t length, std::int32_t ending) {
+    Beam& beam = candidates_.at(candidate);
+    if (beam.ending != Beam::kNone || length < 0 || length > beam.length || ending < 0) {
+        throw std::invalid_argument("a text ends once, in one of its tokens");
+    }
+    // Back to the block that holds the last token that is kept.
+    std::int32_t block = beam.block, end = beam.length;
+    while (block != Beam::kNone && end - blocks_[block].count >= length) {
+        end -= blocks_[block].count;
+        block = blocks_[block].before;
+    }
+    if (end > length) {
+        block = part_of(block, length - (end - blocks_[block].count));
+    } else {
+        hold_block(block);
+    }
+    drop_block(std::exchange(beam.block, block));
+    beam.length = length;
+    beam.inherited = std::min(beam.inherited, length);
+    beam.finish = Finish::stop;
+    beam.ending = ending;
+    std::vector<std::int32_t> tokens(static_cast<std::size_t>(length));
+    copy_tokens(beam, 0, tokens.data());
+    beam.last_token = tokens.empty() ? Beam::kNone : tokens.back();
+    beam.before_token = beam.inherited > 0 ? tokens[beam.inherited - 1] : Beam::kNone;
+    beam.hash = 0;
+    for (const std::int32_t token : tokens) {
+        beam.hash = mixed(beam.hash + static_cast<std::uint64_t>(token) + 1);
+    }
+    if (!settings_.uses_guides) return;
+    // Of fused tokens all scores are known, else those of the rounds before.
+    std::vector<double> scores(tokens.size());
+    copy_elements(scores_, beam.block, length, 0, scores.data());
+    if (!settings_.fuses()) scores.resize(static_cast<std::size_t>(beam.inherited));
+    beam.total = std::accumulate(scores.begin(), scores.end(), 0.0);
 }
 
 void Beams::set_scores(std::size_t candidate, std::span<const double> token_scores, double total) {

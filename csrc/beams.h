@@ -45,6 +45,7 @@ struct SearchSettings {
     bool hold, mean, dedup, uses_guides, trace;
     bool copies;  // a candidate may be kept more than once
     std::vector<std::int32_t> eos_ids, stop_ids;  // what ends a response, and why
+    std::int32_t min_new_tokens;                  // before any of them
     float temperature;
     std::int64_t top_k;
     double top_p, min_p;
@@ -84,6 +85,7 @@ struct Beam {
     std::int32_t before_token = kNone;  // the last one of those that are inherited
     std::int32_t block = kNone;      // with its last tokens
     Finish finish = Finish::no;
+    std::int32_t ending = kNone;     // which of its request's, where its text has ended
     double total = 0.0;              // sum of the scores, as the selection computed it; of beam search
                                      // the log-prob, and once it is finished what it is ranked by
     double extra = 0.0;              // what others than the guides say of it, weighted
@@ -99,6 +101,14 @@ struct Child {
     float logprob;
     double total;
     bool goes_on;
+    std::int32_t length = Beam::kNone, ending = Beam::kNone;  // see Beams::end_text
+};
+
+// A beam with tokens that nobody has looked at for what ends a text.
+struct NewText {
+    std::int32_t beam;
+    std::int32_t known;                // of its tokens, those that were looked at
+    std::vector<std::int32_t> tokens;  // all, but for one that ends the response
 };
 
 // A beam as its request's owner sees it: all that is known of it, copied.
@@ -110,6 +120,7 @@ struct BeamContents {
     double total, extra;
     Finish finish;
     std::vector<std::int32_t> slots;   // in each model; kNoSlot
+    std::int32_t ending;
 };
 
 struct RoundContents {
@@ -152,6 +163,8 @@ public:
     std::int32_t shared() const { return shared_; }
     // How many tokens each growing candidate samples until the selection; 0: none is growing.
     std::int32_t tokens_left() const;
+    // Tokens of a growing candidate; all have as many. 0: none grows.
+    std::int32_t grown() const;
     // The longest common prefix of all hypotheses that may be the best one in the end.
     std::vector<std::int32_t> agreed() const;
 
@@ -167,6 +180,7 @@ public:
     }
     // Which kept beam is the first with the same tokens as this one.
     std::int32_t first_alike(std::size_t beam) const;
+    bool same_tokens(const Beam& a, const Beam& b) const;
     // The tokens that a candidate has got in this round, and their log-probs, appended.
     void append_new(const Beam& candidate, std::vector<std::int32_t>& tokens,
                     std::vector<float>& logprobs) const;
@@ -176,6 +190,9 @@ public:
 
     // Whether a response of so many tokens ends with its last one, and why.
     Finish finish_of(std::int32_t token, std::int32_t length) const;
+
+    // Whether a response of so many tokens may not end with its last one, which would end it.
+    bool ends_too_soon(std::int32_t token, std::int32_t length) const;
 
     // Candidates that grow in the round under way, or else in the next one, as it begins.
     std::int64_t rows() const;
@@ -205,6 +222,11 @@ public:
     // `scores`: of these tokens, where they are known already; added to the total.
     bool take(std::size_t candidate, std::span<const std::int64_t> tokens,
               std::span<const float> logprobs, std::span<const double> scores = {});
+    // The candidates that have got tokens in this round, and whose texts have not ended.
+    std::vector<NewText> new_texts() const;
+    // The text of a candidate ends in token `length`: neither that one nor what comes behind is kept
+    // or scored, whichever round it was drawn in. `ending` is its owner's word for how.
+    void end_text(std::size_t candidate, std::int32_t length, std::int32_t ending);
     // Scores of a candidate's new tokens, and of its whole response.
     void set_scores(std::size_t candidate, std::span<const double> token_scores, double total);
     // What others than the guides say of each candidate.
@@ -238,6 +260,7 @@ private:
     };
 
     std::int32_t new_block(std::int32_t before);
+    std::int32_t part_of(std::int32_t block, std::int32_t count);
     void hold_block(std::int32_t block);
     void drop_block(std::int32_t block);
     void drop(const std::vector<Beam>& beams);
@@ -247,7 +270,6 @@ private:
     template <typename Out>
     void copy_tokens(const Beam& beam, std::int32_t begin, Out* out) const;
     BeamContents contents(const Beam& beam, const std::int32_t* slots, bool scored) const;
-    bool same_tokens(const Beam& a, const Beam& b) const;
     bool from_prompt() const { return kept_.empty() || (open_ && round_ == 1); }
     std::int32_t round_ahead() const { return open_ ? round_ : round_ + 1; }
     void add_child(std::size_t parent);

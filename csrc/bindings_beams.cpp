@@ -79,6 +79,9 @@ void bind_beams(py::module_& module) {
         .def_readonly("token_scores", &BeamContents::token_scores)
         .def_readonly("total", &BeamContents::total)
         .def_readonly("extra", &BeamContents::extra)
+        .def_property_readonly("ending", [](const BeamContents& self) {
+                return self.ending < 0 ? std::optional<std::int32_t>() : self.ending;
+            })
         .def_readonly("slots", &BeamContents::slots);
 
     py::class_<RoundContents>(module, "BeamsOfRound")
@@ -93,7 +96,7 @@ void bind_beams(py::module_& module) {
                          std::int32_t max_new_tokens,
                          bool hold, bool mean, bool dedup, bool uses_guides, bool trace, bool copies,
                          std::vector<std::int32_t> eos_ids, std::vector<std::int32_t> stop_ids,
-                         float temperature, std::int64_t top_k, double top_p, double min_p,
+                         std::int32_t min_new_tokens, float temperature, std::int64_t top_k, double top_p, double min_p,
                          std::int64_t seed, std::vector<float> betas, float plausibility,
                          bool dynamic, std::optional<double> length_penalty,
                          std::optional<bool> early_stopping) {
@@ -103,8 +106,8 @@ void bind_beams(py::module_& module) {
                      w2s::SearchSettings{first_candidates, std::move(widths),
                                          std::move(successors), std::move(chunks), max_new_tokens,
                                          hold, mean, dedup, uses_guides, trace, copies,
-                                         std::move(eos_ids), std::move(stop_ids), temperature,
-                                         top_k, top_p, min_p, seed, std::move(betas),
+                                         std::move(eos_ids), std::move(stop_ids),
+                                         min_new_tokens, temperature, top_k, top_p, min_p, seed, std::move(betas),
                                          plausibility, dynamic,
                                          rule_of(length_penalty, early_stopping)},
                      std::move(prompt), ends);
@@ -114,7 +117,7 @@ void bind_beams(py::module_& module) {
              py::arg("chunks"), py::arg("max_new_tokens"), py::arg("hold"), py::arg("mean"),
              py::arg("dedup"), py::arg("uses_guides"), py::arg("trace"), py::arg("copies"),
              py::arg("eos_ids"),
-             py::arg("stop_ids"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+             py::arg("stop_ids"), py::arg("min_new_tokens"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
              py::arg("min_p"), py::arg("seed"), py::arg("betas"),
              py::arg("plausibility"), py::arg("dynamic"),
              py::arg("length_penalty") = py::none(), py::arg("early_stopping") = py::none())
@@ -128,6 +131,7 @@ void bind_beams(py::module_& module) {
         .def_property_readonly("scored", &Beams::scored)
         .def_property_readonly("shared", &Beams::shared)
         .def_property_readonly("tokens_left", &Beams::tokens_left)
+        .def_property_readonly("grown", &Beams::grown)
         .def_property_readonly("blocks", &Beams::blocks)
         .def("agreed", &Beams::agreed)
         .def_property_readonly("kept", [](const Beams& self) {
@@ -145,6 +149,17 @@ void bind_beams(py::module_& module) {
                 }
                 return beams;
             })
+        .def("new_texts", [](const Beams& self) {
+                py::list found;
+                for (w2s::NewText& text : self.new_texts()) {
+                    found.append(py::make_tuple(text.beam, text.known, std::move(text.tokens)));
+                }
+                return found;
+            })
+        .def("end_text", [](Beams& self, std::size_t candidate, std::int32_t length,
+                            std::int32_t ending) {
+                self.end_text(candidate, length, ending);
+            }, py::arg("candidate"), py::arg("length"), py::arg("ending"))
         .def("trace", &Beams::trace)
         .def("slot_of_first", [](const Beams& self, int model) {
                 if (self.candidates().empty()) throw py::index_error("no round is under way");
@@ -234,6 +249,7 @@ void bind_beams(py::module_& module) {
     }, py::arg("requests"), py::arg("kept").noconvert(), py::arg("managers"));
     module.def("keep_all", &w2s::keep_all, py::arg("requests"), py::arg("managers"));
     module.def("round_rows", &w2s::round_rows, py::arg("requests"));
+    module.def("growing", &w2s::growing, py::arg("requests"));
     module.def("round_pages", [](const Requests& requests,
                                  const std::vector<std::int64_t>& page_sizes) {
         const auto rows = static_cast<py::ssize_t>(requests.size());

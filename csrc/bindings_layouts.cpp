@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -411,11 +412,26 @@ void bind_layouts(py::module_& module) {
     module.def("broken_continuations", [](const Requests& requests, const Array<float>& logprobs) {
         return broken(w2s::broken_continuations(requests, span(logprobs)));
     }, py::arg("requests"), py::arg("logprobs").noconvert());
-    module.def("advance_beams", [](const Requests& requests, const IntArray& tokens,
-                                   const Array<float>& logprobs, PageManager& base) {
-        return to_numpy(w2s::advance_beams(requests, {span(tokens), span(logprobs)}, base));
+    module.def("rank_continuations", [](const Requests& requests, const IntArray& tokens,
+                                        const Array<float>& logprobs, std::size_t request) {
+        py::list found;
+        for (const auto& [parent, token, ends] : w2s::rank_continuations(
+                 requests, {span(tokens), span(logprobs)}, request)) {
+            found.append(py::make_tuple(parent, token, ends));
+        }
+        return found;
     }, py::arg("requests"), py::arg("tokens").noconvert(), py::arg("logprobs").noconvert(),
-               py::arg("base"));
+               py::arg("request"));
+    module.def("advance_beams", [](const Requests& requests, const IntArray& tokens,
+                                   const Array<float>& logprobs, PageManager& base,
+                                   const std::vector<std::array<std::int32_t, 4>>& ended) {
+        std::vector<w2s::EndedText> texts;
+        for (const auto& [request, rank, length, ending] : ended) {
+            texts.push_back({request, rank, length, ending});
+        }
+        return to_numpy(w2s::advance_beams(requests, {span(tokens), span(logprobs)}, base, texts));
+    }, py::arg("requests"), py::arg("tokens").noconvert(), py::arg("logprobs").noconvert(),
+               py::arg("base"), py::arg("ended") = py::list());
 }
 
 }  // namespace w2s

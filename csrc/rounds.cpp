@@ -375,6 +375,15 @@ void keep_all(const Requests& requests, const Beams::Managers& managers) {
     }
 }
 
+Int64s growing(const Requests& requests) {
+    Int64s rows;
+    for (const Beams* request : requests) {
+        rows.push_back(std::ranges::count_if(request->candidates(),
+                                             [](const Beam& beam) { return !beam.finished(); }));
+    }
+    return rows;
+}
+
 Int64s round_rows(const Requests& requests) {
     Int64s rows;
     rows.reserve(requests.size());

@@ -132,6 +132,9 @@ std::vector<std::vector<PageCopy>> end_rounds(const Requests& requests,
 // End rounds without a selection: all candidates are kept.
 void keep_all(const Requests& requests, const Beams::Managers& managers);
 
+// Candidates of each request that are not finished.
+Int64s growing(const Requests& requests);
+
 // Candidates of each request that grow in the round under way, or else in the next one.
 Int64s round_rows(const Requests& requests);
 

@@ -10,6 +10,28 @@
 
 namespace w2s {
 
+namespace {
+
+// The same number for candidates that are shorter than their parents where all of their tokens are
+// equal; that of the parent's equals, where there is one that has ended with these tokens.
+std::int64_t alike_to_shorter(const Beams& request, std::size_t candidate) {
+    const Beam& beam = request.candidates()[candidate];
+    for (std::size_t p = 0; p < request.kept().size(); ++p) {
+        if (request.kept()[p].finished() && request.same_tokens(request.kept()[p], beam)) {
+            return request.first_alike(p);
+        }
+    }
+    std::size_t first = 0;
+    const auto& others = request.candidates();
+    while (others[first].length > others[first].inherited ||
+           !request.same_tokens(others[first], beam)) {
+        ++first;
+    }
+    return -1 - static_cast<std::int64_t>(first);
+}
+
+}  // namespace
+
 Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::int64_t steps,
                         std::vector<double> weights) {
     std::unordered_map<const Beams*, std::int64_t> first_rows;
@@ -67,10 +89,14 @@ Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::
                 }
                 found.cu_tokens.push_back(found.cu_tokens.back() + std::ssize(chunk));
                 found.previous.push_back(beam.total);
-                found.lengths.push_back(beam.inherited);
+                // A mean is over one token at least.
+                const bool empty = chunk.empty() && beam.length == 0;
+                found.lengths.push_back(empty ? 1 : beam.inherited);
                 found.parents.push_back(beam.parent);
-                found.siblings.push_back(alike);
-                if (!runs) continue;
+                const bool shorter = runs && beam.inherited < request->kept()[p].length;
+                found.siblings.push_back(shorter ? alike_to_shorter(*request, c) : alike);
+                // A text that has ended before its first new token: nothing is run for it.
+                if (!runs || (chunk.empty() && beam.ending != Beam::kNone)) continue;
                 expect(!chunk.empty(), "a candidate that runs has new tokens");
                 found.counts.push_back(static_cast<std::int32_t>(chunk.size()));
                 found.targets.insert(found.targets.end(), chunk.begin(), chunk.end());

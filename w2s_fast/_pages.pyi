@@ -187,6 +187,9 @@ class Beam:
     @property
     def finish_reason(self) -> Literal["eos", "stop", "length"] | None: ...
     @property
+    def ending(self) -> int | None:
+        """How its text ended, as `end_text` was told; None: it has not."""
+    @property
     def slots(self) -> list[int]:
         """Its slot in the base, and in each guide's tuned and untuned model; -1: none."""
 
@@ -218,6 +221,7 @@ class Beams:
         copies: bool,
         eos_ids: Sequence[int],
         stop_ids: Sequence[int],
+        min_new_tokens: int,
         temperature: float,
         top_k: int,
         top_p: float,
@@ -266,7 +270,16 @@ class Beams:
         """First tokens that all hypotheses that go on have from the same ancestor."""
     @property
     def tokens_left(self) -> int: ...
+    @property
+    def grown(self) -> int:
+        """Tokens of each candidate that is not finished; 0: there is none."""
     def agreed(self) -> list[int]: ...
+    def new_texts(self) -> list[tuple[int, int, list[int]]]:
+        """Candidates that have got tokens in this round, and whose texts have not ended: how many
+        tokens each had before, and all but one that ends the response by itself."""
+    def end_text(self, candidate: int, length: int, ending: int) -> None:
+        """The text of a candidate ends in token `length`, which is not kept. `ending` is for its
+        owner, who knows how."""
     @property
     def kept(self) -> list[Beam]:
         """The hypotheses, best first; within a round they are the candidates' parents."""
@@ -397,6 +410,9 @@ def take_fused(
     """The same with log-probs of other models, and so with scores. ``guides``: weight, and places
     of the tuned and the untuned model; -1: there is none."""
 
+def growing(requests: Sequence[Beams]) -> list[int]:
+    """Of each request, candidates that are not finished."""
+
 def release_finished(requests: Sequence[Beams], manager: PageManager, model: int) -> None: ...
 
 class ScoringLayout:
@@ -483,10 +499,23 @@ def take_selected(
 def broken_continuations(requests: Sequence[Beams], logprobs: Float32) -> Broken:
     """``logprobs`` [rows, k] of beams that go on, best first; csrc/beam_search.h says of which."""
 
+def rank_continuations(
+    requests: Sequence[Beams], tokens: Int32, logprobs: Float32, request: int
+) -> list[tuple[int, int, bool]]:
+    """All continuations of a beam search, best first: the kept beam that each comes from, its
+    token, and whether that ends a response by itself. None where one is broken."""
+
 def advance_beams(
-    requests: Sequence[Beams], tokens: Int32, logprobs: Float32, base: PageManager
+    requests: Sequence[Beams],
+    tokens: Int32,
+    logprobs: Float32,
+    base: PageManager,
+    ended: Sequence[tuple[int, int, int, int]] = (),
 ) -> Int32:
     """Close the rounds of beam searches by the likeliest continuations of each beam [rows, k].
+
+    `ended`: continuations with which a text ends: (request, rank, length, ending), in order; see
+    `Beams.end_text`.
 
     Those with a broken log-prob stay as they are. Returns page copies, as PageManager.fork does.
     OutOfPages, in the middle of it."""

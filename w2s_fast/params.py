@@ -17,6 +17,7 @@ Finished = Literal["hold", "replicate"]
 ScoreKind = Literal["sum", "mean"]
 Selection = Literal["top", "resample"]
 
+_MOST_STOPS, _LONGEST_STOP = 64, 1024
 _FLOAT32_MAX = 3.4028234663852886e38  # logits are divided by a temperature in float32
 
 
@@ -46,8 +47,15 @@ class SearchParams:
             The order of warping is temperature, top-k, top-p, min-p.
         seed: 0 <= seed < 2**64. Same request, same seed, same tokens: equal prompts get equal
             answers unless their seeds differ. Where that ends: docs/determinism.md.
-        stop: stop strings.
+        stop: strings that end a response where one of them is complete in its text; the text ends
+            before it. Of several it is the one that is complete first. Tokens from the one that it
+            begins in on are neither kept nor scored nor returned, so the text may have a piece of
+            a token more than they have. A special token's text stands for that token. At most 64,
+            of up to 1,024 characters each; they need a tokenizer.
+        include_stop_str_in_output: end the text behind the stop string, or the stop token's text.
         stop_token_ids: a sampled token among these ends the response with ``"stop"``.
+        min_new_tokens: so many tokens come before any that ends a response, EOS and stop tokens;
+            a stop string that is complete within them ends nothing.
         ignore_eos: treat EOS as any other token.
         n: hypotheses to return, best first: at most ``beam_width`` (``cbs``, ``beam``), as the
             last round that there can be has it, or ``successors`` (``bon``); any number for those
@@ -78,8 +86,10 @@ class SearchParams:
             come.
 
     ``beam`` is deterministic, and reads of these only ``beam_width``, ``n``, ``max_new_tokens``,
-    ``stop_token_ids``, ``ignore_eos``, ``trace`` and its own two. A stop token counts as a further
-    EOS. One beam is greedy decoding, as it is in transformers.
+    ``stop``, ``include_stop_str_in_output``, ``stop_token_ids``, ``min_new_tokens``,
+    ``ignore_eos``, ``trace`` and its own two. A stop token counts as a further EOS, and so does one
+    that completes a stop string: what is kept is ranked by the log-prob of all that was drawn. One
+    beam is greedy decoding, as it is in transformers.
 
     Raises:
         InvalidRequest: names the field, the value given and the values allowed.
@@ -95,8 +105,10 @@ class SearchParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
+    include_stop_str_in_output: bool = False
     stop_token_ids: Sequence[int] = ()
+    min_new_tokens: int = 0
     ignore_eos: bool = False
     n: int = 1
     trace: bool = False
@@ -139,10 +151,11 @@ class SearchParams:
         )
         if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             raise _invalid("early_stopping", self.early_stopping, "True, False or 'never'")
-        for name in ("ignore_eos", "trace", "dedup"):
+        for name in ("ignore_eos", "trace", "dedup", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise _invalid(name, getattr(self, name), "True or False")
         self._check_stop()
+        _check_int("min_new_tokens", self.min_new_tokens, low=0, high=self.max_new_tokens)
         if self.method in ("cbs", "beam", "bon"):
             limit = self.last_shape.kept if self.method != "bon" else self.first_candidates
             if self.n > limit:
@@ -166,15 +179,19 @@ class SearchParams:
                     _check_int(name, one, low=1, also=also)
 
     def _check_stop(self) -> None:
-        for name, item in (("stop", "non-empty strings"), ("stop_token_ids", "token ids")):
-            value = getattr(self, name)
-            if isinstance(value, str) or not isinstance(value, Sequence):
-                raise _invalid(name, value, f"a sequence of {item}")
-            object.__setattr__(self, name, tuple(value))
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise _invalid("stop", self.stop, "a sequence of non-empty strings")
-        if self.stop:
-            raise InvalidRequest("stop strings are not supported yet; use stop_token_ids")
+        allowed = (
+            f"a string, or a sequence of at most {_MOST_STOPS}, of 1 to {_LONGEST_STOP} characters"
+        )
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or len(stop) > _MOST_STOPS:
+            raise _invalid("stop", self.stop, allowed)
+        if not all(isinstance(text, str) and 0 < len(text) <= _LONGEST_STOP for text in stop):
+            raise _invalid("stop", self.stop, allowed)
+        object.__setattr__(self, "stop", tuple(stop))
+        ids = self.stop_token_ids
+        if isinstance(ids, str) or not isinstance(ids, Sequence):
+            raise _invalid("stop_token_ids", ids, "a sequence of token ids")
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, low=0)
 

@@ -16,15 +16,17 @@ class Hypothesis:
     """One response.
 
     Attributes:
-        text: the response without prompt, special tokens and stop token; None if the engine
-            has no tokenizer.
-        token_ids: the sampled tokens, EOS or stop token included where one was sampled.
+        text: the response without prompt, special tokens and stop token, up to a stop string if it
+            ended with one; None if the engine has no tokenizer.
+        token_ids: the sampled tokens, EOS or stop token included where one was sampled; where a
+            stop string ended the text, those before the token that it begins in.
         score: guides' score of the whole response (a log-ratio in nats), plus the weighted values
             of the engine's scorers; None where neither said anything. Of beam search what ranks it:
             the base's log-prob of the whole, over its length to the power of ``length_penalty``.
         finish_reason: ``"eos"``, ``"stop"`` or ``"length"``.
         token_scores: each token's part of the score, in nats; empty where no guide ran.
         token_logprobs: the base's own log-prob of each token, at temperature 1, unwarped.
+        stop_reason: the stop string or the stop token that ended it; None for other reasons.
     """
 
     text: str | None
@@ -33,6 +35,7 @@ class Hypothesis:
     finish_reason: FinishReason
     token_scores: list[float]
     token_logprobs: list[float]
+    stop_reason: str | int | None = None
 
 
 @dataclass(frozen=True)

@@ -355,3 +355,53 @@ def test_what_is_recomputed_is_shared_only_as_far_as_all_share_it() -> None:
     advance_beams([one.beams], *continuations(*rows), manager)
     assert [b.tokens[:2] for b in one.beams.kept] == [[5, 1], [5, 1], [5, 2]]
     assert one.beams.shared == 0  # and not 1: the first token was run for each by itself
+
+
+def test_a_text_ends_among_its_new_tokens() -> None:
+    one = request(beam_width=3, successors=1)
+    begin_rounds([one.beams])
+    take([one.beams], np.array([[7, 8, 9], [4, 5, 6], [0, 1, 1]]), np.zeros((3, 3), np.float32))
+    assert one.beams.new_texts() == [(0, 0, [7, 8, 9]), (1, 0, [4, 5, 6]), (2, 0, [])]
+    one.beams.end_text(0, 1, 5)
+    assert [text[0] for text in one.beams.new_texts()] == [1, 2]
+    with pytest.raises(ValueError, match="a text ends once"):
+        one.beams.end_text(0, 1, 6)
+    with pytest.raises(ValueError, match="a text ends once"):
+        one.beams.end_text(1, 4, 6)
+    cu_tokens = np.array([0, 1, 4, 5])
+    assert (
+        take_scored([one.beams], cu_tokens, np.arange(1.0, 6), np.arange(3.0), np.full(3, -1)) == []
+    )
+    end_rounds([one.beams], np.array([[0, 1, 2]]), [])
+    first, second, third = one.beams.kept
+    assert (first.tokens, first.token_scores, first.finish_reason) == ([7], [1.0], "stop")
+    assert (first.ending, second.ending, third.ending) == (5, None, None)
+    assert second.token_scores == [2.0, 3.0, 4.0] and third.finish_reason == "eos"
+
+
+def test_a_text_ends_among_tokens_of_earlier_rounds() -> None:
+    """Its siblings keep what it gives up, and its score is that of what it keeps."""
+    one = request(beam_width=2, successors=2)
+    begin_rounds([one.beams])
+    first = np.array([[7, 8, 9], [4, 5, 6], [7, 8, 9], [4, 5, 6]])
+    take([one.beams], first, np.zeros((4, 3), np.float32))
+    token_scores = np.arange(12.0)
+    totals = token_scores.reshape(4, 3).sum(1)
+    take_scored([one.beams], np.arange(0, 15, 3), token_scores, totals, np.full(4, -1))
+    end_rounds([one.beams], np.array([[0, 1]]), [])
+    begin_rounds([one.beams])
+    take([one.beams], np.array([[1, 1], [2, 2], [3, 3], [9, 9]]), np.zeros((4, 2), np.float32))
+    one.beams.end_text(0, 2, 0)
+    one.beams.end_text(1, 0, 1)
+    found = [(b.tokens, b.total, b.token_scores) for b in one.beams.candidates]
+    assert found[0] == ([7, 8], 0.0 + 1.0, [0.0, 1.0])
+    assert found[1] == ([], 0.0, [])
+    assert found[2] == ([4, 5, 6, 3, 3], 3.0 + 4.0 + 5.0, [3.0, 4.0, 5.0])
+    laid_out = scoring([one.beams], [], 0)[2]
+    assert laid_out["cu_tokens"].tolist() == [0, 0, 0, 2, 4]
+    assert laid_out["previous"].tolist() == [1.0, 0.0, 12.0, 12.0]
+    # A mean is over one token at least; nobody else has the tokens of those two.
+    assert laid_out["lengths"].tolist() == [2, 1, 3, 3]
+    assert laid_out["siblings"].tolist() == [-1, -2, 1, 1]
+    one.beams.end_text(2, 2, 2)
+    assert one.beams.candidates[2].tokens == [4, 5] and one.beams.grown == 5

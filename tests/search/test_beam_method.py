@@ -265,11 +265,11 @@ def test_no_round_takes_more_pages_than_it_was_promised(width: int, page_size: i
     params = replace(BEAM, beam_width=width, n=1, max_new_tokens=13)
     used: list[tuple[int, int]] = []
 
-    def advance(beams: Any, tokens: Any, logprobs: Any, manager: Any) -> Any:
+    def advance(beams: Any, tokens: Any, logprobs: Any, manager: Any, ended: Any) -> Any:
         """Between the pass and the fork, and behind that: there it has the most."""
         (request,) = e._scheduler.running
         before = manager.used_pages
-        copies = advance_beams(beams, tokens, logprobs, manager)
+        copies = advance_beams(beams, tokens, logprobs, manager, ended)
         used.append((max(before, manager.used_pages), request.promised[0]))
         return copies
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from tests.support.reference import Reference, log_softmax
+from tests.support.stop_reference import text_end
 from w2s_fast import SearchParams
 
 
@@ -23,6 +24,8 @@ class ReferenceBeam:
     token_logprobs: list[float] = field(default_factory=list)
     score: float = 0.0
     finish_reason: str | None = None
+    text: str | None = None  # of one that a stop string ended
+    kept: int | None = None  # of its tokens, which count all in what it is ranked by
 
 
 @dataclass
@@ -61,6 +64,9 @@ def beam_search(reference: Reference, prompt: list[int], params: SearchParams) -
             margin = min(margin, abs(hope - ended[-1].score))
             if hope <= ended[-1].score:
                 running = []
+        for beam in just_ended:
+            beam.token_ids = beam.token_ids[: beam.kept]
+            beam.token_logprobs = beam.token_logprobs[: beam.kept]
         sampled += len(running) + sum(beam in ended for beam in just_ended)
     return ReferenceBeams(ended[: params.n], sampled, margin)
 
@@ -74,12 +80,23 @@ def _children(
         child = ReferenceBeam(
             [*beam.token_ids, token], [*beam.token_logprobs, logprob], beam.score + logprob
         )
+        ends = token in params.stop_token_ids
+        ends |= token in reference.eos_token_ids and not params.ignore_eos
+        if ends and len(beam.token_ids) < params.min_new_tokens:
+            continue
         if token in reference.eos_token_ids and not params.ignore_eos:
             child.finish_reason = "eos"
         elif token in params.stop_token_ids:
             child.finish_reason = "stop"
         elif len(child.token_ids) == params.max_new_tokens:
             child.finish_reason = "length"
+        if params.stop and not ends:
+            end = text_end(
+                reference.tokenizer, prompt, child.token_ids, params.stop, params.min_new_tokens
+            )
+            if end is not None:
+                kept, child.text, _ = end
+                child.finish_reason, child.kept = "stop", kept
         children.append(child)
     return children
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from tests.support.stop_reference import text_end
 from w2s_fast.kernels.noise import seed_bits, uniform, uniform_of_round
 from w2s_fast.params import SearchParams
 
@@ -46,6 +47,8 @@ class ReferenceHypothesis:
     finish_reason: str | None = None
     score: float | None = None
     parent: int | None = None
+    text: str | None = None  # of one that a stop string ended
+    drawn: int = 0  # tokens of this round, whether they were kept or not
 
 
 @dataclass
@@ -199,8 +202,11 @@ class Reference:
         vocab_size: int,
         eos_token_ids: Sequence[int],
         scorers: Sequence[tuple[Callable[[list[int], bool], float], float]] = (),
+        tokenizer: Any = None,
     ) -> None:
-        """``scorers``: of a response's tokens, and whether it has ended; each with its weight."""
+        """``scorers``: of a response's tokens, and whether it has ended; each with its weight.
+        ``tokenizer``: where stop strings are asked for."""
+        self.tokenizer = tokenizer
         self.scorers = list(scorers)
         self.base = base
         self.guides = list(guides)
@@ -218,11 +224,16 @@ class Reference:
         return self._logits[key]
 
     def fused_logits(
-        self, prompt: list[int], prompts: Sequence[GuidePrompt], tokens: list[int], p: SearchParams
+        self,
+        prompt: list[int],
+        prompts: Sequence[GuidePrompt],
+        tokens: list[int],
+        p: SearchParams,
+        base: np.ndarray | None = None,
     ) -> tuple[np.ndarray, float]:
         """The logits that a fused token is drawn from, float32; and how clear the choice of dynamic
-        betas was."""
-        base = self.next_logits(prompt + tokens)
+        betas was. ``base``: the base's, where some tokens are barred."""
+        base = self.next_logits(prompt + tokens) if base is None else base
         pairs = []
         for guide, own in zip(self.guides, prompts, strict=True):
             of_tuned, of_untuned = own if isinstance(own, tuple) else (own, own)
@@ -315,7 +326,7 @@ class Reference:
             for index, (place, origin) in enumerate(origins):
                 child, margin = self._extend(prompt, guide_prompts, origin, p, index, chunk)
                 child.parent = place
-                sampled_tokens += len(child.token_ids) - len(origin.token_ids)
+                sampled_tokens += child.drawn
                 draw_margin = min(draw_margin, margin)
                 candidates.append(child)
 
@@ -329,7 +340,7 @@ class Reference:
                     child.token_scores = seen[key]
                     child.score = math.fsum(seen[key])
                     if p.score == "mean":
-                        child.score /= len(child.token_ids)
+                        child.score /= max(1, len(child.token_ids))
                     for scorer, weight in self.scorers:
                         ended = child.finish_reason is not None
                         child.score += weight * scorer(child.token_ids, ended)
@@ -377,10 +388,13 @@ class Reference:
         for _ in range(chunk):
             if finish is not None:
                 break
-            logits, clear = self.next_logits(prompt + tokens), math.inf
-            own = logits
+            own, clear = self.next_logits(prompt + tokens), math.inf
+            logits = own.copy()
+            if len(tokens) < p.min_new_tokens:
+                ending = [] if p.ignore_eos else self.eos_token_ids
+                logits[[*ending, *p.stop_token_ids]] = -np.inf
             if p.fuses is not None:
-                logits, clear = self.fused_logits(prompt, guide_prompts, tokens, p)
+                logits, clear = self.fused_logits(prompt, guide_prompts, tokens, p, logits)
             token, distance = sample_with_margin(
                 logits,
                 temperature=p.temperature,
@@ -400,7 +414,18 @@ class Reference:
                 finish = "stop"
             elif len(tokens) == p.max_new_tokens:
                 finish = "length"
-        child = ReferenceHypothesis(token_ids=tokens, token_logprobs=logprobs, finish_reason=finish)
+        drawn = len(tokens) - len(origin.token_ids)
+        child = ReferenceHypothesis(
+            token_ids=tokens, token_logprobs=logprobs, finish_reason=finish, text=origin.text,
+            drawn=drawn,
+        )  # fmt: skip
+        if p.stop and drawn:
+            whole = tokens[:-1] if finish in ("eos", "stop") else tokens
+            end = text_end(self.tokenizer, prompt, whole, p.stop, p.min_new_tokens)
+            if end is not None:
+                kept, child.text, _ = end
+                child.token_ids, child.token_logprobs = tokens[:kept], logprobs[:kept]
+                child.finish_reason = "stop"
         return child, margin
 
 

@@ -111,3 +111,15 @@ def _merges(vocabulary: dict[str, int], space: str) -> list[tuple[str, str]]:
     for left, right in pairs:
         vocabulary.setdefault(left + right, len(vocabulary))
     return pairs
+
+
+def syllables(size: int) -> Any:
+    """Tokens of a few letters, whose texts stand one behind the other; 0 ends, 1 begins a text."""
+    letters = ["a", "b", "c", "ab", "bc", "ca", "abc", "aa", "bb", "cc", "ba", "cb", "ac", " "]
+    letters += ["\n", "a ", "b\n", "x", "abcabc", "y"]
+    vocabulary = {text: i for i, text in enumerate(["<eos>", "<bos>", *letters][:size])}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="x"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>", unk_token="x"
+    )

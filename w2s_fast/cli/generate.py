@@ -126,6 +126,16 @@ def generate(
     chunk_length: Annotated[
         str, _option("--chunk-length", help="L: tokens a round; none or 0: whole", panel=SEARCH)
     ] = str(DEFAULT.chunk_length),
+    stop: Annotated[
+        list[str] | None,
+        _option("--stop", help="String that ends an answer; repeat for several", panel=SEARCH),
+    ] = None,
+    include_stop: Annotated[
+        bool, _option("--include-stop", help="Print it, too.", panel=SEARCH)
+    ] = DEFAULT.include_stop_str_in_output,
+    min_new_tokens: Annotated[
+        int, _option("--min-new-tokens", help="Tokens before an answer may end", panel=SEARCH)
+    ] = DEFAULT.min_new_tokens,
     n: Annotated[int, _option("-n", help="Answers to return, best first", panel=SEARCH)] = 1,
     finished: Annotated[
         Finished,
@@ -217,6 +227,9 @@ def generate(
         successors=_width(successors),
         chunk_length=_chunk_length(chunk_length),
         max_new_tokens=max_new_tokens,
+        stop=stop or (),
+        include_stop_str_in_output=include_stop,
+        min_new_tokens=min_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

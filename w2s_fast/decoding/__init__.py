@@ -5,6 +5,7 @@ recorded: ``recorder`` says what a recorder does, and graphs of passes and of st
 room knows rows with a seed and an index each, and not which request they belong to.
 """
 
+from w2s_fast.decoding.barred import Barred
 from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.decoder import Decoder
 from w2s_fast.decoding.decoding import Decoding
@@ -27,6 +28,7 @@ from w2s_fast.decoding.streams import HomeStream
 
 __all__ = [
     "MOST_NEW",
+    "Barred",
     "CudaRecorder",
     "DecodeGraphs",
     "Decoder",

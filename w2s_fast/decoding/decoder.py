@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from w2s_fast._pages import DrawLayout
+from w2s_fast.decoding.barred import Barred
 from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.decoding import Decoding
 from w2s_fast.decoding.drawing import Drawing
@@ -58,6 +59,7 @@ class Decoder:
         fusion: FusionColumns | None,
         logits: Sequence[Tensor],
         steps: int,
+        barred: Barred | None = None,
     ) -> Draws:
         """Draw ``steps`` tokens for each row; all but the last stand in the KV then.
 
@@ -65,6 +67,7 @@ class Decoder:
             rows: the same S in each model.
             sampling: their settings. fusion: those of models that draw together.
             logits: of each model [S, V], from which the first tokens are drawn.
+            barred: what some of these rows may not draw yet; no recording serves that.
 
         Returns:
             What each step drew, on the device: nothing has been waited for.
@@ -75,7 +78,7 @@ class Decoder:
         decodings = [
             Decoding(model, own.slots, steps - 1, own.tree) for model, own in zip(self.models, rows)
         ]
-        if steps > 1 and self.graphs is not None:
+        if steps > 1 and self.graphs is not None and barred is None:
             replayed = self.graphs.run(rows, sampling, fusion, logits, steps)
             if replayed is not None:
                 for decoding in decodings:
@@ -86,10 +89,18 @@ class Decoder:
         device = self.models[0].device
         settings, fuse = sampling.to(device), None if fusion is None else fusion.to(device)
         drawn = Draws.empty(steps, len(rows[0].slots), device, len(self.models) - 1)
-        drawn.put(0, *self._drawing.draw_from(logits, settings, fuse))
-        for step in range(1, steps):
-            settings.advance()
-            last = drawn.tokens[step - 1]
-            hidden = [decoding.step(last) for decoding in decodings]
-            drawn.put(step, *self._drawing.draw(hidden, settings, fuse))
+        for step in range(steps):
+            if step > 0:
+                settings.advance()
+                last = drawn.tokens[step - 1]
+                hidden = [decoding.step(last) for decoding in decodings]
+                logits = [self.logits(m, own) for m, own in enumerate(hidden)]
+            missing: Tensor | None = None
+            if barred is not None:
+                base, missing = barred.bar(logits[0], step)
+                logits = [base, *logits[1:]]
+            draw, others = self._drawing.draw_from(logits, settings, fuse)
+            if missing is not None:
+                draw = draw._replace(logprobs=draw.logprobs + missing)
+            drawn.put(step, draw, others)
         return drawn

@@ -363,7 +363,7 @@ class Engine:
 
     def pieces(self, request: Request) -> Pieces:
         """What cuts its response into pieces."""
-        return Pieces(self.tokenizer, request.prompt)
+        return Pieces(self.tokenizer, request.prompt, request.ends)
 
     def result(self, request: Request) -> SearchResult:
         """The result of a request that has ended; carries its error if it failed."""

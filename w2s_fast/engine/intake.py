@@ -15,7 +15,7 @@ from w2s_fast.models import PagedModel
 from w2s_fast.params import SearchParams
 from w2s_fast.scheduling import Given, Scheduler, check_room
 from w2s_fast.search import Request
-from w2s_fast.text import Prompt, PromptEncoder
+from w2s_fast.text import Prompt, PromptEncoder, StopStrings
 
 
 class Intake:
@@ -57,6 +57,11 @@ class Intake:
                     f"stop_token_ids holds {token}; allowed: below {models.vocab_size}"
                 )
         base, *of_guides = prompts
+        ends = None
+        if params.stop:
+            if models.tokenizer is None:
+                raise InvalidRequest("stop strings need a tokenizer; the engine has none")
+            ends = StopStrings(models.tokenizer, base, params.stop, params.min_new_tokens)
         request = Request(
             base,
             of_guides,
@@ -66,6 +71,7 @@ class Intake:
             params.betas([guide.weight for guide in models.guides]) if params.fuses else (),
             given=prompt,
             has_scorers=self._has_scorers,
+            ends=ends,
         )
         self._scheduler.check(request)
         return request

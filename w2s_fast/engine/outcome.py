@@ -46,6 +46,7 @@ def _hypothesis(
         beam.finish_reason,
         beam.token_scores,
         beam.logprobs,
+        _stop_reason(request, beam),
     )
 
 
@@ -60,8 +61,21 @@ def scored_candidate(
 def _text(request: Request, beam: Beam, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     if tokenizer is None:
         return None
-    ended = beam.finish_reason in ("eos", "stop")
+    params = request.params
+    if beam.ending is not None:
+        end = request.ended_texts[beam.ending]
+        text: str = decode_response(tokenizer, request.prompt, beam.tokens) + end.rest
+        return text + str(end.stop) if params.include_stop_str_in_output else text
+    ended = beam.finish_reason == "eos" or (
+        beam.finish_reason == "stop" and not params.include_stop_str_in_output
+    )
     return decode_response(tokenizer, request.prompt, beam.tokens[:-1] if ended else beam.tokens)
+
+
+def _stop_reason(request: Request, beam: Beam) -> str | int | None:
+    if beam.ending is not None:
+        return str(request.ended_texts[beam.ending].stop)
+    return beam.tokens[-1] if beam.finish_reason == "stop" else None
 
 
 def _usage(request: Request, beams: Sequence[Beam]) -> Usage:

@@ -8,17 +8,16 @@ never taken back.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from w2s_fast.result import SearchResult
-from w2s_fast.text import decode_response
+from w2s_fast.search import Ends
+from w2s_fast.text import decode_response, open_bytes
 
 _INCOMPLETE = "\ufffd"  # what decoders write for a character of which bytes are missing
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte as a token, in vocabularies of characters
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class StreamPiece:
     Attributes:
         text: what is new; all pieces together are ``result.text``. None without a tokenizer.
         token_ids: what is new; all pieces together are ``result.token_ids``. Text may come later
-            than its tokens: a character is held back until all its bytes are there.
+            than its tokens: a character is held back until all its bytes are there. Neither comes
+            while it may belong to a stop string.
         result: in the last piece only.
     """
 
@@ -40,22 +40,31 @@ class StreamPiece:
 class Pieces:
     """Cuts one growing response into pieces."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, prompt: Sequence[int]) -> None:
-        """``prompt``: the base's tokens, behind which the response is decoded."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        prompt: Sequence[int],
+        ends: Ends | None = None,
+    ) -> None:
+        """``prompt``: the base's tokens, behind which the response is decoded. ``ends``: of its
+        text; what may belong to a stop string is held back until it is known not to."""
         self._tokenizer = tokenizer
+        self._ends = ends
         self._prompt = prompt
         self._given = 0  # tokens
         self._text = ""
 
     def next(self, tokens: list[int]) -> StreamPiece | None:
         """What is new in ``tokens``, the response so far; None if there is nothing."""
+        if self._ends is not None and len(tokens) > self._given:
+            tokens = tokens[: self._ends.settled(tokens, self._given)]
         if len(tokens) <= self._given:
             return None
         new = tokens[self._given :]
         self._given = len(tokens)
         if self._tokenizer is None:
             return StreamPiece(None, new)
-        whole = tokens[: len(tokens) - _open_bytes(self._tokenizer, tokens)]
+        whole = tokens[: len(tokens) - open_bytes(self._tokenizer, tokens)]
         text = decode_response(self._tokenizer, self._prompt, whole)
         return StreamPiece(self._new_text(text.rstrip(_INCOMPLETE)), new)
 
@@ -70,16 +79,3 @@ class Pieces:
         new = text[len(self._text) :]
         self._text = text
         return new
-
-
-def _open_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> int:
-    """How many tokens at the end are single bytes.
-
-    Decoders with a fallback to bytes decode a run of them as one, to replacement characters
-    throughout if any is wrong: its text is known when the run is over.
-    """
-    for behind, token in enumerate(reversed(tokens)):
-        name = tokenizer.convert_ids_to_tokens(token)
-        if not (isinstance(name, str) and _BYTE.fullmatch(name)):
-            return behind
-    return len(tokens)

@@ -25,7 +25,8 @@ _ROTARY = "apply_rotary_pos_emb"
 
 def fused_forward(module: nn.Module) -> Callable[..., Any] | None:
     """What a twin of this module is to be run by; None: its class's own forward."""
-    forward = _fused(type(module))
+    kind: Any = type(module)
+    forward = _fused(kind)
     if forward is None:
         return None
     weight = next(module.parameters(), None)
@@ -77,7 +78,7 @@ def _gemma_norm(module: Any, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight, module.eps, offset=True)
 
 
-def _with_rotary(forward: FunctionType) -> FunctionType:
+def _with_rotary(forward: FunctionType) -> Callable[..., Any]:
     """The same forward, where ``apply_rotary_pos_emb`` means the kernel."""
     fused = FunctionType(
         forward.__code__,

@@ -8,12 +8,13 @@ further; which requests these are, and whether their pages exist, is decided abo
 from w2s_fast._pages import Beam
 from w2s_fast.search.choice import OpenChoice
 from w2s_fast.search.guide import Guide, PagedGuide, roles_of
-from w2s_fast.search.request import Request
+from w2s_fast.search.request import Ends, Request
 from w2s_fast.search.score_graphs import ScoreGraphs
 from w2s_fast.search.search import InFlight, Search
 
 __all__ = [
     "Beam",
+    "Ends",
     "Guide",
     "InFlight",
     "OpenChoice",

@@ -103,7 +103,11 @@ class BaseSide:
             request.error = request.error or NumericalError.at(self.model.name, position)
         if drawn.begun:
             self._remember([request for request in drawn.begun if request.error is None])
-        release_finished(_beams(drawn.requests), self.model.pool.manager, _BASE)
+        self.release_ended(drawn.requests)
+
+    def release_ended(self, requests: Sequence[Request]) -> None:
+        """Give back the slots of candidates that have ended."""
+        release_finished(_beams(requests), self.model.pool.manager, _BASE)
 
     def _remember(self, requests: Sequence[Request]) -> None:
         """Let later requests find these prompts; not those that made a model fail."""

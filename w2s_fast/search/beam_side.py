@@ -12,6 +12,7 @@ from w2s_fast._pages import advance_beams, broken_continuations
 from w2s_fast.attention import Reading
 from w2s_fast.errors import NumericalError
 from w2s_fast.search.base_side import BaseSide
+from w2s_fast.search.endings import ended_continuations
 from w2s_fast.search.request import Request
 from w2s_fast.stats import timed
 
@@ -65,7 +66,8 @@ class BeamSide:
             sound = [request for request in found.begun if request.error is None]
             slots = [int(request.beams.kept_slots(_BASE)[0]) for request in sound]
             pool.remember(slots, [request.prompt for request in sound])
-            pool.copy_pages(advance_beams(beams, tokens, logprobs, pool.manager))
+            ended = ended_continuations(requests, tokens, logprobs)
+            pool.copy_pages(advance_beams(beams, tokens, logprobs, pool.manager, ended))
 
 
 def likeliest(logits: Tensor, count: int) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from w2s_fast._pages import Beams, DrawLayout, fork_beams, lay_out_rows
+from w2s_fast._pages import DrawLayout, fork_beams, growing, lay_out_rows
 from w2s_fast.attention import RowTree
-from w2s_fast.decoding import Decoder, Draws, FusionColumns, GrowingRows, SamplingColumns
+from w2s_fast.decoding import Barred, Decoder, Draws, FusionColumns, GrowingRows, SamplingColumns
 from w2s_fast.search.request import Request
 from w2s_fast.search.sources import run_sources
 from w2s_fast.stats import timed
@@ -60,13 +62,15 @@ class Expansion:
         layout = DrawLayout(beams, self._managers)
         # The first token of all children of a beam comes from one row of logits, and only then
         # are they forked: what they share is forwarded once.
+        barred = any(r.params.min_new_tokens > r.beams.grown for r in requests)
         with timed("prefill_s", new), timed("decode_s", old):
-            draws = self.decoder.begin(layout, steps)
+            # Tokens that may not be drawn yet are barred where the host launches every step.
+            draws = None if barred else self.decoder.begin(layout, steps)
             if draws is None:
                 logits = self.first_logits(requests)
         if draws is None:
             with timed("decode_s", new + old):
-                draws = self._decode(beams, logits, steps)
+                draws = self._decode(requests, logits, steps, barred)
         else:
             self.rows += layout.num_sources + layout.rows * (steps - 1)
             self.passes += steps
@@ -83,9 +87,14 @@ class Expansion:
                 self.passes += ran.passes
         return found
 
-    def _decode(self, beams: Sequence[Beams], logits: Sequence[Tensor], steps: int) -> Draws:
-        """Fork the sources, and sample all their children's tokens from ``logits`` on."""
-        rows = []
+    def _decode(
+        self, requests: Sequence[Request], logits: Sequence[Tensor], steps: int, barred: bool
+    ) -> Draws:
+        """Fork the sources, and sample all their children's tokens from ``logits`` on.
+
+        ``barred``: some of them may not end yet.
+        """
+        beams, rows = [request.beams for request in requests], []
         for index, manager in enumerate(self._managers):
             copies = fork_beams(beams, manager, index)
             slots, sampling, tree, fusion = lay_out_rows(beams, index)
@@ -98,4 +107,15 @@ class Expansion:
             FusionColumns(*fusion) if len(fusion[0]) else None,
             logits,
             steps,
+            None if not barred else _too_soon(requests, sampling[-1]),
         )
+
+
+def _too_soon(requests: Sequence[Request], position: NDArray[np.int64]) -> Barred:
+    """What their growing candidates, whose next tokens have these positions, may not end with."""
+    return Barred(
+        growing([request.beams for request in requests]),
+        [request.params.min_new_tokens for request in requests],
+        [request.ended_by for request in requests],
+        position,
+    )

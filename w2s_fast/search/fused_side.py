@@ -71,8 +71,13 @@ class FusedSide:
             request = drawn.requests[index]
             request.error = request.error or NumericalError.at(name, position)
         self._remember([request for request in drawn.begun if request.error is None])
-        for index, model_of in enumerate(self._models):
-            release_finished(beams, model_of.pool.manager, index)
+        self.release_ended(drawn.requests)
+
+    def release_ended(self, requests: Sequence[Request]) -> None:
+        """Give back the slots of candidates that have ended, in all models."""
+        beams = [request.beams for request in requests]
+        for index, model in enumerate(self._models):
+            release_finished(beams, model.pool.manager, index)
 
     def _remember(self, requests: Sequence[Request]) -> None:
         """Let later requests find these prompts; not those that made a model fail."""

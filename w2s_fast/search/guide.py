@@ -158,6 +158,8 @@ def score_chunks(
 
     def run(m: int) -> Partials:
         model, (slots, inputs, tree, copies) = models[m], rows[m]
+        if len(counts) == 0:  # all texts have ended before their first new token
+            return Partials.of_logprobs(torch.zeros(0, device=targets.device))
         found = [
             model.token_partials(hidden, targets[part.tokens], vocab_size)
             for part, hidden in forward_in_passes(model, slots, inputs, counts, tree, copies)

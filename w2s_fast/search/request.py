@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from w2s_fast._pages import Beam, Beams
 from w2s_fast.errors import W2SFastError
@@ -15,10 +15,31 @@ from w2s_fast.search.choice import OpenChoice
 from w2s_fast.stats import RequestStats
 
 _INT32_MAX = 2**31 - 1
+# Continuations of a beam beyond those that are enough where no text ends by what it says.
+_MOST_ENDED = 64
 
 
 def _log(share: float) -> float:
     return math.log(share) if share > 0 else -math.inf
+
+
+class End(Protocol):
+    """Where a text ends: ``tokens`` are kept."""
+
+    @property
+    def tokens(self) -> int: ...
+
+
+class Ends(Protocol):
+    """What says where the text of a response ends."""
+
+    def find(self, tokens: Sequence[int], known: int) -> End | None:
+        """``tokens``: of the response so far, of which ``known`` were looked at before."""
+        ...
+
+    def settled(self, tokens: Sequence[int], known: int) -> int:
+        """How many of the tokens are kept whatever comes, where no text has ended yet."""
+        ...
 
 
 class Request:
@@ -39,6 +60,7 @@ class Request:
         *,
         given: Any = None,
         has_scorers: bool = False,
+        ends: Ends | None = None,
     ) -> None:
         """``prompt``: the base's tokens, at least one; ``guide_prompts``: those of each other model
         of the search, in their order; none if no guide runs.
@@ -46,7 +68,7 @@ class Request:
         ``priority``: the lower, the sooner. ``eos_ids``: what ends a response, unless it is to be
         ignored. ``betas``: the factor of each guide, where logits are fused. ``given``: the prompt
         as its caller gave it. ``has_scorers``: others than the guides have a say in which
-        candidates are kept; then there need be no guides.
+        candidates are kept; then there need be no guides. ``ends``: of texts; None: none does.
         """
         self.prompts = [list(prompt), *map(list, guide_prompts)]  # of each model that runs
         self.params = params
@@ -72,6 +94,7 @@ class Request:
             copies=params.keeps_copies,
             eos_ids=[] if params.ignore_eos else sorted(eos_ids),
             stop_ids=list(params.stop_token_ids),
+            min_new_tokens=min(params.min_new_tokens, _INT32_MAX),
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
@@ -101,8 +124,13 @@ class Request:
         self.is_beam_search = params.method == "beam"
         # Of a beam search, the continuations of a beam that are enough to choose from: as many may
         # end as there are ids that end a response.
-        ends = {*params.stop_token_ids, *([] if params.ignore_eos else eos_ids)}
-        self.continuations = params.kept + len(ends)
+        ended_by = {*params.stop_token_ids, *([] if params.ignore_eos else eos_ids)}
+        self.ended_by = sorted(ended_by)
+        self.continuations = params.kept + len(ended_by)
+        if ends is not None:  # and so may any number, by what they say: so many at least
+            self.continuations += 3 * params.kept + _MOST_ENDED
+        self.ends = ends
+        self.ended_texts: list[Any] = []  # what was found; beams have their numbers
         self.stats = RequestStats()
         self.streams = False  # whether somebody wants to know what its hypotheses agree on
         self.agreed: list[int] = []  # that, after the last step it took part in
@@ -171,7 +199,8 @@ class Request:
 
     def _guides_score_of(self, beam: Beam) -> float:
         """0 where there are none."""
-        return beam.total / len(beam.tokens) if self.params.score == "mean" else beam.total
+        # A text may end in its first token, of which nothing is kept.
+        return beam.total / max(1, len(beam.tokens)) if self.params.score == "mean" else beam.total
 
 
 def _as_int32(values: Sequence[int]) -> list[int]:

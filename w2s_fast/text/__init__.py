@@ -7,7 +7,8 @@ data here: it is never formatted, and never becomes a special token.
 
 from w2s_fast.text.chat import Chat
 from w2s_fast.text.prompt import Prompt, PromptEncoder
-from w2s_fast.text.response import decode_response
+from w2s_fast.text.response import decode_response, open_bytes
+from w2s_fast.text.stops import StopStrings, TextEnd
 from w2s_fast.text.vocabulary import (
     check_same_vocabulary,
     eos_token_ids,
@@ -19,9 +20,12 @@ __all__ = [
     "Chat",
     "Prompt",
     "PromptEncoder",
+    "StopStrings",
+    "TextEnd",
     "check_same_vocabulary",
     "decode_response",
     "eos_token_ids",
     "ids_without_token",
+    "open_bytes",
     "tokenizer_size",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 # before special tokens.
 _CONTEXT_TOKENS = (8, 64)
 _INCOMPLETE = "\ufffd"  # what decoders write for a character of which bytes are missing
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte as a token, in vocabularies of characters
 
 
 def decode_response(
@@ -41,3 +43,16 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(
         tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )
+
+
+def open_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> int:
+    """How many tokens at the end are single bytes.
+
+    Decoders with a fallback to bytes decode a run of them as one, to replacement characters
+    throughout if any is wrong: its text is known when the run is over.
+    """
+    for behind, token in enumerate(reversed(tokens)):
+        name = tokenizer.convert_ids_to_tokens(token)
+        if not (isinstance(name, str) and _BYTE.fullmatch(name)):
+            return behind
+    return len(tokens)

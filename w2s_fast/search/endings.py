@@ -1,0 +1,51 @@
+"""Texts that end by what they say: candidates are cut where their requests find an end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from w2s_fast._pages import rank_continuations
+from w2s_fast.search.request import Request
+
+
+def end_texts(requests: Sequence[Request]) -> bool:
+    """Cut candidates whose texts have ended with the tokens of this round; whether any has."""
+    ended = False
+    for request in requests:
+        if request.ends is None or request.error is not None:
+            continue
+        for candidate, known, tokens in request.beams.new_texts():
+            if (found := request.ends.find(tokens, known)) is not None:
+                request.beams.end_text(candidate, found.tokens, len(request.ended_texts))
+                request.ended_texts.append(found)
+                ended = True
+    return ended
+
+
+def ended_continuations(
+    requests: Sequence[Request], tokens: NDArray[np.int32], logprobs: NDArray[np.float32]
+) -> list[tuple[int, int, int, int]]:
+    """Continuations of beams with which a text ends, as :func:`advance_beams` is told of them."""
+    ended = []
+    beams = [request.beams for request in requests]
+    for index, request in enumerate(requests):
+        if request.ends is None or request.error is not None:
+            continue
+        kept = [beam.tokens for beam in request.beams.kept] or [[]]  # in round 1, the root
+        width, going_on = request.params.kept, 0
+        ranked = rank_continuations(beams, tokens, logprobs, index)
+        for rank, (parent, token, ends) in enumerate(ranked):
+            if rank >= width and going_on == width:
+                break  # nobody asks for those behind
+            text = [*kept[parent], token]
+            if ends:
+                continue
+            if (found := request.ends.find(text, len(text) - 1)) is None:
+                going_on += 1
+                continue
+            ended.append((index, rank, found.tokens, len(request.ended_texts)))
+            request.ended_texts.append(found)
+    return ended
