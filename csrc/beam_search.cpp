@@ -35,11 +35,25 @@ Rows rows_of(const Requests& requests, std::size_t size) {
     return rows;
 }
 
-bool broken(std::span<const float> logprobs, const Rows& rows, std::size_t request) {
-    for (std::size_t row = rows.first[request]; row < rows.first[request + 1]; ++row) {
-        if (!std::isfinite(logprobs[row * rows.k])) return true;
+bool broken(const Beams& request, const Continuations& found, const Rows& rows, std::size_t r) {
+    for (std::size_t row = rows.first[r]; row < rows.first[r + 1]; ++row) {
+        if (!std::isfinite(found.logprobs[row * rows.k])) return true;
     }
-    return false;
+    if (rows.first[r] == rows.first[r + 1]) return false;
+    const std::int32_t length = std::ranges::find_if(request.kept(), goes_on)->length + 1;
+    for (std::size_t i = rows.first[r] * rows.k; i < rows.first[r + 1] * rows.k; ++i) {
+        if (std::isfinite(found.logprobs[i]) && !request.ends_too_soon(found.tokens[i], length)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+Rows checked_rows(const Requests& requests, const Continuations& found) {
+    if (found.tokens.size() != found.logprobs.size()) {
+        throw std::invalid_argument("as many tokens as log-probs");
+    }
+    return rows_of(requests, found.logprobs.size());
 }
 
 // A log-prob of so many tokens, as finished beams are ranked.
@@ -148,25 +162,25 @@ Decision decide(const Beams& request, const Continuations& found, std::size_t k,
 }  // namespace
 
 std::vector<BrokenNumber> broken_continuations(const Requests& requests,
-                                               std::span<const float> logprobs) {
-    const Rows rows = rows_of(requests, logprobs.size());
-    std::vector<BrokenNumber> found;
+                                               const Continuations& found) {
+    const Rows rows = checked_rows(requests, found);
+    std::vector<BrokenNumber> all;
     for (std::size_t r = 0; r < requests.size(); ++r) {
-        if (!broken(logprobs, rows, r)) continue;
+        if (!broken(*requests[r], found, rows, r)) continue;
         // All beams that go on have the same length.
         const Beam& beam = *std::ranges::find_if(requests[r]->kept(), goes_on);
-        found.push_back({static_cast<std::int32_t>(r), -1, beam.length});
+        all.push_back({static_cast<std::int32_t>(r), -1, beam.length});
     }
-    return found;
+    return all;
 }
 
 std::vector<RankedContinuation> rank_continuations(const Requests& requests,
                                                    const Continuations& found,
                                                    std::size_t request) {
-    const Rows rows = rows_of(requests, found.logprobs.size());
+    const Rows rows = checked_rows(requests, found);
     std::vector<RankedContinuation> ranked;
-    if (broken(found.logprobs, rows, request)) return ranked;
     const Beams& beams = *requests.at(request);
+    if (broken(beams, found, rows, request)) return ranked;
     const auto [continued, _, length] = collect(beams, found, rows.k, rows.first[request]);
     for (const Child& child : continued) {
         const Finish finish = beams.finish_of(child.token, length);
@@ -178,14 +192,11 @@ std::vector<RankedContinuation> rank_continuations(const Requests& requests,
 
 std::vector<PageCopy> advance_beams(const Requests& requests, const Continuations& found,
                                     PageManager& base, std::span<const EndedText> ended) {
-    const Rows rows = rows_of(requests, found.logprobs.size());
-    if (found.tokens.size() != found.logprobs.size()) {
-        throw std::invalid_argument("as many tokens as log-probs");
-    }
+    const Rows rows = checked_rows(requests, found);
     Requests sound;
     std::vector<Decision> decisions;
     for (std::size_t r = 0; r < requests.size(); ++r) {
-        if (broken(found.logprobs, rows, r)) continue;
+        if (broken(*requests[r], found, rows, r)) continue;
         sound.push_back(requests[r]);
         const auto own = std::ranges::equal_range(ended, static_cast<std::int32_t>(r), {},
                                                   &EndedText::request);

@@ -35,9 +35,10 @@ struct Continuations {
     std::span<const float> logprobs;
 };
 
-// Requests for which a best continuation's log-prob is not finite; the first of each.
+// Requests for which a best continuation's log-prob is not finite, the first of each; and those of
+// which every continuation would end a response too soon.
 std::vector<BrokenNumber> broken_continuations(const Requests& requests,
-                                               std::span<const float> logprobs);
+                                               const Continuations& found);
 
 // A continuation of a kept beam, and whether its token ends a response by itself.
 struct RankedContinuation {

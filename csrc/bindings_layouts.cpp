@@ -409,9 +409,10 @@ void bind_layouts(py::module_& module) {
             w2s::take_fused(requests, {steps, rows, tokens, found, of_others}, terms));
     }, py::arg("requests"), py::arg("memory").noconvert(), py::arg("rows"), py::arg("logprobs"),
                py::arg("others"), py::arg("models"), py::arg("room"), py::arg("guides"));
-    module.def("broken_continuations", [](const Requests& requests, const Array<float>& logprobs) {
-        return broken(w2s::broken_continuations(requests, span(logprobs)));
-    }, py::arg("requests"), py::arg("logprobs").noconvert());
+    module.def("broken_continuations", [](const Requests& requests, const IntArray& tokens,
+                                          const Array<float>& logprobs) {
+        return broken(w2s::broken_continuations(requests, {span(tokens), span(logprobs)}));
+    }, py::arg("requests"), py::arg("tokens").noconvert(), py::arg("logprobs").noconvert());
     module.def("rank_continuations", [](const Requests& requests, const IntArray& tokens,
                                         const Array<float>& logprobs, std::size_t request) {
         py::list found;

@@ -73,6 +73,7 @@ def read(out: Path, name: str) -> Any:
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_a_dry_run_of_smoke_holds_and_counts(tmp_path: Path, python: Path) -> None:
     run = dry_run("smoke", tmp_path, python)
     assert run.returncode == 0, run.stdout + run.stderr

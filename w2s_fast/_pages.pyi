@@ -496,7 +496,7 @@ def take_selected(
     """Of each growing candidate of those ``drawing`` the last ``steps`` tokens of its chunk, as
     they were drawn. What is broken is counted among them."""
 
-def broken_continuations(requests: Sequence[Beams], logprobs: Float32) -> Broken:
+def broken_continuations(requests: Sequence[Beams], tokens: Int32, logprobs: Float32) -> Broken:
     """``logprobs`` [rows, k] of beams that go on, best first; csrc/beam_search.h says of which."""
 
 def rank_continuations(

@@ -313,7 +313,7 @@ def test_a_broken_beam_search_stays_as_it_is() -> None:
     broken, sound = beams(1, manager), beams(1, manager)
     found = continuations([(5, np.nan), (6, -1.0)], [(7, -1.0), (8, -np.inf)])
     both = [broken.beams, sound.beams]
-    assert broken_continuations(both, found[1]) == [(0, -1, 0)]
+    assert broken_continuations(both, *found) == [(0, -1, 0)]
     slots = held_slots([broken.beams], 0).tolist()
     advance_beams(both, *found, manager)
     assert [b.tokens for b in sound.beams.kept] == [[7]]
@@ -328,7 +328,7 @@ def test_continuations_of_other_rows_are_refused() -> None:
     tokens, logprobs = continuations([(5, -1.0), (6, -2.0), (7, -3.0)])
     for wrong in (logprobs, logprobs[:, :0]):
         with pytest.raises(ValueError, match="rows, k"):
-            broken_continuations(both, wrong)
+            broken_continuations(both, wrong.astype(np.int32), wrong)
     with pytest.raises(ValueError, match="as many tokens"):
         advance_beams([one.beams], tokens[:, :2].copy(), logprobs, manager)
     other = request()

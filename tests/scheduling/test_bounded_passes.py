@@ -35,7 +35,7 @@ from w2s_fast.models import PagedModel
 from w2s_fast.scheduling.scheduler import Room
 from w2s_fast.search import Request
 
-BOUNDS = (1, 3, 7, 64)
+BOUNDS = (pytest.param(1, marks=pytest.mark.thorough), 3, 7, 64)
 ROUNDING = 1e-9
 
 

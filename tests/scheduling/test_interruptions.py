@@ -214,6 +214,7 @@ def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("repeatable")
 @pytest.mark.long
+@pytest.mark.thorough
 def test_an_exception_at_any_line_leaves_nothing_behind() -> None:
     e = small_engine()
     expected = found(e.generate(PROMPTS, PARAMS))

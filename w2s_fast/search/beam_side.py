@@ -61,7 +61,7 @@ class BeamSide:
         with timed("decode_s", [request.stats for request in requests]):
             (packed,) = found.reading.wait()
             tokens, logprobs = packed[0].numpy(), packed[1].view(torch.float32).numpy()
-            for index, _, position in broken_continuations(beams, logprobs):
+            for index, _, position in broken_continuations(beams, tokens, logprobs):
                 requests[index].error = NumericalError.at(self._base.model.name, position)
             sound = [request for request in found.begun if request.error is None]
             slots = [int(request.beams.kept_slots(_BASE)[0]) for request in sound]

@@ -41,7 +41,8 @@ std::unique_ptr<Beams> some_request(Random& random) {
     };
     w2s::SearchSettings settings{
         number(1, 9), by_round(5), by_round(4), by_round(40), 0, flag(), flag(), flag(),
-        number(0, 3) > 0, flag(), flag(), {0}, {1, 2}, 1.0F, 0, 1.0, 0.0, 7, {}, 0.0F, false};
+        number(0, 3) > 0, flag(), flag(), {0}, {1, 2}, number(0, 3),
+        1.0F, 0, 1.0, 0.0, 7, {}, 0.0F, false};
     settings.max_new_tokens = number(std::ranges::max(settings.chunks), 60);
     // Without a guide there is one round.
     if (!settings.uses_guides) settings.chunks = {settings.max_new_tokens};
@@ -135,10 +136,22 @@ Requests advance(const Requests& searching, w2s::PageManager& manager, Random& r
         logprobs[static_cast<std::size_t>(row * k)] = 0.0F / 0.0F;
     }
     Requests broken;
-    for (const auto& [index, token, position] : broken_continuations(searching, logprobs)) {
+    for (const auto& [index, token, position] :
+         broken_continuations(searching, {tokens, logprobs})) {
         broken.push_back(searching[static_cast<std::size_t>(index)]);
     }
-    advance_beams(searching, {tokens, logprobs}, manager);
+    std::vector<w2s::EndedText> ended;
+    for (std::size_t r = 0; r < searching.size(); ++r) {
+        const auto ranked = rank_continuations(searching, {tokens, logprobs}, r);
+        for (std::size_t rank = 0; rank < ranked.size(); ++rank) {
+            if (ranked[rank].ends || pick(random, 0, 9) > 0) continue;
+            const w2s::Beam& parent = searching[r]->kept()[static_cast<std::size_t>(
+                ranked[rank].parent)];
+            ended.push_back({static_cast<std::int32_t>(r), static_cast<std::int32_t>(rank),
+                             static_cast<std::int32_t>(pick(random, 0, parent.length)), 1});
+        }
+    }
+    advance_beams(searching, {tokens, logprobs}, manager, ended);
     return broken;
 }
 
@@ -243,6 +256,16 @@ void random_rounds(long rounds, Random& random, std::map<std::string, long>& hap
             std::vector<float> logprobs(tokens.size(), -1.0F);
             if (pick(random, 0, 20) == 0) logprobs[pick(random, 0, tokens.size() - 1)] /= 0.0F;
             const auto broken = take_tokens(growing, tokens, logprobs, steps);
+            for (Beams* request : growing) {
+                for (const w2s::NewText& text : request->new_texts()) {
+                    if (pick(random, 0, 9) > 0) continue;
+                    request->end_text(static_cast<std::size_t>(text.beam),
+                                      static_cast<std::int32_t>(
+                                          pick(random, 0, std::ssize(text.tokens))),
+                                      1);
+                    ++happened["texts ended"];
+                }
+            }
             release_finished(growing, *managers[0], 0);
             for (const auto& [index, _, position] : broken) drop(growing[index]);
         }
