@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Prove and time this machine's GPU at work, without a network, in at most 9 minutes:
 #
-#     bench/gpu.sh [smoke | search | kernels | cohorts] [folder]
+#     bench/gpu.sh [smoke | search | kernels | cohorts] [folder] [--only ...]
 #                                                        default: smoke bench/results
+#
+# What stands behind the folder goes to the first program of the parts: `search DIR --only 8B graphs`,
+# `kernels DIR --only paged_attention`.
 #
 # smoke: does it work? Versions, a few searches, what a round asks of the device, how often half
 #        precision differs; the tests marked `gpu`; the sanitizer over small kernels.
@@ -18,6 +21,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 what=${1:-smoke}
 out=${2:-bench/results}
+more=("${@:3}")
 case $what in smoke | search | kernels | cohorts) ;; *) echo "no such parts: $what" >&2; exit 2 ;; esac
 python=${PYTHON:-python3}
 dry=()
@@ -87,11 +91,11 @@ smoke)
     ;;
 search)
     part "search" 430 "$python" -m bench.end_to_end "${dry[@]}" --seconds 390 \
-        --out "$out/$name-search.json"
+        --out "$out/$name-search.json" "${more[@]}"
     ;;
 kernels)
     part "timings" 190 "$python" -m bench.kernels "${dry[@]}" --seconds 160 \
-        --out "$out/$name-kernels.json"
+        --out "$out/$name-kernels.json" "${more[@]}"
     first=(--out "$out/$name-first-use.json")
     if [ ${#dry[@]} -gt 0 ]; then first+=(--small); fi
     cache=$(mktemp -d)

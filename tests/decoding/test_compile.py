@@ -50,7 +50,8 @@ def record(base: PagedModel, guides: list[PagedModel], vocab_size: int) -> Any:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_compiled_search_finds_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and put together again, without the compiler behind it, which takes its time."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

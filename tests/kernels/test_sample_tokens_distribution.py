@@ -100,7 +100,11 @@ def test_a_wrong_distribution_would_be_seen() -> None:
 
 @pytest.mark.parametrize(
     "warp",
-    [Warp(), Warp(top_p=0.9), Warp(temperature=0.7, top_k=500, top_p=0.95, min_p=0.001)],
+    [
+        Warp(),
+        pytest.param(Warp(top_p=0.9), marks=pytest.mark.thorough),
+        Warp(temperature=0.7, top_k=500, top_p=0.95, min_p=0.001),
+    ],
     ids=str,
 )
 def test_a_heavy_tail_over_a_large_vocabulary_is_sampled_in_proportion(warp: Warp) -> None:

@@ -159,6 +159,7 @@ def known_of(e: Engine, one: Request) -> Any:
     return str(one.error) if one.error is not None else found([e.result(one)])
 
 
+@pytest.mark.thorough
 @drawn(40)
 @given(
     st.sampled_from(EOS),

@@ -221,3 +221,25 @@ def test_what_is_no_stop_string_is_named(stop: Any) -> None:
 def test_min_new_tokens_are_some_of_them(least: Any) -> None:
     with pytest.raises(InvalidRequest, match="min_new_tokens"):
         SearchParams(min_new_tokens=least)
+
+
+@pytest.mark.parametrize("method", ["cbs", "fusion", "beam"])
+def test_a_text_that_cannot_be_decoded_ends_its_own_request(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SearchParams(method=method, beam_width=2, max_new_tokens=8, ignore_eos=True)
+    (expected,) = engine().generate([[3, 1, 4]], params)
+    decode = tokenizer().decode
+
+    def broken(ids: list[int], **options: Any) -> str:
+        if ids[:1] == [15]:
+            raise RuntimeError("no such text")
+        return str(decode(ids, **options))
+
+    monkeypatch.setattr(tokenizer(), "decode", broken)
+    bad, good = engine().generate(
+        [[15], [3, 1, 4]], [replace(params, stop="zz"), params], on_error="return"
+    )
+    assert "cannot be decoded: no such text" in str(bad.error)
+    assert good.token_ids == expected.token_ids
+    assert_all_pages_free(engine())

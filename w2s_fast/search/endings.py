@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from w2s_fast._pages import rank_continuations
+from w2s_fast.errors import EngineFailure
 from w2s_fast.search.request import Request
 
 
@@ -17,11 +19,12 @@ def end_texts(requests: Sequence[Request]) -> bool:
     for request in requests:
         if request.ends is None or request.error is not None:
             continue
-        for candidate, known, tokens in request.beams.new_texts():
-            if (found := request.ends.find(tokens, known)) is not None:
-                request.beams.end_text(candidate, found.tokens, len(request.ended_texts))
-                request.ended_texts.append(found)
-                ended = True
+        with _its_own_error(request):
+            for candidate, known, tokens in request.beams.new_texts():
+                if (found := request.ends.find(tokens, known)) is not None:
+                    request.beams.end_text(candidate, found.tokens, len(request.ended_texts))
+                    request.ended_texts.append(found)
+                    ended = True
     return ended
 
 
@@ -37,15 +40,26 @@ def ended_continuations(
         kept = [beam.tokens for beam in request.beams.kept] or [[]]  # in round 1, the root
         width, going_on = request.params.kept, 0
         ranked = rank_continuations(beams, tokens, logprobs, index)
-        for rank, (parent, token, ends) in enumerate(ranked):
-            if rank >= width and going_on == width:
-                break  # nobody asks for those behind
-            text = [*kept[parent], token]
-            if ends:
-                continue
-            if (found := request.ends.find(text, len(text) - 1)) is None:
-                going_on += 1
-                continue
-            ended.append((index, rank, found.tokens, len(request.ended_texts)))
-            request.ended_texts.append(found)
+        with _its_own_error(request):
+            for rank, (parent, token, ends) in enumerate(ranked):
+                if rank >= width and going_on == width:
+                    break  # nobody asks for those behind
+                if ends:
+                    continue
+                text = [*kept[parent], token]
+                if (found := request.ends.find(text, len(text) - 1)) is None:
+                    going_on += 1
+                    continue
+                ended.append((index, rank, found.tokens, len(request.ended_texts)))
+                request.ended_texts.append(found)
     return ended
+
+
+@contextmanager
+def _its_own_error(request: Request) -> Iterator[None]:
+    """A tokenizer may raise anything; that ends the request whose text it was, and no other."""
+    try:
+        yield
+    except Exception as error:
+        request.error = EngineFailure(f"the response cannot be decoded: {error}")
+        request.error.__cause__ = error

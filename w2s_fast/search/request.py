@@ -126,6 +126,7 @@ class Request:
         # end as there are ids that end a response.
         ended_by = {*params.stop_token_ids, *([] if params.ignore_eos else eos_ids)}
         self.ended_by = sorted(ended_by)
+        self.ends_late = params.min_new_tokens > 0
         self.continuations = params.kept + len(ended_by)
         if ends is not None:  # and so may any number, by what they say: so many at least
             self.continuations += 3 * params.kept + _MOST_ENDED
