@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from tests.support.beam_reference import beam_search
@@ -115,6 +115,11 @@ def text_of(
 
 @pytest.mark.parametrize("ahead", [False, True])
 @drawn(60)
+# More slots are forked in the guides than have anything to run.
+@example(
+    params=[SearchParams(beam_width=2, successors=2, chunk_length=1, max_new_tokens=8, top_k=0,
+                         seed=1, stop="ab", trace=True)]
+)  # fmt: skip
 @given(params=st.lists(PARAMS, min_size=1, max_size=3))
 def test_texts_end_as_in_the_reference(ahead: bool, params: list[SearchParams]) -> None:
     prompts = PROMPTS[: len(params)]

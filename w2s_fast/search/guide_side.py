@@ -101,6 +101,12 @@ class GuideSide:
             0 if drawn is None else len(drawn),
             self.weights,
         )
+        # Where texts have ended before their first new token, slots were forked that run nothing:
+        # with the others there is room for a copy a row.
+        for m, (_, model) in enumerate(self._models):
+            if len(copies[m]) > layout.num_rows:
+                model.pool.copy_pages(copies[m])
+                copies[m] = NO_COPIES
         if not again and self._graphs is not None:
             replayed = self._graphs.run(layout, drawn, copies)
             if replayed is not None:
