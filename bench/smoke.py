@@ -125,7 +125,8 @@ def versions(where: Where) -> Row:
             found[name] = None
     found["cuda"] = torch.version.cuda
     found["compute-sanitizer"] = shutil.which("compute-sanitizer")
-    found["library"] = library_path()
+    path = library_path()
+    found["library"] = None if path is None else Path(path).name
     ok = True
     if where.cuda:
         properties = torch.cuda.get_device_properties(where.device)

@@ -104,6 +104,15 @@ struct Child {
     std::int32_t length = Beam::kNone, ending = Beam::kNone;  // see Beams::end_text
 };
 
+// The hash of tokens, from that of all but the last one: the finalizer of SplitMix64, in which every
+// bit of the input moves about half of the output's.
+inline std::uint64_t hash_with(std::uint64_t before, std::int32_t token) {
+    std::uint64_t x = before + static_cast<std::uint64_t>(token) + 1;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+    return x ^ (x >> 31);
+}
+
 // A beam with tokens that nobody has looked at for what ends a text.
 struct NewText {
     std::int32_t beam;

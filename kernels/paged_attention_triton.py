@@ -27,7 +27,7 @@ SPLIT_QUERIES = 16
 # Keys that one program takes; a multiple of every block. A partial result of a query of D = 128
 # moves as many bytes as two keys in 16 bits. On an H200 a layer of gpt2-xl over a prompt of 512
 # took 15.1, 12.7 and 11.9 us for one request with splits of 512, 256 and 128, and 73, 78 and 86 us
-# for 32 (`python -m bench.attention_tiles`).
+# for 32, each finished in four warps (`python -m bench.attention_tiles`).
 SPLIT_KEYS = 256
 # Own keys of a row that shares others which are too few for a tile of their own. A chunk of the
 # search has as many tokens at most, or is long enough that tiles are worth their launch.
@@ -46,9 +46,10 @@ def _finish(dim: int) -> _Finish:
     """Launch parameters by head size, a power of two; a row's arithmetic depends on ``keys``.
 
     The work is to wait for memory: many programs of one warp, of 64 to 128 registers a thread. On
-    an H200, 32 requests of gpt2-xl: 62 us a layer with 4 items and 4 keys, 61 with 8 and 4 (for
-    which Triton 3.9 takes all registers), 73 with 8 and 8 in four warps. One of an 8B over a prompt
-    of 4,096: 20.8, 23.3 and 28.2 us with 1, 2 and 4 items (`python -m bench.attention_tiles`).
+    an H200, 32 requests of gpt2-xl, with splits of 512: 62 us a layer with 4 items and 4 keys, 61
+    with 8 and 4 (for which Triton 3.9 takes all registers), 73 with 8 and 8 in four warps. One of
+    an 8B over a prompt of 4,096, with splits of 256: 20.8, 23.3 and 28.2 us with 1, 2 and 4 items;
+    22.1 with a tile for each tail (`python -m bench.attention_tiles`).
     """
     return _Finish(items=4 if dim <= 64 else 1, keys=4, num_warps=1)
 

@@ -94,6 +94,26 @@ def test_logits_are_fused_as_asked(models: DemoModels) -> None:
     assert ranked["score"] >= fused["score"]
 
 
+def test_answers_end_at_stop_strings(models: DemoModels) -> None:
+    def found(*options: str) -> Any:
+        common = ["--json", "--method", "sample", *named(models), *SMALL]
+        result = run("generate", "The film", *common, *options)
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    whole = found()["text"]
+    letter = whole[len(whole) // 2]
+    cut, kept = (
+        found("--stop", "#####", "--stop", letter),
+        found("--stop", letter, "--include-stop"),
+    )
+    assert cut["text"] == whole.split(letter)[0] and cut["finish_reason"] == "stop"
+    assert kept["text"] == cut["text"] + letter
+    least = found("--stop", letter, "--min-new-tokens", "2")["text"]
+    assert len(least) >= len(cut["text"])
+    assert run("generate", "x", "--stop", "", *named(models)).exit_code == 2
+
+
 def test_a_guide_may_have_no_untuned_model(models: DemoModels) -> None:
     alone = ["--base", str(models.base), "--tuned", str(models.tuned), "--untuned", "none"]
     result = run("generate", "x", "--json", *alone, *SMALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,13 @@ def engine(ahead: bool = False) -> Engine:
         return make_engine(*triple, tokenizer=tokenizer())
     with set_up_as_on_cuda(lambda _: lambda run: run):
         return make_engine(*triple, tokenizer=tokenizer())
+
+
+@functools.cache
+def crowded() -> Engine:
+    """With room for one large request, and no more."""
+    options = {"kv_cache_tokens": 240, "prefix_cache": False}
+    return make_engine(*tiny_triple(eos=EOS), tokenizer=tokenizer(), **options)
 
 
 @functools.cache
@@ -87,17 +95,19 @@ def check(prompt: list[int], params: SearchParams, result: SearchResult) -> None
             assert (a.token_ids, a.parent, a.finish_reason) == (
                 b.token_ids, b.parent, b.finish_reason,
             ), number  # fmt: skip
-            assert a.score == pytest.approx(b.score, abs=1e-4) if b.score is not None else True
+            assert_close(a.score, b.score)
         assert list(ours.kept) == theirs.kept, number
     for h, theirs_h in zip(result.hypotheses, expected.hypotheses, strict=True):
         assert h.token_ids == theirs_h.token_ids and h.finish_reason == theirs_h.finish_reason
         assert h.token_scores == pytest.approx(theirs_h.token_scores, abs=1e-4)
         assert h.token_logprobs == pytest.approx(theirs_h.token_logprobs, abs=1e-4)
-        assert (h.score is None) == (theirs_h.score is None)
-        if h.score is not None:
-            assert h.score == pytest.approx(theirs_h.score, abs=1e-4)
+        assert_close(h.score, theirs_h.score)
         assert h.text == text_of(prompt, params, theirs_h, h.stop_reason)
     assert result.usage.completion_tokens == expected.completion_tokens
+
+
+def assert_close(ours: float | None, theirs: float | None) -> None:
+    assert ours is theirs if theirs is None else ours == pytest.approx(theirs, abs=1e-4)
 
 
 def text_of(
@@ -163,6 +173,43 @@ def test_a_stream_shows_no_part_of_a_stop_string(params: SearchParams, prompt: l
     pieces = list(engine().stream(prompt, params))
     assert "".join(piece.text or "" for piece in pieces) == result.text
     assert [t for piece in pieces for t in piece.token_ids] == result.token_ids
+
+
+@pytest.mark.parametrize("stop", [(), ("ab",), ("c", "b\\n")])
+def test_a_stream_of_beams_shows_no_part_of_one_either(stop: tuple[str, ...]) -> None:
+    params = SearchParams(method="beam", beam_width=3, max_new_tokens=12, stop=stop)
+    for prompt in PROMPTS:
+        (result,) = engine().generate([prompt], params)
+        pieces = list(engine().stream(prompt, params))
+        assert "".join(piece.text or "" for piece in pieces) == result.text
+        assert [t for piece in pieces for t in piece.token_ids] == result.token_ids
+
+
+LONG = SearchParams(
+    beam_width=3, successors=3, chunk_length=2, max_new_tokens=20, top_k=0, ignore_eos=True,
+    stop=("abcabcabc",), trace=True,
+)  # fmt: skip
+
+
+@drawn(20)
+@example(params=LONG)
+@given(params=PARAMS)
+def test_in_too_few_pages_texts_end_the_same(params: SearchParams) -> None:
+    """Requests are set aside in the middle of their searches, and recomputed."""
+    before = crowded().stats().set_aside
+    asked = [replace(params, seed=seed) for seed in range(len(PROMPTS))]
+    for prompt, own, result in zip(PROMPTS, asked, crowded().generate(PROMPTS, asked)):
+        check(prompt, own, result)
+    assert_all_pages_free(crowded())
+    assert params is not LONG or crowded().stats().set_aside > before
+
+
+def test_the_example_of_the_page_on_endings_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "endings.md"
+    (example,) = (block.split("```")[0] for block in page.read_text().split("```python\n")[1:])
+    names: dict[str, Any] = {"SearchParams": SearchParams, "engine": engine()}
+    exec(compile(example, str(page), "exec"), names)
+    assert names["params"].stop == ("\nUser:", "###") and names["result"].error is None
 
 
 def test_a_stream_holds_back_no_more_than_may_belong_to_a_stop_string() -> None:
