@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from w2s_fast.errors import InvalidRequest
+from w2s_fast.errors import InvalidRequest, MismatchedVocabulary
 from w2s_fast.models import ModelSource, PagedModel, load_tokenizer
 from w2s_fast.search import Guide
 from w2s_fast.text import PromptEncoder
@@ -35,17 +35,27 @@ def templates_of(guides: Sequence[Guide]) -> list[tuple[str | None, str | None]]
 
 
 def tokenizer_of(
-    source: ModelSource, base: PreTrainedTokenizerBase | None
+    source: ModelSource,
+    base: PreTrainedTokenizerBase | None,
+    given: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a guide's model: the one that lies with it.
+    """The tokenizer of a guide's model: ``given``, or the one that lies with it.
 
-    Where none does, it is the base's; where it has no chat template, it gets the base's. None if
-    the base has none: prompts are token ids.
+    Where there is none, it is the base's; where it has no chat template, it gets the base's. None
+    if nobody has one: prompts are token ids.
+
+    Raises:
+        MismatchedVocabulary: it has one, and the base has none to compare it with.
     """
-    own = None if base is None else load_tokenizer(source)
-    if own is None or base is None:
+    own = load_tokenizer(source) if given is None else given
+    if own is None:
         return base
-    if own.chat_template is None:
+    if base is None:
+        raise MismatchedVocabulary(
+            "a guide has a tokenizer, and the base has none: whether they share a vocabulary "
+            "cannot be told; give Engine(tokenizer=...)"
+        )
+    if own.chat_template is None and given is None:
         own.chat_template = base.chat_template
     return own
 

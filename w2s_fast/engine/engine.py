@@ -80,7 +80,7 @@ class Engine:
 
     Raises:
         UnsupportedModel: a model cannot be loaded or served.
-        MismatchedVocabulary: a guide does not share the base's vocabulary.
+        MismatchedVocabulary: a guide's models do not share one vocabulary, or it cannot be told.
         InvalidRequest: an argument is not allowed.
     """
 
@@ -139,14 +139,14 @@ class Engine:
             graphs = record_passes(
                 self.base,
                 self._models.of_guides,
-                roles=roles_of(self.guides, self._models.models),
+                roles=roles_of(self._models.sharing, self._models.models),
                 vocab_size=self._models.vocab_size,
                 max_rows=max_rows,
                 compile=compile,
             )
             if self._models.of_guides:
                 score_graphs = ScoreGraphs(
-                    self.guides,
+                    self._models.sharing,
                     self._models.models,
                     graphs.alone.recorder,
                     max_rows=max_rows,
@@ -154,11 +154,12 @@ class Engine:
                 )
         self._search = Search(
             self.base,
-            self.guides,
+            self._models.sharing,
             self._models.vocab_size,
             graphs,
             score_graphs,
             ahead=graphs is not None or where.type == "cuda",
+            foreign=self._models.foreign,
         )
         self._scheduler = Scheduler(self._search.models, max_rows)
         self._intake = Intake(self._models, self._scheduler, has_scorers=bool(weighted))

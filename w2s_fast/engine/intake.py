@@ -5,17 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 
 from w2s_fast._pages import Hold
+from w2s_fast.engine.foreign import foreign_prompt, in_words
 from w2s_fast.engine.served import ServedModels
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
 from w2s_fast.params import SearchParams
 from w2s_fast.scheduling import Given, Scheduler, check_room
-from w2s_fast.search import Request
-from w2s_fast.text import Prompt, PromptEncoder, StopStrings
+from w2s_fast.search import ForeignGuides, ForeignPrompt, PagedGuide, Request
+from w2s_fast.text import Prompt, PromptEncoder, StopStrings, decode_response
 
 
 class Intake:
@@ -46,9 +48,21 @@ class Intake:
             )
         if isinstance(priority, bool) or not isinstance(priority, (int, np.integer)):
             raise InvalidRequest(f"priority is {priority!r}; allowed: an integer")
+        foreign = models.foreign if params.uses_guides else None
+        if foreign is not None and params.fuses is not None:
+            raise InvalidRequest(
+                f"{params.fuses} adds logits token by token, so it needs one vocabulary: "
+                f"{foreign.guides[0].why}"
+            )
         with Hold(self._encoding):
             encoders = models.encoders if params.uses_guides else models.encoders[:1]
             prompts = [encoder.encode(prompt) for encoder in encoders]
+            in_foreign = None
+            if foreign is not None and models.tokenizer is not None:
+                in_foreign = foreign_prompt(foreign, prompt, models.encoder_of, models.tokenizer)
+                for guide, texts in zip(foreign.guides, _by_guide(foreign, in_foreign)):
+                    for model, text in zip(guide.guide.models, texts):
+                        _check_prompt(model, text.ids, 1)
         for model, own in zip(models.models, prompts):
             _check_prompt(model, own, params.max_new_tokens)
         for token in params.stop_token_ids:
@@ -72,6 +86,8 @@ class Intake:
             given=prompt,
             has_scorers=self._has_scorers,
             ends=ends,
+            foreign=in_foreign,
+            has_guides=None if in_foreign is None else bool(models.sharing),
         )
         self._scheduler.check(request)
         return request
@@ -91,17 +107,30 @@ class Intake:
 
     def _given(self, g: int, prompt: Prompt, response: str | Sequence[int]) -> Given:
         with Hold(self._encoding):
-            text = _encode_given(self._models.encoders_of(g), prompt, response)
-        models = self._models.guides[g].models
+            guide = self._models.guides[g]
+            if self._models.is_foreign(guide):
+                prompt, response = self._in_words(guide, prompt, response)
+            text = _encode_given(self._models.encoders_of(guide), prompt, response)
+        models = guide.models
         for model, own in zip(models, text.prompts):
             _check_prompt(model, own, len(text.response))
         check_room(models, text)
-        if max(text.response) >= self._models.vocab_size:
+        if max(text.response) >= guide.vocab_size:
             raise InvalidRequest(
-                f"a response holds token {max(text.response)}; allowed: below "
-                f"{self._models.vocab_size}"
+                f"a response holds token {max(text.response)}; allowed: below {guide.vocab_size}"
             )
         return text
+
+    def _in_words(
+        self, guide: PagedGuide, prompt: Prompt, response: str | Sequence[int]
+    ) -> tuple[Prompt, str]:
+        """A text for a guide that has no use for the base's token ids."""
+        tokenizer = self._models.tokenizer
+        assert tokenizer is not None
+        if not isinstance(response, str):
+            before = self._models.encoder_of[self._models.base].encode(prompt)
+            response = decode_response(tokenizer, before, list(response))
+        return in_words(prompt, tokenizer, guide.models[0].name), response
 
 
 def pair(
@@ -119,6 +148,12 @@ def pair(
             f"{len(prompts)} prompts, but {len(params)} params; allowed: one for all, or one each"
         )
     return zip(prompts, params)
+
+
+def _by_guide(foreign: ForeignGuides, prompt: ForeignPrompt) -> Iterator[list[Any]]:
+    texts = iter(prompt.texts)
+    for own in foreign.guides:
+        yield [next(texts) for _ in own.guide.models]
 
 
 def _encode_given(

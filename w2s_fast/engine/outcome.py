@@ -83,5 +83,5 @@ def _usage(request: Request, beams: Sequence[Beam]) -> Usage:
         prompt_tokens=len(request.prompt),
         completion_tokens=sum(len(beam.tokens) for beam in beams),
         sampled_tokens=request.beams.sampled,
-        scored_tokens=request.beams.scored,
+        scored_tokens=request.beams.scored + request.foreign_tokens,
     )

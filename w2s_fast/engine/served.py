@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from w2s_fast.engine.encoders import make_encoder, templates_of, tokenizer_of
+from w2s_fast.engine.foreign import foreign_guides
 from w2s_fast.errors import MismatchedVocabulary
 from w2s_fast.models import (
     ModelSource,
@@ -22,7 +23,7 @@ from w2s_fast.models import (
     load_tokenizer,
     usual_pass_tokens,
 )
-from w2s_fast.search import Guide, PagedGuide
+from w2s_fast.search import ForeignGuides, Guide, PagedGuide
 from w2s_fast.text import (
     PromptEncoder,
     check_same_vocabulary,
@@ -39,19 +40,23 @@ class ServedModels:
     """A base and its guides, each model over pages of its own, and how prompts become their tokens.
 
     Attributes:
-        models: all of them, each once, the base first.
-        encoders: for the prompts of each.
+        models: the base, and behind it those of guides that share its vocabulary, each once.
+        guides: all of them, in their order. sharing: those that share the base's vocabulary.
+        foreign: the others; None: there are none.
         tokenizer: the base's; None: prompts are token ids.
-        vocab_size: of the vocabulary that all models share; ids from here on are padding.
+        vocab_size: of the vocabulary that ``models`` share; ids from here on are padding.
         eos_token_ids: what ends a response.
+        encoder_of: for the prompts of each model.
     """
 
     models: list[PagedModel]
-    encoders: list[PromptEncoder]
     guides: list[PagedGuide]
+    sharing: list[PagedGuide]
+    foreign: ForeignGuides | None
     tokenizer: PreTrainedTokenizerBase | None
     vocab_size: int
     eos_token_ids: frozenset[int]
+    encoder_of: dict[PagedModel, PromptEncoder]
 
     @property
     def base(self) -> PagedModel:
@@ -62,9 +67,17 @@ class ServedModels:
         """Those that only guides have."""
         return self.models[1:]
 
-    def encoders_of(self, guide: int) -> list[PromptEncoder]:
+    @property
+    def encoders(self) -> list[PromptEncoder]:
+        """For the prompts of each of ``models``."""
+        return [self.encoder_of[model] for model in self.models]
+
+    def encoders_of(self, guide: PagedGuide) -> list[PromptEncoder]:
         """For the prompts of a guide's models."""
-        return [self.encoders[self.models.index(model)] for model in self.guides[guide].models]
+        return [self.encoder_of[model] for model in guide.models]
+
+    def is_foreign(self, guide: PagedGuide) -> bool:
+        return guide not in self.sharing
 
 
 class _Role(NamedTuple):
@@ -105,7 +118,7 @@ def serve_models(
 
     Raises:
         UnsupportedModel: a model cannot be loaded or served.
-        MismatchedVocabulary: a guide does not share the base's vocabulary.
+        MismatchedVocabulary: a guide's models do not share one vocabulary, or it cannot be told.
         InvalidRequest: there is no room for any tokens, or a template that cannot be used.
     """
     templates = templates_of(guides)
@@ -113,25 +126,31 @@ def serve_models(
     loaded = {_key(base): load_model(base, device, dtype)}
     if tokenizer is None:
         tokenizer = load_tokenizer(base)
-    tokenizers = {_key(base): tokenizer}
+    tokenizers = {(_key(base), None): tokenizer}
 
-    def role(name: str, source: ModelSource, template: str | None) -> _Role:
+    def role(
+        name: str,
+        source: ModelSource,
+        template: str | None,
+        given: PreTrainedTokenizerBase | None = None,
+    ) -> _Role:
         key = _key(source)
         if key not in loaded:
             loaded[key] = load_model(source, device, dtype)
-        if key not in tokenizers:
-            tokenizers[key] = tokenizer_of(source, tokenizer)
+        reads = (key, None if given is None else id(given))
+        if reads not in tokenizers:
+            tokenizers[reads] = tokenizer_of(source, tokenizer, given)
         if not isinstance(source, PreTrainedModel):
             name = f"{name} ({source})"
-        return _Role(name, loaded[key], tokenizers[key], template)
+        return _Role(name, loaded[key], tokenizers[reads], template)
 
     roles = [role("base", base, prompt_template)]
     of_guides: list[list[_Role]] = []
     for g, (guide, (of_tuned, of_untuned)) in enumerate(zip(guides, templates)):
         number = f" {g}" if len(guides) > 1 else ""
-        own = [role(f"tuned{number}", guide.tuned, of_tuned)]
+        own = [role(f"tuned{number}", guide.tuned, of_tuned, guide.tokenizer)]
         if guide.untuned is not None:
-            own.append(role(f"untuned{number}", guide.untuned, of_untuned))
+            own.append(role(f"untuned{number}", guide.untuned, of_untuned, guide.tokenizer))
         of_guides.append(own)
         roles += own
     distinct = {role.key: role for role in reversed(roles)}  # the first of each
@@ -155,25 +174,38 @@ def serve_models(
         for role in roles
     ]
     paged = dict(zip((role.key for role in roles), models))
-    vocab_size = _shared_vocabulary(models, [role.tokenizer for role in roles])
-    if tokenizer is not None and (gaps := ids_without_token(tokenizer, vocab_size)):
-        for model in models:
-            model.forbid(gaps)
+    named = {paged[role.key]: role for role in roles}
     pairs = [[paged[role.key] for role in own] for own in of_guides]
-
+    differences = [_difference(tokenizer, [named[model] for model in own]) for own in pairs]
+    shared = list(
+        dict.fromkeys([models[0], *_flat(p for p, why in zip(pairs, differences) if why is None)])
+    )
+    vocab_size = _shared_vocabulary(shared, tokenizer)
+    sizes = dict.fromkeys(shared, vocab_size)
+    for own, why in zip(pairs, differences):
+        if why is not None:
+            sizes.update(dict.fromkeys(own, _shared_vocabulary(own, named[own[0]].tokenizer)))
+    for model, size in sizes.items():
+        reader = tokenizer if model in shared else named[model].tokenizer
+        if reader is not None and (gaps := ids_without_token(reader, size)):
+            model.forbid(gaps)
+    encoder_of = {
+        model: make_encoder(model, named[model].tokenizer, named[model].template, size)
+        for model, size in sizes.items()
+    }
+    paged_guides = [
+        PagedGuide(own[0], own[1] if len(own) > 1 else None, guide.weight, sizes[own[0]])
+        for guide, own in zip(guides, pairs)
+    ]
     return ServedModels(
-        models=models,
-        encoders=[
-            make_encoder(model, role.tokenizer, role.template, vocab_size)
-            for model, role in zip(models, roles)
-        ],
-        guides=[
-            PagedGuide(own[0], own[1] if len(own) > 1 else None, guide.weight, vocab_size)
-            for guide, own in zip(guides, pairs)
-        ],
+        models=shared,
+        guides=paged_guides,
+        sharing=[guide for guide, why in zip(paged_guides, differences) if why is None],
+        foreign=foreign_guides(paged_guides, differences, encoder_of, tokenizer),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         eos_token_ids=frozenset(eos_token_ids(roles[0].model, tokenizer)),
+        encoder_of=encoder_of,
     )
 
 
@@ -182,23 +214,49 @@ def _key(source: ModelSource) -> Any:
     return id(source) if isinstance(source, PreTrainedModel) else str(source)
 
 
-def _shared_vocabulary(
-    models: Sequence[PagedModel], tokenizers: Sequence[PreTrainedTokenizerBase | None]
-) -> int:
-    """The size of the vocabulary that all models share. MismatchedVocabulary if they do not.
+def _flat(lists: Iterable[Sequence[PagedModel]]) -> list[PagedModel]:
+    return [model for own in lists for model in own]
 
-    ``models``: the base first. ``tokenizers``: theirs.
+
+def _difference(base: PreTrainedTokenizerBase | None, roles: Sequence[_Role]) -> str | None:
+    """How a guide's vocabulary differs from the base's; None: it does not.
+
+    MismatchedVocabulary if its models do not share one.
     """
-    tokenizer, size = tokenizers[0], models[0].vocab_size
+    found = []
+    for role in roles:
+        try:
+            if base is not None and role.tokenizer is not None and role.tokenizer is not base:
+                check_same_vocabulary(base, role.tokenizer, role.name)
+        except MismatchedVocabulary as error:
+            found.append(error)
+    if not found:
+        return None
+    first, *others = [role for role in roles if role.tokenizer is not None]
+    if len(found) < len(roles):
+        raise MismatchedVocabulary(f"{found[0]}; the models of a guide must share a vocabulary")
+    for other in others:
+        if first.tokenizer is not None and other.tokenizer is not None:
+            check_same_vocabulary(first.tokenizer, other.tokenizer, other.name, first.name)
+    return str(found[0])
+
+
+def _shared_vocabulary(
+    models: Sequence[PagedModel], tokenizer: PreTrainedTokenizerBase | None
+) -> int:
+    """The size of the vocabulary that models share. MismatchedVocabulary: one is too small for it.
+
+    ``tokenizer``: of the first; the others' are of the same vocabulary.
+    """
+    size = models[0].vocab_size
     if tokenizer is not None:
         size = min(size, tokenizer_size(tokenizer))
-        for model, own in zip(models[1:], tokenizers[1:]):
-            if own is not None and own is not tokenizer:
-                check_same_vocabulary(tokenizer, own, model.name)
+        for model in models[1:]:
             if model.vocab_size < size:
                 raise MismatchedVocabulary(
-                    f"{model.name} has logits for {model.vocab_size} tokens, but the base's "
-                    f"vocabulary has {size}"
+                    f"{model.name} has logits for {model.vocab_size} tokens, but the vocabulary "
+                    f"of {models[0].name} has {size}; a guide of another one needs its tokenizer "
+                    "beside it, or Guide(tokenizer=...)"
                 )
     return min([size, *(model.vocab_size for model in models[1:])])
 

@@ -222,7 +222,7 @@ class Runner:
             rows=self._search.decoded.rows,
             passes=self._search.decoded.passes,
             max_rows=self._scheduler.max_rows,
-            pools={model.name: _pool_stats(model.pool) for model in self._search.models},
+            pools={model.name: _pool_stats(model.pool) for model in self._search.all_models},
         )
 
     def _begin_turn(self, rooms: Sequence[Room] = ()) -> None:
@@ -245,6 +245,7 @@ class Runner:
         self._settle()
         self._follow_models()
         self._land()
+        self._search.foreign.make_room([room.pool for room in rooms if not room.there])
         while not all(room.there for room in rooms):
             if (request := self._scheduler.set_aside_for(rooms)) is not None:
                 self._put_aside([request])
@@ -346,7 +347,7 @@ class Runner:
         announced = self._weights_changed.is_set() or self._following
         self._following = True
         self._weights_changed.clear()
-        changed = [model.name for model in self._search.models if model.follow(announced)]
+        changed = [model.name for model in self._search.all_models if model.follow(announced)]
         if changed:
             self._in_flight = ()
         for request in list(self._scheduler.running) if changed else ():
@@ -478,7 +479,8 @@ def _pool_stats(pool: PagePool) -> PoolStats:
 def _counts(requests: Sequence[Request]) -> tuple[int, int, int]:
     """Rounds, tokens sampled and tokens scored so far."""
     sampled, scored = progress([request.beams for request in requests])
-    return sum(request.stats.rounds for request in requests), sampled, scored
+    foreign = sum(request.foreign_tokens for request in requests)
+    return sum(request.stats.rounds for request in requests), sampled, scored + foreign
 
 
 def _failure(error: BaseException | None) -> EngineFailure:

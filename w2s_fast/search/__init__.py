@@ -7,6 +7,7 @@ further; which requests these are, and whether their pages exist, is decided abo
 
 from w2s_fast._pages import Beam
 from w2s_fast.search.choice import OpenChoice
+from w2s_fast.search.foreign_guide import ForeignGuide, ForeignGuides, ForeignPrompt
 from w2s_fast.search.guide import Guide, PagedGuide, roles_of
 from w2s_fast.search.request import Ends, Request
 from w2s_fast.search.score_graphs import ScoreGraphs
@@ -15,6 +16,9 @@ from w2s_fast.search.search import InFlight, Search
 __all__ = [
     "Beam",
     "Ends",
+    "ForeignGuide",
+    "ForeignGuides",
+    "ForeignPrompt",
     "Guide",
     "InFlight",
     "OpenChoice",

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from w2s_fast.attention import RowTree
 from w2s_fast.cache import NO_COPIES, Int32Array, Ints
@@ -33,7 +34,7 @@ class Guide:
     Args:
         tuned: the model that prefers what is wanted. The base, with a smaller one as untuned, is
             contrastive decoding (arXiv 2210.15097).
-        untuned: the model it was tuned from; same vocabulary. None: the tuned one's log-probs
+        untuned: the model it was tuned from; of the same vocabulary as the tuned one. None: the tuned one's log-probs
             alone are the score, as of a reward model that speaks per token (GenARM,
             arXiv 2410.08193).
         weight: factor of its score; guides' scores are added.
@@ -47,6 +48,7 @@ class Guide:
     untuned: ModelSource | None
     weight: float = 1.0
     prompt_template: str | tuple[str | None, str | None] | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 class ChunkRows(NamedTuple):

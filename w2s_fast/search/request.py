@@ -6,12 +6,16 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from w2s_fast._pages import Beam, Beams
 from w2s_fast.errors import W2SFastError
 from w2s_fast.kernels.noise import seed_bits
 from w2s_fast.params import SearchParams
 from w2s_fast.result import Candidate, Round
 from w2s_fast.search.choice import OpenChoice
+from w2s_fast.search.foreign_guide import ForeignPrompt
 from w2s_fast.stats import RequestStats
 
 _INT32_MAX = 2**31 - 1
@@ -61,6 +65,8 @@ class Request:
         given: Any = None,
         has_scorers: bool = False,
         ends: Ends | None = None,
+        foreign: ForeignPrompt | None = None,
+        has_guides: bool | None = None,
     ) -> None:
         """``prompt``: the base's tokens, at least one; ``guide_prompts``: those of each other model
         of the search, in their order; none if no guide runs.
@@ -69,13 +75,20 @@ class Request:
         ignored. ``betas``: the factor of each guide, where logits are fused. ``given``: the prompt
         as its caller gave it. ``has_scorers``: others than the guides have a say in which
         candidates are kept; then there need be no guides. ``ends``: of texts; None: none does.
+        ``foreign``: the prompt as guides of other vocabularies have it; None: there are none. ``has_guides``: whether there are others; None: where nobody
+        else has a say, or they have prompts.
         """
         self.prompts = [list(prompt), *map(list, guide_prompts)]  # of each model that runs
         self.params = params
         self.priority = priority
         self.given = given
         # Asked for in every step: of the parameters.
-        self.uses_guides = params.uses_guides and (not has_scorers or bool(guide_prompts))
+        self.foreign = foreign
+        self.foreign_tokens = 0  # of its responses, that such guides have scored
+        others = has_scorers or foreign is not None
+        if has_guides is None:
+            has_guides = not others or bool(guide_prompts)
+        self.uses_guides = params.uses_guides and has_guides
         self.has_scorers = has_scorers and params.uses_guides and params.method in ("cbs", "bon")
         self.beams = Beams(
             self.prompt,
@@ -115,8 +128,10 @@ class Request:
         ranked = params.method in ("cbs", "bon") and self.uses_guides
         # Whether the host chooses who is kept, and whether code of the caller's has a say in it.
         # Of fused candidates all scores are known when they are drawn: no pass ranks them.
-        self.host_chooses = self.has_scorers or (
-            ranked and (params.selection != "top" or self.fuses)
+        self.host_chooses = (
+            self.has_scorers
+            or foreign is not None
+            or (ranked and (params.selection != "top" or self.fuses))
         )
         self.asks_the_caller = self.has_scorers or callable(params.selection)
         # Of a round whose candidates are complete, until it is closed: nobody draws for it then.
@@ -188,15 +203,23 @@ class Request:
         """The beam's score as this request defines it; None where nobody scores."""
         if self.is_beam_search:
             return beam.total
-        if not (self.uses_guides or self.has_scorers):
+        if not (self.uses_guides or self.has_scorers or self.foreign is not None):
             return None
         return self._guides_score_of(beam) + beam.extra
 
-    def open_choice(self) -> None:
-        """Its round is complete, and the guides have scored it: the host chooses who is kept."""
-        candidates = self.beams.candidates
+    def open_choice(
+        self, candidates: Sequence[Beam], foreign: NDArray[np.float64] | None = None
+    ) -> None:
+        """Its round is complete, and the guides have scored it: the host chooses who is kept.
+
+        ``candidates``: of the round. ``foreign``: what guides of other vocabularies say of each.
+        """
         scores = [self._guides_score_of(beam) for beam in candidates]
-        self.choice = OpenChoice(self.params, self.beams.round, candidates, scores)
+        choice = OpenChoice(self.params, self.beams.round, candidates, scores)
+        if foreign is not None:
+            lengths = [max(1, len(beam.tokens)) for beam in candidates]
+            choice.extras += foreign / lengths if self.params.score == "mean" else foreign
+        self.choice = choice
 
     def _guides_score_of(self, beam: Beam) -> float:
         """0 where there are none."""

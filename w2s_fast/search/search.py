@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from w2s_fast._pages import (
+    Beam,
     Beams,
     begin_rounds,
     end_rounds,
@@ -31,6 +32,8 @@ from w2s_fast.search.base_side import BaseSide
 from w2s_fast.search.beam_side import BeamSide, Continuations
 from w2s_fast.search.endings import end_texts
 from w2s_fast.search.expansion import Decoded, Drawn
+from w2s_fast.search.foreign_guide import ForeignGuides
+from w2s_fast.search.foreign_side import ForeignSide
 from w2s_fast.search.fused_side import FusedSide
 from w2s_fast.search.guide import PagedGuide, distinct_models
 from w2s_fast.search.guide_side import GuideSide
@@ -82,6 +85,7 @@ class Search:
 
     Attributes:
         models: the base, and the guides' other models, each with its own pages.
+        foreign: guides of other vocabularies, over theirs.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Search:
         score_graphs: ScoreGraphs | None = None,
         *,
         ahead: bool = False,
+        foreign: ForeignGuides | None = None,
     ) -> None:
         """Over these models.
 
@@ -102,6 +107,7 @@ class Search:
             ahead: launch all of a round before the host reads what was drawn. The guides then run
                 tokens behind an EOS, too, which count for nothing; it pays where the host would
                 have to wait for a device.
+            foreign: guides of other vocabularies.
         """
         self.models = distinct_models(base, guides)
         alone, together = graphs or (None, None)
@@ -111,6 +117,7 @@ class Search:
         self.fused = FusedSide(
             self.models, self.guides.roles, self.guides.weights, vocab_size, together
         )
+        self.foreign = ForeignSide(foreign, base.device)
         self._ahead = ahead
         self._managers = [model.pool.manager for model in self.models]
 
@@ -128,6 +135,11 @@ class Search:
         yield
         for side, counts in zip(sides, before):
             side.rows, side.passes = counts
+
+    @property
+    def all_models(self) -> list[PagedModel]:
+        """Those of foreign guides included."""
+        return [*self.models, *self.foreign.models]
 
     @property
     def ahead(self) -> bool:
@@ -249,7 +261,8 @@ class Search:
         copies = end_rounds(_beams(sound), kept, self._managers)
         for model, pairs in zip(self.models, copies):
             model.pool.copy_pages(pairs)
-        for request in sound:
+        for request, own in zip(sound, found):
+            self.foreign.close(request, own)
             request.choice = None
         _count_rounds(sound)
         self._abort_failed(requests)
@@ -257,6 +270,7 @@ class Search:
     def set_aside(self, request: Request) -> None:
         """Give back all slots of a request between two rounds; its next step recomputes them."""
         request.beams.set_aside(self._managers)
+        self.foreign.give_up(request)
 
     def start_over(self, request: Request) -> None:
         """Give back all slots of a request, in whatever it is in the middle of.
@@ -265,11 +279,13 @@ class Search:
         """
         request.choice = None
         request.beams.start_over(self._managers)
+        self.foreign.give_up(request)
 
     def abort(self, request: Request) -> None:
         """Give back all slots of a request."""
         request.choice = None
         request.beams.abort(self._managers)
+        self.foreign.forget(request)
 
     def keep_only(self, requests: Sequence[Request]) -> None:
         """Give back every slot that none of these requests holds, whoever took it.
@@ -279,6 +295,7 @@ class Search:
         """
         self.base.keep_only(requests)
         self.guides.keep_only(requests)
+        self.foreign.keep_only(requests)
 
     def _take(self, fused: Drawn | None, drawn: Drawn | None) -> None:
         """Read what was drawn, and give it to the candidates."""
@@ -353,13 +370,29 @@ class Search:
     def _open_choices(self, requests: Sequence[Request]) -> None:
         """Their candidates are complete. Where no code of the caller's is asked, choose at once."""
         at_once = []
-        for request in requests:
-            request.open_choice()
+        beams = [request.beams.candidates for request in requests]
+        foreign = self._foreign_scores(requests, beams)
+        for request, candidates in zip(requests, beams):
+            if request.error is not None:
+                continue
+            request.open_choice(candidates, foreign.get(request))
             if request.choice is not None and not request.asks_the_caller:
                 request.choice.decide()
                 at_once.append(request)
         if at_once:
             self.close(at_once)
+        self._abort_failed(requests)
+
+    def _foreign_scores(
+        self, requests: Sequence[Request], candidates: Sequence[Sequence[Beam]]
+    ) -> dict[Request, NDArray[np.float64]]:
+        own = [i for i, request in enumerate(requests) if request.foreign is not None]
+        if not own:
+            return {}
+        asking = [requests[i] for i in own]
+        with timed("scoring_s", [request.stats for request in asking]):
+            found = self.foreign.score(asking, [candidates[i] for i in own])
+        return dict(zip(asking, found))
 
     def _enter(self, late: Sequence[Request], most: list[int]) -> set[Request]:
         """Run texts that requests go on from, as far as may be; those that have to wait still."""

@@ -16,6 +16,7 @@ from w2s_fast.errors import InvalidRequest
 from w2s_fast.text.chat import Chat, ChatMessage, write_chat
 from w2s_fast.text.encoding import TextEncoder, Written, check_unicode
 from w2s_fast.text.special_tokens import common_prefix
+from w2s_fast.text.translation import Translator
 from w2s_fast.text.vocabulary import ids_without_token
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage] | Chat
@@ -74,6 +75,17 @@ class PromptEncoder:
         written = self._written(prompt)
         return self._or_bos(self._check_ids(prompt) if written is None else self._encode(written))
 
+    def as_text(self, prompt: Prompt) -> Written:
+        """A prompt as the text whose tokens it is.
+
+        Raises:
+            InvalidRequest: as :meth:`encode`, or it is token ids.
+        """
+        written = self._written(prompt)
+        if written is None:
+            raise InvalidRequest(f"token ids are no prompt for {self.name}, which reads text")
+        return written
+
     def encode_with_response(
         self, prompt: Prompt, response: str | Sequence[int]
     ) -> tuple[list[int], list[int]]:
@@ -109,6 +121,10 @@ class PromptEncoder:
             return self._check_ids(response, "a response", "a string, or a list of token ids")
         check_unicode(response, "a response")
         return self._need_texts().encode_behind(response)
+
+    def translator(self) -> Translator:
+        """For responses behind this model's prompts. InvalidRequest without a tokenizer."""
+        return Translator(self._need_texts(), self.vocab_size, self.bos_token_id)
 
     def _or_bos(self, ids: list[int]) -> list[int]:
         if ids:

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 # Enough for a tokenizer to see that a response does not begin a text; or far more, to find text
 # before special tokens.
-_CONTEXT_TOKENS = (8, 64)
-_INCOMPLETE = "\ufffd"  # what decoders write for a character of which bytes are missing
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte as a token, in vocabularies of characters
+CONTEXT_TOKENS = (8, 64)
+INCOMPLETE = "\ufffd"  # what decoders write for a character of which bytes are missing
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte as a token, in vocabularies of characters
 
 
 def decode_response(
@@ -26,7 +26,7 @@ def decode_response(
     alone = _decode(tokenizer, response)
     context: Sequence[int] = ()
     before = ""
-    for size in _CONTEXT_TOKENS:
+    for size in CONTEXT_TOKENS:
         if not before:
             context = prompt[-size:]
             before = _decode(tokenizer, context)
@@ -36,7 +36,7 @@ def decode_response(
     behind = whole[len(before) :]
     # Where the context's last character is not whole, bytes of the response may be taken for a
     # part of it; what comes before all of its text is a space that was dropped.
-    return behind if not before.endswith(_INCOMPLETE) or behind.endswith(alone) else alone
+    return behind if not before.endswith(INCOMPLETE) or behind.endswith(alone) else alone
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -53,6 +53,11 @@ def open_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> int
     """
     for behind, token in enumerate(reversed(tokens)):
         name = tokenizer.convert_ids_to_tokens(token)
-        if not (isinstance(name, str) and _BYTE.fullmatch(name)):
+        if not (isinstance(name, str) and BYTE.fullmatch(name)):
             return behind
     return len(tokens)
+
+
+def byte_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of single bytes, where characters without a token are written in bytes."""
+    return frozenset(i for name, i in tokenizer.get_vocab().items() if BYTE.fullmatch(name))

@@ -96,9 +96,8 @@ class SpecialTokens:
         self, text: str, written: Sequence[Span], add_special_tokens: bool
     ) -> tuple[list[int], list[int]]:
         """Token ids, and for each whether the tokenizer added it; special only where written."""
-        if self._renamed is None:
-            self._renamed = _Renamed(self._tokenizer, self.ids)
-        backend, names = self._renamed.backend, self._renamed.names
+        renamed = self._renamed_tokenizer()
+        backend, names = renamed.backend, renamed.names
         tokens = [text[start:end] for start, end in written]
         pieces = between(text, written)
         if backend is not None:
@@ -116,6 +115,19 @@ class SpecialTokens:
             if piece:
                 ids += self._tokenizer(piece, add_special_tokens=False, **options)["input_ids"]
         return ids, [0] * len(ids)
+
+    def copy_that_reads_none(self) -> Tokenizer | None:
+        """A copy of the tokenizer's fast backend for which no text spells a special token.
+
+        None where no copy gives the same ids.
+        """
+        backend = self._renamed_tokenizer().backend
+        return None if backend is None else Tokenizer.from_str(backend.to_str())
+
+    def _renamed_tokenizer(self) -> _Renamed:
+        if self._renamed is None:
+            self._renamed = _Renamed(self._tokenizer, self.ids)
+        return self._renamed
 
 
 class _Renamed:

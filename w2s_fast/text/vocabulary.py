@@ -23,12 +23,17 @@ def ids_without_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> fr
 
 
 def check_same_vocabulary(
-    base: PreTrainedTokenizerBase, guide: PreTrainedTokenizerBase, name: str
+    base: PreTrainedTokenizerBase,
+    guide: PreTrainedTokenizerBase,
+    name: str,
+    other: str = "the base",
 ) -> None:
     """Compare token-to-id maps and special tokens; equal sizes alone say nothing.
 
     A guide may have some special tokens more, behind all of the base's, as tuning scripts add
     ``[PAD]``: they are padding.
+
+    ``name``, ``other``: what the guide's model and the base are called.
 
     Raises:
         MismatchedVocabulary: names the guide's model and the first difference.
@@ -42,13 +47,13 @@ def check_same_vocabulary(
             key=lambda t: (ours.get(t, len(ours)), t),
         )
         raise MismatchedVocabulary(
-            f"{name} has another vocabulary than the base: token {token!r} is "
-            f"{ours.get(token)} in the base's and {theirs.get(token)} in its own"
+            f"{name} has another vocabulary than {other}: token {token!r} is "
+            f"{ours.get(token)} in that of {other} and {theirs.get(token)} in its own"
         )
     different = sorted(_special(base) ^ (_special(guide) - more))
     if different:
         raise MismatchedVocabulary(
-            f"{name} has other special tokens than the base: ids {different[:5]}"
+            f"{name} has other special tokens than {other}: ids {different[:5]}"
         )
 
 
