@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -21,21 +24,26 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 # Words of many scripts, and what stands between words: spaces, code, marks, joiners.
-WORDS = (
+_WORDS = (
     "the film was a wonderful story about people who never gave up and it's said they'll win "
     "hello world don't WE'RE XmlHttpRequest foo_bar baz42 1234567 3.14 1,000 a b c aaa ababab "
     "\u4eca\u5929 \u5929\u6c14 \u6211\u4eec \u4f60\u597d\u4e16\u754c \u6771\u4eac \u3059\u3057 "
     "\u3053\u3093\u306b\u3061\u306f \u30ab\u30bf\u30ab\u30ca \uff76\uff9e \uc548\ub155 "
     "\u0645\u0631\u062d\u0628\u0627 \u0627\u0644\u0639\u0627\u0644\u0645 \u0661\u0662\u0663 "
-    "\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd \u05e2\u05d5\u05dc\u05dd \u0928\u092e\u0938\u094d\u0924\u0947 "
-    "\u0915\u094d\u0937\u0924\u094d\u0930 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 caf\u00e9 cafe\u0301 "
+    "\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd \u05e2\u05d5\u05dc\u05dd "
+    "\u0928\u092e\u0938\u094d\u0924\u0947 "
+    "\u0915\u094d\u0937\u0924\u094d\u0930 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 "
+    "caf\u00e9 cafe\u0301 "
     "\u00e5ngstr\u00f6m a\u030angstro\u0308m \ufb01n \u00bd \U0001f600 \U0001f44d\U0001f3fd "
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \u2764\ufe0f \u00df \u0130 \u03a3\u03c2 "
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea "
+    "\u2764\ufe0f \u00df \u0130 \u03a3\u03c2 "
     "\ufffd \u2581 \U000e0001 \u17ff\u1800"
-).split(" ")
+)
+WORDS = _WORDS.split()
 BETWEEN = (
-    " ", " ", " ", " ", "", "  ", "   ", "\n", "\n\n", "\t", "\r\n", " \n", ". ", ", ", "; ", "!", "?!",
-    "...", " - ", "(", ")", "[0]", " = ", "==", "->", "\u3002", "\uff0c", "\u3001", "\u00a0", "\u3000",
+    " ", " ", " ", " ", "", "  ", "   ", "\n", "\n\n", "\t", "\r\n", " \n", ". ", ", ", "; ", "!",
+    "?!", "...", " - ", "(", ")", "[0]", " = ", "==", "->", "\u3002", "\uff0c", "\u3001",
+    "\u00a0", "\u3000",
     "'", "\"", "_", "/", "<s>", "<|x|>", "0", "12",
 )  # fmt: skip
 
@@ -50,6 +58,9 @@ _GPT4O = (
     r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+_ALPHABET = 80  # characters with tokens, where others are bytes
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def drawn_text(random: random.Random, words: int) -> str:
@@ -106,17 +117,21 @@ def _sentencepiece_bpe(scheme: str) -> Any:
     pieces = [
         piece for text in _corpus() for word in text.split(" ") for piece in (word, " " + word)
     ]
+    # Rare characters are written in bytes. Which are rare the trainer would decide by chance.
+    counts = Counter("".join(pieces).replace(" ", "\u2581"))
+    alphabet = sorted(sorted(counts), key=lambda sign: -counts[sign])[:_ALPHABET]
     trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=special, limit_alphabet=80, show_progress=False
+        vocab_size=700,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        limit_alphabet=_ALPHABET,
+        show_progress=False,
     )
     tokenizer.train_from_iterator([*pieces, "  ", "    "] * 2, trainer)
     # The bytes are tokens of the model, and no special ones.
-    parts = tokenizer.to_str()
-    import json
-
-    read = json.loads(parts)
-    read["added_tokens"] = [a for a in read["added_tokens"] if not a["content"].startswith("<0x")]
-    tokenizer = Tokenizer.from_str(json.dumps(read))
+    parts = json.loads(tokenizer.to_str())
+    parts["added_tokens"] = [a for a in parts["added_tokens"] if not BYTE.match(a["content"])]
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
     start = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     strip = [] if scheme == "gemma" else [decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence([*start, *strip])
@@ -140,8 +155,6 @@ def _unigram(byte_fallback: bool, normalizer: Any = None) -> Any:
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
     if byte_fallback:
-        import json
-
         parts = json.loads(tokenizer.to_str())
         least = min(score for _, score in parts["model"]["vocab"])
         parts["model"]["vocab"] += [[f"<0x{byte:02X}>", least] for byte in range(256)]

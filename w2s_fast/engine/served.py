@@ -126,6 +126,7 @@ def serve_models(
     loaded = {_key(base): load_model(base, device, dtype)}
     if tokenizer is None:
         tokenizer = load_tokenizer(base)
+    tokenizers: dict[tuple[Any, int | None], PreTrainedTokenizerBase | None]
     tokenizers = {(_key(base), None): tokenizer}
 
     def role(
@@ -182,9 +183,10 @@ def serve_models(
     )
     vocab_size = _shared_vocabulary(shared, tokenizer)
     sizes = dict.fromkeys(shared, vocab_size)
-    for own, why in zip(pairs, differences):
+    for of_one, why in zip(pairs, differences):
         if why is not None:
-            sizes.update(dict.fromkeys(own, _shared_vocabulary(own, named[own[0]].tokenizer)))
+            size = _shared_vocabulary(of_one, named[of_one[0]].tokenizer)
+            sizes.update(dict.fromkeys(of_one, size))
     for model, size in sizes.items():
         reader = tokenizer if model in shared else named[model].tokenizer
         if reader is not None and (gaps := ids_without_token(reader, size)):

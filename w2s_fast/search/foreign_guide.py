@@ -63,9 +63,7 @@ class Grown(Protocol):
 class Translates(Protocol):
     """Encodes responses behind their prompts, as they grow."""
 
-    def extend(
-        self, texts: Sequence[Any], responses: Sequence[str]
-    ) -> Sequence[Grown | Exception]:
+    def extend(self, texts: Sequence[Any], responses: Sequence[str]) -> Sequence[Grown | Exception]:
         """Each text with the whole response that it has now, or why it cannot be encoded."""
         ...
 

@@ -1,8 +1,8 @@
 """The foreign guides' side of the search: whole texts are scored, and only what is new is run.
 
 What a candidate says may change tokens that its parent ended with. So its slot is rolled back to
-the tokens that both have in common, and what comes behind is run; log-probs of the others stay. That
-gives what the whole text would, run from the beginning.
+the tokens that both have in common, and what comes behind is run; log-probs of the others stay.
+That gives what the whole text would, run from the beginning.
 
 Pages are taken when a round is scored, and nobody is promised any: how many tokens a text has here,
 nobody knows before it is drawn. Where they are missing, other requests' slots are given up, and
@@ -281,27 +281,31 @@ class ForeignSide:
             return
         taking_part = set(requests)
         own = [[run for run in of_model if run.request in taking_part] for of_model in runs]
-        try:
-            self._pass(own)
+        if self._passes(own) or self._passes(own):  # the second time nobody else holds any
             return
+        if len(requests) > 1:
+            half = len(requests) // 2
+            for some in (requests[:half], requests[half:]):
+                self._run(some, own)
+            return
+        names = ", ".join(model.name for model in self.models)
+        requests[0].error = OutOfPages(
+            f"its candidates do not fit into the KV cache of {names}; allowed: a shorter prompt, "
+            "fewer candidates, or a larger kv_cache_tokens"
+        )
+
+    def _passes(self, runs: Sequence[Sequence[_Run]]) -> bool:
+        """Run and score what is new; False: there is no room, and nobody holds any slot."""
+        try:
+            self._pass(runs)
         except OutOfPages:
-            for request in requests:
-                self._take_back(self._of[request])
+            for run in chain.from_iterable(runs):
+                run.child.slot = _NO_SLOT
+            for own in self._of.values():
+                self._evict(own)
             self._release_unknown()
-        holding = [state for state in self._of.values() if any(self._slots(state))]
-        if holding:  # these requests' own parents, too
-            for state in holding:
-                self._evict(state)
-            self._run(requests, own)
-        elif len(requests) > 1:
-            for half in (requests[: len(requests) // 2], requests[len(requests) // 2 :]):
-                self._run(half, own)
-        else:
-            names = ", ".join(model.name for model in self.models)
-            requests[0].error = OutOfPages(
-                f"its candidates do not fit into the KV cache of {names}; allowed: a shorter "
-                "prompt, fewer candidates, or a larger kv_cache_tokens"
-            )
+            return False
+        return True
 
     def _pass(self, runs: Sequence[Sequence[_Run]]) -> None:
         """Run and score what is new; OutOfPages: nothing is known."""
@@ -411,14 +415,6 @@ class ForeignSide:
             for version in reading.versions:
                 version.slot = _NO_SLOT
         self._release(own, before)
-
-    def _take_back(self, own: _Readings) -> None:
-        """A pass ended half way: whatever its candidates hold counts for nothing."""
-        kept = {id(reading) for reading in own.kept}
-        for reading in own.candidates:
-            if id(reading) not in kept:
-                for version in reading.versions:
-                    version.slot = _NO_SLOT
 
 
 def _as_own(error: Exception) -> W2SFastError:

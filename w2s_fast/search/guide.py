@@ -34,8 +34,8 @@ class Guide:
     Args:
         tuned: the model that prefers what is wanted. The base, with a smaller one as untuned, is
             contrastive decoding (arXiv 2210.15097).
-        untuned: the model it was tuned from; of the same vocabulary as the tuned one. None: the tuned one's log-probs
-            alone are the score, as of a reward model that speaks per token (GenARM,
+        untuned: the model it was tuned from; of the same vocabulary. None: the tuned one's
+            log-probs alone are the score, as of a reward model that speaks per token (GenARM,
             arXiv 2410.08193).
         weight: factor of its score; guides' scores are added.
         prompt_template: text around every plain prompt of this guide, ``{prompt}`` in it: one for

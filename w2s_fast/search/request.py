@@ -75,7 +75,8 @@ class Request:
         ignored. ``betas``: the factor of each guide, where logits are fused. ``given``: the prompt
         as its caller gave it. ``has_scorers``: others than the guides have a say in which
         candidates are kept; then there need be no guides. ``ends``: of texts; None: none does.
-        ``foreign``: the prompt as guides of other vocabularies have it; None: there are none. ``has_guides``: whether there are others; None: where nobody
+        ``foreign``: the prompt as guides of other vocabularies have it; None: there are none.
+        ``has_guides``: whether there are others; None: where nobody
         else has a say, or they have prompts.
         """
         self.prompts = [list(prompt), *map(list, guide_prompts)]  # of each model that runs

@@ -6,10 +6,10 @@ data here: it is never formatted, and never becomes a special token.
 """
 
 from w2s_fast.text.chat import Chat
+from w2s_fast.text.encoding import Written
 from w2s_fast.text.growing import GrowingTexts, Said
 from w2s_fast.text.prompt import Prompt, PromptEncoder
 from w2s_fast.text.response import decode_response, open_bytes
-from w2s_fast.text.encoding import Written
 from w2s_fast.text.stops import StopStrings, TextEnd
 from w2s_fast.text.translation import Translator
 from w2s_fast.text.vocabulary import (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -59,10 +60,14 @@ class Cuts:
         self._known: frozenset[str] | None = None  # characters with tokens; None: any may be cut at
         self._normalizer = _beyond_edges(parts["normalizer"])
         self._spaces = not any(a["lstrip"] or a["rstrip"] or a["single_word"] for a in added)
-        self._words = self._spaces and model["type"] == "BPE" and not (
-            model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        self._words = (
+            self._spaces
+            and model["type"] == "BPE"
+            and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
         )
-        names = model["vocab"] if isinstance(model["vocab"], dict) else [t for t, _ in model["vocab"]]
+        names = (
+            model["vocab"] if isinstance(model["vocab"], dict) else [t for t, _ in model["vocab"]]
+        )
         if _reads_bytes(parts):
             byte_of = {sign: byte for byte, sign in enumerate(byte_signs())}
             for name in names:
@@ -79,7 +84,7 @@ class Cuts:
             self._add(token["content"])
 
     def _add(self, text: str) -> None:
-        self._pairs.update(map("".join, zip(text, text[1:])))
+        self._pairs.update(map("".join, pairwise(text)))
 
     def _add_bytes(self, token: bytes) -> None:
         """Pairs of a token that may begin and end inside of a character."""
@@ -108,23 +113,23 @@ class Cuts:
         return before
 
     def last(self, text: str, behind: int) -> int:
-        """The last safe place of a text that may yet grow, behind a position; NOWHERE: there is none.
+        """The last safe place behind a position of a text that may yet grow; NOWHERE: none is.
 
         It is safe whatever follows.
         """
         safe = self._safe
-        for place in range(len(text) - 1, behind, -1):
-            pair = text[place - 1 : place + 1]
+        for cut in range(len(text) - 1, behind, -1):
+            pair = text[cut - 1 : cut + 1]
             found = safe.get(pair)
             if found is None:
                 found = self._remember(pair)
-            if found and self._is_kept(text, place):
-                return place
+            if found and self._is_kept(text, cut):
+                return cut
         return NOWHERE
 
-    def at(self, text: str, place: int) -> bool:
+    def at(self, text: str, cut: int) -> bool:
         """Whether a place is safe that has a character on each side."""
-        return self._is_safe(text[place - 1 : place + 1]) and self._is_kept(text, place)
+        return self._is_safe(text[cut - 1 : cut + 1]) and self._is_kept(text, cut)
 
     def _remember(self, pair: str) -> bool:
         if len(self._safe) >= _MOST_PAIRS:
@@ -134,7 +139,7 @@ class Cuts:
 
     def _is_safe(self, pair: str) -> bool:
         """Whether a text may be cut between two characters, but for what a normaliser does."""
-        before, after = pair
+        before, after = pair[0], pair[1]
         if after == " ":
             return (
                 self._spaces
@@ -166,14 +171,14 @@ class Cuts:
         rights = [after, *(right[:k] for k in range(1, len(right)))]
         return any((a, b) in self._partial for a in lefts for b in rights)
 
-    def _is_kept(self, text: str, place: int) -> bool:
+    def _is_kept(self, text: str, cut: int) -> bool:
         """Whether a normaliser does to the text around a place what it does to both sides of it."""
-        if self._normalizer is None or text[place] == " ":
+        if self._normalizer is None or text[cut] == " ":
             return True
-        around = text[max(0, place - _NORMALIZED) : place + _NORMALIZED]
-        if place + _NORMALIZED > len(text) or unicodedata.combining(text[place]):
+        around = text[max(0, cut - _NORMALIZED) : cut + _NORMALIZED]
+        if cut + _NORMALIZED > len(text) or unicodedata.combining(text[cut]):
             return False
-        return self._normalizer.normalize_str(around) == around
+        return bool(self._normalizer.normalize_str(around) == around)
 
 
 def sizes_of_tokens(backend: Tokenizer) -> NDArray[np.int64] | None:
@@ -220,20 +225,20 @@ def _reads_bytes(parts: dict[str, Any]) -> bool:
 
 
 def _beyond_edges(normalizer: dict[str, Any] | None) -> Any:
-    """A normaliser without what it does to a text's edges and spaces; None: it does nothing else."""
+    """A normaliser without what it does to a text's edges and spaces; None: it does no more."""
     if normalizer is None:
         return None
-    steps = normalizer.get("normalizers") if normalizer["type"] == "Sequence" else [normalizer]
+    parts = normalizer.get("normalizers") if normalizer["type"] == "Sequence" else [normalizer]
     rest = [
-        step
-        for step in steps or ()
-        if step["type"] not in (*_AT_EDGES, "ByteLevel")
-        and not (step["type"] == "Replace" and step["pattern"] == {"String": " "})
+        part
+        for part in parts or ()
+        if part["type"] not in (*_AT_EDGES, "ByteLevel")
+        and not (part["type"] == "Replace" and part["pattern"] == {"String": " "})
     ]
     if not rest:
         return None
     model = {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "x"}
-    whole = {
+    whole: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

@@ -2,10 +2,15 @@
 
 Only the end of a response is decoded again, behind tokens before it. A character whose bytes are
 not all there is held back.
+
+Where bytes are tokens, decoders read a run of them as one, and as no text at all if its last
+character is not whole. What is whole in it is said all the same; should the run turn out to be no
+text, it is taken back.
 """
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -63,11 +68,13 @@ class GrowingTexts:
         which: list[int] = []
         wholes: list[list[int]] = []
         ends: list[int] = []
+        runs: list[str] = []
         for prompt, tokens, said, _ in texts:
             end = len(tokens)
             while end > said.tokens and tokens[end - 1] in self._bytes:
-                end -= 1  # a run of bytes is decoded as one, when it is over
+                end -= 1
             new = tokens[said.tokens : end]
+            runs.append(_characters(bytes(self._bytes[token] for token in tokens[end:])))
             context = tuple(_last(prompt, tokens[: said.tokens], CONTEXT_TOKENS[0]))
             which.append(contexts.setdefault(context, len(contexts)))
             wholes.append([*context, *new])
@@ -75,23 +82,23 @@ class GrowingTexts:
         try:
             decoded = self._decode([*map(list, contexts), *wholes])
         except Exception:  # of one of them: each by itself
-            return [self._alone(text, end) for text, end in zip(texts, ends)]
+            return [self._alone(*own) for own in zip(texts, ends, runs)]
         befores, behind = decoded[: len(contexts)], decoded[len(contexts) :]
         return [
-            _said(text[2], end, whole[len(before) :])
+            _said(text[2], end, whole[len(before) :], run)
             if before and not before.endswith(INCOMPLETE) and whole.startswith(before)
-            else self._alone(text, end)
-            for text, end, whole, before in zip(
-                texts, ends, behind, (befores[context] for context in which)
+            else self._alone(text, end, run)
+            for text, end, run, whole, before in zip(
+                texts, ends, runs, behind, (befores[context] for context in which)
             )
         ]
 
-    def _alone(self, text: Grows, end: int) -> Said | Exception:
+    def _alone(self, text: Grows, end: int, run: str) -> Said | Exception:
         prompt, tokens, said, _ = text
         before = _last(prompt, tokens[: said.tokens], CONTEXT_TOKENS[-1])
         try:
             new = decode_response(self._tokenizer, before, tokens[said.tokens : end])
-            return _said(said, end, new)
+            return _said(said, end, new, run)
         except Exception as error:
             return error
 
@@ -108,15 +115,26 @@ class GrowingTexts:
         ]
 
 
-def _said(said: Said, end: int, new: str) -> Said:
-    """``new``: what the tokens up to ``end`` say beyond those that are whole in what was known."""
+def _said(said: Said, end: int, new: str, run: str) -> Said:
+    """What a response says.
+
+    Args:
+        new: what the tokens up to ``end`` say beyond those that are whole in what was ``said``.
+        run: characters that are whole in a run of bytes behind.
+    """
     whole = said.text[: len(said.text) - said.beyond]
     certain = new.rstrip(INCOMPLETE)
-    if not certain.startswith(said.text[len(whole) :]):
-        return said  # a decoder that rewrites what it has written: the end will tell
     if len(certain) == len(new):
-        return Said(whole + new, end)
+        return Said(whole + new + run, end, len(run))
     return Said(whole + certain, said.tokens, len(certain))
+
+
+def _characters(run: bytes) -> str:
+    """Those that are whole, in bytes that may go on; none if the bytes are no text."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(run)
+    except UnicodeDecodeError:
+        return ""
 
 
 def _last(prompt: Sequence[int], tokens: Sequence[int], count: int) -> list[int]:

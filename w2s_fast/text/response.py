@@ -58,6 +58,7 @@ def open_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> int
     return len(tokens)
 
 
-def byte_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of single bytes, where characters without a token are written in bytes."""
-    return frozenset(i for name, i in tokenizer.get_vocab().items() if BYTE.fullmatch(name))
+def byte_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
+    """From ids to bytes, where characters without a token are written in bytes."""
+    names = tokenizer.get_vocab().items()
+    return {i: int(name[1:-1], 16) for name, i in names if BYTE.fullmatch(name)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import secrets
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -97,13 +98,14 @@ class Translator:
         All in one call of the tokenizer, but for texts without a safe place.
         """
         found: list[Grown | InvalidRequest | None] = [None] * len(texts)
-        cut: list[int] = []
+        growing: list[int] = []
         for i, (text, response) in enumerate(zip(texts, responses)):
             if response == text.said:
                 found[i] = Grown(text, len(text.ids))
             elif text.tail is not None and response.startswith(text.said):
-                cut.append(i)
-        for i, own in zip(cut, self._from_tails([texts[i] for i in cut], [responses[i] for i in cut])):
+                growing.append(i)
+        of_tails = self._from_tails([texts[i] for i in growing], [responses[i] for i in growing])
+        for i, own in zip(growing, of_tails):
             found[i] = own
         return [
             self._whole(text, response) if own is None else own
@@ -126,15 +128,15 @@ class Translator:
             skipped = [
                 guards[window[0]] if text.guarded else 0 for text, window in zip(texts, windows)
             ]
-            places, counts = self._places(texts, windows, encoded, skipped)
+            cuts, counts = self._last_cuts(texts, windows, encoded, skipped)
         except BaseException as error:
             _pass_on_interrupts(error)
             return [None] * len(texts)
         found: list[Grown | None] = []
-        for (written, _, old, prompt, start, _, before, guarded), response, *row in zip(
-            texts, responses, windows, encoded, skipped, places, counts
+        for text, response, window, ids, skip, cut, count in zip(
+            texts, responses, windows, encoded, skipped, cuts, counts
         ):
-            window, ids, skip, place, count = row
+            written, _, old, prompt, start, _, before, guarded = text
             new = ids[skip:]
             common = before + common_prefix(old[before:], new)
             ids = old[:before] + new
@@ -143,13 +145,13 @@ class Translator:
             if start == 0 or (new and max(new) >= self._vocab_size):
                 found.append(None)  # and the whole says why
                 continue
-            if place != NOWHERE:
-                window, before, guarded = window[place - 1 :], before + count, True
+            if cut != NOWHERE:
+                window, before, guarded = window[cut - 1 :], before + count, True
             grown = Translated(written, response, ids, prompt, start, window, before, guarded)
             found.append(Grown(grown, common))
         return found
 
-    def _places(
+    def _last_cuts(
         self,
         texts: Sequence[Translated],
         windows: Sequence[str],
@@ -160,25 +162,25 @@ class Translator:
         the first ``skipped``."""
         assert self._pieces is not None and self._cuts is not None
         last, sizes = self._cuts.last, self._pieces.sizes
-        places = [NOWHERE] * len(windows)
+        cuts = [NOWHERE] * len(windows)
         counts = [0] * len(windows)
         behind = [_NEVER] * len(windows)
         apart: list[int] = []
         for i, (window, text) in enumerate(zip(windows, texts)):
             if sizes is not None and SPACE not in window:
-                place = places[i] = last(window, text.guarded)
-                if place != NOWHERE:
-                    behind[i] = len(window[place:].encode())
+                cut = cuts[i] = last(window, text.guarded)
+                if cut != NOWHERE:
+                    behind[i] = len(window[cut:].encode())
             elif len(window) > _LONG:
-                places[i] = last(window, text.guarded)
-                apart += [i] * (places[i] != NOWHERE)
+                cuts[i] = last(window, text.guarded)
+                apart += [i] * (cuts[i] != NOWHERE)
         if sizes is not None:
             counts = _counts_of(encoded, skipped, sizes, behind)
         if apart:  # nothing says how long a token's text is: what comes before is encoded, too
-            before = self._pieces.encode([windows[i][: places[i]] for i in apart])
+            before = self._pieces.encode([windows[i][: cuts[i]] for i in apart])
             for i, ids in zip(apart, before):
                 counts[i] = len(ids) - skipped[i]
-        return [place if c else NOWHERE for place, c in zip(places, counts)], counts
+        return [cut if c else NOWHERE for cut, c in zip(cuts, counts)], counts
 
     def _whole(self, text: Translated, response: str) -> Grown | InvalidRequest:
         try:
@@ -213,13 +215,13 @@ class Translator:
             return text
         whole = text.written.text + text.said
         begin, floor = max(text.written.special, key=lambda span: span[1], default=(0, 0))
-        place = self._cuts.last(whole, floor)
-        guarded = place != NOWHERE
+        cut = self._cuts.last(whole, floor)
+        guarded = cut != NOWHERE
         if not guarded:
             if floor == 0 or whole[begin:floor] in self._strips:
                 return text
-            place = floor  # as behind the special token that ends there
-        tail = whole[place - guarded :]
+            cut = floor  # as behind the special token that ends there
+        tail = whole[cut - guarded :]
         try:
             (ids,) = self._pieces.encode([tail])
             ids = ids[self._pieces.guards({tail[0]})[tail[0]] if guarded else 0 :]
@@ -282,7 +284,7 @@ class _Pieces:
             ids = np.array(read.ids, np.int32)
             ends = [*np.flatnonzero(ids == self._id).tolist(), len(ids)]
             all_ids = array("i", ids.tobytes())
-            found += [all_ids[a + 1 : b] for a, b in zip(ends, ends[1:])]
+            found += [all_ids[a + 1 : b] for a, b in pairwise(ends)]
         return found
 
     def guards(self, signs: set[str]) -> dict[str, int]:
@@ -309,8 +311,8 @@ def _checked_cuts(backend: Tokenizer, pieces: _Pieces) -> Cuts | None:
 
 def _are_safe(cuts: Cuts, pieces: _Pieces) -> bool:
     for whole in SAMPLES:
-        places = [place for place in range(1, len(whole)) if cuts.at(whole, place)]
-        parts = [part for p in places for part in (whole[:p], whole[p - 1 :], whole[p - 1])]
+        cuts = [cut for cut in range(1, len(whole)) if cuts.at(whole, cut)]
+        parts = [part for p in cuts for part in (whole[:p], whole[p - 1 :], whole[p - 1])]
         ids, *rest = pieces.encode([whole, *parts])
         cut = iter(rest)
         if any(left + right[len(guard) :] != ids for left, right, guard in zip(cut, cut, cut)):
