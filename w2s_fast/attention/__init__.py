@@ -23,7 +23,7 @@ from w2s_fast.attention.staging import (
     launch_copy,
     to_device,
 )
-from w2s_fast.attention.static_plan import Bucket, StaticPlan
+from w2s_fast.attention.static_plan import SPLIT_RULE, Bucket, StaticPlan
 from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "BACKENDS",
     "SPLIT_KEYS",
     "SPLIT_QUERIES",
+    "SPLIT_RULE",
     "Attends",
     "AttentionPlan",
     "Backend",

@@ -170,12 +170,6 @@ def round_up_rows(rows: int, max_rows: int) -> int:
     return recorded[bisect_left(recorded, rows)]
 
 
-def round_up_tokens(count: int) -> int:
-    """At most a quarter more: the work of a pass grows with its tokens."""
-    step = 1 << max(0, count.bit_length() - 3)
-    return -(-count // step) * step
-
-
 def most_pass_tokens(max_rows: int) -> int:
     """Tokens of the largest recorded pass that is not one of decoding steps."""
     return max(_TOKENS_PER_ROW * max_rows, _LEAST_TOKENS)
