@@ -149,6 +149,15 @@ std::vector<PageCopy> fork_beams(const Requests& requests, PageManager& manager,
 
 GrowingRows lay_out_rows(const Requests& requests, int model) {
     GrowingRows rows;
+    std::size_t most = 0;
+    for (const Beams* request : requests) most += request->candidates().size();
+    rows.slots.reserve(most);
+    rows.temperature.reserve(most);
+    for (auto* column : {&rows.top_k, &rows.seed, &rows.candidate, &rows.position}) {
+        column->reserve(most);
+    }
+    for (auto* column : {&rows.top_p, &rows.min_p}) column->reserve(most);
+    rows.levels.reserve(most);
     Leveller tree(rows.levels);
     for_growing(requests, [&](const Beams& request, std::size_t c, const Beam& beam) {
         const SearchSettings& settings = request.settings();

@@ -184,10 +184,9 @@ class DecodeGraphs:
         for m, count in enumerate(layout.num_before):
             if count:
                 self._models[m].pool.copy_pages(layout.before(m))
-        host = before.passes.host_buffer()
-        both = host.numpy()
-        layout.write_rows(both, step.passes.rooms, step.passes.columns)
-        layout.write_sources(both, before.passes.rooms, before.passes.columns, padded)
+        host = before.passes.outbox.take()
+        layout.write_rows(host.array, step.passes.rooms, step.passes.columns)
+        layout.write_sources(host.array, before.passes.rooms, before.passes.columns, padded)
         before.passes.take(host)
         first.replay()
         for plan, count in zip(step.plans, layout.num_copies):

@@ -21,9 +21,9 @@ from w2s_fast.attention import (
     Bucket,
     Field,
     Fields,
+    Outbox,
     Room,
     StaticPlan,
-    host_buffer,
     launch_copy,
 )
 from w2s_fast.cache import Int32Array
@@ -91,7 +91,7 @@ class _Scoring:
 
     Attributes:
         bucket: its own. scorer: whose models run.
-        plans: of each model, within ``buffer`` uint8 [nbytes].
+        plans: of each model, within ``buffer`` uint8 [n]. outbox: where the host lays it out.
         columns: what travels beside them, by name.
         drawn: tokens as they were drawn. packed: what comes out, int64 [n].
         offsets, items: of the columns. rooms: where the plans lie. of_copies: where each has the
@@ -101,7 +101,7 @@ class _Scoring:
     bucket: _Bucket
     scorer: ScoreGraphs
     buffer: Tensor
-    nbytes: int
+    outbox: Outbox
     plans: list[StaticPlan]
     columns: dict[str, Tensor]
     drawn: Draws
@@ -215,10 +215,9 @@ class ScoreGraphs:
         )
         recording = self.recordings.find(bucket)
         static = recording.static
-        host = host_buffer(static.nbytes, self._device)
-        array = host.numpy()
+        host = static.outbox.take()
         layout.write(
-            array,
+            host.array,
             static.offsets,
             static.items,
             bucket.rows,
@@ -226,7 +225,8 @@ class ScoreGraphs:
             copies,
             static.of_copies,
         )
-        launch_copy(host, static.buffer)
+        launch_copy(host.tensor, static.buffer)
+        static.outbox.send(host)
         for model, plan, pairs, others in zip(self._models, static.plans, copies, more):
             plan.copy_unrecorded(len(pairs))
             if len(others):
@@ -298,7 +298,7 @@ class ScoreGraphs:
             bucket=bucket,
             scorer=self,
             buffer=buffer,
-            nbytes=ends[-1],
+            outbox=Outbox(ends[-1], self._device),
             plans=plans,
             columns=fields.tensors(buffer),
             drawn=Draws(memory, bucket.rows),
