@@ -135,8 +135,8 @@ Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::
         }
         const auto count = std::ssize(request->candidates());
         found.cu_candidates.push_back(found.cu_candidates.back() + count);
-        for (const auto& ids : {settings.eos_ids, settings.stop_ids}) {
-            found.stops.insert(found.stops.end(), ids.begin(), ids.end());
+        for (const auto* ids : {&settings.eos_ids, &settings.stop_ids}) {
+            found.stops.insert(found.stops.end(), ids->begin(), ids->end());
         }
         found.cu_stops.push_back(std::ssize(found.stops));
         const std::int64_t width = settings.width_in(request->round());

@@ -552,11 +552,21 @@ class DictWatch:
         """Since :meth:`settle`, or since it was made. It may say so where all is as it was."""
     def settle(self) -> None: ...
 
+class NumberWatch:
+    """Says of tensors whether they were written to, or stand elsewhere."""
+
+    def __init__(self, versioned: list[Any], stored: list[Any]) -> None:
+        """Those that count their writes, and those that have an address."""
+    @property
+    def versions(self) -> list[int]:
+        """As they were when this was made; ``addresses``, too."""
+    @property
+    def addresses(self) -> list[int]: ...
+    def changed(self) -> bool:
+        """Since it was made."""
+
 def same_dicts(now: list[dict[str, Any]], seen: list[dict[str, Any]], /) -> bool:
     """Whether they are equal; what cannot be compared is not."""
-
-def same_numbers(objects: list[Any], name: str, numbers: list[int], call: bool, /) -> bool:
-    """Whether an attribute of each object, or what it returns, is the number."""
 
 def end_rounds(
     requests: Sequence[Beams], kept: Int64, managers: Sequence[PageManager]

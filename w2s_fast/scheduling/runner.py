@@ -126,7 +126,7 @@ class Runner:
         return Hold(
             self._turn,
             queue=self._next_turn,
-            begin=partial(self._begin_turn, rooms),
+            begin=partial(self._begin_turn, rooms) if rooms else self._begin_turn,
             end=self._end_turn,
             after=self.settle,
         )
