@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,31 +14,33 @@ from torch import Tensor
 from w2s_fast.attention.staging import host_buffer
 
 
+class Mark(Protocol):
+    """A place among what a device is to do, as an event of CUDA is one."""
+
+    def record(self) -> None:
+        """It stands behind all that the current stream has been given so far."""
+
+    def query(self) -> bool:
+        """Whether the device has come there."""
+        ...
+
+
 @dataclass
 class Sheet:
     """Memory to be filled, and copied from.
 
     Attributes:
         tensor: uint8 [n]. array: the same.
+        copied: behind the last copies from it; None: a copy is made when it is launched.
     """
 
     tensor: Tensor
     array: NDArray[np.uint8]
-    _copied: torch.cuda.Event | None
-
-    @property
-    def free(self) -> bool:
-        """Whether all that was launched from it has been made."""
-        return self._copied is None or self._copied.query()
-
-    def sent(self) -> None:
-        """All copies from it that the current stream is to make have been launched."""
-        if self._copied is not None:
-            self._copied.record()
+    copied: Mark | None
 
 
 class Outbox:
-    """Sheets of one size. To ask torch for memory would take longer than to fill it.
+    """Sheets of one size: to ask torch for memory would take longer than to fill it.
 
     Who is interrupted between the two calls takes a sheet along; torch looks after its memory.
     """
@@ -46,17 +49,22 @@ class Outbox:
         """``device``: where copies go."""
         self._nbytes = nbytes
         self._device = device
-        self._sent: deque[Sheet] = deque()  # in the order in which their copies are made
+        self._sent: deque[Sheet] = deque()  # in the order in which they are copied
 
     def take(self) -> Sheet:
-        """A sheet whose copies have been made."""
-        if self._sent and self._sent[0].free:
+        """A sheet that nothing is still to be copied from."""
+        if self._sent and ((copied := self._sent[0].copied) is None or copied.query()):
             return self._sent.popleft()
         tensor = host_buffer(self._nbytes, self._device)
-        copied = torch.cuda.Event() if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        return Sheet(tensor, tensor.numpy(), copied)
+        return Sheet(tensor, tensor.numpy(), mark_on(self._device))
 
     def send(self, sheet: Sheet) -> None:
-        """Let a sheet be taken again, once what was launched from it has been made."""
-        sheet.sent()
+        """All copies from a sheet have been launched: it is taken again when they are made."""
+        if sheet.copied is not None:
+            sheet.copied.record()
         self._sent.append(sheet)
+
+
+def mark_on(device: torch.device) -> Mark | None:
+    """A mark of a device that is told what to do before it does it."""
+    return torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
