@@ -400,13 +400,12 @@ Int64s round_rows(const Requests& requests) {
     return rows;
 }
 
-Int64s round_pages(const Requests& requests, std::span<const std::int64_t> page_sizes) {
+Int64s round_pages(const Beams& request, std::span<const std::int64_t> page_sizes) {
     Int64s pages;
-    for (const Beams* request : requests) {
-        for (int m = 0; m < static_cast<int>(page_sizes.size()); ++m) {
-            const bool runs = m == 0 || request->settings().uses_guides;
-            pages.push_back(runs ? request->round_pages(m, page_sizes[m]) : 0);
-        }
+    pages.reserve(page_sizes.size());
+    for (int m = 0; m < static_cast<int>(page_sizes.size()); ++m) {
+        const bool runs = m == 0 || request.settings().uses_guides;
+        pages.push_back(runs ? request.round_pages(m, page_sizes[m]) : 0);
     }
     return pages;
 }

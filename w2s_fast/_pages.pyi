@@ -326,6 +326,9 @@ def lay_out_sources(
 def fork_beams(requests: Sequence[Beams], manager: PageManager, model: int) -> Int32:
     """Returns page copies, as PageManager.fork does."""
 
+def fork_in_guides(requests: Sequence[Beams], managers: Sequence[PageManager]) -> list[Int32]:
+    """The same in all models but the base, whose managers these are."""
+
 def lay_out_rows(
     requests: Sequence[Beams], model: int
 ) -> tuple[
@@ -577,7 +580,7 @@ def keep_all(requests: Sequence[Beams], managers: Sequence[PageManager]) -> None
 def round_rows(requests: Sequence[Beams]) -> list[int]:
     """Candidates that grow in the round under way, or else in the next one, as it begins."""
 
-def round_pages(requests: Sequence[Beams], page_sizes: Sequence[int]) -> Int64:
-    """Returns pages [R, models], 0 where a model runs not."""
+def round_pages(requests: Sequence[Beams], page_sizes: Sequence[int]) -> list[list[int]]:
+    """Returns pages of each request in each model, 0 where it runs not."""
 
 def held_slots(requests: Sequence[Beams], model: int) -> Int32: ...

@@ -48,7 +48,7 @@ class SlowDevice(Device):
         self._work.start()
         self._patches = [
             mock.patch.object(Reading, "wait", self._waiting_for()),
-            mock.patch.object(w2s_fast.attention.outbox, "mark_on", lambda _: _Mark(self)),
+            mock.patch.object(w2s_fast.attention.outbox, "mark_on", self._mark_on),
         ]
         for patch in self._patches:
             patch.start()
@@ -123,6 +123,9 @@ class SlowDevice(Device):
             return reading._here
 
         return wait
+
+    def _mark_on(self, _: torch.device) -> _Mark:
+        return _Mark(self)
 
     def _arrives_with(self, tensor: Tensor, place: int) -> None:
         self._arrives[_key(tensor)] = tensor.untyped_storage(), place
