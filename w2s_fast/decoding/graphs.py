@@ -97,8 +97,8 @@ class Recordings(Generic[B, S]):
             self._missed.update(list(self._made))
             self._missed_most = max(self._missed.values(), default=0)
             self._made.clear()
-        if bucket in self._made:
-            return self._made[bucket]
+        if (made := self._made.get(bucket)) is not None:
+            return made
         self._missed[bucket] += 1
         self._missed_most = max(self._missed_most, self._missed[bucket])
         static = self.static_of(bucket)
