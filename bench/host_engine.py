@@ -316,7 +316,7 @@ class HostEngine:
         that has something to choose by."""
         if self._selected is None or self._counted:
             return
-        requests, width = self.size.requests, self._selected.bucket.max_width
+        requests, width = self.size.requests, self._selected.bucket.sizes.max_width
         order = self._draw.permuted(np.tile(np.arange(ROWS), (requests, 1)), axis=1)
         kept = np.full((requests, width), -1)
         kept[:, :BEAM_WIDTH] = order[:, :BEAM_WIDTH]

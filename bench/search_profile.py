@@ -103,7 +103,7 @@ def _named_parts(engine: Engine) -> Iterator[None]:
         (SamplingBatch, "draw", named("sampling")),
         (_module_of(engine._search.guides), "score_select", named("selection")),
         (_module_of(engine._search.base.expansion), "fork_beams", named("pages, base")),
-        (_module_of(engine._search.guides), "fork_beams", named("pages, guides")),
+        (_module_of(engine._search.guides), "fork_in_guides", named("pages, guides")),
         (_module_of(engine._search), "end_rounds", named("pages that losers held")),
         *((PagePool, name, of_pool) for name in ("reserve", "extend", "copy_pages")),
     ]

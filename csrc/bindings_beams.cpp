@@ -221,6 +221,13 @@ void bind_beams(py::module_& module) {
     module.def("fork_beams", [](const Requests& requests, PageManager& manager, int model) {
         return to_numpy(w2s::fork_beams(requests, manager, model));
     }, py::arg("requests"), py::arg("manager"), py::arg("model"));
+    module.def("fork_in_guides", [](const Requests& requests, const Beams::Managers& managers) {
+        py::list found;
+        for (std::size_t m = 0; m < managers.size(); ++m) {
+            found.append(to_numpy(w2s::fork_beams(requests, *managers[m], static_cast<int>(m + 1))));
+        }
+        return found;
+    }, py::arg("requests"), py::arg("managers"));
     module.def("lay_out_rows", [](const Requests& requests, int model) {
         w2s::GrowingRows rows = w2s::lay_out_rows(requests, model);
         return py::make_tuple(
@@ -252,9 +259,11 @@ void bind_beams(py::module_& module) {
     module.def("growing", &w2s::growing, py::arg("requests"));
     module.def("round_pages", [](const Requests& requests,
                                  const std::vector<std::int64_t>& page_sizes) {
-        const auto rows = static_cast<py::ssize_t>(requests.size());
-        const auto models = static_cast<py::ssize_t>(page_sizes.size());
-        return move_to_numpy(w2s::round_pages(requests, page_sizes), {rows, models});
+        std::vector<std::vector<std::int64_t>> found;
+        for (const Beams* request : requests) {
+            found.push_back(w2s::round_pages(*request, page_sizes));
+        }
+        return found;
     }, py::arg("requests"), py::arg("page_sizes"));
     module.def("held_slots", [](const Requests& requests, int model) {
         return move_to_numpy(w2s::held_slots(requests, model));

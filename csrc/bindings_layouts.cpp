@@ -19,6 +19,7 @@
 
 #include "arrays.h"
 #include "beam_search.h"
+#include "bucket.h"
 #include "draw.h"
 #include "rounds.h"
 #include "scoring.h"
@@ -72,9 +73,20 @@ constexpr const char* dtype_of() {
 }
 
 py::tuple bounds(const PassLayout& pass) {
-    const w2s::PassShape& shape = pass.shape();
-    return py::make_tuple(shape.rows, shape.tokens, shape.splits, shape.pages, pass.max_q(),
-                          pass.max_k(), pass.max_own(), pass.max_tokens(), pass.max_parts());
+    const w2s::PassBounds own = pass.bounds();
+    return py::make_tuple(own.rows, own.tokens, own.splits, own.pages, own.max_q, own.max_k,
+                          own.max_own, own.max_tokens, own.max_parts);
+}
+
+py::tuple numbers(const w2s::Bucket& bucket) {
+    return py::make_tuple(bucket.rows, bucket.tokens, bucket.max_q, bucket.splits,
+                          bucket.max_tokens, bucket.max_parts, bucket.max_own, bucket.pages);
+}
+
+py::list numbers(const std::vector<w2s::Bucket>& buckets) {
+    py::list found;
+    for (const w2s::Bucket& bucket : buckets) found.append(numbers(bucket));
+    return found;
 }
 
 // A Scoring for Python. Without a recording, models run it themselves, and its columns travel in a
@@ -123,9 +135,14 @@ public:
         return found;
     }
 
-    py::list bounds_of_passes() const {
+    // Of each model's pass, with room for so many rows and tokens.
+    py::list buckets(const w2s::SplitRule& rule, std::int64_t rows, std::int64_t tokens,
+                     const std::vector<std::int64_t>& most_pages) const {
         py::list found;
-        for (const w2s::PassLayout& pass : passes_.value().passes()) found.append(bounds(pass));
+        for (std::size_t m = 0; m < passes_.value().passes().size(); ++m) {
+            const w2s::PassBounds own = passes_.value().passes()[m].bounds();
+            found.append(numbers(w2s::bucket_of(rule, own, rows, tokens, most_pages.at(m))));
+        }
         return found;
     }
 
@@ -242,6 +259,24 @@ void bind_layouts(py::module_& module) {
         }
     }, py::arg("buffer").noconvert(), py::arg("fields"), py::arg("values"));
 
+    py::class_<w2s::SplitRule>(module, "SplitRule")
+        .def(py::init([](std::int64_t split_keys, std::int64_t split_queries,
+                         std::int64_t few_keys) {
+                 return w2s::SplitRule{split_keys, split_queries, few_keys};
+             }), py::arg("split_keys"), py::arg("split_queries"), py::arg("few_keys"));
+    module.def("smallest_bucket", [](const w2s::SplitRule& rule, std::int64_t rows,
+                                     std::int64_t tokens, std::int64_t max_q,
+                                     std::int64_t most_pages) {
+        return numbers(w2s::smallest_bucket(rule, rows, tokens, max_q, most_pages));
+    }, py::arg("rule"), py::arg("rows"), py::arg("tokens"), py::arg("max_q"),
+               py::arg("most_pages"));
+    module.def("bucket_of", [](const w2s::SplitRule& rule, const std::array<std::int64_t, 9>& of,
+                               std::int64_t rows, std::int64_t tokens, std::int64_t most_pages) {
+        const w2s::PassBounds pass{of[0], of[1], of[2], of[3], of[4], of[5], of[6], of[7], of[8]};
+        return numbers(w2s::bucket_of(rule, pass, rows, tokens, most_pages));
+    }, py::arg("rule"), py::arg("bounds"), py::arg("rows"), py::arg("tokens"),
+               py::arg("most_pages"));
+    module.def("round_up_tokens", &w2s::round_up_tokens, py::arg("count"));
     py::class_<w2s::PassRoom>(module, "PassRoom")
         .def(py::init([](const Array<std::int64_t>& offsets, std::int64_t rows,
                          std::int64_t tokens, std::int64_t splits, std::int64_t pages) {
@@ -260,13 +295,13 @@ void bind_layouts(py::module_& module) {
         .def_property_readonly("some_dynamic", &DrawLayout::some_dynamic)
         .def("begin", &DrawLayout::begin, py::arg("steps"), py::arg("split_keys"),
              py::arg("split_queries"))
-        .def_property_readonly("bounds", [](const DrawLayout& self) {
-            py::list found;
-            for (std::size_t m = 0; m < self.models(); ++m) {
-                found.append(py::make_tuple(bounds(self.source_pass(m)), bounds(self.row_pass(m))));
-            }
-            return found;
-        })
+        .def("buckets", [](const DrawLayout& self, const w2s::SplitRule& rule, std::int64_t rows,
+                           std::int64_t sources, std::int64_t most,
+                           const std::vector<std::int64_t>& most_pages) {
+            const w2s::DrawBuckets found = self.buckets(rule, rows, sources, most, most_pages);
+            return py::make_tuple(numbers(found.sources), numbers(found.rows));
+        }, py::arg("rule"), py::arg("rows"), py::arg("sources"), py::arg("most"),
+           py::arg("most_pages"))
         .def("before", [](const DrawLayout& self, std::size_t model) {
             return to_numpy(self.before(model));
         }, py::arg("model"))
@@ -312,7 +347,8 @@ void bind_layouts(py::module_& module) {
         .def_property_readonly("sizes", &ScoringLayout::sizes)
         .def("begin", &ScoringLayout::begin, py::keep_alive<1, 2>(), py::arg("managers"),
              py::arg("split_keys"), py::arg("split_queries"))
-        .def_property_readonly("bounds", &ScoringLayout::bounds_of_passes)
+        .def("buckets", &ScoringLayout::buckets, py::arg("rule"), py::arg("rows"),
+             py::arg("tokens"), py::arg("most_pages"))
         .def_property_readonly("num_drawn", [](const ScoringLayout& self) {
             return self.scoring().rows;
         })

@@ -1,5 +1,7 @@
 #include "bindings_unchanged.h"
 
+#include <pybind11/stl.h>
+
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -76,6 +78,57 @@ private:
     State seen_{};
 };
 
+// Says of tensors whether they were written to, or stand elsewhere: by the number of their writes and
+// by their address, which are asked of them one by one, in every step.
+class NumberWatch {
+public:
+    // `versioned`: those that count their writes, `stored`: those that have an address.
+    NumberWatch(py::list versioned, py::list stored)
+        : versioned_(std::move(versioned)), stored_(std::move(stored)) {
+        for (const py::handle one : versioned_) versions_.push_back(version(one.ptr()));
+        for (const py::handle one : stored_) addresses_.push_back(address(one.ptr()));
+    }
+
+    const std::vector<std::uint64_t>& versions() const { return versions_; }
+    const std::vector<std::uint64_t>& addresses() const { return addresses_; }
+
+    bool changed() const {
+        for (std::size_t i = 0; i < versions_.size(); ++i) {
+            if (version(item(versioned_, i)) != versions_[i]) return true;
+        }
+        for (std::size_t i = 0; i < addresses_.size(); ++i) {
+            if (address(item(stored_, i)) != addresses_[i]) return true;
+        }
+        return false;
+    }
+
+private:
+    static PyObject* item(const py::list& list, std::size_t i) {
+        return PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
+    }
+
+    static std::uint64_t version(PyObject* tensor) {
+        static PyObject* const name = PyUnicode_InternFromString("_version");
+        return number(PyObject_GetAttr(tensor, name));
+    }
+
+    static std::uint64_t address(PyObject* tensor) {
+        static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+        return number(PyObject_CallMethodNoArgs(tensor, name));
+    }
+
+    static std::uint64_t number(PyObject* found) {
+        if (found == nullptr) throw py::error_already_set();
+        const auto value = PyLong_AsUnsignedLongLong(found);
+        Py_DECREF(found);
+        if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+        return value;
+    }
+
+    py::list versioned_, stored_;
+    std::vector<std::uint64_t> versions_, addresses_;
+};
+
 // As `now == seen` says, where what cannot be compared is not equal. Most of the time each key and
 // each value is the very same object in the same order, which takes a hundredth of asking them.
 bool same(PyObject* now, PyObject* seen) {
@@ -111,22 +164,11 @@ void bind_unchanged(py::module_& module) {
         }
         return true;
     });
-    module.def("same_numbers", [](const py::list& objects, const py::str& name,
-                                  const py::list& numbers, bool call) {
-        if (objects.size() != numbers.size()) return false;
-        for (py::size_t i = 0; i < objects.size(); ++i) {
-            PyObject* const one = PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(i));
-            const py::object value = py::reinterpret_steal<py::object>(
-                call ? PyObject_CallMethodNoArgs(one, name.ptr())
-                     : PyObject_GetAttr(one, name.ptr()));
-            if (!value) throw py::error_already_set();
-            PyObject* const known = PyList_GET_ITEM(numbers.ptr(), static_cast<Py_ssize_t>(i));
-            const int equal = PyObject_RichCompareBool(value.ptr(), known, Py_EQ);
-            if (equal < 0) throw py::error_already_set();
-            if (equal == 0) return false;
-        }
-        return true;
-    });
+    py::class_<NumberWatch>(module, "NumberWatch")
+        .def(py::init<py::list, py::list>(), py::arg("versioned"), py::arg("stored"))
+        .def_property_readonly("versions", &NumberWatch::versions)
+        .def_property_readonly("addresses", &NumberWatch::addresses)
+        .def("changed", &NumberWatch::changed);
 }
 
 }  // namespace w2s

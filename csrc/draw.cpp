@@ -46,6 +46,24 @@ void DrawLayout::begin(std::int64_t steps, std::int64_t split_keys, std::int64_t
     }
 }
 
+DrawBuckets DrawLayout::buckets(const SplitRule& rule, std::int64_t rows, std::int64_t sources,
+                                std::int64_t most, std::span<const std::int64_t> most_pages) const {
+    if (most_pages.size() != models()) throw PageMisuse("pages of a row in each model");
+    DrawBuckets found;
+    for (std::size_t m = 0; m < models(); ++m) {
+        const Bucket& step = found.rows.emplace_back(
+            bucket_of(rule, row_pass(m).bounds(), rows, rows, most_pages[m]));
+        const PassBounds bounds = source_pass(m).bounds();
+        const std::int64_t tokens = std::min(round_up_tokens(bounds.tokens), most);
+        Bucket own = bucket_of(rule, bounds, sources, tokens, most_pages[m]);
+        // Few shapes: what there is room for depends on the rows alone, as long as that is enough.
+        if (own.splits > 0) own.splits = std::max(own.splits, step.splits);
+        own.pages = std::max(own.pages, step.pages);
+        found.sources.push_back(own);
+    }
+    return found;
+}
+
 bool DrawLayout::some_plausible() const {
     return std::ranges::any_of(growing_.plausibility,
                                [](float share) { return share > -INFINITY; });

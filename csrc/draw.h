@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "bucket.h"
 #include "fields.h"
 #include "pass_room.h"
 #include "rounds.h"
@@ -39,6 +40,11 @@ enum class SourceColumn {
     kCount
 };
 
+// Of each model: buckets of the sources' pass, and of the rows' ones.
+struct DrawBuckets {
+    std::vector<Bucket> sources, rows;
+};
+
 class DrawLayout {
 public:
     using Columns = std::span<const std::int64_t>;
@@ -63,6 +69,10 @@ public:
     // Pages to be copied before the sources run, and before the second tokens are appended.
     const std::vector<PageCopy>& before(std::size_t model) const { return at(model).before; }
     const std::vector<PageCopy>& copies(std::size_t model) const { return at(model).copies; }
+    // `rows`, `sources`: what both are rounded up to. `most`: rows that are recorded, and so the most
+    // tokens of sources. `most_pages`: of a row, in each model.
+    DrawBuckets buckets(const SplitRule& rule, std::int64_t rows, std::int64_t sources,
+                        std::int64_t most, std::span<const std::int64_t> most_pages) const;
     // Whether a row needs a share of the likeliest token's probability, or chooses its factors.
     bool some_plausible() const;
     bool some_dynamic() const;

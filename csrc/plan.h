@@ -39,6 +39,11 @@ struct PassShape {
     std::int64_t pages = 0;  // entries of all tables
 };
 
+// What a pass needs room for, and what bounds its launches; Bounds in w2s_fast/attention/kernel.py.
+struct PassBounds {
+    std::int64_t rows, tokens, splits, pages, max_q, max_k, max_own, max_tokens, max_parts;
+};
+
 // The fields of a buffer. S rows, T tokens, N splits, P pages.
 enum class PassField {
     kPositions,   // int64 [T], each token's position in its row
@@ -80,6 +85,10 @@ public:
     // The most tokens of a split, and the most splits of a row.
     std::int64_t max_tokens() const { return max_tokens_; }
     std::int64_t max_parts() const { return max_parts_; }
+    PassBounds bounds() const {
+        return {shape_.rows, shape_.tokens, shape_.splits, shape_.pages, max_q_,
+                max_k_,      max_own_,      max_tokens_,   max_parts_};
+    }
 
     // Fills a buffer with room for `room`. back: rows stand one token behind, for a step that
     // begins by moving on; kWrite is then of no use.

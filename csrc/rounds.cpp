@@ -149,6 +149,15 @@ std::vector<PageCopy> fork_beams(const Requests& requests, PageManager& manager,
 
 GrowingRows lay_out_rows(const Requests& requests, int model) {
     GrowingRows rows;
+    std::size_t most = 0;
+    for (const Beams* request : requests) most += request->candidates().size();
+    rows.slots.reserve(most);
+    rows.temperature.reserve(most);
+    for (auto* column : {&rows.top_k, &rows.seed, &rows.candidate, &rows.position}) {
+        column->reserve(most);
+    }
+    for (auto* column : {&rows.top_p, &rows.min_p}) column->reserve(most);
+    rows.levels.reserve(most);
     Leveller tree(rows.levels);
     for_growing(requests, [&](const Beams& request, std::size_t c, const Beam& beam) {
         const SearchSettings& settings = request.settings();
@@ -391,13 +400,12 @@ Int64s round_rows(const Requests& requests) {
     return rows;
 }
 
-Int64s round_pages(const Requests& requests, std::span<const std::int64_t> page_sizes) {
+Int64s round_pages(const Beams& request, std::span<const std::int64_t> page_sizes) {
     Int64s pages;
-    for (const Beams* request : requests) {
-        for (int m = 0; m < static_cast<int>(page_sizes.size()); ++m) {
-            const bool runs = m == 0 || request->settings().uses_guides;
-            pages.push_back(runs ? request->round_pages(m, page_sizes[m]) : 0);
-        }
+    pages.reserve(page_sizes.size());
+    for (int m = 0; m < static_cast<int>(page_sizes.size()); ++m) {
+        const bool runs = m == 0 || request.settings().uses_guides;
+        pages.push_back(runs ? request.round_pages(m, page_sizes[m]) : 0);
     }
     return pages;
 }

@@ -138,8 +138,8 @@ Int64s growing(const Requests& requests);
 // Candidates of each request that grow in the round under way, or else in the next one.
 Int64s round_rows(const Requests& requests);
 
-// Pages that each request can hold at most in its next round: [R, models], 0 where it runs not.
-Int64s round_pages(const Requests& requests, std::span<const std::int64_t> page_sizes);
+// Pages that a request can hold at most in its next round: of each model, 0 where it runs not.
+Int64s round_pages(const Beams& request, std::span<const std::int64_t> page_sizes);
 
 // All slots that these requests hold in one model.
 Int32s held_slots(const Requests& requests, int model);

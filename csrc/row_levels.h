@@ -17,6 +17,10 @@ namespace w2s {
 struct RowLevels {
     std::vector<std::int32_t> requests, together, families, inherited;
 
+    void reserve(std::size_t rows) {
+        for (auto* column : {&requests, &together, &families, &inherited}) column->reserve(rows);
+    }
+
     TreeSegments tree() const {
         const TreeLevel levels[] = {{requests, together}, {families, inherited}};
         return cut_levels(levels, requests.size());

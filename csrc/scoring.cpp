@@ -30,6 +30,27 @@ std::int64_t alike_to_shorter(const Beams& request, std::size_t candidate) {
     return -1 - static_cast<std::int64_t>(first);
 }
 
+// Room for as much as there is where all chunks are drawn.
+void reserve(Scoring& found, const Requests& requests, std::int64_t steps) {
+    std::size_t candidates = 0;
+    for (const Beams* request : requests) candidates += request->candidates().size();
+    const std::size_t tokens = candidates * static_cast<std::size_t>(std::max<std::int64_t>(steps, 1));
+    found.counts.reserve(candidates);
+    found.targets.reserve(tokens);
+    found.tokens.reserve(candidates);
+    found.logprobs.reserve(candidates);
+    found.cu_tokens.reserve(candidates + 1);
+    found.previous.reserve(candidates);
+    found.lengths.reserve(candidates);
+    found.parents.reserve(candidates);
+    found.siblings.reserve(candidates);
+    for (std::size_t m = 0; m < found.inputs.size(); ++m) {
+        found.inputs[m].reserve(tokens);
+        found.slots[m].reserve(candidates);
+        found.levels[m].reserve(candidates);
+    }
+}
+
 }  // namespace
 
 Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::int64_t steps,
@@ -45,11 +66,10 @@ Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::
     found.rows = rows;
     found.weights = std::move(weights);
     const int models = requests.empty() ? 1 : requests.front()->models();
-    for (int m = 1; m < models; ++m) {
-        found.inputs.emplace_back();
-        found.slots.emplace_back();
-        found.levels.emplace_back();
-    }
+    found.inputs.resize(static_cast<std::size_t>(models - 1));
+    found.slots.resize(found.inputs.size());
+    found.levels.resize(found.inputs.size());
+    reserve(found, requests, steps);
     std::vector<Leveller> trees;
     for (RowLevels& levels : found.levels) trees.emplace_back(levels);
     const auto know = [&](std::int64_t token, float logprob) {
@@ -115,8 +135,8 @@ Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::
         }
         const auto count = std::ssize(request->candidates());
         found.cu_candidates.push_back(found.cu_candidates.back() + count);
-        for (const auto& ids : {settings.eos_ids, settings.stop_ids}) {
-            found.stops.insert(found.stops.end(), ids.begin(), ids.end());
+        for (const auto* ids : {&settings.eos_ids, &settings.stop_ids}) {
+            found.stops.insert(found.stops.end(), ids->begin(), ids->end());
         }
         found.cu_stops.push_back(std::ssize(found.stops));
         const std::int64_t width = settings.width_in(request->round());

@@ -142,7 +142,7 @@ class PassLayout:
         ahead: int = 0,
     ) -> None: ...
     @property
-    def bounds(self) -> tuple[int, int, int, int, int, int, int, int, int]:
+    def bounds(self) -> Bounds:
         """rows, tokens, splits, pages, max_q, max_k, max_own, max_tokens, max_parts."""
     def write(
         self,
@@ -326,6 +326,9 @@ def lay_out_sources(
 def fork_beams(requests: Sequence[Beams], manager: PageManager, model: int) -> Int32:
     """Returns page copies, as PageManager.fork does."""
 
+def fork_in_guides(requests: Sequence[Beams], managers: Sequence[PageManager]) -> list[Int32]:
+    """The same in all models but the base, whose managers these are."""
+
 def lay_out_rows(
     requests: Sequence[Beams], model: int
 ) -> tuple[
@@ -342,7 +345,23 @@ class PassRoom:
 
     def __init__(self, offsets: Int64, rows: int, tokens: int, splits: int, pages: int) -> None: ...
 
+class SplitRule:
+    """How attention cuts keys; csrc/bucket.h."""
+
+    def __init__(self, split_keys: int, split_queries: int, few_keys: int) -> None: ...
+
 Bounds = tuple[int, int, int, int, int, int, int, int, int]
+# In the order of Bucket in w2s_fast/attention/static_plan.py.
+Bucket = tuple[int, int, int, int, int, int, int, int]
+
+def smallest_bucket(
+    rule: SplitRule, rows: int, tokens: int, max_q: int, most_pages: int
+) -> Bucket: ...
+def bucket_of(
+    rule: SplitRule, bounds: Bounds, rows: int, tokens: int, most_pages: int
+) -> Bucket: ...
+def round_up_tokens(count: int, /) -> int:
+    """At most a quarter more: the work of a pass grows with its tokens."""
 
 class DrawLayout:
     """One draw of many requests, as recordings run it; see csrc/draw.h."""
@@ -367,9 +386,13 @@ class DrawLayout:
         """Once it has begun: whether rows choose their factors."""
     def begin(self, steps: int, split_keys: int, split_queries: int) -> None:
         """Move on in the models' pages. OutOfPages, in the middle of it."""
-    @property
-    def bounds(self) -> list[tuple[Bounds, Bounds]]:
-        """Of each model, as PassLayout.bounds: of the sources' pass, and of the rows' first one."""
+    def buckets(
+        self, rule: SplitRule, rows: int, sources: int, most: int, most_pages: Sequence[int]
+    ) -> tuple[list[Bucket], list[Bucket]]:
+        """Of each model: of the sources' pass, and of the rows' ones.
+
+        ``rows``, ``sources``: what both are rounded up to. ``most``: tokens of sources.
+        ``most_pages``: of a row, in each model."""
     def before(self, model: int) -> Int32:
         """Pages to be copied before the sources run: [num_before, 2]."""
     @property
@@ -456,9 +479,10 @@ class ScoringLayout:
         """Move on in the guides' pages: of each model, pages to be copied.
 
         OutOfPages, in the middle of it."""
-    @property
-    def bounds(self) -> list[Bounds]:
-        """As PassLayout.bounds, of each model."""
+    def buckets(
+        self, rule: SplitRule, rows: int, tokens: int, most_pages: Sequence[int]
+    ) -> list[Bucket]:
+        """Of each model's pass, with room for so many rows and tokens."""
     def write(
         self,
         buffer: NDArray[np.uint8],
@@ -531,11 +555,21 @@ class DictWatch:
         """Since :meth:`settle`, or since it was made. It may say so where all is as it was."""
     def settle(self) -> None: ...
 
+class NumberWatch:
+    """Says of tensors whether they were written to, or stand elsewhere."""
+
+    def __init__(self, versioned: list[Any], stored: list[Any]) -> None:
+        """Those that count their writes, and those that have an address."""
+    @property
+    def versions(self) -> list[int]:
+        """As they were when this was made; ``addresses``, too."""
+    @property
+    def addresses(self) -> list[int]: ...
+    def changed(self) -> bool:
+        """Since it was made."""
+
 def same_dicts(now: list[dict[str, Any]], seen: list[dict[str, Any]], /) -> bool:
     """Whether they are equal; what cannot be compared is not."""
-
-def same_numbers(objects: list[Any], name: str, numbers: list[int], call: bool, /) -> bool:
-    """Whether an attribute of each object, or what it returns, is the number."""
 
 def end_rounds(
     requests: Sequence[Beams], kept: Int64, managers: Sequence[PageManager]
@@ -546,7 +580,7 @@ def keep_all(requests: Sequence[Beams], managers: Sequence[PageManager]) -> None
 def round_rows(requests: Sequence[Beams]) -> list[int]:
     """Candidates that grow in the round under way, or else in the next one, as it begins."""
 
-def round_pages(requests: Sequence[Beams], page_sizes: Sequence[int]) -> Int64:
-    """Returns pages [R, models], 0 where a model runs not."""
+def round_pages(requests: Sequence[Beams], page_sizes: Sequence[int]) -> list[list[int]]:
+    """Returns pages of each request in each model, 0 where it runs not."""
 
 def held_slots(requests: Sequence[Beams], model: int) -> Int32: ...

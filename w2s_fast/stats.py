@@ -55,13 +55,16 @@ Phase = Literal["prefill_s", "decode_s", "scoring_s"]
 
 
 class timed:
-    """For ``with``: add the time within to one phase of each of these."""
+    """For ``with``: add the time within to one phase of each of these; of ``begun`` to prefill."""
 
-    __slots__ = ("_begin", "_phase", "_stats")
+    __slots__ = ("_begin", "_begun", "_phase", "_stats")
 
-    def __init__(self, phase: Phase, stats: Sequence[RequestStats]) -> None:
+    def __init__(
+        self, phase: Phase, stats: Sequence[RequestStats], begun: Sequence[RequestStats] = ()
+    ) -> None:
         self._phase = phase
         self._stats = stats
+        self._begun = begun
 
     def __enter__(self) -> None:
         self._begin = time.perf_counter()
@@ -70,6 +73,8 @@ class timed:
         elapsed = time.perf_counter() - self._begin
         for one in self._stats:
             setattr(one, self._phase, getattr(one, self._phase) + elapsed)
+        for one in self._begun:
+            one.prefill_s += elapsed
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from w2s_fast._pages import (
     lay_out_rows,
     lay_out_sources,
 )
-from w2s_fast.attention import SPLIT_KEYS, SPLIT_QUERIES, Columns
+from w2s_fast.attention import SPLIT_KEYS, SPLIT_QUERIES, SPLIT_RULE, Columns
 from w2s_fast.attention.kernel import PassFields
 from w2s_fast.errors import PageMisuse
 from w2s_fast.search import Request
@@ -50,8 +50,8 @@ def drawing(manager: PageManager) -> list[Any]:
     return made
 
 
-def fields(bounds: tuple[int, ...], more: int) -> tuple[PassFields, tuple[int, ...]]:
-    rows, tokens, splits, pages = (size + more for size in bounds[:4])
+def fields(bucket: tuple[int, ...], more: int) -> tuple[PassFields, tuple[int, ...]]:
+    rows, tokens, _, splits, *_, pages = (size + more for size in bucket)
     return PassFields(rows, tokens, splits, pages, shares=True, spare=True), (rows, tokens)
 
 
@@ -72,8 +72,10 @@ def test_a_draw_as_a_recording_is_given_it(manager: PageManager, more: int) -> N
     # The tokens of the sources count, and those of all steps but the last.
     own, of_rows, *_ = lay_out_rows(beams, 0)
     assert manager.lengths[own].tolist() == np.repeat(lengths + STEPS - 1, children).tolist()
-    ((of_sources, of_children),) = layout.bounds
-    assert of_sources[:2] == (2, 4) and of_children[:2] == (8, 8)
+    ((of_sources,), (of_children,)) = layout.buckets(SPLIT_RULE, 8, 2, 100, [20])
+    assert of_sources[:3] == (2, 4, 2) and of_children[:3] == (8, 8, 1)
+    # Few shapes: sources have the room that the rows behind them have.
+    assert of_sources[-1] == of_children[-1] == 8 * 20
 
     plan, (rows, count) = fields(of_sources, more)
     sizes = {"tokens": count, "last": rows, "source": 8 + more}
@@ -130,9 +132,10 @@ def test_a_draw_of_several_models_as_a_recording_is_given_it(more: int) -> None:
     def laid_out(which: int, wanted: list[list[tuple[str, str, int]]], write: Any) -> list[Any]:
         """What is written for each model: its columns first, and its plan behind them."""
         pieces, rooms, offsets, begin = [], [], [], 0
-        for bounds, own in zip(layout.bounds, wanted):
+        buckets = layout.buckets(SPLIT_RULE, 3, 1, 100, [20] * 3)[which]
+        for bucket, own in zip(buckets, wanted):
             made, _ = columns(own)
-            plan, _ = fields(bounds[which], more)
+            plan, _ = fields(bucket, more)
             rooms.append(plan.room_at(begin + made.nbytes))
             offsets.append(made.offsets + begin)
             pieces.append((made, slice(begin, begin + made.nbytes)))

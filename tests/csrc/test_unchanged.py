@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
-from w2s_fast._pages import DictWatch, same_dicts, same_numbers
+from w2s_fast._pages import DictWatch, NumberWatch, same_dicts
 
 # Elsewhere dicts do not say so, and whoever asks has to compare them.
 tells = pytest.mark.skipif(sys.version_info >= (3, 13), reason="Python 3.13 keeps no account of it")
@@ -84,17 +85,31 @@ def test_dicts_are_the_same_as_they_are_equal() -> None:
     assert not same_dicts([{}], [])
 
 
-def test_numbers_of_objects_are_asked_for() -> None:
+def test_numbers_of_tensors_are_asked_for() -> None:
     class Counted:
-        version = 3
+        _version = 3
 
-        def address(self) -> int:
+        def data_ptr(self) -> int:
             return 1 << 63
 
     made = [Counted(), Counted()]
-    assert same_numbers(made, "version", [3, 3], False)
-    assert not same_numbers(made, "version", [3, 4], False)
-    assert not same_numbers(made, "version", [3], False)
-    assert same_numbers(made, "address", [1 << 63] * 2, True)
+    watch = NumberWatch(made, made[1:])
+    assert (watch.versions, watch.addresses) == ([3, 3], [1 << 63])
+    assert not watch.changed()
+    made[1]._version = 4
+    assert watch.changed()
+    made[1]._version = 3
+    assert not watch.changed()
+    made[1].data_ptr = lambda: 16  # type: ignore[method-assign]
+    assert watch.changed()
+
+
+def test_what_has_no_numbers_says_so() -> None:
     with pytest.raises(AttributeError):
-        same_numbers(made, "nothing", [3, 3], False)
+        NumberWatch([object()], [])
+    with pytest.raises(AttributeError):
+        NumberWatch([], [object()])
+    tensor = torch.zeros(2)
+    watch = NumberWatch([tensor], [tensor])
+    tensor.add_(1)
+    assert watch.changed()

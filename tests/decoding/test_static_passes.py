@@ -28,9 +28,9 @@ def test_one_buffer_of_the_host_fills_both(grows: bool) -> None:
     assert together == (not grows)
     assert second.nbytes == len(first.buffer) + len(second.buffer)
 
-    host = second.host_buffer()
-    host.copy_(torch.arange(len(host)) % 251)
-    second.take(host)
+    sheet = second.outbox.take()
+    host = sheet.tensor.copy_(torch.arange(second.nbytes) % 251)
+    second.take(sheet)
     assert torch.equal(torch.cat([first.buffer, second.buffer]), host)
     # Where what is laid out goes to: the plan reads it from there.
     (offset,) = second.columns[0].tolist()

@@ -341,6 +341,7 @@ def test_rounds_that_the_host_decides_leave_nothing_behind_either(scorers: Any) 
 
 OPERATIONS = ("allocate", "reserve", "extend", "fork_beams", "take_tokens", "release_finished")
 OPERATIONS += ("begin_rounds", "set_kept_slots", "take_scores", "end_rounds", "advance_beams")
+OPERATIONS += ("fork_in_guides",)
 
 
 @pytest.mark.usefixtures("repeatable")

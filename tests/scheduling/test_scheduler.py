@@ -142,7 +142,7 @@ def test_the_pages_of_a_round() -> None:
 
     def pages(model: int, tokens: int = 0, shared: int = 0, prompt: int = 9) -> int:
         one = request(prompt, params, tokens=tokens, shared=shared)
-        return int(round_pages([one.beams], [4, 4, 4])[0, model])
+        return round_pages([one.beams], [4, 4, 4])[0][model]
 
     # Round 1: the prompt's 2 full pages, and 1 + 4 tokens of each candidate behind them.
     assert pages(BASE) == 2 + 6 * 2

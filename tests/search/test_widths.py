@@ -114,7 +114,7 @@ def test_no_round_is_promised_more_pages_or_rows_than_a_request_was_checked_for(
     most = [pages_at_most(request, of, page_size) for of in models]
     while not request.done:
         if not request.in_round:
-            (pages,) = round_pages([request.beams], [page_size] * 3).tolist()
+            (pages,) = round_pages([request.beams], [page_size] * 3)
             assert all(p <= m for p, m in zip(pages, most))
             assert round_rows([request.beams])[0] <= params.rows
         engine._search.step([request])

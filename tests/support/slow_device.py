@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+import w2s_fast.attention.outbox
 from tests.support.device import _ALLOCATIONS, Device, _Calls, _key, _Operators, _tensors
 from w2s_fast.attention.staging import Reading
 from w2s_fast.decoding import Recorder
@@ -45,14 +46,19 @@ class SlowDevice(Device):
     def __enter__(self) -> SlowDevice:
         self._work = threading.Thread(target=self._do_work, daemon=True)
         self._work.start()
-        self._waiting = mock.patch.object(Reading, "wait", self._waiting_for())
-        self._waiting.start()
+        self._patches = [
+            mock.patch.object(Reading, "wait", self._waiting_for()),
+            mock.patch.object(w2s_fast.attention.outbox, "mark_on", self._mark_on),
+        ]
+        for patch in self._patches:
+            patch.start()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._waiting.stop()
+        for patch in self._patches:
+            patch.stop()
         self._queue.put(None)
         self._work.join(PATIENCE)
 
@@ -118,6 +124,9 @@ class SlowDevice(Device):
 
         return wait
 
+    def _mark_on(self, _: torch.device) -> _Mark:
+        return _Mark(self)
+
     def _arrives_with(self, tensor: Tensor, place: int) -> None:
         self._arrives[_key(tensor)] = tensor.untyped_storage(), place
 
@@ -129,6 +138,20 @@ class SlowDevice(Device):
     def _looked_at(self, tensor: Tensor) -> None:
         _, place = self._arrives.get(_key(tensor), (None, 0))
         assert self.done >= place, "the host looks at what has not arrived"
+
+
+class _Mark:
+    """A place in the queue."""
+
+    def __init__(self, device: SlowDevice) -> None:
+        self._device = device
+        self._place = 0
+
+    def record(self) -> None:
+        self._place = self._device.put
+
+    def query(self) -> bool:
+        return self._device.done >= self._place
 
 
 class _Queued(_Operators):

@@ -12,6 +12,7 @@ from w2s_fast.attention.flash import FlashAttention
 from w2s_fast.attention.gathered import GatheredPlan
 from w2s_fast.attention.interface import ATTENTION_NAME
 from w2s_fast.attention.kernel import Bounds, KernelPlan, lay_out
+from w2s_fast.attention.outbox import Outbox, Sheet
 from w2s_fast.attention.row_tree import Level, RowTree
 from w2s_fast.attention.staging import (
     Columns,
@@ -23,7 +24,7 @@ from w2s_fast.attention.staging import (
     launch_copy,
     to_device,
 )
-from w2s_fast.attention.static_plan import Bucket, StaticPlan
+from w2s_fast.attention.static_plan import SPLIT_RULE, Bucket, StaticPlan
 from w2s_fast.kernels.paged_attention_triton import SPLIT_KEYS, SPLIT_QUERIES
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "BACKENDS",
     "SPLIT_KEYS",
     "SPLIT_QUERIES",
+    "SPLIT_RULE",
     "Attends",
     "AttentionPlan",
     "Backend",
@@ -44,9 +46,11 @@ __all__ = [
     "KernelPlan",
     "LayerOptions",
     "Level",
+    "Outbox",
     "Reading",
     "Room",
     "RowTree",
+    "Sheet",
     "StaticPlan",
     "choose_backend",
     "dense_attention",

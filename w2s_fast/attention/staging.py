@@ -141,8 +141,7 @@ class Reading:
 
     def __init__(self, *tensors: Tensor) -> None:
         """All of one device."""
-        device = tensors[0].device
-        pinned = device.type == "cuda"
+        pinned = tensors[0].is_cuda
         self._arrived = None
         self._here = []
         for tensor in tensors:
@@ -151,7 +150,7 @@ class Reading:
             self._here.append(here)
         if pinned:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record(torch.cuda.current_stream(device))
+            self._arrived.record(torch.cuda.current_stream(tensors[0].device))
 
     def wait(self) -> list[Tensor]:
         """The tensors on the host, once they are there."""

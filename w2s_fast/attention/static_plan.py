@@ -6,7 +6,6 @@ rows and tokens that a bucket has too many belong to nobody: they read no keys, 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,16 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2s_fast._pages import PassLayout
+from w2s_fast._pages import PassLayout, SplitRule, bucket_of, smallest_bucket
 from w2s_fast.attention.kernel import Bounds, KernelPlan, PassFields, lay_out
 from w2s_fast.attention.staging import Field, Room, host_buffer, launch_copy
 from w2s_fast.cache import NO_COPIES, Int32Array, PagePool
 from w2s_fast.kernels.copy_pages import copy_pages, is_one_launch
 from w2s_fast.kernels.paged_attention_triton import FEW_KEYS, SPLIT_KEYS, SPLIT_QUERIES
 
-# Entries of page tables that most buckets have room for: with pages of 16, 2,048 tokens that 16
-# rows share, all or some of them, and 128 of each row's own.
-_SHARED_PAGES, _OWN_PAGES = 128, 8
+SPLIT_RULE = SplitRule(SPLIT_KEYS, SPLIT_QUERIES, FEW_KEYS)
 _COPIES = "copies"  # of pages, before the pass
 
 
@@ -32,7 +29,7 @@ class Bucket(NamedTuple):
     """Bounds of the passes that one recording serves.
 
     They choose how many programs are launched and never what is computed for a row: its attention
-    is the same in every bucket.
+    is the same in every bucket. How they are chosen: csrc/bucket.h.
 
     Attributes:
         rows, tokens: S and T. max_q: the most new tokens of a row.
@@ -51,60 +48,14 @@ class Bucket(NamedTuple):
     pages: int
 
     @classmethod
-    @functools.lru_cache(maxsize=1024)  # asked for in every pass, with the same arguments mostly
     def smallest(cls, rows: int, tokens: int, max_q: int, most_pages: int) -> Bucket:
-        """The first bucket of so many rows and tokens, of rows of ``most_pages`` at most.
-
-        It is enough for 4 x 4 candidates with a prompt of 512 tokens. Such a request has a split
-        for each 256 tokens of the prompt, one for what its hypotheses have in common, and one for
-        each of their 4 histories, 7 in all; a row has up to 4 of them. There is no room for more:
-        programs of splits that a pass does not have are launched, and return. Nor is there for own
-        keys that take programs of their own: a chunk has fewer.
-        """
-        sharing = 16 * min(max_q, SPLIT_QUERIES)
-        pages = min(-(-rows // 16) * _SHARED_PAGES + rows * _OWN_PAGES, rows * most_pages)
-        return cls(rows, tokens, max_q, max(7 * rows // 16, 8), sharing, 4, FEW_KEYS, pages)
+        """The first bucket of so many rows and tokens, of rows of ``most_pages`` at most."""
+        return cls(*smallest_bucket(SPLIT_RULE, rows, tokens, max_q, most_pages))
 
     @classmethod
     def of(cls, bounds: Bounds, rows: int, tokens: int, most_pages: int) -> Bucket:
         """The first bucket of so many rows and tokens that is large enough for a pass."""
-        max_q = 1 << max(0, bounds.max_q - 1).bit_length()
-        least = cls.smallest(rows, tokens, max_q, most_pages)
-        shares = max_q <= SPLIT_QUERIES or bounds.splits > 0
-        # Most passes fit the smallest: several buckets a round are asked for.
-        if (
-            shares
-            and bounds.pages <= least.pages
-            and bounds.splits <= least.splits
-            and bounds.max_tokens <= least.max_tokens
-            and bounds.max_parts <= least.max_parts
-            and bounds.max_own <= least.max_own
-        ):
-            return least
-        pages = min(_rung(bounds.pages, least.pages, 2), rows * most_pages)
-        max_own = least.max_own
-        if not shares or bounds.max_own > max_own:
-            max_own = _rung(bounds.max_own, SPLIT_KEYS, 4)
-        if not shares:
-            # Room for partial results of rows that have none would be most of a pass's memory.
-            return cls(rows, tokens, max_q, 0, 0, 0, max_own if bounds.max_own else 0, pages)
-        return cls(
-            rows,
-            tokens,
-            max_q,
-            splits=_rung(bounds.splits, least.splits, 2),
-            max_tokens=_rung(bounds.max_tokens, least.max_tokens, 4),
-            max_parts=_rung(bounds.max_parts, least.max_parts, 4),
-            max_own=max_own,
-            pages=pages,
-        )
-
-
-def _rung(value: int, first: int, factor: int) -> int:
-    """The first of ``first``, ``factor * first``, ... that is at least ``value``."""
-    while first < value:
-        first *= factor
-    return first
+        return cls(*bucket_of(SPLIT_RULE, bounds, rows, tokens, most_pages))
 
 
 @dataclass

@@ -16,7 +16,6 @@ from w2s_fast.decoding.graphs import (
     Recordings,
     most_pass_tokens,
     round_up_rows,
-    round_up_tokens,
 )
 from w2s_fast.decoding.growing_rows import GrowingRows
 from w2s_fast.decoding.lane import Lane
@@ -49,5 +48,4 @@ __all__ = [
     "record_passes",
     "refuse_compile",
     "round_up_rows",
-    "round_up_tokens",
 ]

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from w2s_fast._pages import DrawLayout
-from w2s_fast.attention import SPLIT_KEYS, SPLIT_QUERIES, Bounds, Bucket, Field, Room, lay_out
+from w2s_fast.attention import (
+    SPLIT_KEYS,
+    SPLIT_QUERIES,
+    SPLIT_RULE,
+    Bounds,
+    Bucket,
+    Field,
+    Room,
+    lay_out,
+)
 from w2s_fast.decoding.drawing import Drawing
 from w2s_fast.decoding.draws import Draws
 from w2s_fast.decoding.first_step import FirstStep
@@ -21,7 +30,6 @@ from w2s_fast.decoding.graphs import (
     Recording,
     Recordings,
     round_up_rows,
-    round_up_tokens,
     rows_recorded,
 )
 from w2s_fast.decoding.growing_rows import GrowingRows
@@ -122,9 +130,12 @@ class DecodeGraphs:
             for model, own in zip(self._models, rows)
         ]
         padded = round_up_rows(count, self._max_rows)
-        bucket = self._bucket(
-            [Bounds.of(layout) for layout in layouts],
-            padded,
+        passes = (
+            Bucket.of(Bounds.of(layout), padded, padded, most)
+            for layout, most in zip(layouts, self._most_pages)
+        )
+        bucket = StepBucket(
+            tuple(passes),
             plausible=fusion is not None and fusion.some_plausible,
             dynamic=fusion is not None and fusion.some_dynamic,
         )
@@ -135,10 +146,10 @@ class DecodeGraphs:
             more = {**sampling._asdict(), **settings} if m == 0 else {}
             plan.load(layout, more, own.copies, back=True)
             plan.copy_pages(len(own.copies))
-        drawn = self._drawn_by(step, count, padded)
         first = None if step.fusion is None else step.fusion.first(count)
-        drawn.put(0, *self._drawing.draw_from(logits, step.sampling.first(count), first))
-        return self._replay(recording, drawn, steps)
+        drawn = self._drawing.draw_from(logits, step.sampling.first(count), first)
+        step.drawn.part(1, count).put(0, *drawn)
+        return self._replay(recording, count, steps)
 
     def begin(self, layout: DrawLayout, steps: int) -> Draws | None:
         """Run what rows come from, draw their first tokens, and ``steps`` - 1 more.
@@ -160,63 +171,35 @@ class DecodeGraphs:
         for model in self._models:
             model.check()
         layout.begin(steps, SPLIT_KEYS, SPLIT_QUERIES)
-        of_sources, of_rows = zip(*(starmap(Bounds, both) for both in layout.bounds))
         padded = round_up_rows(rows, most)
-        bucket = self._bucket(
-            of_rows, padded, plausible=layout.some_plausible, dynamic=layout.some_dynamic
+        of_sources, of_rows = layout.buckets(
+            SPLIT_RULE, padded, round_up_rows(layout.num_sources, most), most, self._most_pages
         )
-        sources = tuple(
-            self._of_sources(bounds, of_step, most_pages)
-            for bounds, of_step, most_pages in zip(of_sources, bucket.passes, self._most_pages)
+        bucket = StepBucket(
+            tuple(starmap(Bucket, of_rows)), layout.some_plausible, layout.some_dynamic
         )
         recording = self.recordings.find(bucket)
-        first = self.firsts.find(FirstBucket(sources, bucket))
+        first = self.firsts.find(FirstBucket(tuple(starmap(Bucket, of_sources)), bucket))
         step, before = recording.static, first.static
         for m, count in enumerate(layout.num_before):
             if count:
                 self._models[m].pool.copy_pages(layout.before(m))
-        host = before.passes.host_buffer()
-        both = host.numpy()
-        layout.write_rows(both, step.passes.rooms, step.passes.columns)
-        layout.write_sources(both, before.passes.rooms, before.passes.columns, padded)
+        host = before.passes.outbox.take()
+        layout.write_rows(host.array, step.passes.rooms, step.passes.columns)
+        layout.write_sources(host.array, before.passes.rooms, before.passes.columns, padded)
         before.passes.take(host)
         first.replay()
         for plan, count in zip(step.plans, layout.num_copies):
             plan.copy_unrecorded(count)
-        return self._replay(recording, self._drawn_by(step, rows, padded), steps)
+        return self._replay(recording, rows, steps)
 
-    def _bucket(
-        self, bounds: Sequence[Bounds], rows: int, *, plausible: bool, dynamic: bool
-    ) -> StepBucket:
-        passes = [Bucket.of(own, rows, rows, most) for own, most in zip(bounds, self._most_pages)]
-        return StepBucket(tuple(passes), plausible, dynamic)
-
-    def _of_sources(self, bounds: Bounds, step: Bucket, most_pages: int) -> Bucket:
-        most = self._max_rows
-        found = Bucket.of(
-            bounds,
-            round_up_rows(bounds.rows, most),
-            min(round_up_tokens(bounds.tokens), most),
-            most_pages,
-        )
-        # Few shapes: what there is room for depends on the rows alone, as long as that is enough.
-        if found.pages >= step.pages and (found.splits >= step.splits or not found.splits):
-            return found
-        return found._replace(
-            splits=max(found.splits, step.splits if found.splits else 0),
-            pages=max(found.pages, step.pages),
-        )
-
-    def _drawn_by(self, step: Step, rows: int, room: int) -> Draws:
-        return Draws(step.drawn.memory, rows, room, step.drawn.models)
-
-    def _replay(self, recording: Recording[Step], drawn: Draws, steps: int) -> Draws:
-        """All steps but the first, whose tokens stand in ``drawn``.
+    def _replay(self, recording: Recording[Step], rows: int, steps: int) -> Draws:
+        """All steps but the first, whose tokens stand where steps draw; of so many rows.
 
         Of so many steps as are kept, what is returned stands where it was drawn: it is to be read
         or copied before these rows, or as many others, are drawn again.
         """
-        put_away = []
+        drawn, put_away = recording.static.drawn, []
         for left in range(steps - 1, 0, -_STEPS):
             for _ in range(min(left, _STEPS)):
                 recording.replay()
@@ -225,9 +208,10 @@ class DecodeGraphs:
                 # The last draw is the first of what follows.
                 drawn.memory[0].copy_(drawn.memory[_STEPS])
                 recording.static.taken.zero_()
-        memory = drawn.memory[: left + 1]
-        found = torch.cat([*put_away, memory]) if put_away else memory
-        return Draws(found, drawn.rows, drawn.room, drawn.models)
+        last = drawn.part(left + 1, rows)
+        if not put_away:
+            return last
+        return Draws(torch.cat([*put_away, last.memory]), rows, drawn.room, drawn.models)
 
     def _prepare(self, bucket: StepBucket) -> Step:
         rows, others = bucket.rows, len(self._models) - 1

@@ -36,6 +36,8 @@ class Draws:
         self.rows = rows
         self.room = rows if room is None else room
         self.models = models
+        self._steps = len(memory)
+        self._part: Draws | None = None
         self._fields = _fields(self.room, models)
         self.logprobs_at = self._fields.offsets["logprobs"]
         self.others_at = self._fields.offsets["others"]
@@ -76,7 +78,14 @@ class Draws:
         return _fields(rows, models).nbytes
 
     def __len__(self) -> int:
-        return len(self.memory)
+        return self._steps
+
+    def part(self, steps: int, rows: int) -> Draws:
+        """The first of both: a view. The last one is kept, since most rounds ask for the same."""
+        part = self._part
+        if part is None or len(part) != steps or part.rows != rows:
+            part = self._part = Draws(self.memory[:steps], rows, self.room, self.models)
+        return part
 
     def __getitem__(self, step: int) -> Draw:
         return Draw(self.tokens[step], self.logprobs[step])

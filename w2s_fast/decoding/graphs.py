@@ -97,8 +97,8 @@ class Recordings(Generic[B, S]):
             self._missed.update(list(self._made))
             self._missed_most = max(self._missed.values(), default=0)
             self._made.clear()
-        if bucket in self._made:
-            return self._made[bucket]
+        if (made := self._made.get(bucket)) is not None:
+            return made
         self._missed[bucket] += 1
         self._missed_most = max(self._missed_most, self._missed[bucket])
         static = self.static_of(bucket)
@@ -168,12 +168,6 @@ def round_up_rows(rows: int, max_rows: int) -> int:
     """The next of :func:`rows_recorded`, which ``rows`` must not exceed."""
     recorded = rows_recorded(max_rows)
     return recorded[bisect_left(recorded, rows)]
-
-
-def round_up_tokens(count: int) -> int:
-    """At most a quarter more: the work of a pass grows with its tokens."""
-    step = 1 << max(0, count.bit_length() - 3)
-    return -(-count // step) * step
 
 
 def most_pass_tokens(max_rows: int) -> int:

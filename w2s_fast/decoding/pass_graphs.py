@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from w2s_fast._pages import round_up_tokens
 from w2s_fast.attention import Bounds, Bucket, Field, Room, RowTree, StaticPlan, lay_out
 from w2s_fast.cache import Int32Array, Ints, as_int32
-from w2s_fast.decoding.graphs import MOST_NEW, Recordings, round_up_rows, round_up_tokens
+from w2s_fast.decoding.graphs import MOST_NEW, Recordings, round_up_rows
 from w2s_fast.decoding.recorder import Recorder
 from w2s_fast.models import Body, PagedModel, run_body
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from w2s_fast._pages import PassRoom
-from w2s_fast.attention import Bucket, Field, Room, StaticPlan, host_buffer, launch_copy
+from w2s_fast.attention import Bucket, Field, Outbox, Room, Sheet, StaticPlan, launch_copy
 from w2s_fast.models import PagedModel
 
 
@@ -22,7 +22,7 @@ class StaticPasses:
     Attributes:
         plans: of each model, with what was asked for beside it.
         buffer: uint8 [n]. others: what lies before it.
-        nbytes: of both, as the host lays them out.
+        nbytes: of both, as the host lays them out. outbox: where it does.
         rooms: where each plan lies in what the host lays out. columns: offsets of what lies
             beside it.
     """
@@ -31,6 +31,7 @@ class StaticPasses:
     buffer: Tensor
     others: Tensor | None
     nbytes: int
+    outbox: Outbox
     rooms: list[PassRoom]
     columns: list[NDArray[np.int64]]
     _whole: Tensor | None
@@ -66,6 +67,7 @@ class StaticPasses:
             buffer=whole[begin:],
             others=others,
             nbytes=ends[-1],
+            outbox=Outbox(ends[-1], whole.device),
             rooms=[own.room_at(span.start) for own, span in zip(made, spans)],
             columns=[
                 own.fields.offsets_of(wanted) + span.start
@@ -79,15 +81,12 @@ class StaticPasses:
         for plan in self.plans:
             plan.clear()
 
-    def host_buffer(self) -> Tensor:
-        """Memory of the host to be filled for :meth:`take`, that of the others first."""
-        return host_buffer(self.nbytes, self.buffer.device)
-
-    def take(self, host: Tensor) -> None:
+    def take(self, host: Sheet) -> None:
         """Take over what the host has laid out: in one copy, if the room has not grown between."""
         if self._whole is not None:
-            launch_copy(host, self._whole)
+            launch_copy(host.tensor, self._whole)
         else:
             assert self.others is not None
-            launch_copy(host[: len(self.others)], self.others)
-            launch_copy(host[len(self.others) :], self.buffer)
+            launch_copy(host.tensor[: len(self.others)], self.others)
+            launch_copy(host.tensor[len(self.others) :], self.buffer)
+        self.outbox.send(host)

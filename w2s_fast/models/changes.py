@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from w2s_fast._pages import DictWatch, same_dicts, same_numbers
+from w2s_fast._pages import DictWatch, NumberWatch, same_dicts
 
 # Settings of training, which a pass in eval mode does not depend on.
 _OF_TRAINING = frozenset(
@@ -81,19 +81,20 @@ class _Look:
             for seen in self._seen
         ]
         tensors = [t for module in modules for t in _tensors(module)]
-        self._counted = [t for t in tensors if not t.is_inference()]
-        self._stored = [t for t in tensors if _has_address(t)]
-        self.versions = _versions(self._counted)
-        self.addresses = _addresses(self._stored)
+        counted = [t for t in tensors if not t.is_inference()]
+        self._numbers = NumberWatch(counted, [t for t in tensors if _has_address(t)])
+
+    @property
+    def versions(self) -> list[int]:
+        return self._numbers.versions
+
+    @property
+    def addresses(self) -> list[int]:
+        return self._numbers.addresses
 
     def still_holds(self) -> bool:
-        return (
-            same_numbers(self._counted, "_version", self.versions, False)
-            and same_numbers(self._stored, "data_ptr", self.addresses, True)
-            and self._same_dicts()
-        )
-
-    def _same_dicts(self) -> bool:
+        if self._numbers.changed():
+            return False
         if not self._watch.changed():
             return True
         if not same_dicts(self._held, self._seen):
@@ -121,14 +122,6 @@ def _kind(model: nn.Module) -> list[Any]:
         (module, [(t.shape, t.dtype, t.device) for t in _tensors(module)])
         for module in model.modules()
     ]
-
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]
-
-
-def _addresses(tensors: list[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _has_address(tensor: Tensor) -> bool:

@@ -126,7 +126,7 @@ class Runner:
         return Hold(
             self._turn,
             queue=self._next_turn,
-            begin=partial(self._begin_turn, rooms),
+            begin=partial(self._begin_turn, rooms) if rooms else self._begin_turn,
             end=self._end_turn,
             after=self.settle,
         )
@@ -153,7 +153,7 @@ class Runner:
         middle of a step, in the thread that takes it. In another process nothing is left to be
         freed.
         """
-        had = self.process.is_here
+        had = bool(self._given_up) and self.process.is_here
         while had and self._given_up:
             with Hold(self._turn, wait=False, begin=self._begin_turn, end=self._end_turn) as had:
                 if had:
@@ -346,7 +346,8 @@ class Runner:
         # Who was interrupted here does not know how far that came, and does it all again.
         announced = self._weights_changed.is_set() or self._following
         self._following = True
-        self._weights_changed.clear()
+        if announced:  # what is announced from here on is followed by the next step
+            self._weights_changed.clear()
         changed = [model.name for model in self._search.all_models if model.follow(announced)]
         if changed:
             self._in_flight = ()

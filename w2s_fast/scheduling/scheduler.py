@@ -164,7 +164,7 @@ class Scheduler:
         waiting = self.waiting[: self.max_rows + _MOST_MISSES]
         asking = list(merge(between, waiting, key=_urgency)) if waiting else between
         beams = [request.beams for request in asking]
-        pages_of = round_pages(beams, self._page_sizes).tolist()
+        pages_of = round_pages(beams, self._page_sizes)
         # Of the round at hand, like the pages: a width that falls frees room at once.
         for request, own in zip(asking, round_rows(beams)):
             request.rows = own

@@ -45,7 +45,7 @@ class BeamSide:
         begun = [request for request in requests if request.begins]
         new = [request.stats for request in begun]
         old = [request.stats for request in requests if not request.begins]
-        with timed("prefill_s", new), timed("decode_s", old):
+        with timed("decode_s", old, begun=new):
             logits = self._base.first_logits(requests)
             count = max(request.continuations for request in requests)
             found = likeliest(logits, min(count, logits.shape[1]))

@@ -63,7 +63,7 @@ class Expansion:
         # The first token of all children of a beam comes from one row of logits, and only then
         # are they forked: what they share is forwarded once.
         barred = any(r.ends_late and r.params.min_new_tokens > r.beams.grown for r in requests)
-        with timed("prefill_s", new), timed("decode_s", old):
+        with timed("decode_s", old, begun=new):
             # Tokens that may not be drawn yet are barred where the host launches every step.
             draws = None if barred else self.decoder.begin(layout, steps)
             if draws is None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from w2s_fast._pages import ScoringLayout, fork_beams, held_slots
+from w2s_fast._pages import ScoringLayout, fork_in_guides, held_slots
 from w2s_fast.attention import Columns, RowTree, host_buffer
 from w2s_fast.cache import NO_COPIES, Int32Array
 from w2s_fast.decoding import Draws, Lane
@@ -41,6 +41,7 @@ class GuideSide:
         self._device = models[0].device
         self._lane = Lane(self._device)
         self._models = list(enumerate(models))[1:]  # by their roles
+        self._managers = [model.pool.manager for _, model in self._models]
 
     def prefill(self, requests: Sequence[Request], most: list[int]) -> set[Request]:
         """Run texts of requests that cannot be scored, or go on, before they stand.
@@ -91,10 +92,9 @@ class GuideSide:
             again: they have slots; what was run there in this round is taken back.
         """
         beams = [request.beams for request in requests]
-        copies = [
-            NO_COPIES if again else fork_beams(beams, model.pool.manager, index)
-            for index, model in self._models
-        ]
+        copies = [NO_COPIES] * len(self._models)
+        if not again:
+            copies = fork_in_guides(beams, self._managers)
         layout = ScoringLayout(
             beams,
             [request.beams for request in drawing],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, starmap
 from typing import NamedTuple
 
 import numpy as np
@@ -12,17 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2s_fast._pages import PassRoom, ScoringLayout
+from w2s_fast._pages import PassRoom, ScoringLayout, round_up_tokens
 from w2s_fast.attention import (
     SPLIT_KEYS,
     SPLIT_QUERIES,
-    Bounds,
+    SPLIT_RULE,
     Bucket,
     Field,
     Fields,
+    Outbox,
     Room,
     StaticPlan,
-    host_buffer,
     launch_copy,
 )
 from w2s_fast.cache import Int32Array
@@ -35,7 +36,6 @@ from w2s_fast.decoding import (
     Recordings,
     most_pass_tokens,
     round_up_rows,
-    round_up_tokens,
 )
 from w2s_fast.kernels.linear_logprob_partials import Partials
 from w2s_fast.kernels.score_select import packed_words, score_select
@@ -54,24 +54,33 @@ from w2s_fast.search.selection import Selection
 _STOPS = 4
 
 
+class _Sizes(NamedTuple):
+    """Bounds of what is selected among.
+
+    Attributes:
+        rounds, candidates, tokens, stops, max_candidates, max_width: of score_select.
+        known: tokens that the host has.
+    """
+
+    rounds: int
+    candidates: int
+    tokens: int
+    stops: int
+    known: int
+    max_candidates: int
+    max_width: int
+
+
 class _Bucket(NamedTuple):
     """Bounds of the selections that one recording serves.
 
     Attributes:
         passes: of each model.
-        rounds, candidates, tokens, stops, max_candidates, max_width: of score_select.
-        known: tokens that the host has.
-        steps, rows: of the tokens that it has not.
+        steps, rows: of the tokens that the host has not.
     """
 
     passes: tuple[Bucket, ...]
-    rounds: int
-    candidates: int
-    tokens: int
-    stops: int
-    max_candidates: int
-    max_width: int
-    known: int
+    sizes: _Sizes
     steps: int
     rows: int
 
@@ -82,7 +91,7 @@ class _Scoring:
 
     Attributes:
         bucket: its own. scorer: whose models run.
-        plans: of each model, within ``buffer`` uint8 [nbytes].
+        plans: of each model, within ``buffer`` uint8 [n]. outbox: where the host lays it out.
         columns: what travels beside them, by name.
         drawn: tokens as they were drawn. packed: what comes out, int64 [n].
         offsets, items: of the columns. rooms: where the plans lie. of_copies: where each has the
@@ -92,7 +101,7 @@ class _Scoring:
     bucket: _Bucket
     scorer: ScoreGraphs
     buffer: Tensor
-    nbytes: int
+    outbox: Outbox
     plans: list[StaticPlan]
     columns: dict[str, Tensor]
     drawn: Draws
@@ -124,8 +133,8 @@ class _Scoring:
             tokens=new,
             logprobs=own,
             **columns,
-            max_candidates=self.bucket.max_candidates,
-            max_width=self.bucket.max_width,
+            max_candidates=self.bucket.sizes.max_candidates,
+            max_width=self.bucket.sizes.max_width,
         )
         self.packed.copy_(packed)
 
@@ -180,8 +189,8 @@ class ScoreGraphs:
         Returns:
             None if it has to be done without: nothing has happened.
         """
-        rows = layout.num_rows
-        rounds, candidates, tokens, stops, known, max_candidates, max_width = layout.sizes
+        rows, sizes = layout.num_rows, layout.sizes
+        _, candidates, tokens, *_, max_candidates, _ = sizes
         if (
             not self.recordings.usable
             or rows == 0
@@ -194,29 +203,21 @@ class ScoreGraphs:
         for model in self._models:
             model.check()
         more = layout.begin(self._managers, SPLIT_KEYS, SPLIT_QUERIES)
-        rows = round_up_rows(rows, self._max_rows)
-        padded = min(round_up_tokens(tokens), self._max_tokens)
+        rounded = _rounded(sizes, self._max_rows, self._max_tokens)
+        passes = layout.buckets(
+            SPLIT_RULE, round_up_rows(rows, self._max_rows), rounded.tokens, self._most_pages
+        )
         bucket = _Bucket(
-            passes=tuple(
-                Bucket.of(Bounds(*bounds), rows, padded, most)
-                for bounds, most in zip(layout.bounds, self._most_pages)
-            ),
-            rounds=_power(rounds),
-            candidates=round_up_rows(candidates, self._max_rows),
-            tokens=padded,
-            stops=_power(max(stops, _STOPS * rounds)),
-            max_candidates=_power(max_candidates),
-            max_width=_power(max_width),
-            known=_power(known),
+            tuple(starmap(Bucket, passes)),
+            rounded,
             steps=0 if drawn is None else len(drawn),
             rows=0 if drawn is None else drawn.room,
         )
         recording = self.recordings.find(bucket)
         static = recording.static
-        host = host_buffer(static.nbytes, self._device)
-        array = host.numpy()
+        host = static.outbox.take()
         layout.write(
-            array,
+            host.array,
             static.offsets,
             static.items,
             bucket.rows,
@@ -224,7 +225,8 @@ class ScoreGraphs:
             copies,
             static.of_copies,
         )
-        launch_copy(host, static.buffer)
+        launch_copy(host.tensor, static.buffer)
+        static.outbox.send(host)
         for model, plan, pairs, others in zip(self._models, static.plans, copies, more):
             plan.copy_unrecorded(len(pairs))
             if len(others):
@@ -232,7 +234,7 @@ class ScoreGraphs:
         if drawn is not None:
             launch_copy(drawn.memory, static.drawn.memory)
         recording.replay()
-        shape = (bucket.rounds, bucket.candidates, bucket.tokens, bucket.max_width)
+        shape = (rounded.rounds, rounded.candidates, rounded.tokens, rounded.max_width)
         return Selection(static.packed, shape, layout.cu_tokens, None)
 
     def run_models(
@@ -261,23 +263,24 @@ class ScoreGraphs:
 
     def _prepare(self, bucket: _Bucket) -> _Scoring:
         int64, float64 = torch.int64, torch.float64
+        sizes = bucket.sizes
         columns = {
-            "tokens": Field(int64, (bucket.known,)),
-            "logprobs": Field(torch.float32, (bucket.known,)),
-            "targets": Field(int64, (bucket.tokens,)),
-            **{f"inputs{m}": Field(int64, (bucket.tokens,)) for m in range(len(self._models))},
+            "tokens": Field(int64, (sizes.known,)),
+            "logprobs": Field(torch.float32, (sizes.known,)),
+            "targets": Field(int64, (sizes.tokens,)),
+            **{f"inputs{m}": Field(int64, (sizes.tokens,)) for m in range(len(self._models))},
             "weights": Field(float64, (len(self._guides),)),
-            "cu_tokens": Field(int64, (bucket.candidates + 1,)),
-            "previous": Field(float64, (bucket.candidates,)),
-            "lengths": Field(int64, (bucket.candidates,)),
-            "parents": Field(torch.int32, (bucket.candidates,)),
-            "siblings": Field(int64, (bucket.candidates,)),
-            "cu_candidates": Field(int64, (bucket.rounds + 1,)),
-            "stops": Field(int64, (bucket.stops,)),
-            "cu_stops": Field(int64, (bucket.rounds + 1,)),
-            "width": Field(int64, (bucket.rounds,)),
-            "mean": Field(torch.bool, (bucket.rounds,)),
-            "dedup": Field(torch.bool, (bucket.rounds,)),
+            "cu_tokens": Field(int64, (sizes.candidates + 1,)),
+            "previous": Field(float64, (sizes.candidates,)),
+            "lengths": Field(int64, (sizes.candidates,)),
+            "parents": Field(torch.int32, (sizes.candidates,)),
+            "siblings": Field(int64, (sizes.candidates,)),
+            "cu_candidates": Field(int64, (sizes.rounds + 1,)),
+            "stops": Field(int64, (sizes.stops,)),
+            "cu_stops": Field(int64, (sizes.rounds + 1,)),
+            "width": Field(int64, (sizes.rounds,)),
+            "mean": Field(torch.bool, (sizes.rounds,)),
+            "dedup": Field(torch.bool, (sizes.rounds,)),
         }
         fields = Fields(columns)
         made = [StaticPlan.fields_of(own) for own in bucket.passes]
@@ -288,14 +291,14 @@ class ScoreGraphs:
             StaticPlan.over(own, model.pool, parts, buffer[span])
             for own, model, parts, span in zip(bucket.passes, self._models, made, spans)
         ]
-        words = packed_words(bucket.rounds, bucket.candidates, bucket.tokens, bucket.max_width)
+        words = packed_words(sizes.rounds, sizes.candidates, sizes.tokens, sizes.max_width)
         a_step = Draws.bytes_a_step(bucket.rows)
         memory = self._drawn.take(bucket.steps * a_step).view(bucket.steps, a_step)
         return _Scoring(
             bucket=bucket,
             scorer=self,
             buffer=buffer,
-            nbytes=ends[-1],
+            outbox=Outbox(ends[-1], self._device),
             plans=plans,
             columns=fields.tensors(buffer),
             drawn=Draws(memory, bucket.rows),
@@ -305,6 +308,21 @@ class ScoreGraphs:
             rooms=[own.room_at(span.start) for own, span in zip(made, spans)],
             of_copies=[own.fields.offsets["copies"] + span.start for own, span in zip(made, spans)],
         )
+
+
+@functools.lru_cache(maxsize=1024)  # most rounds are of the sizes of the one before
+def _rounded(sizes: tuple[int, ...], max_rows: int, max_tokens: int) -> _Sizes:
+    """Sizes of a layout, rounded up to those that are recorded."""
+    found = _Sizes(*sizes)
+    return _Sizes(
+        rounds=_power(found.rounds),
+        candidates=round_up_rows(found.candidates, max_rows),
+        tokens=min(round_up_tokens(found.tokens), max_tokens),
+        stops=_power(max(found.stops, _STOPS * found.rounds)),
+        known=_power(found.known),
+        max_candidates=_power(found.max_candidates),
+        max_width=_power(found.max_width),
+    )
 
 
 def _power(count: int) -> int:

@@ -311,11 +311,11 @@ def _checked_cuts(backend: Tokenizer, pieces: _Pieces) -> Cuts | None:
 
 def _are_safe(cuts: Cuts, pieces: _Pieces) -> bool:
     for whole in SAMPLES:
-        cuts = [cut for cut in range(1, len(whole)) if cuts.at(whole, cut)]
-        parts = [part for p in cuts for part in (whole[:p], whole[p - 1 :], whole[p - 1])]
+        safe = [at for at in range(1, len(whole)) if cuts.at(whole, at)]
+        parts = [part for at in safe for part in (whole[:at], whole[at - 1 :], whole[at - 1])]
         ids, *rest = pieces.encode([whole, *parts])
-        cut = iter(rest)
-        if any(left + right[len(guard) :] != ids for left, right, guard in zip(cut, cut, cut)):
+        three = zip(rest[::3], rest[1::3], rest[2::3])
+        if any(left + right[len(guard) :] != ids for left, right, guard in three):
             return False
     return True
 
