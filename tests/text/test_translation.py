@@ -43,10 +43,13 @@ def grow(
         response += piece
         (grown,) = translator.extend([text], [response])
         assert isinstance(grown, Grown)
-        whole, after = own.encode_with_response(prompt, response)
-        assert grown.text.ids.tolist() == whole + after
-        assert grown.text.start == len(whole)
-        assert grown.common == common_prefix(text.ids.tolist(), whole + after)
+        whole = own._need_texts().encode(written.followed_by(response))
+        start = common_prefix(before, whole)
+        if start == 0:
+            whole, start = [own.bos_token_id or 0, *whole], 1
+        assert grown.text.ids.tolist() == whole
+        assert grown.text.start == start
+        assert grown.common == common_prefix(text.ids.tolist(), whole)
         text = grown.text
         found.append(grown)
     return found

@@ -49,9 +49,9 @@ SAMPLES = (
 class Cuts:
     """The safe places of texts, for one tokenizer."""
 
-    def __init__(self, backend: Tokenizer) -> None:
-        """``backend``: in which a text spells no special tokens; see :mod:`.special_tokens`."""
-        parts = json.loads(backend.to_str())
+    def __init__(self, parts: dict[str, Any]) -> None:
+        """``parts``: of a backend in which no text spells a special token, as it writes itself; see
+        :mod:`.special_tokens`."""
         model = parts["model"]
         added = [a for a in parts["added_tokens"] if not a["special"]]
         self._safe: dict[str, bool] = {}  # of pairs of characters, as far as they were asked for
@@ -181,16 +181,19 @@ class Cuts:
         return bool(self._normalizer.normalize_str(around) == around)
 
 
-def sizes_of_tokens(backend: Tokenizer) -> NDArray[np.int64] | None:
+def sizes_of_tokens(parts: dict[str, Any]) -> NDArray[np.int64] | None:
     """The bytes of each token's text, int64 [V]; None where tokens do not add up to their text."""
-    parts = json.loads(backend.to_str())
     model = parts["model"]
     kept = _beyond_edges(parts["normalizer"]) is None
     marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if not kept or marked or model["type"] not in ("BPE", "Unigram"):
         return None
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    added = {token["content"] for token in parts["added_tokens"]}
+    added = {token["content"]: token["id"] for token in parts["added_tokens"]}
+    names = model["vocab"]
+    vocabulary = (
+        names if isinstance(names, dict) else {name: i for i, (name, _) in enumerate(names)}
+    )
+    vocabulary = {**vocabulary, **added}
     sizes = np.full(max(vocabulary.values(), default=0) + 1 + _MORE, _UNKNOWN, np.int64)
     in_bytes = _reads_bytes(parts)
     unknown = model.get("unk_token") or _entry(model["vocab"], model.get("unk_id"))

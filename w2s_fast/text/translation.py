@@ -9,11 +9,12 @@ its own for each takes longer than what is in it.
 
 from __future__ import annotations
 
+import json
 import secrets
 from array import array
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,8 +76,9 @@ class Translator:
         self._strips = {token.content for token in added if token.special and token.rstrip}
         backend = encoder.specials.copy_that_reads_none()
         if backend is not None:
-            self._pieces = _Pieces(backend, sizes_of_tokens(backend))
-            self._cuts = _checked_cuts(backend, self._pieces)
+            parts = json.loads(backend.to_str())
+            self._pieces = _Pieces(backend, sizes_of_tokens(parts))
+            self._cuts = _checked_cuts(parts, self._pieces)
 
     def begin(self, written: Written) -> Translated:
         """A prompt by itself.
@@ -296,10 +298,10 @@ class _Pieces:
         return self._guards
 
 
-def _checked_cuts(backend: Tokenizer, pieces: _Pieces) -> Cuts | None:
+def _checked_cuts(parts: dict[str, Any], pieces: _Pieces) -> Cuts | None:
     """Cuts as far as samples show that they are safe with this tokenizer."""
     try:
-        cuts = Cuts(backend)
+        cuts = Cuts(parts)
         while not _are_safe(cuts, pieces):
             if not cuts.take_fewer():
                 return None
