@@ -22,7 +22,7 @@ def _pages_in(
     # The base forks when the last token of the text has been run, the guides before that; both run
     # the chunk's tokens but the last.
     common = (prompt - (model != 0)) // page_size
-    if shape.repeats:  # after any number of tokens
+    if not shape.exact:  # after any number of tokens
         history = prompt + max_new_tokens
         chunk = -(-(page_size - 1 + shape.chunk) // page_size)
     else:

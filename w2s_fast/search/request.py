@@ -42,6 +42,17 @@ class Ends(Protocol):
         ...
 
 
+class Breaks(Protocol):
+    """What says where the chunk of a candidate ends before its full length."""
+
+    def find(self, tokens: Sequence[int], known: int) -> int | None:
+        """How many of the tokens there are up to the chunk's end, if it is there.
+
+        ``tokens``: of the response so far, of which ``known`` stood before this round.
+        """
+        ...
+
+
 class Request:
     """A prompt, its parameters, and the state of its search.
 
@@ -61,6 +72,7 @@ class Request:
         given: Any = None,
         has_scorers: bool = False,
         ends: Ends | None = None,
+        breaks: Breaks | None = None,
     ) -> None:
         """``prompt``: the base's tokens, at least one; ``guide_prompts``: those of each other model
         of the search, in their order; none if no guide runs.
@@ -69,6 +81,7 @@ class Request:
         ignored. ``betas``: the factor of each guide, where logits are fused. ``given``: the prompt
         as its caller gave it. ``has_scorers``: others than the guides have a say in which
         candidates are kept; then there need be no guides. ``ends``: of texts; None: none does.
+        ``breaks``: ends of chunks; None: they have their full length.
         """
         self.prompts = [list(prompt), *map(list, guide_prompts)]  # of each model that runs
         self.params = params
@@ -131,6 +144,9 @@ class Request:
         if ends is not None:  # and so may any number, by what they say: so many at least
             self.continuations += 3 * params.kept + _MOST_ENDED
         self.ends = ends
+        self.breaks = breaks
+        # Whether the host reads what was drawn before anything comes of it.
+        self.is_read = ends is not None or breaks is not None
         self.ended_texts: list[Any] = []  # what was found; beams have their numbers
         self.stats = RequestStats()
         self.streams = False  # whether somebody wants to know what its hypotheses agree on

@@ -5,6 +5,7 @@ decoded behind its prompt, and what it means that two models share a vocabulary.
 data here: it is never formatted, and never becomes a special token.
 """
 
+from w2s_fast.text.breaks import Breaks
 from w2s_fast.text.chat import Chat
 from w2s_fast.text.prompt import Prompt, PromptEncoder
 from w2s_fast.text.response import decode_response, open_bytes
@@ -17,6 +18,7 @@ from w2s_fast.text.vocabulary import (
 )
 
 __all__ = [
+    "Breaks",
     "Chat",
     "Prompt",
     "PromptEncoder",
