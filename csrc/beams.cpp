@@ -222,7 +222,10 @@ std::int64_t Beams::round_pages(int model, std::int64_t page_size) const {
     // The base forks when the last token of the text has been run, the guides before that; both run
     // the chunk's tokens but the last.
     const std::int64_t prompt = prompt_ends_[model].length - (model != 0);
-    std::int64_t hypotheses = 0, shortest = INT64_MAX, histories = 0, ends = 0, longest_end = 0;
+    // Where a candidate may be kept more than once, each copy ends in a page of its own. There are no
+    // more of them than losers, which give theirs back, and than the width goes beyond the rows.
+    const std::int64_t width = settings_.copies ? settings_.width_in(round_ahead()) : 0;
+    std::int64_t hypotheses = 0, shortest = INT64_MAX, histories = 0, ends = 0;
     const auto add = [&](std::int64_t tokens) {
         const std::int64_t history = prompt + tokens;
         const std::int64_t chunk = std::min<std::int64_t>(settings_.chunk_in(round_ahead()),
@@ -231,8 +234,7 @@ std::int64_t Beams::round_pages(int model, std::int64_t page_size) const {
         ++hypotheses;
         shortest = std::min(shortest, history);
         histories += history / page_size;
-        ends += end;
-        longest_end = std::max(longest_end, end);
+        ends += std::max<std::int64_t>(end, settings_.copies);
     };
     if (from_prompt()) {
         add(0);
@@ -244,12 +246,10 @@ std::int64_t Beams::round_pages(int model, std::int64_t page_size) const {
     if (hypotheses == 0) return 0;
     const std::int64_t shared = from_prompt() ? 0 : shared_;
     const std::int64_t common = std::min(prompt + shared, shortest) / page_size;
-    // Copies of a candidate end in pages of their own, and there may be more of them than rows. The
-    // children of a beam search may all have the same parent.
-    const std::int64_t copies = settings_.copies ? settings_.width_in(round_ahead()) : 0;
-    const bool even = copies == 0 && !settings_.beam_search;
-    return common + histories - hypotheses * common +
-           (even ? rows() / hypotheses * ends : std::max(rows(), copies) * longest_end);
+    // All have as many children; in a beam search, where all are of one length, there are as many as
+    // rows, whoever has them.
+    return common + histories - hypotheses * common + ends * rows() / hypotheses +
+           std::max<std::int64_t>(0, width - rows());
 }
 
 // ---- what a round does ----

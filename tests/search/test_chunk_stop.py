@@ -26,10 +26,10 @@ PARAMS = st.builds(
     successors=st.sampled_from([2, 3, (2, 1, 3)]),
     chunk_length=st.sampled_from([2, 5, 17, None, (3, None, 4)]),
     chunk_stop=STRINGS,
-    max_new_tokens=st.sampled_from([8, 20]),
-    temperature=st.sampled_from([0.7, 1.5]),
+    max_new_tokens=st.sampled_from([8, 13]),
+    temperature=st.just(1.5),
     top_k=st.just(0),
-    seed=st.integers(0, 9),
+    seed=st.integers(0, 2),
     stop=st.sampled_from([(), (), ("bb", "x"), ("a a",), ("ab",)]),
     stop_token_ids=st.sampled_from([(), (), (9,)]),
     min_new_tokens=st.sampled_from([0, 0, 0, 4]),
@@ -62,9 +62,9 @@ def lengths(result: Any) -> list[set[int]]:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@drawn(60)
+@drawn(40)
 @example(params=[RAGGED, replace(RAGGED, proposal="fusion"), replace(RAGGED, selection="resample")])
-@given(params=st.lists(PARAMS, min_size=1, max_size=3))
+@given(params=st.lists(PARAMS, min_size=1, max_size=2))
 def test_chunks_end_as_in_the_reference(ahead: bool, params: list[SearchParams]) -> None:
     prompts = PROMPTS[: len(params)]
     for prompt, own, result in zip(prompts, params, engine(ahead).generate(prompts, params)):
@@ -72,7 +72,7 @@ def test_chunks_end_as_in_the_reference(ahead: bool, params: list[SearchParams])
     assert_all_pages_free(engine(ahead))
 
 
-@drawn(20)
+@drawn(16)
 @example(params=RAGGED)
 @given(params=PARAMS)
 def test_with_scorers_too(params: SearchParams) -> None:
@@ -81,7 +81,7 @@ def test_with_scorers_too(params: SearchParams) -> None:
     assert_all_pages_free(valued())
 
 
-@drawn(20)
+@drawn(12)
 @example(params=RAGGED)
 @given(params=PARAMS)
 def test_in_too_few_pages_chunks_end_the_same(params: SearchParams) -> None:
@@ -94,7 +94,7 @@ def test_in_too_few_pages_chunks_end_the_same(params: SearchParams) -> None:
     assert params is not RAGGED or crowded().stats().set_aside > before
 
 
-@drawn(30)
+@drawn(20)
 @given(params=PARAMS, prompt=st.sampled_from(PROMPTS))
 def test_a_stream_is_the_result_piece_by_piece(params: SearchParams, prompt: list[int]) -> None:
     (result,) = engine().generate([prompt], params)
