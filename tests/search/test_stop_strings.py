@@ -126,7 +126,7 @@ def test_in_too_few_pages_texts_end_the_same(params: SearchParams) -> None:
 
 def test_the_example_of_the_page_on_endings_runs() -> None:
     page = Path(__file__).parents[2] / "docs" / "endings.md"
-    (example,) = (block.split("```")[0] for block in page.read_text().split("```python\n")[1:])
+    example = page.read_text().split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {"SearchParams": SearchParams, "engine": engine()}
     exec(compile(example, str(page), "exec"), names)
     assert names["params"].stop == ("\nUser:", "###") and names["result"].error is None

@@ -111,7 +111,7 @@ class _Entrant:
             return
         alive = [beam.tokens for beam in request.beams.kept if beam.finish_reason is None]
         self.texts = [[*prompt, *tokens][:-1] for tokens in alive]
-        shared = min(request.beams.shared, *(len(tokens) - 1 for tokens in alive))
+        shared = min(request.beams.shared, len(alive[0]) - 1)
         self.root = self.texts[0][: len(prompt) + shared]
 
     def runs_root(self, model: PagedModel) -> bool:
