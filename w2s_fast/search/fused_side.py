@@ -74,8 +74,8 @@ class FusedSide:
             request.error = request.error or NumericalError.at(name, position)
         self._remember([request for request in drawn.begun if request.error is None])
         end_texts(drawn.requests)
-        for index, model in enumerate(self._models):
-            release_finished(beams, model.pool.manager, index)
+        for m, pool in enumerate(model.pool for model in self._models):
+            release_finished(beams, pool.manager, m)
 
     def _remember(self, requests: Sequence[Request]) -> None:
         """Let later requests find these prompts; not those that made a model fail."""
