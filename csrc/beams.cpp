@@ -222,8 +222,8 @@ std::int64_t Beams::round_pages(int model, std::int64_t page_size) const {
     // The base forks when the last token of the text has been run, the guides before that; both run
     // the chunk's tokens but the last.
     const std::int64_t prompt = prompt_ends_[model].length - (model != 0);
-    // Where a candidate may be kept more than once, each copy ends in a page of its own. There are no
-    // more of them than losers, which give theirs back, and than the width goes beyond the rows.
+    // Where a candidate may be kept more than once, each copy ends in a page of its own. Losers give
+    // theirs back first; what the width has beyond the rows are more copies than losers.
     const std::int64_t width = settings_.copies ? settings_.width_in(round_ahead()) : 0;
     std::int64_t hypotheses = 0, shortest = INT64_MAX, histories = 0, ends = 0;
     const auto add = [&](std::int64_t tokens) {

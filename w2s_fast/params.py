@@ -40,8 +40,8 @@ class SearchParams:
             speculative rejection. Round 1 draws W * K candidates from the prompt.
         chunk_stop: of ``cbs``: strings that end a candidate's chunk before it has L tokens, as the
             steps of its reasoning, or sentences: with the token in which one of them is complete in
-            its text, and that token stays. The next round goes on behind it. Counted and limited as
-            ``stop``, which comes first where both are complete in one token.
+            its text, and that token stays. The next round goes on behind it. As many and as long as
+            those of ``stop``, which come first where both are complete in one token.
         max_new_tokens: tokens of a response at most.
         temperature: of sampling. 0 means greedy.
         top_k: sample only from the k likeliest tokens, ties with the k-th included. 0: off.

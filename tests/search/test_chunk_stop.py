@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.support.drawn import drawn
-from tests.support.engines import PROMPTS, assert_all_pages_free, make_engine
+from tests.support.engines import LONG_PROMPTS, PROMPTS, assert_all_pages_free, make_engine
 from tests.support.text_searches import EOS, STOPS, check, crowded, engine, tokenizer, valued
 from tests.support.tiny_models import tiny_triple
 from w2s_fast import Engine, SearchParams
@@ -152,6 +152,17 @@ def test_candidates_of_a_round_have_different_lengths() -> None:
     assert any(len(own) > 1 for own in lengths(result))
     (plain,) = engine().generate([[3, 1, 4]], replace(RAGGED, chunk_stop=()))
     assert lengths(plain) == [{5}, {10}, set()]
+
+
+@drawn(4)
+@given(proposal=st.sampled_from(["base", "fusion"]))
+def test_rows_of_different_lengths_share_what_they_have_in_common(proposal: Any) -> None:
+    """Behind prompts and texts that are long enough to be segments of their own."""
+    params = replace(WIDE, proposal=proposal, chunk_stop=("a", "\n"), chunk_length=9)
+    for e in (engine(), engine(ahead=True)):
+        (result,) = e.generate(LONG_PROMPTS[:1], params)
+        check(LONG_PROMPTS[0], params, result)
+        assert any(len(own) > 1 for own in lengths(result))
 
 
 def test_neighbours_find_what_they_find_without() -> None:
