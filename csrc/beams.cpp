@@ -103,19 +103,22 @@ bool Beams::done() const {
 }
 
 std::int32_t Beams::tokens_left() const {
+    std::int32_t left = INT32_MAX;
     for (const Beam& beam : candidates_) {
-        if (!beam.finished()) {
-            const std::int32_t end =
-                std::min(beam.inherited + settings_.chunk_in(round_), settings_.max_new_tokens);
-            return end - beam.length;
-        }
+        if (!beam.grows()) continue;
+        const std::int32_t end =
+            std::min(beam.inherited + settings_.chunk_in(round_), settings_.max_new_tokens);
+        left = std::min(left, end - beam.length);
     }
-    return 0;
+    return left == INT32_MAX ? 0 : left;
 }
 
 std::int32_t Beams::grown() const {
-    const auto beam = std::ranges::find_if(candidates_, [](const Beam& b) { return !b.finished(); });
-    return beam == candidates_.end() ? 0 : beam->length;
+    std::int32_t grown = INT32_MAX;
+    for (const Beam& beam : candidates_) {
+        if (beam.grows()) grown = std::min(grown, beam.length);
+    }
+    return grown == INT32_MAX ? 0 : grown;
 }
 
 std::vector<std::int32_t> Beams::agreed() const {
@@ -216,29 +219,37 @@ std::int64_t Beams::rows() const {
 // P + W h + W K L tokens' worth: the full pages that all rows share, the other full pages of each
 // hypothesis, and those of each candidate behind them.
 std::int64_t Beams::round_pages(int model, std::int64_t page_size) const {
-    std::int64_t tokens = 0, shared = 0, hypotheses = 1;
-    if (!from_prompt()) {
-        hypotheses = 0;
-        for (const Beam& beam : kept_) {
-            if (beam.finished()) continue;
-            tokens = beam.length;
-            ++hypotheses;
-        }
-        shared = shared_;
-    }
     // The base forks when the last token of the text has been run, the guides before that; both run
     // the chunk's tokens but the last.
     const std::int64_t prompt = prompt_ends_[model].length - (model != 0);
-    const std::int64_t history = prompt + tokens;
-    const std::int64_t chunk = std::min<std::int64_t>(settings_.chunk_in(round_ahead()),
-                                                      settings_.max_new_tokens - tokens);
-    const std::int64_t common = std::min(prompt + shared, history) / page_size;
-    const std::int64_t histories = hypotheses * (history / page_size - common);
-    // Copies of a candidate end in pages of their own, and there may be more of them than rows.
-    const std::int64_t ends = settings_.copies ? settings_.width_in(round_ahead()) : 0;
-    return common + histories +
-           std::max(rows(), ends) *
-               ceil_div(history % page_size + chunk - (model == 0), page_size);
+    // Where a candidate may be kept more than once, each copy ends in a page of its own. Losers give
+    // theirs back first; what the width has beyond the rows are more copies than losers.
+    const std::int64_t width = settings_.copies ? settings_.width_in(round_ahead()) : 0;
+    std::int64_t hypotheses = 0, shortest = INT64_MAX, histories = 0, ends = 0;
+    const auto add = [&](std::int64_t tokens) {
+        const std::int64_t history = prompt + tokens;
+        const std::int64_t chunk = std::min<std::int64_t>(settings_.chunk_in(round_ahead()),
+                                                          settings_.max_new_tokens - tokens);
+        const std::int64_t end = ceil_div(history % page_size + chunk - (model == 0), page_size);
+        ++hypotheses;
+        shortest = std::min(shortest, history);
+        histories += history / page_size;
+        ends += std::max<std::int64_t>(end, settings_.copies);
+    };
+    if (from_prompt()) {
+        add(0);
+    } else {
+        for (const Beam& beam : kept_) {
+            if (!beam.finished()) add(beam.length);
+        }
+    }
+    if (hypotheses == 0) return 0;
+    const std::int64_t shared = from_prompt() ? 0 : shared_;
+    const std::int64_t common = std::min(prompt + shared, shortest) / page_size;
+    // All have as many children; in a beam search, where all are of one length, there are as many as
+    // rows, whoever has them.
+    return common + histories - hypotheses * common + ends * rows() / hypotheses +
+           std::max<std::int64_t>(0, width - rows());
 }
 
 // ---- what a round does ----
@@ -347,7 +358,7 @@ bool Beams::ends_too_soon(std::int32_t token, std::int32_t length) const {
 bool Beams::take(std::size_t candidate, std::span<const std::int64_t> tokens,
                  std::span<const float> logprobs, std::span<const double> scores) {
     Beam& beam = candidates_[candidate];
-    for (std::size_t i = 0; i < tokens.size() && !beam.finished(); ++i) {
+    for (std::size_t i = 0; i < tokens.size() && beam.grows(); ++i) {
         if (!std::isfinite(logprobs[i]) || (!scores.empty() && !std::isfinite(scores[i]))) {
             return false;
         }
@@ -414,6 +425,7 @@ std::vector<std::vector<PageCopy>> Beams::end_round(std::vector<std::int32_t> wi
     for (std::size_t i = 0; i < width; ++i) {
         const auto winner = static_cast<std::size_t>(winners[i]);
         kept.push_back(candidates_[winner]);
+        kept.back().paused = false;
         hold_block(candidates_[winner].block);
         if (candidates_[winner].finished()) continue;
         if (goes_on[winner]) {
@@ -478,6 +490,16 @@ void Beams::collect_finished(int model, std::vector<std::int32_t>& released) {
         std::int32_t& slot = slots_[c * prompt_ends_.size() + model];
         if (slot == kNoSlot || !candidates_[c].finished()) continue;
         released.push_back(std::exchange(slot, kNoSlot));
+    }
+}
+
+void Beams::collect_paused(int model, std::vector<std::int32_t>& slots,
+                           std::vector<std::int32_t>& lengths) const {
+    for (std::size_t c = 0; c < candidates_.size(); ++c) {
+        const std::int32_t slot = slots_[c * prompt_ends_.size() + model];
+        if (slot == kNoSlot || !candidates_[c].paused) continue;
+        slots.push_back(slot);
+        lengths.push_back(prompt_ends_[model].length + candidates_[c].length - 1);
     }
 }
 

@@ -6,7 +6,10 @@
 // Terms
 //   beam        a hypothesis (kept) or a candidate, with a slot in each model that has run it
 //   model       0 is the base; 1 + 2 g and 2 + 2 g are the tuned and the untuned model of guide g
-//   growing     said of a candidate that is not finished; all of a request have the same length
+//   paused      said of a candidate whose chunk has ended before its full length: it waits for the
+//               selection, and goes on from there like any other
+//   growing     said of a candidate that is neither finished nor paused; all of a request have got
+//               the same number of tokens in a round
 //   block       tokens of a beam, stored once; it points to the block before it, and siblings point
 //               to the same one. So a candidate costs its own tokens, however long the response is.
 //
@@ -85,6 +88,7 @@ struct Beam {
     std::int32_t before_token = kNone;  // the last one of those that are inherited
     std::int32_t block = kNone;      // with its last tokens
     Finish finish = Finish::no;
+    bool paused = false;             // of a candidate
     std::int32_t ending = kNone;     // which of its request's, where its text has ended
     double total = 0.0;              // sum of the scores, as the selection computed it; of beam search
                                      // the log-prob, and once it is finished what it is ranked by
@@ -92,6 +96,7 @@ struct Beam {
     std::uint64_t hash = 0;          // of all tokens
 
     bool finished() const { return finish != Finish::no; }
+    bool grows() const { return !finished() && !paused; }
 };
 
 // What becomes of a kept beam in a beam search.
@@ -170,9 +175,10 @@ public:
     // descent: tokens that came out equal by chance do not count, their keys may differ in the last
     // bits. 0 in the first round.
     std::int32_t shared() const { return shared_; }
-    // How many tokens each growing candidate samples until the selection; 0: none is growing.
+    // How many tokens every growing candidate can still sample in this round; one that is long may
+    // end with the last of them, and others go on. 0: none is growing.
     std::int32_t tokens_left() const;
-    // Tokens of a growing candidate; all have as many. 0: none grows.
+    // Tokens of the shortest growing candidate. 0: none grows.
     std::int32_t grown() const;
     // The longest common prefix of all hypotheses that may be the best one in the end.
     std::vector<std::int32_t> agreed() const;
@@ -231,8 +237,12 @@ public:
     // `scores`: of these tokens, where they are known already; added to the total.
     bool take(std::size_t candidate, std::span<const std::int64_t> tokens,
               std::span<const float> logprobs, std::span<const double> scores = {});
-    // The candidates that have got tokens in this round, and whose texts have not ended.
+    // The candidates that have got tokens in this round, are not paused, and whose texts have not
+    // ended.
     std::vector<NewText> new_texts() const;
+    // The chunk of a candidate ends with the token before `length`: what comes behind was not drawn,
+    // also where it has ended the response.
+    void pause(std::size_t candidate, std::int32_t length);
     // The text of a candidate ends in token `length`: neither that one nor what comes behind is kept
     // or scored, whichever round it was drawn in. `ending` is its owner's word for how.
     void end_text(std::size_t candidate, std::int32_t length, std::int32_t ending);
@@ -247,6 +257,9 @@ public:
                                                  const Managers& managers);
     // Give back the slots of finished candidates in one model.
     void collect_finished(int model, std::vector<std::int32_t>& released);
+    // The slots of paused candidates in one model, and how many tokens belong there.
+    void collect_paused(int model, std::vector<std::int32_t>& slots,
+                        std::vector<std::int32_t>& lengths) const;
 
     // ---- interruptions ----
 
@@ -270,6 +283,7 @@ private:
 
     std::int32_t new_block(std::int32_t before);
     std::int32_t part_of(std::int32_t block, std::int32_t count);
+    void cut(Beam& beam, std::int32_t length);
     void hold_block(std::int32_t block);
     void drop_block(std::int32_t block);
     void drop(const std::vector<Beam>& beams);

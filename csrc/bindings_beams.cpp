@@ -160,6 +160,7 @@ void bind_beams(py::module_& module) {
                             std::int32_t ending) {
                 self.end_text(candidate, length, ending);
             }, py::arg("candidate"), py::arg("length"), py::arg("ending"))
+        .def("pause", &Beams::pause, py::arg("candidate"), py::arg("length"))
         .def("trace", &Beams::trace)
         .def("slot_of_first", [](const Beams& self, int model) {
                 if (self.candidates().empty()) throw py::index_error("no round is under way");

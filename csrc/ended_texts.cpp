@@ -1,4 +1,5 @@
-// Texts that end by what they say: Beams gives out what is new, and cuts where its owner found an end.
+// Texts and chunks that end by what they say: Beams gives out what is new, and cuts where its owner
+// found an end.
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
@@ -13,7 +14,7 @@ std::vector<NewText> Beams::new_texts() const {
     for (std::size_t c = 0; c < candidates_.size(); ++c) {
         const Beam& beam = candidates_[c];
         const bool ended = beam.finish == Finish::eos || beam.finish == Finish::stop;
-        if (beam.ending != Beam::kNone || beam.length == beam.inherited) continue;
+        if (beam.ending != Beam::kNone || beam.paused || beam.length == beam.inherited) continue;
         NewText& text = found.emplace_back();
         text.beam = static_cast<std::int32_t>(c);
         text.known = beam.inherited;
@@ -24,11 +25,8 @@ std::vector<NewText> Beams::new_texts() const {
     return found;
 }
 
-void Beams::end_text(std::size_t candidate, std::int32_t length, std::int32_t ending) {
-    Beam& beam = candidates_.at(candidate);
-    if (beam.ending != Beam::kNone || length < 0 || length > beam.length || ending < 0) {
-        throw std::invalid_argument("a text ends once, in one of its tokens");
-    }
+// The first tokens of a beam, instead of all.
+void Beams::cut(Beam& beam, std::int32_t length) {
     // Back to the block that holds the last token that is kept.
     std::int32_t block = beam.block, end = beam.length;
     while (block != Beam::kNone && end - blocks_[block].count >= length) {
@@ -43,8 +41,6 @@ void Beams::end_text(std::size_t candidate, std::int32_t length, std::int32_t en
     drop_block(std::exchange(beam.block, block));
     beam.length = length;
     beam.inherited = std::min(beam.inherited, length);
-    beam.finish = Finish::stop;
-    beam.ending = ending;
     std::vector<std::int32_t> tokens(static_cast<std::size_t>(length));
     copy_tokens(beam, 0, tokens.data());
     beam.last_token = tokens.empty() ? Beam::kNone : tokens.back();
@@ -57,6 +53,29 @@ void Beams::end_text(std::size_t candidate, std::int32_t length, std::int32_t en
     copy_elements(scores_, beam.block, length, 0, scores.data());
     if (!settings_.fuses()) scores.resize(static_cast<std::size_t>(beam.inherited));
     beam.total = std::accumulate(scores.begin(), scores.end(), 0.0);
+}
+
+void Beams::end_text(std::size_t candidate, std::int32_t length, std::int32_t ending) {
+    Beam& beam = candidates_.at(candidate);
+    if (beam.ending != Beam::kNone || length < 0 || length > beam.length || ending < 0) {
+        throw std::invalid_argument("a text ends once, in one of its tokens");
+    }
+    cut(beam, length);
+    beam.finish = Finish::stop;
+    beam.ending = ending;
+}
+
+void Beams::pause(std::size_t candidate, std::int32_t length) {
+    Beam& beam = candidates_.at(candidate);
+    if (beam.ending != Beam::kNone || beam.paused || length <= beam.inherited ||
+        length > beam.length) {
+        throw std::invalid_argument("a chunk ends once, behind one of its tokens");
+    }
+    const double total = beam.total;
+    cut(beam, length);
+    if (!settings_.fuses()) beam.total = total;  // of the rounds before
+    beam.finish = finish_of(beam.last_token, length);
+    beam.paused = !beam.finished();
 }
 
 }  // namespace w2s

@@ -17,7 +17,7 @@ void for_growing(const Requests& requests, Do do_with) {
     for (const Beams* request : requests) {
         const std::vector<Beam>& candidates = request->candidates();
         for (std::size_t c = 0; c < candidates.size(); ++c) {
-            if (!candidates[c].finished()) do_with(*request, c, candidates[c]);
+            if (candidates[c].grows()) do_with(*request, c, candidates[c]);
         }
     }
 }
@@ -90,7 +90,7 @@ Sources lay_out_sources(const Requests& requests, const PageManager& manager, in
         if (request->forked(model)) {  // in the middle of a round: each candidate goes on by itself
             for (std::size_t c = 0; c < request->candidates().size(); ++c) {
                 const Beam& beam = request->candidates()[c];
-                if (beam.finished()) continue;
+                if (!beam.grows()) continue;
                 found.slots.push_back(request->slot(c, model));
                 found.counts.push_back(1);
                 found.children.push_back(1);
@@ -192,7 +192,7 @@ std::vector<BrokenNumber> take_tokens(const Requests& requests,
         bool sound = true;
         for (std::size_t c = 0; c < requests[r]->candidates().size(); ++c) {
             const Beam& beam = requests[r]->candidates()[c];
-            if (beam.finished()) continue;
+            if (!beam.grows()) continue;
             const bool fine = requests[r]->take(c, tokens.subspan(next, count),
                                                 logprobs.subspan(next, count));
             if (!fine && sound) broken.push_back({static_cast<std::int32_t>(r), -1, beam.length});
@@ -246,7 +246,7 @@ std::vector<BrokenNumber> take_fused(const Requests& requests, const FusedDraws&
         bool sound = true;
         for (std::size_t c = 0; c < requests[r]->candidates().size(); ++c) {
             const Beam& beam = requests[r]->candidates()[c];
-            if (beam.finished()) continue;
+            if (!beam.grows()) continue;
             for (std::size_t step = 0; step < steps; ++step) {
                 scores[step] = 0.0;
                 for (const auto& [weight, tuned, untuned] : guides) {
@@ -285,7 +285,7 @@ std::vector<BrokenNumber> take_selected(const Requests& requests, const Requests
         found += draws;
         for (const Beam& beam : request->candidates()) {
             expect(++candidates < cu_tokens.size(), "there are more candidates");
-            expect(!draws || beam.finished() ||
+            expect(!draws || !beam.grows() ||
                        cu_tokens[candidates] - cu_tokens[candidates - 1] >= steps,
                    "more tokens were drawn than chunks have");
         }
@@ -303,7 +303,7 @@ std::vector<BrokenNumber> take_selected(const Requests& requests, const Requests
         for (std::size_t c = 0; c < request->candidates().size(); ++c) {
             ++candidate;
             const Beam& beam = request->candidates()[c];
-            if (place == places.end() || beam.finished()) continue;
+            if (place == places.end() || !beam.grows()) continue;
             const auto begin = static_cast<std::size_t>(cu_tokens[candidate] - steps);
             std::ranges::transform(logprobs.subspan(begin, chunk.size()), chunk.begin(),
                                    [](double value) { return static_cast<float>(value); });
@@ -316,9 +316,13 @@ std::vector<BrokenNumber> take_selected(const Requests& requests, const Requests
 }
 
 void release_finished(const Requests& requests, PageManager& manager, int model) {
-    Int32s released;
-    for (Beams* request : requests) request->collect_finished(model, released);
+    Int32s released, paused, lengths;
+    for (Beams* request : requests) {
+        request->collect_finished(model, released);
+        request->collect_paused(model, paused, lengths);
+    }
     manager.release(released);
+    if (!paused.empty()) manager.truncate(paused, lengths);
 }
 
 std::vector<BrokenNumber> take_scores(const Requests& requests,
@@ -388,7 +392,7 @@ Int64s growing(const Requests& requests) {
     Int64s rows;
     for (const Beams* request : requests) {
         rows.push_back(std::ranges::count_if(request->candidates(),
-                                             [](const Beam& beam) { return !beam.finished(); }));
+                                             [](const Beam& beam) { return beam.grows(); }));
     }
     return rows;
 }

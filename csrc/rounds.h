@@ -111,7 +111,8 @@ std::vector<BrokenNumber> take_selected(const Requests& requests, const Requests
                                         std::span<const std::int64_t> tokens,
                                         std::span<const double> logprobs, std::int64_t steps);
 
-// Give back what finished candidates hold in one model.
+// Give back what finished candidates hold in one model, and of paused ones what stands behind their
+// texts, which then stands one token behind as ever.
 void release_finished(const Requests& requests, PageManager& manager, int model);
 
 // Take over what the selection computed: scores of the new tokens, which begin for each candidate
@@ -132,7 +133,7 @@ std::vector<std::vector<PageCopy>> end_rounds(const Requests& requests,
 // End rounds without a selection: all candidates are kept.
 void keep_all(const Requests& requests, const Beams::Managers& managers);
 
-// Candidates of each request that are not finished.
+// Candidates of each request that grow.
 Int64s growing(const Requests& requests);
 
 // Candidates of each request that grow in the round under way, or else in the next one.

@@ -59,7 +59,7 @@ Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::
     std::int64_t rows = 0;
     for (const Beams* request : drawing) {
         first_rows.emplace(request, rows);
-        for (const Beam& beam : request->candidates()) rows += !beam.finished();
+        for (const Beam& beam : request->candidates()) rows += beam.grows();
     }
     Scoring found;
     found.steps = steps;
@@ -101,7 +101,7 @@ Scoring lay_out_scoring(const Requests& requests, const Requests& drawing, std::
                 for (std::size_t i = 0; i < tokens.size(); ++i) {
                     chunk.push_back(know(tokens[i], logprobs[i]));
                 }
-                if (drawn != first_rows.end() && !beam.finished()) {
+                if (drawn != first_rows.end() && beam.grows()) {
                     for (std::int64_t step = 0; step < steps; ++step) {
                         chunk.push_back(step * rows + row);
                     }

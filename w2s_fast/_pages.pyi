@@ -272,14 +272,17 @@ class Beams:
     def tokens_left(self) -> int: ...
     @property
     def grown(self) -> int:
-        """Tokens of each candidate that is not finished; 0: there is none."""
+        """Tokens of the shortest candidate that grows; 0: there is none."""
     def agreed(self) -> list[int]: ...
     def new_texts(self) -> list[tuple[int, int, list[int]]]:
-        """Candidates that have got tokens in this round, and whose texts have not ended: how many
-        tokens each had before, and all but one that ends the response by itself."""
+        """Candidates that have got tokens in this round, are not paused, and whose texts have not
+        ended: how many tokens each had before, and all but one that ends the response by itself."""
     def end_text(self, candidate: int, length: int, ending: int) -> None:
         """The text of a candidate ends in token `length`, which is not kept. `ending` is for its
         owner, who knows how."""
+    def pause(self, candidate: int, length: int) -> None:
+        """The chunk of a candidate ends with the token before `length`, of those that it has got in
+        this round: what comes behind was not drawn, and nothing more is until the selection."""
     @property
     def kept(self) -> list[Beam]:
         """The hypotheses, best first; within a round they are the candidates' parents."""
@@ -436,7 +439,9 @@ def take_fused(
 def growing(requests: Sequence[Beams]) -> list[int]:
     """Of each request, candidates that are not finished."""
 
-def release_finished(requests: Sequence[Beams], manager: PageManager, model: int) -> None: ...
+def release_finished(requests: Sequence[Beams], manager: PageManager, model: int) -> None:
+    """Give back what finished candidates hold in a model, and of paused ones what stands behind
+    their texts."""
 
 class ScoringLayout:
     """What the guides and score_select are given, in one buffer; Scoring in csrc/rounds.h."""

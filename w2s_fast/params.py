@@ -38,6 +38,10 @@ class SearchParams:
             In ``cbs`` each of these three is a number, or a sequence with an entry for each round,
             of which the last one goes on: ``beam_width=(64, 32, 16, 8), successors=1`` is
             speculative rejection. Round 1 draws W * K candidates from the prompt.
+        chunk_stop: of ``cbs``: strings that end a candidate's chunk before it has L tokens, as the
+            steps of its reasoning, or sentences: with the token in which one of them is complete in
+            its text, and that token stays. The next round goes on behind it. As many and as long as
+            those of ``stop``, which come first where both are complete in one token.
         max_new_tokens: tokens of a response at most.
         temperature: of sampling. 0 means greedy.
         top_k: sample only from the k likeliest tokens, ties with the k-th included. 0: off.
@@ -99,6 +103,7 @@ class SearchParams:
     beam_width: int | Sequence[int] = 4
     successors: int | Sequence[int] = 4
     chunk_length: int | Sequence[int | None] | None = 5
+    chunk_stop: str | Sequence[str] = ()
     max_new_tokens: int = 50
     temperature: float = 0.7
     top_k: int = 50
@@ -179,15 +184,11 @@ class SearchParams:
                     _check_int(name, one, low=1, also=also)
 
     def _check_stop(self) -> None:
-        allowed = (
-            f"a string, or a sequence of at most {_MOST_STOPS}, of 1 to {_LONGEST_STOP} characters"
-        )
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, Sequence) or len(stop) > _MOST_STOPS:
-            raise _invalid("stop", self.stop, allowed)
-        if not all(isinstance(text, str) and 0 < len(text) <= _LONGEST_STOP for text in stop):
-            raise _invalid("stop", self.stop, allowed)
-        object.__setattr__(self, "stop", tuple(stop))
+        for name in ("stop", "chunk_stop"):
+            object.__setattr__(self, name, _checked_strings(name, getattr(self, name)))
+        if self.chunk_stop and self.method != "cbs":
+            allowed = f"() for method {self.method!r}, strings for 'cbs'"
+            raise _invalid("chunk_stop", self.chunk_stop, allowed)
         ids = self.stop_token_ids
         if isinstance(ids, str) or not isinstance(ids, Sequence):
             raise _invalid("stop_token_ids", ids, "a sequence of token ids")
@@ -245,7 +246,9 @@ class SearchParams:
                 for length in by_round(self.chunk_length)
             )
             first = kept[0] * successors[0]
-            return Widths(first, kept, successors, chunks, whole, self.keeps_copies)
+            return Widths(
+                first, kept, successors, chunks, whole, self.keeps_copies, bool(self.chunk_stop)
+            )
         if self.method == "beam":
             (width,) = by_round(self.beam_width)
             return Widths(width, (width,), (1,), (1,), whole)
@@ -295,6 +298,18 @@ class SearchParams:
 
 def _invalid(name: str, value: Any, allowed: str) -> InvalidRequest:
     return InvalidRequest(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def _checked_strings(name: str, value: Any) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    sound = isinstance(strings, Sequence) and len(strings) <= _MOST_STOPS
+    if not sound or not all(isinstance(s, str) and 0 < len(s) <= _LONGEST_STOP for s in strings):
+        raise _invalid(
+            name,
+            value,
+            f"a string, or a sequence of at most {_MOST_STOPS}, of 1 to {_LONGEST_STOP} characters",
+        )
+    return tuple(strings)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

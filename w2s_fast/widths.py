@@ -15,9 +15,11 @@ class RoundShape(NamedTuple):
         hypotheses: that it goes on from; 1 in the first round, which goes on from the prompt.
         rows: candidates that grow.
         kept: of its candidates.
-        before: tokens that each of its hypotheses has; ``chunk``: that a candidate grows by.
+        before: tokens that each of its hypotheses has, at least; ``chunk``: that a candidate grows
+            by, at most.
         repeats: all later rounds are like this one, but for ``before``; else nobody has more
             tokens than when it ends, or another shape follows.
+        exact: each hypothesis has just as many tokens as ``before`` says, in every such round.
     """
 
     hypotheses: int
@@ -26,6 +28,7 @@ class RoundShape(NamedTuple):
     before: int
     chunk: int
     repeats: bool
+    exact: bool
 
 
 class Widths(NamedTuple):
@@ -37,6 +40,7 @@ class Widths(NamedTuple):
         chunks: L, at most ``max_new_tokens``.
         max_new_tokens: of a response.
         copies: a candidate may be kept more than once.
+        ragged: chunks may end before their full lengths, each on its own.
     """
 
     first_candidates: int
@@ -45,6 +49,7 @@ class Widths(NamedTuple):
     chunks: tuple[int, ...]
     max_new_tokens: int
     copies: bool = False
+    ragged: bool = False
 
     def width_in(self, number: int) -> int:
         """W of a round, counted from 1."""
@@ -62,12 +67,14 @@ class Widths(NamedTuple):
             )
             width = self.width_in(number)
             kept = width if self.copies else min(width, rows)
-            last = before + chunk == self.max_new_tokens
+            grown = 1 if self.ragged else chunk
+            last = before + grown == self.max_new_tokens
             repeats = number >= max(entries, 2) and kept == hypotheses and not last
-            yield RoundShape(hypotheses, rows, kept, before, chunk, repeats)
+            exact = first or not (repeats or self.ragged)
+            yield RoundShape(hypotheses, rows, kept, before, chunk, repeats, exact)
             if repeats:
                 return
-            number, hypotheses, before = number + 1, kept, before + chunk
+            number, hypotheses, before = number + 1, kept, before + grown
 
 
 def by_round(value: Any) -> tuple[Any, ...]:

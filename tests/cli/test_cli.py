@@ -114,6 +114,23 @@ def test_answers_end_at_stop_strings(models: DemoModels) -> None:
     assert run("generate", "x", "--stop", "", *named(models)).exit_code == 2
 
 
+def test_chunks_end_at_strings(models: DemoModels) -> None:
+    def first_round(*options: str) -> list[list[int]]:
+        common = ["--json", "--trace", "--chunk-length", "none", *named(models), *SMALL]
+        result = run("generate", "The film", *common, *options)
+        assert result.exit_code == 0, result.stderr
+        texts.append(json.loads(result.stdout)["text"])
+        candidates = json.loads(result.stdout)["trace"]["rounds"][0]["candidates"]
+        return [candidate["token_ids"] for candidate in candidates]
+
+    texts: list[str] = []
+    plain = first_round()
+    assert plain == first_round("--chunk-stop", "#####")
+    begun = first_round("--chunk-stop", "#####", "--chunk-stop", texts[0][0])
+    assert plain != begun and all(a[: len(b)] == b for a, b in zip(plain, begun, strict=True))
+    assert run("generate", "x", "--chunk-stop", "", *named(models)).exit_code == 2
+
+
 def test_a_guide_may_have_no_untuned_model(models: DemoModels) -> None:
     alone = ["--base", str(models.base), "--tuned", str(models.tuned), "--untuned", "none"]
     result = run("generate", "x", "--json", *alone, *SMALL)

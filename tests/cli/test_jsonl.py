@@ -84,13 +84,19 @@ def test_a_prompt_is_text_or_ids_or_messages(prompt: Any) -> None:
 def test_a_line_may_set_any_parameter_and_the_others_stay() -> None:
     defaults = SearchParams(temperature=0.5, seed=3)
     line = (
-        '{"prompt": "x", "id": [7], "beam_width": 2, "chunk_length": null, "stop_token_ids": [4]}'
+        '{"prompt": "x", "id": [7], "beam_width": 2, "chunk_length": null, "stop_token_ids": [4], '
+        '"chunk_stop": ["\\n", ". "]}'
     )
     request = read_one(line, defaults)
     assert isinstance(request, Request)
     assert request.id == [7]
     assert request.params == SearchParams(
-        temperature=0.5, seed=3, beam_width=2, chunk_length=None, stop_token_ids=(4,)
+        temperature=0.5,
+        seed=3,
+        beam_width=2,
+        chunk_length=None,
+        stop_token_ids=(4,),
+        chunk_stop=("\n", ". "),
     )
 
 
@@ -138,6 +144,7 @@ def test_a_line_may_set_widths_by_round() -> None:
         ("\0" * 9, "JSON"),
         ('{"prompt": "x"}'.encode("utf-16"), "UTF-8"),
         ('{"prompt": "x", "stop_token_ids": 5}', "stop_token_ids"),
+        ('{"prompt": "x", "chunk_stop": [""]}', "chunk_stop"),
         ('{"prompt": "x", "selection": {}}', "selection is {}"),
         ('{"prompt": "x", "beam_width": []}', "beam_width is []"),
         ('{"prompt": "x", "beam_width": [4, null]}', "beam_width is None"),

@@ -22,6 +22,7 @@ class ModelBeam:
     total: float = 0.0
     extra: float = 0.0
     reason: str | None = None
+    paused: bool = False
 
     def child(self, parent: int | None) -> ModelBeam:
         return ModelBeam(
@@ -90,14 +91,13 @@ class ModelRequest:
 
     @property
     def growing(self) -> list[ModelBeam]:
-        return [beam for beam in self.candidates if beam.reason is None]
+        return [beam for beam in self.candidates if beam.reason is None and not beam.paused]
 
-    def left(self) -> int:
-        for beam in self.growing:
-            whole = self.params.max_new_tokens
-            chunk = self.setting("chunk_length") if self.params.method == "cbs" else whole
-            return min(beam.inherited + chunk, whole) - len(beam.tokens)
-        return 0
+    def left(self) -> list[int]:
+        """Of each candidate that grows, in this round."""
+        whole = self.params.max_new_tokens
+        chunk = self.setting("chunk_length") if self.params.method == "cbs" else whole
+        return [min(beam.inherited + chunk, whole) - len(beam.tokens) for beam in self.growing]
 
     def take(self, beam: ModelBeam, tokens: list[int], logprobs: list[float]) -> None:
         for token, logprob in zip(tokens, logprobs):
@@ -112,6 +112,11 @@ class ModelRequest:
                 beam.reason = "length"
             if beam.reason is not None:
                 return
+
+    def pause(self, beam: ModelBeam, length: int) -> None:
+        del beam.tokens[length:], beam.logprobs[length:]
+        beam.reason = "length" if length == self.params.max_new_tokens else None
+        beam.paused = beam.reason is None
 
     def score(self, beam: ModelBeam, scores: list[float], total: float) -> None:
         beam.scores += scores

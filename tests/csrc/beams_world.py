@@ -168,7 +168,8 @@ class World:
             assert [seen(beam) for beam in beams.candidates] == [b.seen() for b in model.candidates]
             if beams.round > 1 or not beams.open:
                 assert [seen(beam) for beam in beams.kept] == [b.seen() for b in model.kept]
-            assert beams.tokens_left == model.left()
+            assert beams.tokens_left == min(model.left(), default=0)
+            assert beams.grown == min((len(b.tokens) for b in model.growing), default=0)
             assert beams.agreed() == model.agreed
             assert beams.shared == model.shared
             if model.families:
@@ -233,14 +234,41 @@ class World:
             assert take(self.beams(which), tokens, logprobs) == []
         for (i, beam), new, own in zip(rows, tokens.tolist(), logprobs.tolist()):
             self.models[i].take(beam, new, own)
+        paused = self._pause(which, [id(beam) for _, beam in rows])
         release_finished(self.beams(which), self.managers[0], 0)
+        for i, c in paused:
+            beam, slot = self.models[i].candidates[c], self.requests[i].beams.candidates[c].slots[0]
+            if beam.paused:  # one token behind its text, as ever
+                length = len(self.requests[i].prompt) + len(beam.tokens) - 1
+                assert self.managers[0].lengths[slot] == length
+
+    def _pause(self, which: list[int], grew: list[int]) -> list[tuple[int, int]]:
+        """End some chunks behind one of their tokens, of beams with these ids that have just grown;
+        requests, and their candidates."""
+        found = []
+        for i in which:
+            beams, model = self.requests[i].beams, self.models[i]
+            texts = beams.new_texts() if model.params.method == "cbs" else []
+            for c, known, tokens in texts:
+                beam = model.candidates[c]
+                ended = beam.reason in ("eos", "stop")
+                assert known == beam.inherited and tokens == beam.tokens[: len(beam.tokens) - ended]
+                if id(beam) not in grew or len(tokens) == known:
+                    continue
+                if self.draw(st.integers(0, 3)) == 0:
+                    length = self.draw(st.integers(known + 1, len(tokens)))
+                    beams.pause(c, length)
+                    model.pause(beam, length)
+                    found.append((i, c))
+        return found
 
     def _ends(self, i: int, steps: int) -> bool:
         """Whether the guides score it after so many tokens more."""
-        return self.models[i].params.uses_guides and self.models[i].left() == steps
+        return self.models[i].params.uses_guides and set(self.models[i].left()) == {steps}
 
     def _waits(self, i: int) -> bool:
-        return bool(self.models[i].families) and self._ends(i, 0)
+        model = self.models[i]
+        return bool(model.families) and model.params.uses_guides and not any(model.left())
 
     def _check_scoring(self, which: list[int], tokens: Any, logprobs: Any) -> None:
         """What would be scored if all of what is drawn counted, before the host has read it."""
@@ -301,7 +329,10 @@ class World:
             for beam in self.models[i].growing
         ]
         indices = [
-            c for i in which for c, b in enumerate(self.models[i].candidates) if b.reason is None
+            c
+            for i in which
+            for c, b in enumerate(self.models[i].candidates)
+            if b.reason is None and not b.paused
         ]
         assert columns[5].tolist() == indices
         assert columns[6].tolist() == [len(beam.tokens) for _, beam, _ in rows]
@@ -327,7 +358,7 @@ class World:
 
     def close(self, which: list[int]) -> None:
         """What the guides and the selection do where a round is complete."""
-        which = [i for i in which if self.models[i].families and not self.models[i].left()]
+        which = [i for i in which if self.models[i].families and not any(self.models[i].left())]
         guided = [i for i in which if self.models[i].params.uses_guides]
         if guided:
             self._score(guided)

@@ -409,6 +409,19 @@ def test_stop_strings_cut_what_is_scored() -> None:
     assert_all_pages_free(e)
 
 
+def test_chunks_that_end_at_strings() -> None:
+    e = engine("bytes-gpt2", "bpe-first")
+    params = SearchParams(**{**vars(SEARCH), "chunk_stop": ("e", "\u0e2a", " "), "chunk_length": 8})
+    results = e.generate(PROMPTS, params, progress=False)
+    lengths = set()
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        check(e, pairs("bpe-first"), prompt, result)
+        for number in rounds(result):
+            lengths.add(len({len(c.token_ids) for c in number.candidates if not c.finish_reason}))
+    assert max(lengths) > 1
+    assert_all_pages_free(e)
+
+
 def test_changed_weights_of_a_guide_are_followed() -> None:
     tokenizer = trained("bpe-first")
     tuned = copy.deepcopy(model_of(tokenizer, 1))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from tests.support.stop_reference import text_end
+from tests.support.stop_reference import completes, text_end
 from w2s_fast.kernels.noise import seed_bits, uniform, uniform_of_round
 from w2s_fast.params import SearchParams
 
@@ -299,6 +299,8 @@ class Reference:
             first = widths[0] * successors[0]
             # Where no round ever has a choice, nothing is scored.
             rounds_at_most = next(r + 1 for r in turns if sum(chunks[: r + 1]) >= p.max_new_tokens)
+            if p.chunk_stop:  # each of them brings a token
+                rounds_at_most = p.max_new_tokens
             scored = (
                 p.fuses is not None or first > 1 or any(k > 1 for k in successors[1:rounds_at_most])
             )
@@ -414,6 +416,9 @@ class Reference:
                 finish = "stop"
             elif len(tokens) == p.max_new_tokens:
                 finish = "length"
+            chunk_may_end = finish is None and p.chunk_stop
+            if chunk_may_end and completes(self.tokenizer, prompt, tokens, p.chunk_stop):
+                break
         drawn = len(tokens) - len(origin.token_ids)
         child = ReferenceHypothesis(
             token_ids=tokens, token_logprobs=logprobs, finish_reason=finish, text=origin.text,

@@ -1,4 +1,4 @@
-"""Where a text ends by stop strings, by their definition: looking at all of it."""
+"""Where a text and its parts end by strings, by their definition: looking at all of it."""
 
 from __future__ import annotations
 
@@ -40,3 +40,20 @@ def text_end(
         and not any(special.get(t) in stops and i >= least for i, t in enumerate(tokens[:k]))
     )
     return kept, whole[:at], stop
+
+
+def completes(tokenizer: Any, prompt: list[int], tokens: list[int], strings: Sequence[str]) -> bool:
+    """Whether a string is complete with the last token, and was not before."""
+    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    if special.get(tokens[-1]) in strings:
+        return True
+    *before, text = (
+        decode_response(tokenizer, prompt, tokens[:k]).rstrip("\ufffd")
+        for k in range(len(tokens) + 1)
+    )
+    shown = max(map(len, before))
+    return any(
+        text.startswith(string, start) and start + len(string) > shown
+        for string in strings
+        for start in range(len(text))
+    )

@@ -126,6 +126,12 @@ def generate(
     chunk_length: Annotated[
         str, _option("--chunk-length", help="L: tokens a round; none or 0: whole", panel=SEARCH)
     ] = str(DEFAULT.chunk_length),
+    chunk_stop: Annotated[
+        list[str] | None,
+        _option(
+            "--chunk-stop", help="String that ends a chunk sooner; repeat for several", panel=SEARCH
+        ),
+    ] = None,
     stop: Annotated[
         list[str] | None,
         _option("--stop", help="String that ends an answer; repeat for several", panel=SEARCH),
@@ -226,6 +232,7 @@ def generate(
         beam_width=_width(beam_width),
         successors=_width(successors),
         chunk_length=_chunk_length(chunk_length),
+        chunk_stop=chunk_stop or (),
         max_new_tokens=max_new_tokens,
         stop=stop or (),
         include_stop_str_in_output=include_stop,

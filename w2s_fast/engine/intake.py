@@ -17,7 +17,7 @@ from w2s_fast.models import PagedModel
 from w2s_fast.params import SearchParams
 from w2s_fast.scheduling import Given, Scheduler, check_room
 from w2s_fast.search import ForeignGuides, ForeignPrompt, PagedGuide, Request
-from w2s_fast.text import Prompt, PromptEncoder, StopStrings, decode_response
+from w2s_fast.text import Breaks, Prompt, PromptEncoder, StopStrings, decode_response
 
 
 class Intake:
@@ -76,6 +76,11 @@ class Intake:
             if models.tokenizer is None:
                 raise InvalidRequest("stop strings need a tokenizer; the engine has none")
             ends = StopStrings(models.tokenizer, base, params.stop, params.min_new_tokens)
+        breaks = None
+        if params.chunk_stop:
+            if models.tokenizer is None:
+                raise InvalidRequest("chunk_stop needs a tokenizer; the engine has none")
+            breaks = Breaks(models.tokenizer, base, params.chunk_stop)
         request = Request(
             base,
             of_guides,
@@ -86,6 +91,7 @@ class Intake:
             given=prompt,
             has_scorers=self._has_scorers,
             ends=ends,
+            breaks=breaks,
             foreign=in_foreign,
             has_guides=None if in_foreign is None else bool(models.sharing),
         )

@@ -8,26 +8,30 @@ from w2s_fast.widths import RoundShape
 
 def pages_at_most(request: Request, model: int, page_size: int) -> int:
     """Pages that a request can hold in one model at one time, in any round; 0: the base."""
-    prompt = len(request.prompts[model])
-    return max(
-        _pages_in(shape, prompt, request.params.max_new_tokens, model, page_size)
-        for shape in request.params.widths.shapes()
-    )
+    shapes = request.params.widths.shapes()
+    return max(_pages_in(shape, request, model, page_size) for shape in shapes)
 
 
-def _pages_in(
-    shape: RoundShape, prompt: int, max_new_tokens: int, model: int, page_size: int
-) -> int:
+def _pages_in(shape: RoundShape, request: Request, model: int, page_size: int) -> int:
     """The same in rounds of this shape."""
+    params = request.params
     # The base forks when the last token of the text has been run, the guides before that; both run
     # the chunk's tokens but the last.
-    common = (prompt - (model != 0)) // page_size
-    if shape.repeats:  # after any number of tokens
-        history = prompt + max_new_tokens
-        chunk = -(-(page_size - 1 + shape.chunk) // page_size)
-    else:
-        history = prompt - (model != 0) + shape.before
-        chunk = -(-(history % page_size + shape.chunk - (model == 0)) // page_size)
+    prompt = len(request.prompts[model]) - (model != 0)
+    common = prompt // page_size
     # Where a candidate is kept more than once, each copy ends in a page of its own.
-    rows = max(shape.rows, shape.kept)
-    return common + shape.hypotheses * (history // page_size - common) + rows * chunk
+    copies = max(0, shape.kept - shape.rows)
+
+    def pages_after(tokens: int) -> int:
+        history = prompt + tokens
+        chunk = min(shape.chunk, params.max_new_tokens - tokens)
+        end = -(-(history % page_size + chunk - (model == 0)) // page_size)
+        end = max(end, params.keeps_copies)
+        return shape.hypotheses * (history // page_size - common) + shape.rows * end
+
+    befores = range(shape.before, shape.before + 1)
+    if not shape.exact:
+        # Most where the last chunk that is full begins, but for what a page rounds up.
+        last = params.max_new_tokens - shape.chunk
+        befores = range(max(shape.before, last - page_size + 1), last + 1)
+    return common + max(map(pages_after, befores)) + copies

@@ -18,6 +18,7 @@ from w2s_fast._pages import (
 from w2s_fast.decoding import DecodeGraphs, Decoder
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel
+from w2s_fast.search.endings import end_texts
 from w2s_fast.search.entrance import enter
 from w2s_fast.search.expansion import Drawn, Expansion
 from w2s_fast.search.request import Request
@@ -65,7 +66,7 @@ class BaseSide:
         return self.expansion.first_logits(requests)[0]
 
     def take(self, drawn: Drawn, memory: Tensor) -> None:
-        """Give candidates what was drawn for them, up to where they end.
+        """Give candidates what was drawn for them, up to where they or their chunks end.
 
         A request in which the base produced NaN or infinity gets its ``error``.
 
@@ -103,11 +104,8 @@ class BaseSide:
             request.error = request.error or NumericalError.at(self.model.name, position)
         if drawn.begun:
             self._remember([request for request in drawn.begun if request.error is None])
-        self.release_ended(drawn.requests)
-
-    def release_ended(self, requests: Sequence[Request]) -> None:
-        """Give back the slots of candidates that have ended."""
-        release_finished(_beams(requests), self.model.pool.manager, _BASE)
+        end_texts(drawn.requests)
+        release_finished(_beams(drawn.requests), self.model.pool.manager, _BASE)
 
     def _remember(self, requests: Sequence[Request]) -> None:
         """Let later requests find these prompts; not those that made a model fail."""

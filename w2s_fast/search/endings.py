@@ -1,4 +1,4 @@
-"""Texts that end by what they say: candidates are cut where their requests find an end."""
+"""Texts and chunks that end by what they say: candidates are cut where an end is found."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from w2s_fast.errors import EngineFailure
 from w2s_fast.search.request import Request
 
 
-def end_texts(requests: Sequence[Request]) -> bool:
-    """Cut candidates whose texts have ended with the tokens of this round; whether any has."""
-    ended = False
+def end_texts(requests: Sequence[Request]) -> None:
+    """Cut candidates whose texts, or chunks, have ended with the tokens of this round.
+
+    A text that ends in the token that its chunk ends with, or before, has ended.
+    """
     for request in requests:
-        if request.ends is None or request.error is not None:
+        if not request.is_read or request.error is not None:
             continue
+        ends, breaks = request.ends, request.breaks
         with _its_own_error(request):
             for candidate, known, tokens in request.beams.new_texts():
-                if (found := request.ends.find(tokens, known)) is not None:
+                chunk = None if breaks is None else breaks.find(tokens, known)
+                found = None if ends is None else ends.find(tokens[:chunk], known)
+                if found is not None:
                     request.beams.end_text(candidate, found.tokens, len(request.ended_texts))
                     request.ended_texts.append(found)
-                    ended = True
-    return ended
+                elif chunk is not None:
+                    request.beams.pause(candidate, chunk)
 
 
 def ended_continuations(

@@ -14,6 +14,7 @@ from w2s_fast._pages import release_finished, take_fused
 from w2s_fast.decoding import DecodeGraphs, Decoder
 from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel
+from w2s_fast.search.endings import end_texts
 from w2s_fast.search.expansion import Drawn, Expansion
 from w2s_fast.search.guide import Roles
 from w2s_fast.search.request import Request
@@ -48,7 +49,8 @@ class FusedSide:
         return self.expansion.draw(requests, steps)
 
     def take(self, drawn: Drawn, memory: Tensor) -> None:
-        """Give candidates what was drawn for them, and its scores, up to where they end.
+        """Give candidates what was drawn for them, and its scores, up to where they or their chunks
+        end.
 
         A request in which a model produced NaN or infinity gets its ``error``.
 
@@ -71,13 +73,9 @@ class FusedSide:
             request = drawn.requests[index]
             request.error = request.error or NumericalError.at(name, position)
         self._remember([request for request in drawn.begun if request.error is None])
-        self.release_ended(drawn.requests)
-
-    def release_ended(self, requests: Sequence[Request]) -> None:
-        """Give back the slots of candidates that have ended, in all models."""
-        beams = [request.beams for request in requests]
-        for index, model in enumerate(self._models):
-            release_finished(beams, model.pool.manager, index)
+        end_texts(drawn.requests)
+        for m, pool in enumerate(model.pool for model in self._models):
+            release_finished(beams, pool.manager, m)
 
     def _remember(self, requests: Sequence[Request]) -> None:
         """Let later requests find these prompts; not those that made a model fail."""

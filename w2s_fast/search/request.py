@@ -46,6 +46,17 @@ class Ends(Protocol):
         ...
 
 
+class Breaks(Protocol):
+    """What says where the chunk of a candidate ends before its full length."""
+
+    def find(self, tokens: Sequence[int], known: int) -> int | None:
+        """How many of the tokens there are up to the chunk's end, if it is there.
+
+        ``tokens``: of the response so far, of which ``known`` stood before this round.
+        """
+        ...
+
+
 class Request:
     """A prompt, its parameters, and the state of its search.
 
@@ -65,6 +76,7 @@ class Request:
         given: Any = None,
         has_scorers: bool = False,
         ends: Ends | None = None,
+        breaks: Breaks | None = None,
         foreign: ForeignPrompt | None = None,
         has_guides: bool | None = None,
     ) -> None:
@@ -75,17 +87,17 @@ class Request:
         ignored. ``betas``: the factor of each guide, where logits are fused. ``given``: the prompt
         as its caller gave it. ``has_scorers``: others than the guides have a say in which
         candidates are kept; then there need be no guides. ``ends``: of texts; None: none does.
-        ``foreign``: the prompt as guides of other vocabularies have it; None: there are none.
-        ``has_guides``: whether there are others; None: where nobody
-        else has a say, or they have prompts.
+        ``breaks``: ends of chunks; None: they have their full length. ``foreign``: the prompt as
+        guides of other vocabularies have it; None: there are none. ``has_guides``: whether there
+        are others; None: where nobody else has a say, or they have prompts.
         """
         self.prompts = [list(prompt), *map(list, guide_prompts)]  # of each model that runs
         self.params = params
         self.priority = priority
         self.given = given
-        # Asked for in every step: of the parameters.
         self.foreign = foreign
         self.foreign_tokens = 0  # of its responses, that such guides have scored
+        # Asked for in every step: of the parameters.
         others = has_scorers or foreign is not None
         if has_guides is None:
             has_guides = not others or bool(guide_prompts)
@@ -147,6 +159,9 @@ class Request:
         if ends is not None:  # and so may any number, by what they say: so many at least
             self.continuations += 3 * params.kept + _MOST_ENDED
         self.ends = ends
+        self.breaks = breaks
+        # Whether the host reads what was drawn before anything comes of it.
+        self.is_read = ends is not None or breaks is not None
         self.ended_texts: list[Any] = []  # what was found; beams have their numbers
         self.stats = RequestStats()
         self.streams = False  # whether somebody wants to know what its hypotheses agree on

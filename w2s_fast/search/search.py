@@ -30,7 +30,6 @@ from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel, inference
 from w2s_fast.search.base_side import BaseSide
 from w2s_fast.search.beam_side import BeamSide, Continuations
-from w2s_fast.search.endings import end_texts
 from w2s_fast.search.expansion import Decoded, Drawn
 from w2s_fast.search.foreign_guide import ForeignGuides
 from w2s_fast.search.foreign_side import ForeignSide
@@ -197,7 +196,7 @@ class Search:
             tokens -= count
             # As far as is known: who ends before that is complete, too.
             left = [more and more - count for more in left]
-        if not self._ahead or any(request.ends is not None for request in going_on):
+        if not self._ahead or any(request.is_read for request in going_on):
             self._take(fused, drawn)
             fused, drawn, left = None, None, tokens_left(beams)
         complete = [r for r, more in zip(going_on, left) if r.error is None and not more]
@@ -305,8 +304,6 @@ class Search:
             with timed("decode_s", [request.stats for request in own.requests]):
                 (memory,) = Reading(own.draws.memory).wait()
                 side.take(own, memory)
-                if end_texts(own.requests):
-                    side.release_ended(own.requests)
             self._abort_failed(own.requests)
 
     def _read(self, step: InFlight, reading: Reading) -> None:

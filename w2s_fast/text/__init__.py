@@ -5,6 +5,7 @@ decoded behind its prompt, and what it means that two models share a vocabulary.
 data here: it is never formatted, and never becomes a special token.
 """
 
+from w2s_fast.text.breaks import Breaks
 from w2s_fast.text.chat import Chat
 from w2s_fast.text.encoding import Written
 from w2s_fast.text.growing import GrowingTexts, Said
@@ -20,6 +21,7 @@ from w2s_fast.text.vocabulary import (
 )
 
 __all__ = [
+    "Breaks",
     "Chat",
     "GrowingTexts",
     "Prompt",

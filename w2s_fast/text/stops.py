@@ -6,16 +6,14 @@ depend on how many tokens came at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from w2s_fast.text.response import decode_response, open_bytes
-
-_CONTEXT_TOKENS = 64  # of which decode_response makes use
-_INCOMPLETE = "\ufffd"  # what decoders write for a character of which bytes are missing
+from w2s_fast.text.response import open_bytes
+from w2s_fast.text.window import INCOMPLETE, Window, special_ids
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,7 @@ class StopStrings:
 
     @cached_property
     def _ids(self) -> dict[int, str]:
-        """Special tokens that a stop string is the text of. A text shows no special token."""
-        special = self._tokenizer.added_tokens_decoder.items()
-        return {
-            i: token.content
-            for i, token in special
-            if token.special and token.content in self._stops
-        }
+        return special_ids(self._tokenizer, self._stops)
 
     def find(self, tokens: Sequence[int], known: int) -> TextEnd | None:
         """Where the text of a response ends, if it does.
@@ -70,7 +62,7 @@ class StopStrings:
         """
         new = range(max(known, self._least), len(tokens))
         behind = next((i for i in new if tokens[i] in self._ids), len(tokens))
-        window = _Window(self._tokenizer, self._prompt, tokens[:behind], known, self._longest)
+        window = Window(self._tokenizer, self._prompt, tokens[:behind], known, self._longest)
         if (match := self._first_match(window, tokens[:behind])) is not None:
             start, stop = match
             kept = window.tokens_before(start)
@@ -86,8 +78,8 @@ class StopStrings:
             tokens: of the response so far, in which no text ends. known: of which this is known.
         """
         tokens = tokens[: len(tokens) - open_bytes(self._tokenizer, tokens)]
-        window = _Window(self._tokenizer, self._prompt, tokens, known, self._longest)
-        text = window.text.rstrip(_INCOMPLETE)
+        window = Window(self._tokenizer, self._prompt, tokens, known, self._longest)
+        text = window.text.rstrip(INCOMPLETE)
         held = max(
             (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
             default=0,
@@ -96,7 +88,7 @@ class StopStrings:
             return len(tokens)
         return window.tokens_before(len(text) - held)
 
-    def _first_match(self, window: _Window, tokens: Sequence[int]) -> tuple[int, str] | None:
+    def _first_match(self, window: Window, tokens: Sequence[int]) -> tuple[int, str] | None:
         """Where the stop string begins that is complete first; of several the longest."""
         ends_behind = 0
         if self._least > window.first:
@@ -116,48 +108,3 @@ def _first_end(text: str, stop: str, behind: int) -> int | None:
     """Where the first ``stop`` ends that is complete only behind so many characters."""
     at = text.find(stop, max(0, behind - len(stop) + 1))
     return None if at < 0 else at + len(stop)
-
-
-class _Window:
-    """The end of a response's text: of its tokens from ``first`` on.
-
-    Attributes:
-        text: theirs. It holds all that is new, and what a stop string may reach back to.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt: list[int],
-        tokens: Sequence[int],
-        known: int,
-        longest: int,
-    ) -> None:
-        self._tokenizer, self._prompt, self._tokens = tokenizer, prompt, tokens
-        known = min(known, len(tokens))
-        for self.first in _further_back(known, longest):
-            if self.first == 0 or len(self.text_of(known).rstrip(_INCOMPLETE)) >= longest:
-                break
-        self.text = self.text_of(len(tokens))
-
-    def text_of(self, end: int) -> str:
-        """Of the tokens up to this one, from the first of the window on."""
-        before = [*self._prompt, *self._tokens[: self.first]][-_CONTEXT_TOKENS:]
-        return decode_response(self._tokenizer, before, self._tokens[self.first : end])
-
-    def tokens_before(self, start: int) -> int:
-        """How many of all tokens come before the one that a character of the text begins in."""
-        for end in range(len(self._tokens), self.first, -1):
-            shown = self.text_of(end)
-            if len(shown) <= start and self.text.startswith(shown):
-                return end
-        return self.first
-
-
-def _further_back(known: int, longest: int) -> Iterator[int]:
-    """Ever more tokens before this one, down to the first."""
-    back = longest + 4
-    while back < known:
-        yield known - back
-        back *= 2
-    yield 0

@@ -258,6 +258,17 @@ void random_rounds(long rounds, Random& random, std::map<std::string, long>& hap
             const auto broken = take_tokens(growing, tokens, logprobs, steps);
             for (Beams* request : growing) {
                 for (const w2s::NewText& text : request->new_texts()) {
+                    const auto candidate = static_cast<std::size_t>(text.beam);
+                    // Without a guide all are kept, and each of them has children.
+                    if (pick(random, 0, 4) == 0 && request->settings().uses_guides &&
+                        request->slot(candidate, 0) != Beams::kNoSlot &&
+                        std::ssize(text.tokens) > text.known) {
+                        request->pause(candidate,
+                                       static_cast<std::int32_t>(pick(
+                                           random, text.known + 1, std::ssize(text.tokens))));
+                        ++happened["chunks ended"];
+                        continue;
+                    }
                     if (pick(random, 0, 9) > 0) continue;
                     request->end_text(static_cast<std::size_t>(text.beam),
                                       static_cast<std::int32_t>(
