@@ -30,7 +30,7 @@ class UnsupportedModel(W2SFastError, ValueError):
 
 
 class MismatchedVocabulary(UnsupportedModel):
-    """Base and guide do not share one token-to-id map."""
+    """A guide's models do not share one vocabulary, or whether it is the base's cannot be told."""
 
 
 class NumericalError(W2SFastError, ArithmeticError):

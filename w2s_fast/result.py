@@ -24,7 +24,8 @@ class Hypothesis:
             of the engine's scorers; None where neither said anything. Of beam search what ranks it:
             the base's log-prob of the whole, over its length to the power of ``length_penalty``.
         finish_reason: ``"eos"``, ``"stop"`` or ``"length"``.
-        token_scores: each token's part of the score, in nats; empty where no guide ran.
+        token_scores: each token's part of the score, in nats, as far as guides share the base's
+            vocabulary; empty where none of them ran.
         token_logprobs: the base's own log-prob of each token, at temperature 1, unwarped.
         stop_reason: the stop string or the stop token that ended it; None for other reasons.
     """

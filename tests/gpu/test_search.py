@@ -4,6 +4,7 @@ itself and against a recomputation of its scores by transformers."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.support.tiny_models import tiny_model
+from tests.support.trained_tokenizers import trained
 from w2s_fast import Engine, Guide, SearchParams, SearchResult
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [2, 2], [3, 9], [1, 4, 4], [8]]
@@ -48,6 +50,42 @@ def eager_logprobs(model: PreTrainedModel, prompt: list[int], response: list[int
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+
+
+TEXTS = ["the film was a", "hello world", "\u4eca\u5929 it's", "x"]
+READ = SearchParams(beam_width=3, successors=2, chunk_length=6, max_new_tokens=14, trace=True)
+
+
+def reading_engine(device: str, *, foreign: bool) -> Engine:
+    """Of text: with stop strings, or under a guide of another vocabulary."""
+
+    def model(seed: int, vocab_size: int) -> PreTrainedModel:
+        found = copy.deepcopy(tiny_model(seed=seed, vocab_size=vocab_size, bos=None))
+        torch.nn.Module.to(found, device=device, dtype=torch.float32)
+        return found
+
+    base = trained("bytes-gpt2")
+    guide = trained("bpe-first" if foreign else "bytes-gpt2")
+    return Engine(
+        model(0, len(base)),
+        Guide(model(1, len(guide)), model(2, len(guide)), tokenizer=guide),
+        tokenizer=base,
+        device=device,
+        kv_cache_tokens=4096,
+    )
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["one vocabulary", "two"])
+@pytest.mark.parametrize("changes", [{}, {"stop": (" ", "e")}, {"chunk_stop": (" ", "e")}], ids=str)
+def test_what_texts_say_counts_on_the_device_as_on_the_cpu(
+    foreign: bool, changes: dict[str, tuple[str, ...]]
+) -> None:
+    params = replace(READ, **changes)  # type: ignore[arg-type]
+    found = reading_engine("cuda", foreign=foreign).generate(TEXTS, params)
+    expected = reading_engine("cpu", foreign=foreign).generate(TEXTS, params)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [h.token_ids for h in ours.hypotheses] == [h.token_ids for h in theirs.hypotheses]
+        assert ours.score == pytest.approx(theirs.score, abs=TOLERANCE[torch.float32])
 
 
 def test_in_float32_the_device_finds_what_the_cpu_finds() -> None:
