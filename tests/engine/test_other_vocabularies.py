@@ -259,6 +259,29 @@ def test_where_pages_are_few_texts_are_run_again() -> None:
     assert_all_pages_free(tight)
 
 
+@pytest.mark.parametrize("most", [5, 12])
+def test_long_prompts_are_read_in_pieces(most: int) -> None:
+    guides = pairs("bpe-first")
+    prompts = ["hello world " * 9, "the film " * 6 + "was", "x", "hello world " * 8]
+    expected = make("bytes-gpt2", guides).generate(prompts, SEARCH, progress=False)
+    e = make("bytes-gpt2", guides, max_pass_tokens=most)
+    passes: list[int] = []
+    hooks = [
+        model.get_input_embeddings().register_forward_hook(
+            lambda _module, args, _output: passes.append(args[0].numel())
+        )
+        for model in (guides[0].tuned, guides[0].untuned)
+    ]
+    try:
+        results = e.generate(prompts, SEARCH, progress=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert found(results) == found(expected)
+    assert max(passes) == most
+    assert_all_pages_free(e)
+
+
 def test_who_does_not_fit_at_all_is_told_so_and_harms_nobody() -> None:
     guides = pairs("bpe-first")
     e = make("bytes-gpt2", guides, kv_cache_tokens=160, ends=())

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import (
     AddedToken,
@@ -73,13 +73,22 @@ def _corpus() -> list[str]:
     return [drawn_text(drawing, 30) for _ in range(60)]
 
 
+class _Training(NamedTuple):
+    """What a tokenizer is trained on; size: of its vocabulary, None: one that fits the corpus."""
+
+    texts: Sequence[str]
+    size: int | None = None
+
+
 def _wrapped(tokenizer: Tokenizer, **options: Any) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **options
     )
 
 
-def _byte_level(pattern: str, size: int = 600, ignore_merges: bool = False) -> Any:
+def _byte_level(
+    training: _Training, pattern: str, size: int = 600, ignore_merges: bool = False
+) -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -90,9 +99,9 @@ def _byte_level(pattern: str, size: int = 600, ignore_merges: bool = False) -> A
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        _corpus(),
+        training.texts,
         trainers.BpeTrainer(
-            vocab_size=size,
+            vocab_size=training.size or size,
             initial_alphabet=alphabet,
             special_tokens=["<s>", "</s>"],
             show_progress=False,
@@ -102,7 +111,7 @@ def _byte_level(pattern: str, size: int = 600, ignore_merges: bool = False) -> A
     return _wrapped(tokenizer)
 
 
-def _sentencepiece_bpe(scheme: str) -> Any:
+def _sentencepiece_bpe(training: _Training, scheme: str) -> Any:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     if scheme == "legacy":
         tokenizer.normalizer = normalizers.Sequence(
@@ -115,13 +124,13 @@ def _sentencepiece_bpe(scheme: str) -> Any:
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     # As SentencePiece trains: a space only begins a piece, or makes one with other spaces.
     pieces = [
-        piece for text in _corpus() for word in text.split(" ") for piece in (word, " " + word)
+        piece for text in training.texts for word in text.split(" ") for piece in (word, " " + word)
     ]
     # Rare characters are written in bytes. Which are rare the trainer would decide by chance.
     counts = Counter("".join(pieces).replace(" ", "\u2581"))
     alphabet = sorted(sorted(counts), key=lambda sign: -counts[sign])[:_ALPHABET]
     trainer = trainers.BpeTrainer(
-        vocab_size=700,
+        vocab_size=training.size or 700,
         special_tokens=special,
         initial_alphabet=alphabet,
         limit_alphabet=_ALPHABET,
@@ -141,19 +150,19 @@ def _sentencepiece_bpe(scheme: str) -> Any:
     return _wrapped(tokenizer, unk_token="<unk>")
 
 
-def _unigram(byte_fallback: bool, normalizer: Any = None) -> Any:
+def _unigram(training: _Training, byte_fallback: bool, normalizer: Any = None) -> Any:
     tokenizer = Tokenizer(models.Unigram())
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.UnigramTrainer(
-        vocab_size=400,
+        vocab_size=training.size or 400,
         special_tokens=["<unk>", "<s>", "</s>"],
         unk_token="<unk>",
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator(training.texts, trainer)
     if byte_fallback:
         parts = json.loads(tokenizer.to_str())
         least = min(score for _, score in parts["model"]["vocab"])
@@ -175,15 +184,17 @@ def _unigram(byte_fallback: bool, normalizer: Any = None) -> Any:
     return _wrapped(tokenizer, unk_token="<unk>")
 
 
-def _word_piece() -> Any:
+def _word_piece(training: _Training) -> Any:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=500, special_tokens=["[UNK]", "<s>", "</s>"], show_progress=False
+        vocab_size=training.size or 500,
+        special_tokens=["[UNK]", "<s>", "</s>"],
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator(training.texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
         special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("<s>", "</s>")],
@@ -191,34 +202,35 @@ def _word_piece() -> Any:
     return _wrapped(tokenizer, unk_token="[UNK]")
 
 
-def _normalized(normalizer: Any) -> Any:
-    found = _byte_level(_GPT2)
+def _normalized(training: _Training, normalizer: Any) -> Any:
+    found = _byte_level(training, _GPT2)
     found.backend_tokenizer.normalizer = normalizer
     return found
 
 
-def _with_added() -> Any:
+def _with_added(training: _Training) -> Any:
     """Added tokens that anybody's text may hold, some of which begin alike."""
-    found = _byte_level(_LLAMA3, 500)
+    found = _byte_level(training, _LLAMA3, 500)
     found.add_tokens(["<tool>", "<tool>x", "\n\n\n", "\n\n", AddedToken("    ", normalized=False)])
     return found
 
 
-_KINDS: dict[str, Callable[[], Any]] = {
-    "bytes-gpt2": lambda: _byte_level(_GPT2),
-    "bytes-llama3": lambda: _byte_level(_LLAMA3, 900, ignore_merges=True),
-    "bytes-gpt4o": lambda: _byte_level(_GPT4O, 300),
-    "bytes-nfc": lambda: _normalized(normalizers.NFC()),
-    "bytes-nfkc-lower": lambda: _normalized(
-        normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+_KINDS: dict[str, Callable[[_Training], Any]] = {
+    "bytes-gpt2": lambda of: _byte_level(of, _GPT2),
+    "bytes-llama3": lambda of: _byte_level(of, _LLAMA3, 900, ignore_merges=True),
+    "bytes-gpt4o": lambda of: _byte_level(of, _GPT4O, 300),
+    "bytes-nfc": lambda of: _normalized(of, normalizers.NFC()),
+    "bytes-nfkc-lower": lambda of: _normalized(
+        of, normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     ),
     "bytes-added": _with_added,
-    "bpe-first": lambda: _sentencepiece_bpe("first"),
-    "bpe-always": lambda: _sentencepiece_bpe("always"),
-    "bpe-legacy": lambda: _sentencepiece_bpe("legacy"),
-    "bpe-gemma": lambda: _sentencepiece_bpe("gemma"),
-    "unigram-bytes": lambda: _unigram(True),
-    "unigram-nfkc": lambda: _unigram(
+    "bpe-first": lambda of: _sentencepiece_bpe(of, "first"),
+    "bpe-always": lambda of: _sentencepiece_bpe(of, "always"),
+    "bpe-legacy": lambda of: _sentencepiece_bpe(of, "legacy"),
+    "bpe-gemma": lambda of: _sentencepiece_bpe(of, "gemma"),
+    "unigram-bytes": lambda of: _unigram(of, True),
+    "unigram-nfkc": lambda of: _unigram(
+        of,
         False,
         normalizers.Sequence(
             [normalizers.Nmt(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -232,4 +244,10 @@ KINDS: Sequence[str] = tuple(_KINDS)
 @cache
 def trained(kind: str) -> Any:
     """The tokenizer of one of :data:`KINDS`; nobody may change it."""
-    return _KINDS[kind]()
+    return _KINDS[kind](_Training(_corpus()))
+
+
+@cache
+def trained_on(kind: str, text: str, size: int) -> Any:
+    """The same kind, trained on the lines of a text, with ``size`` tokens at most."""
+    return _KINDS[kind](_Training(text.split("\n"), size))

@@ -27,7 +27,7 @@ from w2s_fast.cache import PagePool, as_int32
 from w2s_fast.decoding import Lane
 from w2s_fast.errors import EngineFailure, InvalidRequest, NumericalError, OutOfPages, W2SFastError
 from w2s_fast.models import PagedModel, forward_in_passes
-from w2s_fast.search.beginnings import prefill
+from w2s_fast.search.beginnings import advance, prefill
 from w2s_fast.search.foreign_guide import ForeignGuides, Grown, Said, Text
 from w2s_fast.search.guide import two_at_a_time
 from w2s_fast.search.request import Request
@@ -71,6 +71,12 @@ class _Readings:
 
     def parent_of(self, beam: Beam) -> _Reading:
         return self.root if beam.parent is None else self.kept[beam.parent]
+
+    def parents(self, number: int) -> list[_Reading]:
+        """What candidates of a round go on from, by its number."""
+        if number == 1:
+            return [self.root]
+        return list({id(own): own for own in self.kept if not own.ended}.values())
 
     def slots(self, model: int) -> set[int]:
         """Those held in one model."""
@@ -144,6 +150,45 @@ class ForeignSide:
         self._vocab_sizes = [own.guide.vocab_size for own in guides for _ in own.guide.models]
         self._lane = Lane(device)
         self._of: dict[Request, _Readings] = {}
+
+    def enter(self, requests: Sequence[Request]) -> set[Request]:
+        """Run texts that these requests' candidates go on from, a pass at most in each model.
+
+        Returns:
+            Those whose texts do not all stand yet: their rounds wait.
+        """
+        waiting: set[Request] = set()
+        order = sorted(requests, key=lambda request: request.urgency)
+        parents = [
+            (request, reading)
+            for request in order
+            for reading in self._readings_of(request).parents(request.beams.round)
+        ]
+        try:
+            for m, model in enumerate(self.models):
+                missing = [
+                    (request, reading.versions[m])
+                    for request, reading in parents
+                    if not _stands(model, reading.versions[m])
+                ]
+                new = [version for _, version in missing if version.slot == _NO_SLOT]
+                for version, slot in zip(new, model.pool.allocate(len(new)).tolist()):
+                    version.slot = slot
+                found = advance(
+                    model,
+                    as_int32([version.slot for _, version in missing]),
+                    [version.text.ids[:-1] for _, version in missing],
+                    model.max_pass_tokens,
+                )
+                waiting.update(
+                    request for (request, _), ready in zip(missing, found.ready) if not ready
+                )
+        except OutOfPages:  # whoever scores makes room for what it needs
+            for own in self._of.values():
+                self._evict(own)
+            self._release_unknown()
+            return set()
+        return waiting
 
     def score(
         self, requests: Sequence[Request], candidates: Sequence[Sequence[Beam]]
@@ -415,6 +460,12 @@ class ForeignSide:
             for version in reading.versions:
                 version.slot = _NO_SLOT
         self._release(own, before)
+
+
+def _stands(model: PagedModel, version: _Version) -> bool:
+    if version.slot == _NO_SLOT:
+        return False
+    return int(model.pool.lengths([version.slot])[0]) == len(version.text.ids) - 1
 
 
 def _as_own(error: Exception) -> W2SFastError:
