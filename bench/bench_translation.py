@@ -1,8 +1,8 @@
 """Candidates of a round in another vocabulary: 1,024 rows of English text that grow by a chunk.
 
-The guide's tokenizers are trained here, on the same kind of text, to a few thousand tokens. ``call``
-is the tokenizer's own part: all texts from their last safe places on, in one call; ``round`` is all
-from the base's tokens to the guide's, what it takes to decode them included.
+The guide's tokenizers are trained here, on the same kind of text, to a few thousand tokens.
+``call`` is the tokenizer's own part: all texts from their last safe places on, in one call;
+``round`` is all from the base's tokens to the guide's, what it takes to decode them included.
 """
 
 from __future__ import annotations

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.drawn import drawn
-from tests.support.trained_tokenizers import BETWEEN, KINDS, WORDS, drawn_text, trained
+from tests.support.trained_tokenizers import (
+    BETWEEN,
+    KINDS,
+    WORDS,
+    drawn_text,
+    trained,
+    trained_on,
+)
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.text import GrowingTexts, PromptEncoder, Said, Translator, decode_response
 from w2s_fast.text.special_tokens import common_prefix
@@ -183,10 +190,10 @@ def test_responses_spell_no_special_tokens() -> None:
 @pytest.mark.parametrize(("tokens", "limit"), [(5, 1.6), (30, 1.15)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_little_is_run_again(kind: str, tokens: int, limit: float) -> None:
-    text = (ROOT / "README.md").read_text()[:3000]
-    base = trained("bytes-gpt2")
-    ids = base(text)["input_ids"]
-    own = encoder(kind)
+    text = (ROOT / "README.md").read_text()
+    base, guide = trained_on("bytes-gpt2", text, 1500), trained_on(kind, text, 1500)
+    ids = base(text[:6000])["input_ids"]
+    own = PromptEncoder("guide", guide, vocab_size=len(guide), bos_token_id=None)
     translator = own.translator()
     known = translator.begin(own.as_text("Tell me about it:\n"))
     listener, said = GrowingTexts(base), Said()

@@ -200,9 +200,9 @@ class Search:
             self._take(fused, drawn)
             fused, drawn, left = None, None, tokens_left(beams)
         complete = [r for r, more in zip(going_on, left) if r.error is None and not more]
-        if reading := [request for request in complete if request.foreign is not None]:
-            with timed("prefill_s", [request.stats for request in reading]):
-                waiting = self.foreign.enter(reading)
+        if foreign := [request for request in complete if request.foreign is not None]:
+            with timed("prefill_s", [request.stats for request in foreign]):
+                waiting = self.foreign.enter(foreign)
             complete = [request for request in complete if request not in waiting]
         scored = [r for r in complete if r.uses_guides and not r.fuses]
         if new := [request for request in scored if request.beams.round == 1]:
