@@ -236,7 +236,7 @@ def test_benchmarks_that_are_interrupted_keep_those_that_were_timed(
 
 
 # Some of every group: other tests run all operators and searches.
-CHEAP = "page or round or token_logprob or attention or small-guides"
+CHEAP = "page or round or token_logprob or attention or small-guides or (call and bpe-first)"
 
 
 def saved_run(out: Path, *options: str) -> dict[str, Any]:
@@ -258,6 +258,7 @@ def test_all_groups_are_timed_and_two_saved_runs_compare(
         "host's part of a round",
         "operators",
         "searches",
+        "translation",
     }
     assert all(one["stats"]["rounds"] == 2 for one in found["benchmarks"])
     assert all(one["stats"]["median"] > 0 for one in found["benchmarks"])

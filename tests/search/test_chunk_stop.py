@@ -118,7 +118,7 @@ def test_no_round_holds_more_pages_or_rows_than_it_was_promised(
     models = range(len(request.prompts))
     most = [pages_at_most(request, of, page_size) for of in models]
     while not request.done:
-        (promised,) = round_pages([request.beams], [page_size] * 3).tolist()
+        (promised,) = round_pages([request.beams], [page_size] * 3)
         assert all(p <= m for p, m in zip(promised, most))
         assert round_rows([request.beams])[0] <= params.rows
         with ExitStack() as others:
