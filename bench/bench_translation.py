@@ -1,18 +1,20 @@
 """Candidates of a round in another vocabulary: 1,024 rows of English text that grow by a chunk.
 
-The guide's tokenizers are trained here, on the same kind of text, to a few thousand tokens.
-``call`` is the tokenizer's own part: all texts from their last safe places on, in one call;
-``translated`` is all from the base's tokens to the guide's, what it takes to decode them included.
+The guide's tokenizers are trained here, on the same text, to a few thousand tokens. ``call`` is the
+tokenizer's own part: in one call, of all texts from their last safe places on, what has not come
+before (``-s`` shows how much that is); ``translated`` is all from the base's tokens to the guide's,
+what it takes to decode them included.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -24,6 +26,7 @@ pytestmark = pytest.mark.benchmark(group="translation")
 
 ROOT = Path(__file__).parents[1]
 ROWS = 1024
+Timed = Callable[..., None]
 BEFORE = 8  # chunks that a response has
 KINDS = ("bytes-llama3", "bpe-first", "unigram-bytes", "wordpiece")
 
@@ -67,35 +70,55 @@ class Growing:
     def round(self) -> None:
         self.translator.extend(self.texts, [said.text for said in self.listen()])
 
+    def forget(self) -> Callable[[], None]:
+        """What takes back what a round has left in the translator, as of now."""
+        pieces = self.translator._pieces
+        assert pieces is not None
+        known = dict(pieces._known)
+
+        def take_back() -> None:
+            pieces._known = dict(known)
+
+        return take_back
+
 
 @pytest.fixture
-def timed(
-    benchmark: BenchmarkFixture, rounds: Callable[[float], int]
-) -> Callable[[Callable[[], object]], None]:
-    """Times a call; the one before brings memory and caches along."""
+def timed(benchmark: BenchmarkFixture, rounds: Callable[[float], int]) -> Timed:
+    """Times a call, each time after a setup."""
 
-    def time_rounds(run: Callable[[], object]) -> None:
+    def time_rounds(run: Callable[[], object], setup: Callable[[], None] = lambda: None) -> None:
         begin = time.perf_counter()
         run()
-        benchmark.pedantic(run, rounds=rounds(time.perf_counter() - begin))
+        count = rounds(time.perf_counter() - begin)
+        benchmark.pedantic(run, setup=setup, rounds=count)
 
     return time_rounds
 
 
 @pytest.mark.parametrize("chunk", [5, 30])
 @pytest.mark.parametrize("kind", KINDS)
-def test_translated(timed: Callable[[Callable[[], object]], None], kind: str, chunk: int) -> None:
-    timed(Growing(kind, chunk).round)
+def test_translated(timed: Timed, kind: str, chunk: int) -> None:
+    growing = Growing(kind, chunk)
+    timed(growing.round, growing.forget())
 
 
 @pytest.mark.parametrize("chunk", [5, 30])
 @pytest.mark.parametrize("kind", KINDS)
-def test_call(timed: Callable[[Callable[[], object]], None], kind: str, chunk: int) -> None:
+def test_call(timed: Timed, kind: str, chunk: int) -> None:
     growing = Growing(kind, chunk)
     pieces = growing.translator._pieces
     assert pieces is not None
-    windows = [
-        (text.tail or "") + said.text[len(text.said) :]
-        for text, said in zip(growing.texts, growing.listen())
-    ]
-    timed(lambda: pieces.encode(windows))
+    asked: list[Sequence[str]] = []
+    with mock.patch.object(pieces, "encode", side_effect=_noting(asked, pieces.encode)):
+        growing.round()
+    every = [piece for own in asked for piece in own]
+    print(f"{len(every)} pieces, {sum(map(len, every))} characters for {ROWS} rows")
+    timed(lambda: pieces.encode(every))
+
+
+def _noting(asked: list[Sequence[str]], encode: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(pieces: Sequence[str]) -> Any:
+        asked.append(pieces)
+        return encode(pieces)
+
+    return noted

@@ -11,23 +11,18 @@ show whether it holds for the tokenizer at hand; if not, its texts are not cut.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
-
-from w2s_fast.text.response import BYTE
 
 SPACE = "\u2581"  # how vocabularies of characters write one; a text may hold it, too
 # What only changes a text's edges, or how a space is written.
 _AT_EDGES = ("Prepend", "Strip")
 NOWHERE = -1
 _MOST_PAIRS = 100_000
-_UNKNOWN = 1 << 32  # bytes that no text has
-_MORE = 16  # room for tokens that are added later
 _NORMALIZED = 2  # characters on each side of a place that a normaliser must leave as they are
 
 # Scripts with and without spaces, combining marks, joiners, code, numbers, and runs of spaces.
@@ -82,6 +77,30 @@ class Cuts:
                 self._known = frozenset(n.replace(SPACE, " ") for n in names if len(n) == 1)
         for token in added:
             self._add(token["content"])
+        # Where spaces are safe behind any character, or behind those that no normaliser takes away.
+        signs = {pair[0] for pair in self._pairs if pair[1] == " "}
+        tails = any(right in (" ", b" ") for _, right in self._partial)
+        kept = rf"[^\s{SPACE}]" if self._normalizer is None else "[A-Za-z0-9]"
+        always = not tails and all(sign.isspace() for sign in signs)
+        self._split = re.compile(f"(?<={kept})(?= )") if always else None
+
+    def split(self, text: str, before: str) -> list[str]:
+        """A text that may yet grow in pieces, with safe places between them.
+
+        The last piece begins at the last safe place.
+
+        Args:
+            before: the character before the text; none if it begins one.
+        """
+        pieces = [text] if self._split is None or not self._spaces else self._split.split(text)
+        end = pieces[-1]
+        if len(pieces) > 1:
+            before = pieces[-2][-1]
+        cut = self.last(before + end, len(before))
+        if cut == NOWHERE:
+            return pieces
+        cut -= len(before)
+        return [*pieces[:-1], end[:cut], end[cut:]]
 
     def _add(self, text: str) -> None:
         self._pairs.update(map("".join, pairwise(text)))
@@ -179,38 +198,6 @@ class Cuts:
         if cut + _NORMALIZED > len(text) or unicodedata.combining(text[cut]):
             return False
         return bool(self._normalizer.normalize_str(around) == around)
-
-
-def sizes_of_tokens(parts: dict[str, Any]) -> NDArray[np.int64] | None:
-    """The bytes of each token's text, int64 [V]; None where tokens do not add up to their text."""
-    model = parts["model"]
-    kept = _beyond_edges(parts["normalizer"]) is None
-    marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    if not kept or marked or model["type"] not in ("BPE", "Unigram"):
-        return None
-    added = {token["content"]: token["id"] for token in parts["added_tokens"]}
-    names = model["vocab"]
-    vocabulary = (
-        names if isinstance(names, dict) else {name: i for i, (name, _) in enumerate(names)}
-    )
-    vocabulary = {**vocabulary, **added}
-    sizes = np.full(max(vocabulary.values(), default=0) + 1 + _MORE, _UNKNOWN, np.int64)
-    in_bytes = _reads_bytes(parts)
-    unknown = model.get("unk_token") or _entry(model["vocab"], model.get("unk_id"))
-    for name, number in vocabulary.items():
-        if name == unknown:
-            continue
-        if in_bytes and name not in added:
-            sizes[number] = len(name)
-        elif model.get("byte_fallback") and BYTE.fullmatch(name):
-            sizes[number] = 1
-        else:
-            sizes[number] = len(name.replace(SPACE, " ").encode(errors="replace"))
-    return sizes
-
-
-def _entry(vocabulary: Any, number: int | None) -> str | None:
-    return None if number is None or isinstance(vocabulary, dict) else str(vocabulary[number][0])
 
 
 def byte_signs() -> list[str]:

@@ -17,17 +17,16 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 
 from w2s_fast.errors import InvalidRequest
-from w2s_fast.text.cuts import NOWHERE, SAMPLES, SPACE, Cuts, sizes_of_tokens
+from w2s_fast.text.cuts import NOWHERE, SAMPLES, Cuts
 from w2s_fast.text.encoding import TextEncoder, Written
 from w2s_fast.text.special_tokens import SIGNS, common_prefix
 
 _AT_ONCE = 128  # pieces in one string; several strings are encoded side by side
-_LONG = 32  # characters of a tail, before a place further on is worth encoding for
-_NEVER = 1 << 40
+_LONG = 32  # characters of a piece that will hardly come again
+_MOST_KNOWN = 200_000
 
 
 class Translated(NamedTuple):
@@ -77,7 +76,7 @@ class Translator:
         backend = encoder.specials.copy_that_reads_none()
         if backend is not None:
             parts = json.loads(backend.to_str())
-            self._pieces = _Pieces(backend, sizes_of_tokens(parts))
+            self._pieces = _Pieces(backend)
             self._cuts = _checked_cuts(parts, self._pieces)
 
     def begin(self, written: Written) -> Translated:
@@ -120,26 +119,26 @@ class Translator:
         """None where a text has to be encoded as a whole."""
         if not texts or self._pieces is None or self._cuts is None:
             return [None] * len(texts)
-        windows = [
-            (text.tail or "") + response[len(text.said) :]
-            for text, response in zip(texts, responses)
-        ]
+        split = self._cuts.split
+        windows: list[str] = []
+        pieces: list[list[str]] = []
+        for text, response in zip(texts, responses):
+            window = (text.tail or "") + response[len(text.said) :]
+            windows.append(window)
+            guard = window[0] if text.guarded else ""
+            pieces.append(split(window[len(guard) :], guard))
         try:
-            encoded = self._pieces.encode(windows)
-            guards = self._pieces.guards({window[0] for window in windows})
-            skipped = [
-                guards[window[0]] if text.guarded else 0 for text, window in zip(texts, windows)
-            ]
-            cuts, counts = self._last_cuts(texts, windows, encoded, skipped)
+            encoded = self._pieces.of_texts(
+                [window[0] if text.guarded else "" for text, window in zip(texts, windows)], pieces
+            )
         except BaseException as error:
             _pass_on_interrupts(error)
             return [None] * len(texts)
         found: list[Grown | None] = []
-        for text, response, window, ids, skip, cut, count in zip(
-            texts, responses, windows, encoded, skipped, cuts, counts
+        for text, response, window, own, (new, last) in zip(
+            texts, responses, windows, pieces, encoded
         ):
             written, _, old, prompt, start, _, before, guarded = text
-            new = ids[skip:]
             common = before + common_prefix(old[before:], new)
             ids = old[:before] + new
             if common <= start:  # it may have changed the prompt's end
@@ -147,42 +146,12 @@ class Translator:
             if start == 0 or (new and max(new) >= self._vocab_size):
                 found.append(None)  # and the whole says why
                 continue
-            if cut != NOWHERE:
-                window, before, guarded = window[cut - 1 :], before + count, True
+            if len(own) > 1:
+                window, guarded = own[-2][-1] + own[-1], True
+            before = len(ids) - last
             grown = Translated(written, response, ids, prompt, start, window, before, guarded)
             found.append(Grown(grown, common))
         return found
-
-    def _last_cuts(
-        self,
-        texts: Sequence[Translated],
-        windows: Sequence[str],
-        encoded: Sequence[array[int]],
-        skipped: Sequence[int],
-    ) -> tuple[list[int], list[int]]:
-        """The last safe place of each window, and how many tokens come before it: of those behind
-        the first ``skipped``."""
-        assert self._pieces is not None and self._cuts is not None
-        last, sizes = self._cuts.last, self._pieces.sizes
-        cuts = [NOWHERE] * len(windows)
-        counts = [0] * len(windows)
-        behind = [_NEVER] * len(windows)
-        apart: list[int] = []
-        for i, (window, text) in enumerate(zip(windows, texts)):
-            if sizes is not None and SPACE not in window:
-                cut = cuts[i] = last(window, text.guarded)
-                if cut != NOWHERE:
-                    behind[i] = len(window[cut:].encode())
-            elif len(window) > _LONG:
-                cuts[i] = last(window, text.guarded)
-                apart += [i] * (cuts[i] != NOWHERE)
-        if sizes is not None:
-            counts = _counts_of(encoded, skipped, sizes, behind)
-        if apart:  # nothing says how long a token's text is: what comes before is encoded, too
-            before = self._pieces.encode([windows[i][: cuts[i]] for i in apart])
-            for i, ids in zip(apart, before):
-                counts[i] = len(ids) - skipped[i]
-        return [cut if c else NOWHERE for cut, c in zip(cuts, counts)], counts
 
     def _whole(self, text: Translated, response: str) -> Grown | InvalidRequest:
         try:
@@ -224,9 +193,9 @@ class Translator:
                 return text
             cut = floor  # as behind the special token that ends there
         tail = whole[cut - guarded :]
+        guard = tail[0] if guarded else ""
         try:
-            (ids,) = self._pieces.encode([tail])
-            ids = ids[self._pieces.guards({tail[0]})[tail[0]] if guarded else 0 :]
+            ((ids, _),) = self._pieces.of_texts([guard], [[tail[len(guard) :]]])
         except BaseException as error:
             _pass_on_interrupts(error)
             return text
@@ -236,46 +205,64 @@ class Translator:
         return text._replace(tail=tail, before=before, guarded=guarded)
 
 
-def _counts_of(
-    encoded: Sequence[array[int]],
-    skipped: Sequence[int],
-    sizes: NDArray[np.int64],
-    behind: Sequence[int],
-) -> list[int]:
-    """How many tokens behind the first ``skipped`` come before as many bytes at the end; 0: none.
-
-    Counted from the end, for a space that nobody wrote may stand at the beginning.
-    """
-    flat = np.frombuffer(b"".join(encoded), np.int32)
-    ends = np.cumsum([len(own) for own in encoded])
-    total = np.concatenate([[0], np.cumsum(sizes[flat])])
-    first = np.concatenate([[0], ends[:-1]]) + skipped
-    target = total[ends] - behind
-    at = np.searchsorted(total, target)
-    found = np.where((at > first) & (total[at] == target), at - first, 0)
-    counts: list[int] = found.tolist()
-    return counts
-
-
 class _Pieces:
     """Encodes many pieces of texts at once; none of them begins a text.
 
-    Attributes:
-        sizes: int64 [V], the bytes of each token's text; None: the tokenizer does not keep a text
-            as it is, so they do not tell where in it a token stands.
+    Most pieces are words that have come before: what they were is remembered.
     """
 
-    def __init__(self, backend: Tokenizer, sizes: NDArray[np.int64] | None) -> None:
+    def __init__(self, backend: Tokenizer) -> None:
         separator = "".join(chr(secrets.choice(SIGNS)) for _ in range(12))
         backend.add_special_tokens([AddedToken(separator, normalized=False, special=True)])
-        self.sizes = sizes
         self._backend = backend
         self._separator = separator
         self._id = backend.token_to_id(separator)
         self._guards: dict[str, int] = {}
+        self._known: dict[str, array[int]] = {}
+
+    def of_texts(
+        self, guards: Sequence[str], texts: Sequence[Sequence[str]]
+    ) -> list[tuple[array[int], int]]:
+        """The tokens of texts that go on, and how many of them are of their last pieces.
+
+        Args:
+            guards: the character before each text; none where it stands behind a special token.
+            texts: each in pieces with safe places between them.
+        """
+        if len(self._known) > _MOST_KNOWN:
+            self._known.clear()
+        known = self._known
+        behind: dict[str, str] = {}  # of pieces that are to be encoded, the character before
+        first: dict[str, None] = {}  # those before which there is none
+        for guard, pieces in zip(guards, texts):
+            before = guard
+            for piece in pieces:
+                if not before:
+                    first[piece] = None
+                elif piece not in known:
+                    behind[piece] = before
+                before = piece[-1:]
+        encoded = self.encode([*first, *(before + piece for piece, before in behind.items())])
+        of_first = dict(zip(first, encoded))
+        long: dict[str, array[int]] = {}
+        skipped = self._sizes(set(behind.values())) if behind else {}
+        for (piece, before), ids in zip(behind.items(), encoded[len(first) :]):
+            (known if len(piece) <= _LONG else long)[piece] = ids[skipped[before] :]
+        found = []
+        for guard, pieces in zip(guards, texts):
+            ids = array("i")
+            own = ids
+            for i, piece in enumerate(pieces):
+                if i == 0 and not guard:
+                    own = of_first[piece]
+                else:
+                    own = known[piece] if len(piece) <= _LONG else long[piece]
+                ids = ids + own
+            found.append((ids, len(own)))
+        return found
 
     def encode(self, pieces: Sequence[str]) -> list[array[int]]:
-        """The tokens of each piece."""
+        """The tokens of each piece, as those of a text behind a special token."""
         between = self._separator
         strings = [
             between + between.join(pieces[i : i + _AT_ONCE])
@@ -289,7 +276,7 @@ class _Pieces:
             found += [all_ids[a + 1 : b] for a, b in pairwise(ends)]
         return found
 
-    def guards(self, signs: set[str]) -> dict[str, int]:
+    def _sizes(self, signs: set[str]) -> dict[str, int]:
         """How many tokens each character is, where it begins a piece and a safe place follows."""
         missing = [sign for sign in signs if sign not in self._guards]
         if missing:
