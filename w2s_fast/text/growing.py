@@ -132,7 +132,8 @@ def _said(said: Said, end: int, new: str, run: str) -> Said:
 def _characters(run: bytes) -> str:
     """Those that are whole, in bytes that may go on; none if the bytes are no text."""
     try:
-        return codecs.getincrementaldecoder("utf-8")().decode(run)
+        # One that is written, and no stand-in, is held back like those.
+        return codecs.getincrementaldecoder("utf-8")().decode(run).rstrip(INCOMPLETE)
     except UnicodeDecodeError:
         return ""
 
