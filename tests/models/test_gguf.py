@@ -16,6 +16,7 @@ from tests.support.gguf_files import (
     EOS,
     VOCABULARY,
     merging_tokenizer,
+    needs_gguf,
     rounded_to_blocks,
     write_gguf,
 )
@@ -131,9 +132,17 @@ def test_a_file_that_is_none_is_named(name: str) -> None:
 
 
 def test_a_broken_file_is_named(empty: Path) -> None:
-    pytest.importorskip("gguf")
+    needs_gguf()
     with pytest.raises(UnsupportedModel, match=r"model\.gguf' cannot be loaded: "):
         load_model(empty, CPU, "auto")
+
+
+def test_an_older_transformers_is_refused(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.22.2")
+    with pytest.raises(
+        UnsupportedModel, match=r"need transformers 5\.23 or later, .* 5\.22\.2"
+    ):
+        load_tokenizer(empty / "model.gguf")
 
 
 @pytest.mark.parametrize("lacks", [["gguf"], ["gguf", "accelerate"]])
@@ -143,6 +152,7 @@ def test_missing_packages_are_named(
     def find(name: str) -> Any:
         return None if name in lacks else importlib.util.find_spec("json")
 
+    monkeypatch.setattr("transformers.__version__", "5.23.0")
     monkeypatch.setattr("w2s_fast.models.files.find_spec", find)
     for load in (lambda: load_model(empty, CPU, "auto"), lambda: load_tokenizer(str(empty))):
         with pytest.raises(UnsupportedModel, match=rf"pip install {' '.join(lacks)}$"):

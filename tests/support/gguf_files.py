@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -37,6 +39,14 @@ VOCABULARY = 256 + 2 + len(MERGES)
 BOS, EOS = 256, 257
 
 
+def needs_gguf() -> Any:
+    """The package that writes them; skips where transformers would not read them."""
+    pytest.importorskip("accelerate")
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("GGUF files need transformers 5.23")
+    return pytest.importorskip("gguf")
+
+
 def merging_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes, BOS, EOS and a few merges: of a file without any transformers reads no vocabulary."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<bos>", "<eos>"]
@@ -58,7 +68,7 @@ def write_gguf(
     Args:
         packed: weights of matrices as Q8_0, blocks of 32 numbers in 8 bits, where rows allow it.
     """
-    gguf: Any = pytest.importorskip("gguf")
+    gguf = needs_gguf()
     path.parent.mkdir(parents=True, exist_ok=True)
     config: Any = model.config
     writer = gguf.GGUFWriter(path, "llama")

@@ -7,10 +7,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import transformers
+from packaging.version import Version
+
 from w2s_fast.errors import UnsupportedModel
 
 _GGUF = ".gguf"
 _NEEDED = ("gguf", "accelerate")  # by transformers, for any GGUF file
+# Up to 5.22 tokenizers of byte-level vocabularies came without the BOS that the file asks for, in
+# 5.17 with a wrong EOS, too.
+_FIRST_RIGHT = Version("5.23")
 
 
 class ModelFiles(NamedTuple):
@@ -51,8 +57,15 @@ def find_files(source: str | os.PathLike[str]) -> ModelFiles:
 
 
 def check_packages(files: ModelFiles) -> None:
-    """UnsupportedModel: what reads GGUF files is not installed; says how to."""
-    missing = [] if files.gguf is None else [each for each in _NEEDED if find_spec(each) is None]
+    """UnsupportedModel: what reads GGUF files is not installed, or too old; says what is needed."""
+    if files.gguf is None:
+        return
+    if Version(transformers.__version__) < _FIRST_RIGHT:
+        raise UnsupportedModel(
+            f"model {files.path!r}: GGUF files need transformers {_FIRST_RIGHT} or later, and this "
+            f"is {transformers.__version__}"
+        )
+    missing = [each for each in _NEEDED if find_spec(each) is None]
     if missing:
         raise UnsupportedModel(
             f"model {files.path!r}: transformers reads GGUF files by packages that are not "
