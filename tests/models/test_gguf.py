@@ -139,9 +139,7 @@ def test_a_broken_file_is_named(empty: Path) -> None:
 
 def test_an_older_transformers_is_refused(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.__version__", "5.22.2")
-    with pytest.raises(
-        UnsupportedModel, match=r"need transformers 5\.23 or later, .* 5\.22\.2"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"need transformers 5\.23 or later, .* 5\.22\.2"):
         load_tokenizer(empty / "model.gguf")
 
 

@@ -155,7 +155,7 @@ def _is_packed(model: PreTrainedModel) -> bool:
 def _described(model: PreTrainedModel, seconds: float) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
-    packed = f", quantised by {model.quantization_method.value}" if _is_packed(model) else ""
+    packed = ", quantised" if _is_packed(model) else ""
     return (
         f"{type(model).__name__}, {count / 1e6:,.1f} M parameters, {dtype}{packed}, "
         f"on {model.device}: {seconds:.1f} s"
