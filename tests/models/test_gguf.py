@@ -15,6 +15,7 @@ from tests.support.gguf_files import (
     BOS,
     EOS,
     VOCABULARY,
+    gguf_llama,
     merging_tokenizer,
     needs_gguf,
     rounded_to_blocks,
@@ -29,21 +30,17 @@ CPU = torch.device("cpu")
 TEXT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
-def tiny(seed: int = 0) -> Any:
-    return tiny_model(
-        "llama", seed=seed, vocab_size=VOCABULARY, dtype=torch.float32, eos=(EOS,), bos=BOS
-    )
-
-
 def save(folder: Path, seed: int) -> Path:
-    tiny(seed).save_pretrained(folder)
+    gguf_llama(seed).save_pretrained(folder)
     merging_tokenizer().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf", tiny(), merging_tokenizer())
+    return write_gguf(
+        tmp_path_factory.mktemp("models") / "tiny.gguf", gguf_llama(), merging_tokenizer()
+    )
 
 
 @pytest.fixture
@@ -56,10 +53,10 @@ def empty(tmp_path: Path) -> Path:
 def test_a_file_holds_what_was_written(file: Path) -> None:
     model = load_model(file, CPU, "auto")
     assert model.dtype is torch.float32 and not model.training
-    for name, weight in tiny().state_dict().items():
+    for name, weight in gguf_llama().state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
     with torch.inference_mode():
-        assert torch.allclose(model(TEXT).logits, tiny()(TEXT).logits, atol=1e-5)
+        assert torch.allclose(model(TEXT).logits, gguf_llama()(TEXT).logits, atol=1e-5)
 
 
 def test_a_file_holds_its_tokenizer(file: Path) -> None:
@@ -77,7 +74,7 @@ def test_packed_weights_are_unpacked(tmp_path: Path) -> None:
     wide = type(model)(
         model.config.__class__(**{**model.config.to_dict(), "hidden_size": 32, "head_dim": 8})
     )
-    file = write_gguf(tmp_path / "packed.gguf", wide, merging_tokenizer(), packed=True)
+    file = write_gguf(tmp_path / "packed.gguf", wide, packed=True)
     loaded = load_model(file, CPU, "auto")
     name = "model.layers.0.mlp.up_proj.weight"
     own = wide.state_dict()[name]
@@ -89,9 +86,7 @@ def test_packed_weights_are_unpacked(tmp_path: Path) -> None:
 
 def test_a_search_over_files_is_that_over_folders(tmp_path: Path) -> None:
     folders = [save(tmp_path / str(seed), seed) for seed in range(3)]
-    files = [
-        write_gguf(tmp_path / f"{seed}.gguf", tiny(seed), merging_tokenizer()) for seed in range(3)
-    ]
+    files = [write_gguf(tmp_path / f"{seed}.gguf", gguf_llama(seed)) for seed in range(3)]
     params = SearchParams(beam_width=2, successors=2, chunk_length=3, max_new_tokens=9)
     (one,), (other,) = (
         Engine(base, Guide(tuned, untuned), kv_cache_tokens=1024).generate(["The film"], params)

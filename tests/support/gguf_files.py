@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.support.tiny_models import tiny_model
 
 _NORMAL, _CONTROL = 1, 3  # llama.cpp's types of tokens
 
@@ -60,10 +61,15 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
 
 
-def write_gguf(
-    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, packed: bool = False
-) -> Path:
-    """A Llama and its byte-level tokenizer in one file.
+def gguf_llama(seed: int = 0) -> PreTrainedModel:
+    """What :func:`write_gguf` can write: as large as its vocabulary."""
+    return tiny_model(
+        "llama", seed=seed, vocab_size=VOCABULARY, dtype=torch.float32, eos=(EOS,), bos=BOS
+    )
+
+
+def write_gguf(path: Path, model: PreTrainedModel, packed: bool = False) -> Path:
+    """A Llama and :func:`merging_tokenizer` in one file.
 
     Args:
         packed: weights of matrices as Q8_0, blocks of 32 numbers in 8 bits, where rows allow it.
@@ -82,13 +88,14 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
+    tokenizer = merging_tokenizer()
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = {tokenizer.bos_token, tokenizer.eos_token}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([_CONTROL if token in special else _NORMAL for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in _merges(tokenizer)])
+    writer.add_token_merges([" ".join(pair) for pair in MERGES])
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_add_bos_token(True)
@@ -106,11 +113,6 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def _merges(tokenizer: PreTrainedTokenizerFast) -> list[list[str]]:
-    found: list[list[str]] = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    return found
 
 
 def _gguf_name(name: str) -> str:

@@ -77,8 +77,8 @@ def load_model(
     loader puts it on ``device``, with what of it is not packed in its own dtype for ``"auto"``.
 
     Raises:
-        InvalidRequest: that is nothing a model can be named by, or a loaded model that is quantised
-            or spread over devices, and would have to be moved or converted.
+        InvalidRequest: that is nothing a model can be named by; or a loaded model that lies on
+            several devices, or is quantised and would have to be moved or converted.
         UnsupportedModel: the path or id cannot be read as a causal language model, or does not
             hold the whole of one; says what is missing or left over.
     """
@@ -128,10 +128,10 @@ def _as_asked(
     model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None
 ) -> PreTrainedModel:
     """A loaded model on this device and, if one is given, in this dtype. See :func:`load_model`."""
-    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-    if len(places) > 1:
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
         raise InvalidRequest(
-            f"a loaded {type(model).__name__} is spread over {', '.join(sorted(places))} by its "
+            f"a loaded {type(model).__name__} is spread over {', '.join(sorted(devices))} by its "
             "device map; a model has to lie on one device"
         )
     if model.device == device and (dtype is None or model.dtype == dtype):
@@ -157,7 +157,7 @@ def _described(model: PreTrainedModel, seconds: float) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     packed = ", quantised" if _is_packed(model) else ""
     return (
-        f"{type(model).__name__}, {count / 1e6:,.1f} M parameters, {dtype}{packed}, "
+        f"{type(model).__name__}, {count:,} parameters, {dtype}{packed}, "
         f"on {model.device}: {seconds:.1f} s"
     )
 
