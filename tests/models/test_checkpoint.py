@@ -88,6 +88,30 @@ def test_wrong_weights_are_refused_with_their_names(kind: str, tmp_path: Path) -
         load(saved(tmp_path, "llama", **weights))
 
 
+def test_weights_may_lie_in_several_files(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    loaded = load(tmp_path).state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded[name], weight), name
+    shards[1].unlink()
+    with pytest.raises(UnsupportedModel, match=rf"cannot be loaded: .*{shards[1].name}"):
+        load(tmp_path)
+
+
+def test_a_config_of_old_names_its_dtype_by_another_word(tmp_path: Path) -> None:
+    """Where ``"auto"`` keeps the checkpoint's, as it does for a device that is no CPU."""
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["dtype"]
+    path.write_text(json.dumps({**config, "torch_dtype": "float16"}))
+    assert load_model(tmp_path, torch.device("meta"), "auto").dtype is torch.float16
+    assert load(tmp_path).dtype is torch.float32
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_an_adapter_is_never_left_out(beside: bool, tmp_path: Path) -> None:
     if beside:

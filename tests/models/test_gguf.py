@@ -38,9 +38,7 @@ def save(folder: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(
-        tmp_path_factory.mktemp("models") / "tiny.gguf", gguf_llama(), merging_tokenizer()
-    )
+    return write_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf", gguf_llama())
 
 
 @pytest.fixture
