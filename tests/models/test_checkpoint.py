@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tests.support.tiny_models import tiny_model
 from w2s_fast import Engine
@@ -59,6 +61,38 @@ def test_a_model_that_was_saved_without_its_head_is_refused(tmp_path: Path) -> N
     tiny_model("llama", dtype=torch.float32).base_model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match=r"lacks weights of LlamaForCausalLM: lm_head\.weig"):
         Engine(base=tmp_path)
+
+
+LARGE = """
+import re, sys, torch
+from pathlib import Path
+from w2s_fast.models.load import load_model
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+small, large = sys.argv[1:]
+load_model(small, torch.device("cpu"), "auto")  # what the first one needs besides weights
+before = peak()
+model = load_model(large, torch.device("cpu"), "auto")
+for weight in model.parameters():
+    weight.sum()
+weights, grown = sum(weight.nbytes for weight in model.parameters()), peak() - before
+assert weights > 100 << 20, weights
+assert weights / 2 < grown < 1.3 * weights, (weights, grown)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's peak memory")
+def test_weights_take_their_memory_once(tmp_path: Path) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    tiny_model("llama", dtype=torch.float32).save_pretrained(small)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2,
+        num_attention_heads=8,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(large)
+    subprocess.run([sys.executable, "-c", LARGE, small, large], check=True)
 
 
 WRONG: dict[str, tuple[dict[str, Tensor | None], str]] = {
