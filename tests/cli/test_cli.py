@@ -46,6 +46,20 @@ def test_with_models_named_it_says_nothing_of_bundled_ones(models: DemoModels) -
     assert result.stdout.strip()
 
 
+def test_a_terminal_is_told_what_each_model_is(
+    models: DemoModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes anything for a terminal then
+    told = run("generate", "The film", *named(models), *SMALL).stderr
+    for path in (models.base, models.tuned, models.untuned):
+        assert f"reading {path}" in told
+    of_one = r"LlamaForCausalLM, [\d,]+ parameters, float64, on cpu: \d+\.\d s"
+    assert len(re.findall(of_one, told)) == 3
+    monkeypatch.delenv("FORCE_COLOR")
+    result = run("generate", "The film", *named(models), *SMALL)
+    assert "reading" not in result.output and "Llama" not in result.output
+
+
 def test_json_is_one_record_with_all_hypotheses(models: DemoModels) -> None:
     result = run("generate", "The film", "--json", "-n", "3", *named(models), *SMALL)
     record = json.loads(result.stdout)

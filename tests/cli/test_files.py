@@ -16,6 +16,7 @@ import pytest
 
 import w2s_fast
 from tests.support.command import SMALL, named, records, run, write_lines
+from tests.support.gguf_files import gguf_llama, write_gguf
 from w2s_fast.cli import app
 from w2s_fast.demo import DemoModels
 
@@ -101,6 +102,26 @@ def test_other_models_do_not_go_on_with_an_output(models: DemoModels, tmp_path: 
     result = run(*command, *named(models), "--dtype", "float32")
     assert result.exit_code == 2
     assert "(dtype: float64 then, float32 now)" in result.stderr
+
+
+def test_a_run_over_a_gguf_file_goes_on_with_the_same_file_only(tmp_path: Path) -> None:
+    base = write_gguf(tmp_path / "base.gguf", gguf_llama())
+    source = write_lines(tmp_path / "in.jsonl", ['{"prompt": "a"}', '{"prompt": "b"}'])
+    output = tmp_path / "out.jsonl"
+    command = ["generate", "--input", source, "--output", output, "--resume", *SMALL]
+    command += ["--method", "sample", "--base"]
+    assert run(*command, base).exit_code == 0
+    write_lines(output, output.read_text().splitlines()[:1])
+    moved = tmp_path / "folder" / "moved.gguf"
+    moved.parent.mkdir()
+    shutil.copy(base, moved)
+    assert run(*command, moved.parent).exit_code == 0
+    assert len(records(output)) == 2
+
+    write_gguf(base, gguf_llama(seed=1))
+    result = run(*command, base)
+    assert result.exit_code == 2
+    assert "cannot resume" in result.stderr and "base file: " in result.stderr
 
 
 def test_a_full_disk_is_one_line_and_the_run_can_be_gone_on_with(

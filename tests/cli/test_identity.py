@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from tests.support.tiny_models import save_tiny
 from w2s_fast.cli.identity import model_identity
+from w2s_fast.errors import UnsupportedModel
 
 PARTS = {"weights", "config", "tokenizer"}
 
@@ -106,6 +107,34 @@ def test_of_large_files_only_samples_are_read(tmp_path: Path) -> None:
             opened.write(b"x")
     after = [model_identity(str(tmp_path / name))["weights"] for name in ("one", "other")]
     assert len({*before, *after}) == 4
+
+
+def test_a_gguf_file_is_its_content_in_a_folder_of_its_own_or_not(tmp_path: Path) -> None:
+    """Its first part is read whole: a chat template may change by a letter."""
+    size = 200 << 20
+    one, other = tmp_path / "one.gguf", tmp_path / "folder" / "other.gguf"
+    other.parent.mkdir()
+    for path in (one, other):
+        path.write_bytes(b"GGUF")
+        os.truncate(path, size)
+    found = model_identity(str(one))
+    assert set(found) == {"file"}
+    assert model_identity(str(other)) == model_identity(str(other.parent)) == found
+    for offset in (60_000_001, -100):
+        with other.open("r+b") as file:
+            file.seek(offset, os.SEEK_SET if offset > 0 else os.SEEK_END)
+            file.write(b"x")
+        assert model_identity(str(other)) != found
+        found = model_identity(str(other))
+
+
+def test_a_gguf_file_that_is_none_or_one_of_several_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="no such file"):
+        model_identity(str(tmp_path / "no.gguf"))
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(UnsupportedModel, match=r"a\.gguf, b\.gguf"):
+        model_identity(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tests.support.tiny_models import tiny_model
 from w2s_fast import Engine
@@ -61,6 +63,38 @@ def test_a_model_that_was_saved_without_its_head_is_refused(tmp_path: Path) -> N
         Engine(base=tmp_path)
 
 
+LARGE = """
+import re, sys, torch
+from pathlib import Path
+from w2s_fast.models.load import load_model
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+small, large = sys.argv[1:]
+load_model(small, torch.device("cpu"), "auto")  # what the first one needs besides weights
+before = peak()
+model = load_model(large, torch.device("cpu"), "auto")
+for weight in model.parameters():
+    weight.sum()
+weights, grown = sum(weight.nbytes for weight in model.parameters()), peak() - before
+assert weights > 100 << 20, weights
+assert weights / 2 < grown < 1.3 * weights, (weights, grown)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's peak memory")
+def test_weights_take_their_memory_once(tmp_path: Path) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    tiny_model("llama", dtype=torch.float32).save_pretrained(small)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2,
+        num_attention_heads=8,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(large)
+    subprocess.run([sys.executable, "-c", LARGE, small, large], check=True)
+
+
 WRONG: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "missing": (
         {"model.layers.1.mlp.up_proj.weight": None},
@@ -86,6 +120,30 @@ def test_wrong_weights_are_refused_with_their_names(kind: str, tmp_path: Path) -
     weights, message = WRONG[kind]
     with pytest.raises(UnsupportedModel, match=message):
         load(saved(tmp_path, "llama", **weights))
+
+
+def test_weights_may_lie_in_several_files(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    loaded = load(tmp_path).state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded[name], weight), name
+    shards[1].unlink()
+    with pytest.raises(UnsupportedModel, match=rf"cannot be loaded: .*{shards[1].name}"):
+        load(tmp_path)
+
+
+def test_a_config_of_old_names_its_dtype_by_another_word(tmp_path: Path) -> None:
+    """Where ``"auto"`` keeps the checkpoint's, as it does for a device that is no CPU."""
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["dtype"]
+    path.write_text(json.dumps({**config, "torch_dtype": "float16"}))
+    assert load_model(tmp_path, torch.device("meta"), "auto").dtype is torch.float16
+    assert load(tmp_path).dtype is torch.float32
 
 
 @pytest.mark.parametrize("beside", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -90,10 +91,36 @@ def _give_up_stdout() -> None:
         os.close(nowhere)
 
 
-def quiet_transformers() -> None:
-    """No loading bars and no advice. To be called before transformers is imported, which reads it.
+@contextmanager
+def loading(bars: bool) -> Iterator[None]:
+    """Around the loading of models. With ``bars`` each says what it is, and transformers draws its
+    bars (see :func:`quiet_transformers`); otherwise there is one sign of life, in a terminal."""
+    if not bars:
+        with note_console().status("loading models"):
+            yield
+        return
+    told = logging.getLogger("w2s_fast.models")
+    handler, level = _Notes(), told.level
+    told.addHandler(handler)
+    told.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        told.removeHandler(handler)
+        told.setLevel(level)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+def quiet_transformers(bars: bool = False) -> None:
+    """No advice, and no loading bars but with ``bars``. To be called before transformers is
+    imported, which reads it.
 
     What the user has set in the environment stays.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -17,6 +17,7 @@ from typing import BinaryIO
 _BLOCK = 4096  # bytes
 _PARTS = 1024  # of a file that does not say where its tensors lie
 _MAX_HEADER = 100_000_000  # bytes; safetensors allows no more
+_GGUF_WORDS = 1 << 26  # bytes that a GGUF file's settings and vocabulary stay below
 
 _CONFIG = ("config.json", "generation_config.json", "adapter_config.json")
 _TOKENIZER = (
@@ -27,14 +28,20 @@ _TOKENIZER = (
 
 def model_identity(source: str) -> dict[str, str]:
     """Parts of what a model is: ``weights``, ``config`` and ``tokenizer`` of a folder, each a short
-    hash; the ``commit`` of a hub id.
+    hash; the ``file`` of a GGUF; the ``commit`` of a hub id.
 
     Raises:
         OSError: names the file that cannot be read. That there is none is left to the loading.
+        UnsupportedModel: there are several GGUF files, or a path to one that does not exist.
     """
-    if not os.path.isdir(source):
+    from w2s_fast.models import find_files
+
+    where = find_files(source)
+    if where.gguf is not None:
+        return {"file": _gguf_digest(Path(where.path))}
+    if not os.path.isdir(where.name):
         return {"commit": _commit(source)}
-    folder = Path(source)
+    folder = Path(where.name)
     files = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
     named = {path.relative_to(folder).as_posix(): path for path in files if path.is_file()}
     weights = [name for name in named if name.endswith(".safetensors")]
@@ -60,6 +67,14 @@ def _commit(name: str) -> str:
         return Path(hf_hub_download(name, "config.json")).parent.name
     except Exception:
         return "unknown"  # the loading says what is wrong
+
+
+def _gguf_digest(path: Path) -> str:
+    """Of the beginning whole, of the weights behind it by samples."""
+    with path.open("rb") as file:
+        words = hashlib.sha256(file.read(_GGUF_WORDS))
+    words.update(_digest(path, by_samples=True))
+    return words.hexdigest()[:8]
 
 
 def _digest(path: Path, by_samples: bool) -> bytes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 
 from w2s_fast import __version__
-from w2s_fast.cli.console import note, note_console, quiet_transformers
+from w2s_fast.cli.console import loading, note, note_console, quiet_transformers
 from w2s_fast.cli.identity import model_identity
 from w2s_fast.cli.jsonl import MadeBy
 
@@ -60,7 +60,7 @@ def made_by(models: Models, device: str, dtype: str) -> MadeBy:
         InvalidRequest: the device or the dtype cannot be used.
         OSError: names a file of a model that cannot be read.
     """
-    quiet_transformers()
+    quiet_transformers(_bars(models))
     with note_console().status("looking at the models"):
         import torch
 
@@ -127,14 +127,15 @@ def load_engine(
     quiet: bool = False,
     **options: Any,
 ) -> Engine:
-    """Loads the models, saying on standard error when they are the bundled ones.
+    """Loads the models, saying on standard error when they are the bundled ones, and in a terminal
+    what each of others is.
 
     ``options``: more of the engine's.
     """
     if models.bundled and not quiet:
         note("no model named: using the bundled demo models (film, book and restaurant reviews)")
-    quiet_transformers()
-    with note_console().status("loading models"):
+    quiet_transformers(_bars(models))
+    with loading(_bars(models)):
         import torch
 
         from w2s_fast import Engine, Guide
@@ -151,6 +152,11 @@ def load_engine(
             kv_cache_tokens=kv_cache_tokens,
             **options,
         )
+
+
+def _bars(models: Models) -> bool:
+    """Whether somebody sees the loading, and it may take a while."""
+    return not models.bundled and note_console().is_terminal
 
 
 def decoder(engine: Engine) -> Decode:

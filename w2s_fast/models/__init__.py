@@ -7,6 +7,7 @@ The room knows no sampling, no beams and no text.
 
 from w2s_fast.models.activations import activations_of
 from w2s_fast.models.body import Body, run_body
+from w2s_fast.models.files import find_files
 from w2s_fast.models.forwards import onednn
 from w2s_fast.models.inference import inference
 from w2s_fast.models.limits import main_memory
@@ -35,6 +36,7 @@ __all__ = [
     "PagedModel",
     "activation_bytes",
     "activations_of",
+    "find_files",
     "forward_in_passes",
     "free_bytes",
     "inference",

@@ -11,33 +11,64 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from w2s_fast.errors import UnsupportedModel
+from w2s_fast.models.files import ModelFiles
 
 # Constants that older versions of transformers saved with every attention layer.
 _CONSTANTS = re.compile(r"(^|\.)(attn\.(masked_)?bias|attention\.(masked_)?bias|inv_freq)$")
 _MOST_NAMED = 5
 
 
-def read_checkpoint(name: str, options: dict[str, Any]) -> PreTrainedModel:
-    """The causal language model at a path or hub id, on the CPU.
-
-    Args:
-        options: for transformers' ``from_pretrained``.
+def read_config(files: ModelFiles) -> PreTrainedConfig:
+    """The config of the causal language model in these files.
 
     Raises:
-        UnsupportedModel: the model is of another kind, weights are missing, left over or of
-            another shape, or there is an adapter; says which.
+        UnsupportedModel: the model is of another kind, or there is an adapter.
         Exception: transformers raises nearly anything for a broken folder.
     """
-    _refuse_adapter(name)
-    config = AutoConfig.from_pretrained(name)
+    _refuse_adapter(files.name)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(files.name, **files.options)
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"model {name!r}: encoder-decoder models cannot be served")
+        raise UnsupportedModel(f"model {files.path!r}: encoder-decoder models cannot be served")
+    return config
+
+
+def read_checkpoint(
+    files: ModelFiles, config: PreTrainedConfig, dtype: torch.dtype | None, device: torch.device
+) -> PreTrainedModel:
+    """The causal language model in these files: on ``device`` if it is quantised, else on the CPU.
+
+    Args:
+        config: what :func:`read_config` has found there.
+        dtype: None: the checkpoint's own.
+
+    Raises:
+        UnsupportedModel: weights are missing, left over or of another shape; says which.
+        Exception: transformers raises nearly anything for a broken folder.
+    """
+    name = files.path
+    options: dict[str, Any] = {"dtype": dtype or "auto", **files.options}
+    if files.gguf is not None:
+        # Some versions would keep packed weights where they have products for them.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    elif says_quantised(config) and device.type != "cpu":
+        options["device_map"] = {"": device}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        files.name,
+        config=config,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
     )
     model: PreTrainedModel = loaded[0]
     found: dict[str, Any] = loaded[1]
@@ -64,6 +95,11 @@ def read_checkpoint(name: str, options: dict[str, Any]) -> PreTrainedModel:
     if found["error_msgs"]:
         raise UnsupportedModel(f"model {name!r}: {_named(found['error_msgs'])}")
     return model
+
+
+def says_quantised(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint's weights are packed, and stay so."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def _refuse_adapter(name: str) -> None:

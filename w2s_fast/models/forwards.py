@@ -45,9 +45,17 @@ def onednn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def is_dense(weight: Tensor) -> bool:
+    """Whether this is numbers in memory: quantised weights may look the same, dtype and all, and
+    have products of their own."""
+    return type(weight) in (Tensor, nn.Parameter)
+
+
 def goes_to_onednn(hidden: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN can have the product at all, however many rows it has."""
-    if weight.device.type != "cpu" or not hidden.dtype is weight.dtype is torch.float32:
+    if weight.device.type != "cpu" or not is_dense(weight):
+        return False
+    if not hidden.dtype is weight.dtype is torch.float32:
         return False
     return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from w2s_fast.kernels.linear_logprob_partials import Partials, linear_logprob_partials
 from w2s_fast.kernels.token_logprob import token_logprob
 from w2s_fast.models.body import refuse
-from w2s_fast.models.forwards import goes_to_onednn, onednn
+from w2s_fast.models.forwards import goes_to_onednn, is_dense, onednn
 from w2s_fast.models.inference import inference
 
 # Rows of logits that begin anywhere, as those of GPT-2's 50,257 ids, are written and read by single
@@ -45,7 +45,7 @@ class LMHead:
         self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         self._forbidden: Tensor | None = None  # bool [V], or as wide as the padded head
         self._padded: nn.Linear | None = None
-        if type(module) is nn.Linear and pads_heads(module.weight.device):
+        if _is_dense_linear(module) and pads_heads(module.weight.device):
             self._padded = _padded(module)
             self.follow()
 
@@ -95,7 +95,7 @@ class LMHead:
         return len(self.module.weight)
 
     def token_partials(self, hidden: Tensor, tokens: Tensor, vocab_size: int | None) -> Partials:
-        if type(self.module) is nn.Linear and self._forbidden is None:
+        if _is_dense_linear(self.module) and self._forbidden is None:
             head = self.module if self._padded is None else self._padded
             return linear_logprob_partials(
                 hidden,
@@ -128,6 +128,10 @@ def _padded(head: nn.Linear) -> nn.Linear | None:
     for parameter in padded.parameters():
         parameter.zero_()
     return padded
+
+
+def _is_dense_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(head) is nn.Linear and is_dense(head.weight)
 
 
 def _is_plain(head: nn.Module) -> bool:

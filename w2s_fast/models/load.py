@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
-from w2s_fast.models.checkpoint import read_checkpoint
+from w2s_fast.models.checkpoint import read_checkpoint, read_config, says_quantised
+from w2s_fast.models.files import ModelFiles, check_packages, find_files
+
+_log = logging.getLogger(__name__)
 
 ModelSource: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 
@@ -63,39 +73,93 @@ def load_model(
     """The model, on ``device``.
 
     A loaded model keeps its own dtype for ``"auto"``; it is moved in place where it must be, and
-    otherwise left as it is.
+    otherwise left as it is. A quantised one is neither moved nor converted: from a path its own
+    loader puts it on ``device``, with what of it is not packed in its own dtype for ``"auto"``.
 
     Raises:
-        InvalidRequest: that is nothing a model can be named by.
-        UnsupportedModel: the folder or id cannot be read as a causal language model, or does not
+        InvalidRequest: that is nothing a model can be named by; or a loaded model that lies on
+            several devices, or is quantised and would have to be moved or converted.
+        UnsupportedModel: the path or id cannot be read as a causal language model, or does not
             hold the whole of one; says what is missing or left over.
     """
     if isinstance(source, PreTrainedModel):
-        wanted = None if dtype == "auto" else pick_dtype(dtype, device)
-        if source.device != device or (wanted is not None and source.dtype != wanted):
-            nn.Module.to(source, device=device, dtype=wanted)
-        return source
+        return _as_asked(source, device, None if dtype == "auto" else pick_dtype(dtype, device))
     if not isinstance(source, (str, os.PathLike)):
         raise InvalidRequest(
             f"a model is {source!r}; allowed: a path, a hub id, or a loaded model of transformers"
         )
-    name = os.path.expanduser(os.fspath(source))
+    files = find_files(source)
+    _check_path(files)
     wanted = pick_dtype(dtype, device)
-    _check_path(name)
+    start = time.perf_counter()
+    _log.info("reading %s", files.path)
     try:
-        model = read_checkpoint(name, {"dtype": wanted or "auto"})
-        as_half = read_as(model.dtype, device)
-        if wanted is None and as_half is not model.dtype:
-            # Read once more: converted afterwards, what has to stay in float32 would not.
-            del model
-            model = read_checkpoint(name, {"dtype": as_half})
+        config = read_config(files)
+        if says_quantised(config):
+            wanted = None if dtype == "auto" else wanted
+            model = read_checkpoint(files, config, wanted, device)
+        else:
+            model = _read_plain(files, config, wanted, device)
     except UnsupportedModel:
         raise
     except Exception as error:  # transformers raises nearly anything for a broken folder
-        raise UnsupportedModel(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
-    nn.Module.to(model, device)
+        raise UnsupportedModel(
+            f"model {files.path!r} cannot be loaded: {_first_line(error)}"
+        ) from error
     nn.Module.eval(model)
+    _log.info("%s", _described(model, time.perf_counter() - start))
     return model
+
+
+def _read_plain(
+    files: ModelFiles, config: PreTrainedConfig, dtype: torch.dtype | None, device: torch.device
+) -> PreTrainedModel:
+    model = read_checkpoint(files, config, dtype, device)
+    as_half = read_as(model.dtype, device)
+    if dtype is None and as_half is not model.dtype:
+        # Read once more: converted afterwards, what has to stay in float32 would not.
+        del model
+        model = read_checkpoint(files, config, as_half, device)
+    nn.Module.to(model, device)
+    return model
+
+
+def _as_asked(
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """A loaded model on this device and, if one is given, in this dtype. See :func:`load_model`."""
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise InvalidRequest(
+            f"a loaded {type(model).__name__} is spread over {', '.join(sorted(devices))} by its "
+            "device map; a model has to lie on one device"
+        )
+    if model.device == device and (dtype is None or model.dtype == dtype):
+        return model
+    if _is_packed(model):
+        raise InvalidRequest(
+            f"a loaded {type(model).__name__} is quantised, on {model.device} in {model.dtype}, "
+            f"and is not moved or converted to {device}{f' in {dtype}' if dtype else ''}"
+        )
+    return nn.Module.to(model, device=device, dtype=dtype)
+
+
+def _is_packed(model: PreTrainedModel) -> bool:
+    """Whether weights are quantised still: those of a GGUF file mostly are not once it is read."""
+    if not getattr(model, "is_quantized", False):
+        return False
+    method = getattr(model, "quantization_method", None)
+    return method != "gguf" or not all(p.is_floating_point() for p in model.parameters())
+
+
+def _described(model: PreTrainedModel, seconds: float) -> str:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    packed = ", quantised" if _is_packed(model) else ""
+    return (
+        f"{type(model).__name__}, {count:,} parameters, {dtype}{packed}, "
+        f"on {model.device}: {seconds:.1f} s"
+    )
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
@@ -105,24 +169,35 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
         UnsupportedModel: there are tokenizer files, but they cannot be read.
     """
     loaded = isinstance(source, PreTrainedModel)
-    path = source.name_or_path if isinstance(source, PreTrainedModel) else os.fspath(source)
-    name = os.path.expanduser(path or "")
-    if not name or (loaded and not os.path.isdir(name)):
+    name = source.name_or_path if isinstance(source, PreTrainedModel) else os.fspath(source)
+    if not name or (loaded and not os.path.isdir(os.path.expanduser(name))):
         return None  # a loaded model without a folder: ask nobody's network for a tokenizer
-    if os.path.isdir(name) and not _has_tokenizer(Path(name)):
-        return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        files = find_files(name)
+    except UnsupportedModel:
+        if loaded:
+            return None  # its folder does not say which of several files it was
+        raise
+    if files.gguf is None and os.path.isdir(files.name) and not _has_tokenizer(Path(files.name)):
+        return None
+    check_packages(files)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            files.name, **files.options
+        )
     except Exception as error:
         raise UnsupportedModel(
-            f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}"
+            f"tokenizer of {files.path!r} cannot be loaded: {_first_line(error)}"
         ) from error
     return tokenizer
 
 
-def _check_path(name: str) -> None:
+def _check_path(files: ModelFiles) -> None:
+    name = files.name
     if not name:
         raise UnsupportedModel("a model's path or hub id is empty")
+    if files.gguf is not None:
+        return check_packages(files)
     path = Path(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
