@@ -82,10 +82,9 @@ def anew(guide: Guide, prompt: str, text: str, ends: bool) -> float:
     tokenizer = guide.tokenizer
     assert tokenizer is not None
     before, both = ids_of(tokenizer, prompt), ids_of(tokenizer, prompt + text)
-    tuned, untuned = (
-        total(model, tokenizer, before, both, ends) for model in (guide.tuned, guide.untuned)
-    )
-    return guide.weight * (tuned - untuned)
+    models = [model for model in (guide.tuned, guide.untuned) if model is not None]
+    tuned, *untuned = (total(model, tokenizer, before, both, ends) for model in models)
+    return guide.weight * (tuned - sum(untuned))
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -229,6 +228,23 @@ def test_beside_a_guide_of_the_same_vocabulary() -> None:
         assert sum(best.token_scores) == pytest.approx(
             alone.score([prompt], [best.token_ids])[0], abs=1e-4
         )
+    assert_all_pages_free(e)
+
+
+def test_models_that_several_guides_have_run_once() -> None:
+    tokenizer = trained("bpe-first")
+    tuned, other, untuned = (model_of(tokenizer, seed) for seed in (1, 3, 2))
+    guides = [
+        Guide(tuned, untuned, tokenizer=tokenizer),
+        Guide(other, untuned, -0.5, tokenizer=tokenizer),
+        Guide(tuned, None, 0.25, tokenizer=tokenizer),
+    ]
+    e = make("bytes-gpt2", guides)
+    foreign = e._search.foreign
+    assert len(foreign.models) == 3
+    for prompt, result in zip(PROMPTS, e.generate(PROMPTS, SEARCH, progress=False), strict=True):
+        check(e, guides, prompt, result)
+    assert len(set(foreign.run_tokens)) == 1
     assert_all_pages_free(e)
 
 

@@ -52,20 +52,21 @@ def foreign_guides(
     Args:
         differences: how each guide's vocabulary differs from the base's. tokenizer: the base's.
     """
-    found = []
-    for guide, why in zip(guides, differences):
-        if why is None:
-            continue
-        translations: list[Translation] = []
-        for model in guide.models:
-            encoder = encoder_of[model]
-            alike = (own for own in translations if _read_alike(own.encoder, encoder))
-            translations.append(next(alike, None) or Translation(encoder))
-        found.append(ForeignGuide(guide, translations, _eos_of(guide, encoder_of), why))
+    found = [
+        ForeignGuide(guide, _eos_of(guide, encoder_of), why)
+        for guide, why in zip(guides, differences)
+        if why is not None
+    ]
     if not found or tokenizer is None:
         return None
+    translations: dict[PagedModel, Translation] = {}
+    for model in (model for own in found for model in own.guide.models):
+        if model not in translations:
+            encoder = encoder_of[model]
+            alike = (own for own in translations.values() if _read_alike(own.encoder, encoder))
+            translations[model] = next(alike, None) or Translation(encoder)
     silent = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return ForeignGuides(found, GrowingTexts(tokenizer), frozenset(silent))
+    return ForeignGuides(found, translations, GrowingTexts(tokenizer), frozenset(silent))
 
 
 def foreign_prompt(
@@ -79,18 +80,15 @@ def foreign_prompt(
     Raises:
         InvalidRequest: a model cannot have it; says which, and why.
     """
-    texts: list[Any] = []
-    for own in foreign.guides:
-        known: list[tuple[Any, Any, Any]] = []
-        for model, translation in zip(own.guide.models, own.translators):
-            encoder = encoder_of[model]
-            written = encoder.as_text(in_words(prompt, tokenizer, encoder.name))
-            same = [t for other, w, t in known if other is translation and w == written]
-            assert isinstance(translation, Translation)
-            text = same[0] if same else translation.begin(written)
-            known.append((translation, written, text))
-            texts.append(text)
-    return ForeignPrompt(Said(), texts)
+    known: list[tuple[Any, Any, Any]] = []
+    for model, translation in foreign.translators.items():
+        encoder = encoder_of[model]
+        written = encoder.as_text(in_words(prompt, tokenizer, encoder.name))
+        same = (text for other, w, text in known if other is translation and w == written)
+        assert isinstance(translation, Translation)
+        text = next(same, None) or translation.begin(written)
+        known.append((translation, written, text))
+    return ForeignPrompt(Said(), [text for *_, text in known])
 
 
 def in_words(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, name: str) -> Prompt:

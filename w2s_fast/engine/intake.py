@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import repeat
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
 from w2s_fast.params import SearchParams
 from w2s_fast.scheduling import Given, Scheduler, check_room
-from w2s_fast.search import ForeignGuides, ForeignPrompt, PagedGuide, Request
+from w2s_fast.search import PagedGuide, Request
 from w2s_fast.text import Breaks, Prompt, PromptEncoder, StopStrings, decode_response
 
 
@@ -60,9 +59,8 @@ class Intake:
             in_foreign = None
             if foreign is not None and models.tokenizer is not None:
                 in_foreign = foreign_prompt(foreign, prompt, models.encoder_of, models.tokenizer)
-                for guide, texts in zip(foreign.guides, _by_guide(foreign, in_foreign)):
-                    for model, text in zip(guide.guide.models, texts):
-                        _check_prompt(model, text.ids, 1)
+                for model, text in zip(foreign.translators, in_foreign.texts):
+                    _check_prompt(model, text.ids, 1)
         for model, own in zip(models.models, prompts):
             _check_prompt(model, own, params.max_new_tokens)
         for token in params.stop_token_ids:
@@ -154,12 +152,6 @@ def pair(
             f"{len(prompts)} prompts, but {len(params)} params; allowed: one for all, or one each"
         )
     return zip(prompts, params)
-
-
-def _by_guide(foreign: ForeignGuides, prompt: ForeignPrompt) -> Iterator[list[Any]]:
-    texts = iter(prompt.texts)
-    for own in foreign.guides:
-        yield [next(texts) for _ in own.guide.models]
 
 
 def _encode_given(

@@ -7,9 +7,10 @@ is handed in; of its results only what is named here is looked at.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from w2s_fast.models import PagedModel
 from w2s_fast.search.guide import PagedGuide
 
 
@@ -73,13 +74,11 @@ class ForeignGuide(NamedTuple):
 
     Attributes:
         guide: its models over their pages.
-        translators: of each of them.
         eos_token_id: what the base's EOS becomes; None: nothing.
         why: how its vocabulary differs from the base's.
     """
 
     guide: PagedGuide
-    translators: Sequence[Translates]
     eos_token_id: int | None
     why: str
 
@@ -88,8 +87,8 @@ class ForeignPrompt(NamedTuple):
     """A request's prompt, as foreign guides have it.
 
     Attributes:
-        said: the empty response. texts: the prompt in each of all their models, guide by guide;
-            the same object where two of them have the same.
+        said: the empty response. texts: the prompt in each of their models; the same object where
+            two of them have the same.
     """
 
     said: Said
@@ -100,10 +99,11 @@ class ForeignGuides(NamedTuple):
     """All of an engine's.
 
     Attributes:
-        guides: at least one. listener: of the base.
-        silent_ids: tokens of the base that no text shows.
+        guides: at least one. translators: of each of their models, each once.
+        listener: of the base. silent_ids: tokens of the base that no text shows.
     """
 
     guides: Sequence[ForeignGuide]
+    translators: Mapping[PagedModel, Translates]
     listener: Listens
     silent_ids: Collection[int]

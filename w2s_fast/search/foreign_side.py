@@ -136,18 +136,20 @@ class ForeignSide:
     """Scores what candidates say in guides of other vocabularies.
 
     Attributes:
-        models: of all these guides, guide by guide.
+        models: of these guides, each once.
         run_tokens: tokens of responses that each of them has run, all together.
     """
 
     def __init__(self, foreign: ForeignGuides | None, device: torch.device) -> None:
         self._foreign = foreign
         guides = [] if foreign is None else foreign.guides
-        self.models: list[PagedModel] = [m for own in guides for m in own.guide.models]
+        self.models: list[PagedModel] = [] if foreign is None else list(foreign.translators)
+        self._translators = [] if foreign is None else list(foreign.translators.values())
         self.run_tokens = [0] * len(self.models)
-        self._translators = [t for own in guides for t in own.translators]
-        self._eos = [own.eos_token_id for own in guides for _ in own.guide.models]
-        self._vocab_sizes = [own.guide.vocab_size for own in guides for _ in own.guide.models]
+        self._roles = [[self.models.index(m) for m in own.guide.models] for own in guides]
+        of = {model: own for own in reversed(guides) for model in own.guide.models}
+        self._eos = [of[model].eos_token_id for model in self.models]
+        self._vocab_sizes = [of[model].guide.vocab_size for model in self.models]
         self._lane = Lane(device)
         self._of: dict[Request, _Readings] = {}
 
@@ -310,7 +312,7 @@ class ForeignSide:
         limit = model.pool.max_tokens_per_slot
         if model.max_positions is not None:
             limit = min(limit, model.max_positions)
-        length = len(run.child.text.ids) + 1  # with an EOS
+        length = len(run.child.text.ids)
         if length > limit:
             run.request.error = run.request.error or InvalidRequest(
                 f"prompt and response have become {length} tokens long for {model.name}; allowed: "
@@ -414,13 +416,10 @@ class ForeignSide:
         assert self._foreign is not None
         candidates = self._of[request].candidates
         values = np.zeros(len(candidates))
-        first = 0
-        for own in self._foreign.guides:
-            count = len(own.guide.models)
+        for own, roles in zip(self._foreign.guides, self._roles):
             for c, reading in enumerate(candidates):
-                totals = [version.total for version in reading.versions[first : first + count]]
-                values[c] += own.guide.weight * (totals[0] - sum(totals[1:]))
-            first += count
+                tuned, *untuned = (reading.versions[role].total for role in roles)
+                values[c] += own.guide.weight * (tuned - sum(untuned))
         return values
 
     # ---- slots ----
