@@ -85,7 +85,7 @@ class Usage:
         completion_tokens: of the returned hypotheses together.
         sampled_tokens: sampled from the base, losers' tokens included; of beam search, those that
             beams were continued by.
-        scored_tokens: run through each guide.
+        scored_tokens: run through each guide; of guides of other vocabularies, through the first.
     """
 
     prompt_tokens: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from tests.support.broken_models import broken_copy, failing
 from tests.support.cohorts import in_cohorts
 from tests.support.engines import assert_all_pages_free, found
 from tests.support.probed import probed_once
+from tests.support.taken_pages import all_taken_but
 from tests.support.tiny_models import tiny_model
 from tests.support.trained_tokenizers import trained
 from w2s_fast import Engine, Guide, ScoredCandidate, SearchParams, SearchResult
@@ -391,20 +392,25 @@ def test_given_texts_are_scored_as_candidates_are() -> None:
 
 
 def test_scoring_given_texts_takes_pages_from_running_requests() -> None:
-    guides = pairs("bpe-first")
-    e = make("bytes-gpt2", guides, prefix_cache=False, kv_cache_tokens=400)
-    expected = found(e.generate(PROMPTS, SEARCH, progress=False))
-    alone = e.score(["hello"], [" world" * 60])
-    done = dict(iter_with(e, lambda: e.score(["hello"], [" world" * 60])))
+    e = make("bytes-gpt2", pairs("bpe-first"), prefix_cache=False)
+    params = [replace(SEARCH, max_new_tokens=4), SEARCH, SEARCH, SEARCH]
+    expected = found(e.generate(PROMPTS, params, progress=False))
+    text = ("hello", " world" * 60)
+    alone = e.score(*([one] for one in text))
+    foreign = e._search.foreign
+    pool = foreign.models[0].pool
+    needed = -(-(len(ids_of(trained("bpe-first"), "".join(text))) - 1) // pool.page_size)
+    done, evicted = {}, 0
+    for index, result in e.as_completed(PROMPTS, params):
+        done[index] = result
+        held = pool.num_pages - pool.free_pages
+        with all_taken_but(pool, held + needed - 1):
+            if held > 0:  # what is missing, requests in flight have
+                assert e.score(*([one] for one in text)) == alone
+                evicted += not any(own.slots(0) for own in foreign._of.values())
+    assert evicted > 0
     assert found([done[i] for i in range(len(PROMPTS))]) == expected
-    assert e.score(["hello"], [" world" * 60]) == alone
     assert_all_pages_free(e)
-
-
-def iter_with(e: Engine, meanwhile: Callable[[], Any]) -> Iterator[tuple[int, Any]]:
-    for index, result in e.as_completed(PROMPTS, SEARCH):
-        meanwhile()
-        yield index, result
 
 
 def test_scorers_have_their_say_beside_the_guides() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from hypothesis import strategies as st
 
 from tests.support.drawn import drawn
 from tests.support.engines import LONG_PROMPTS, PROMPTS, assert_all_pages_free, make_engine
+from tests.support.taken_pages import all_taken_but
 from tests.support.text_searches import EOS, STOPS, check, crowded, engine, tokenizer, valued
 from tests.support.tiny_models import tiny_triple
 from w2s_fast import Engine, SearchParams
 from w2s_fast._pages import round_pages, round_rows
-from w2s_fast.cache import PagePool
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.scheduling.footprint import pages_at_most
 
@@ -132,19 +131,6 @@ def test_no_round_holds_more_pages_or_rows_than_it_was_promised(
                     one._search.close([request])
     one._search.abort(request)
     assert_all_pages_free(one)
-
-
-@contextmanager
-def all_taken_but(pool: PagePool, pages: int) -> Iterator[None]:
-    """All that a request can hold are so many pages, those that it holds included."""
-    slots, left = [], pool.num_pages - pages
-    while left > 0:
-        slots += pool.allocate(1).tolist()
-        own = min(left, pool.max_tokens_per_slot // pool.page_size)
-        pool.reserve(slots[-1:], [own * pool.page_size])
-        left -= own
-    yield
-    pool.release(slots)
 
 
 def test_candidates_of_a_round_have_different_lengths() -> None:

@@ -15,9 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from w2s_fast.result import SearchResult
 from w2s_fast.search import Ends
-from w2s_fast.text import decode_response, open_bytes
-
-_INCOMPLETE = "\ufffd"  # what decoders write for a character of which bytes are missing
+from w2s_fast.text import INCOMPLETE, decode_response, open_bytes
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Pieces:
             return StreamPiece(None, new)
         whole = tokens[: len(tokens) - open_bytes(self._tokenizer, tokens)]
         text = decode_response(self._tokenizer, self._prompt, whole)
-        return StreamPiece(self._new_text(text.rstrip(_INCOMPLETE)), new)
+        return StreamPiece(self._new_text(text.rstrip(INCOMPLETE)), new)
 
     def last(self, result: SearchResult) -> StreamPiece:
         """The rest of the answer."""

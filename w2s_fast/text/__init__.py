@@ -10,7 +10,7 @@ from w2s_fast.text.chat import Chat
 from w2s_fast.text.encoding import Written
 from w2s_fast.text.growing import GrowingTexts, Said
 from w2s_fast.text.prompt import Prompt, PromptEncoder
-from w2s_fast.text.response import decode_response, open_bytes
+from w2s_fast.text.response import INCOMPLETE, decode_response, open_bytes
 from w2s_fast.text.stops import StopStrings, TextEnd
 from w2s_fast.text.translation import Translator
 from w2s_fast.text.vocabulary import (
@@ -21,6 +21,7 @@ from w2s_fast.text.vocabulary import (
 )
 
 __all__ = [
+    "INCOMPLETE",
     "Breaks",
     "Chat",
     "GrowingTexts",

@@ -12,8 +12,8 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from w2s_fast.text.response import open_bytes
-from w2s_fast.text.window import INCOMPLETE, Window, special_ids
+from w2s_fast.text.response import INCOMPLETE, open_bytes
+from w2s_fast.text.window import Window, special_ids
 
 
 @dataclass(frozen=True)

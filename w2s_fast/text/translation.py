@@ -121,16 +121,16 @@ class Translator:
             return [None] * len(texts)
         split = self._cuts.split
         windows: list[str] = []
+        guards: list[str] = []
         pieces: list[list[str]] = []
         for text, response in zip(texts, responses):
             window = (text.tail or "") + response[len(text.said) :]
-            windows.append(window)
             guard = window[0] if text.guarded else ""
+            windows.append(window)
+            guards.append(guard)
             pieces.append(split(window[len(guard) :], guard))
         try:
-            encoded = self._pieces.of_texts(
-                [window[0] if text.guarded else "" for text, window in zip(texts, windows)], pieces
-            )
+            encoded = self._pieces.of_texts(guards, pieces)
         except BaseException as error:
             _pass_on_interrupts(error)
             return [None] * len(texts)

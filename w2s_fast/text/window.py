@@ -6,10 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from w2s_fast.text.response import decode_response
-
-_CONTEXT_TOKENS = 64  # of which decode_response makes use
-INCOMPLETE = "\ufffd"  # what decoders write for a character of which bytes are missing
+from w2s_fast.text.response import CONTEXT_TOKENS, INCOMPLETE, decode_response
 
 
 class Window:
@@ -36,7 +33,7 @@ class Window:
 
     def text_of(self, end: int) -> str:
         """Of the tokens up to this one, from the first of the window on."""
-        before = [*self._prompt, *self._tokens[: self.first]][-_CONTEXT_TOKENS:]
+        before = [*self._prompt, *self._tokens[: self.first]][-CONTEXT_TOKENS[-1] :]
         return decode_response(self._tokenizer, before, self._tokens[self.first : end])
 
     def tokens_before(self, start: int) -> int:
