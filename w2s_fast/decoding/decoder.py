@@ -19,7 +19,7 @@ from w2s_fast.decoding.fusion import FusionColumns, GuideRoles
 from w2s_fast.decoding.growing_rows import GrowingRows
 from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.sampling import SamplingColumns
-from w2s_fast.models import PagedModel
+from w2s_fast.models import Groups, PagedModel
 
 
 class Decoder:
@@ -42,11 +42,26 @@ class Decoder:
         self.models = list(models)
         self.graphs = graphs
         bodies = [model.view.base_model for model in models]
-        self._drawing = Drawing(self.models, bodies, guides, vocab_size, Lane(models[0].device))
+        self._groups = Groups(self.models)
+        self._drawing = Drawing(self._groups, bodies, guides, vocab_size, Lane(models[0].device))
 
     def logits(self, model: int, hidden: Tensor) -> Tensor:
         """Hidden states [N, D] of one model -> logits [N, vocab_size]."""
         return self._drawing.logits(model, hidden)
+
+    def _step(self, decodings: Sequence[Decoding], tokens: Tensor) -> list[Tensor]:
+        """Append tokens int64 [S] in each model: last hidden states [S, D] of each."""
+        found: list[list[Tensor]] = []
+        for members, together in zip(self._groups.members, self._groups.together):
+            own = [decodings[m] for m in members]
+            if together is None or len(own) * len(tokens) > together.most_tokens:
+                found.append([decoding.step(tokens) for decoding in own])
+                continue
+            plans = [decoding.next_plan() for decoding in own]
+            found.append(together.run([tokens] * len(own), plans))
+            for decoding in own:
+                decoding.count(1)
+        return self._groups.in_order(found)
 
     def begin(self, layout: DrawLayout, steps: int) -> Draws | None:
         """All of a draw at once, where it is replayed; see :meth:`DecodeGraphs.begin`."""
@@ -93,7 +108,7 @@ class Decoder:
             if step > 0:
                 settings.advance()
                 last = drawn.tokens[step - 1]
-                hidden = [decoding.step(last) for decoding in decodings]
+                hidden = self._step(decodings, last)
                 logits = [self.logits(m, own) for m, own in enumerate(hidden)]
             missing: Tensor | None = None
             if barred is not None:

@@ -54,13 +54,18 @@ class Decoding:
     @inference
     def step(self, tokens: Tensor) -> Tensor:
         """Append tokens int64 [S], one to each slot: last hidden states [S, D]."""
+        plan = self.next_plan()
+        hidden = run_body(self._model.view, tokens, plan.positions, plan)
+        self.count(1)
+        return hidden
+
+    def next_plan(self) -> AttentionPlan:
+        """The plan of the next step, for who runs it in our place, and then counts it."""
         self._need(1)
         plan = self.plan
         if self._begun:
             plan.advance()
-        hidden = run_body(self._model.view, tokens, plan.positions, plan)
-        self.count(1)
-        return hidden
+        return plan
 
     def count(self, steps: int) -> None:
         """Count ``steps`` tokens a slot as written, by whoever ran the plan in our place."""

@@ -12,41 +12,53 @@ from w2s_fast.decoding.draws import Draw
 from w2s_fast.decoding.fusion import Fusion, GuideRoles
 from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.sampling import SamplingBatch
-from w2s_fast.models import Body, PagedModel, run_body
+from w2s_fast.models import Body, Groups, PagedModel, run_body
 
 
 class Drawing(NamedTuple):
     """Models that draw together; most often it is the base alone.
 
     Attributes:
-        models: the base first. bodies: what runs for each.
+        groups: of the models, the base first. bodies: what runs for each that runs alone.
         guides: of which the logits are fused; none where the base draws alone.
         vocab_size: ids from here on are never sampled.
         lane: where the others run, beside the base.
     """
 
-    models: Sequence[PagedModel]
+    groups: Groups
     bodies: Sequence[Body]
     guides: GuideRoles
     vocab_size: int
     lane: Lane
 
+    @property
+    def models(self) -> Sequence[PagedModel]:
+        return self.groups.models
+
     def run(self, tokens: Sequence[Tensor], plans: Sequence[StaticPlan]) -> list[Tensor]:
         """The last hidden states of each model's tokens."""
 
-        def run(m: int) -> Tensor:
+        def run(g: int) -> list[Tensor]:
+            members, together = self.groups.members[g], self.groups.together[g]
+            new = sum(len(tokens[m]) for m in members)
+            if together is not None and new <= together.most_tokens:
+                own = [plans[m].plan for m in members]
+                return together.run([tokens[m] for m in members], own)
+            return [alone(m) for m in members]
+
+        def alone(m: int) -> Tensor:
             plan = plans[m].plan
             return run_body(self.models[m].view, tokens[m], plan.positions, plan, self.bodies[m])
 
-        if len(self.models) == 1:
-            return [run(0)]
+        if len(self.groups.members) == 1:
+            return run(0)
         try:
             with self.lane.beside():
-                others = [run(m) for m in range(1, len(self.models))]
+                others = [run(g) for g in range(1, len(self.groups.members))]
             base = run(0)
         finally:
             self.lane.join()
-        return [base, *others]
+        return self.groups.in_order([base, *others])
 
     def draw(
         self,

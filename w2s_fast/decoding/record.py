@@ -19,7 +19,7 @@ from w2s_fast.decoding.lane import Lane
 from w2s_fast.decoding.pass_graphs import PassGraphs
 from w2s_fast.decoding.recorder import CudaRecorder, Recorder
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
-from w2s_fast.models import Body, PagedModel
+from w2s_fast.models import Body, Groups, PagedModel
 
 # Two sizes that happen to be equal are not taken for one: else passes are compiled anew for as many
 # shapes as there are coincidences.
@@ -102,12 +102,12 @@ def record_passes(
             option = "compile" if compile else "cuda_graphs"
             raise UnsupportedModel(f"{error}; it is served with {option}=False") from error
     lane = Lane(base.device)
-    alone = Drawing([base], bodies[:1], (), vocab_size, lane)
+    alone = Drawing(Groups([base]), bodies[:1], (), vocab_size, lane)
     steps = DecodeGraphs(alone, recorder, max_rows=max_rows)
     steps.warm_up()
     if not roles:
         return RecordedSteps(steps, None)
-    together = Drawing(models, bodies, roles, vocab_size, lane)
+    together = Drawing(Groups(models), bodies, roles, vocab_size, lane)
     return RecordedSteps(steps, DecodeGraphs(together, recorder, max_rows=max_rows))
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from w2s_fast.errors import InvalidRequest, MismatchedVocabulary
+from w2s_fast.engine.loaded import weights_of
+from w2s_fast.errors import InvalidRequest, MismatchedVocabulary, UnsupportedModel
 from w2s_fast.models import ModelSource, PagedModel, load_tokenizer
 from w2s_fast.search import Guide
 from w2s_fast.text import PromptEncoder
@@ -38,16 +39,18 @@ def tokenizer_of(
     source: ModelSource,
     base: PreTrainedTokenizerBase | None,
     given: PreTrainedTokenizerBase | None = None,
+    beside: ModelSource | None = None,
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a guide's model: ``given``, or the one that lies with it.
 
-    Where there is none, it is the base's; where it has no chat template, it gets the base's. None
+    With an adapter that has none lies that of its model, ``beside`` or named by its config. Where
+    there is none at all, it is the base's; where it has no chat template, it gets the base's. None
     if nobody has one: prompts are token ids.
 
     Raises:
         MismatchedVocabulary: it has one, and the base has none to compare it with.
     """
-    own = load_tokenizer(source) if given is None else given
+    own = tokenizer_beside(source, beside) if given is None else given
     if own is None:
         return base
     if base is None:
@@ -58,6 +61,20 @@ def tokenizer_of(
     if own.chat_template is None and given is None:
         own.chat_template = base.chat_template
     return own
+
+
+def tokenizer_beside(
+    source: ModelSource, beside: ModelSource | None = None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies with a model, or else with that which an adapter is for."""
+    weights = weights_of(source, beside)
+    if weights is source:
+        return load_tokenizer(source)
+    try:
+        own = load_tokenizer(source)
+    except UnsupportedModel:  # on the hub one does not see before whether there is one
+        own = None
+    return load_tokenizer(weights) if own is None else own
 
 
 def make_encoder(

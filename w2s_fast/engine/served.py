@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from w2s_fast.engine.encoders import make_encoder, templates_of, tokenizer_of
+from w2s_fast.engine.encoders import make_encoder, templates_of, tokenizer_beside, tokenizer_of
 from w2s_fast.engine.foreign import foreign_guides
+from w2s_fast.engine.loaded import Loaded, key_of
 from w2s_fast.errors import MismatchedVocabulary
 from w2s_fast.models import (
+    Adapter,
     ModelSource,
     PagedModel,
     activation_bytes,
     activations_of,
     free_bytes,
     kv_tokens_that_fit,
-    load_model,
-    load_tokenizer,
     usual_pass_tokens,
 )
 from w2s_fast.search import ForeignGuides, Guide, PagedGuide
@@ -81,7 +81,8 @@ class ServedModels:
 
 
 class _Role(NamedTuple):
-    """What a model is to do: two roles with the same model, tokenizer and template are one.
+    """What a model is to do: two roles with the same model, adapter, tokenizer and template are
+    one.
 
     Attributes:
         name: what errors call it.
@@ -89,12 +90,13 @@ class _Role(NamedTuple):
 
     name: str
     model: PreTrainedModel
+    adapter: Adapter | None
     tokenizer: PreTrainedTokenizerBase | None
     template: str | None
 
     @property
-    def key(self) -> tuple[int, int, str | None]:
-        return id(self.model), id(self.tokenizer), self.template
+    def key(self) -> tuple[int, int, int, str | None]:
+        return id(self.model), id(self.adapter), id(self.tokenizer), self.template
 
 
 def serve_models(
@@ -123,33 +125,33 @@ def serve_models(
     """
     templates = templates_of(guides)
     # The base first: a path that is none is an error of its model, and not of its tokenizer.
-    loaded = {_key(base): load_model(base, device, dtype)}
+    loaded = Loaded(device, dtype)
+    loaded.of(base)
     if tokenizer is None:
-        tokenizer = load_tokenizer(base)
+        tokenizer = tokenizer_beside(base)
     tokenizers: dict[tuple[Any, int | None], PreTrainedTokenizerBase | None]
-    tokenizers = {(_key(base), None): tokenizer}
+    tokenizers = {(key_of(base), None): tokenizer}
 
     def role(
         name: str,
         source: ModelSource,
         template: str | None,
         given: PreTrainedTokenizerBase | None = None,
+        beside: ModelSource | None = None,
     ) -> _Role:
-        key = _key(source)
-        if key not in loaded:
-            loaded[key] = load_model(source, device, dtype)
-        reads = (key, None if given is None else id(given))
+        model, adapter = loaded.of(source, beside)
+        reads = (key_of(source), None if given is None else id(given))
         if reads not in tokenizers:
-            tokenizers[reads] = tokenizer_of(source, tokenizer, given)
+            tokenizers[reads] = tokenizer_of(source, tokenizer, given, beside)
         if not isinstance(source, PreTrainedModel):
             name = f"{name} ({source})"
-        return _Role(name, loaded[key], tokenizers[reads], template)
+        return _Role(name, model, adapter, tokenizers[reads], template)
 
     roles = [role("base", base, prompt_template)]
     of_guides: list[list[_Role]] = []
     for g, (guide, (of_tuned, of_untuned)) in enumerate(zip(guides, templates)):
         number = f" {g}" if len(guides) > 1 else ""
-        own = [role(f"tuned{number}", guide.tuned, of_tuned, guide.tokenizer)]
+        own = [role(f"tuned{number}", guide.tuned, of_tuned, guide.tokenizer, guide.untuned)]
         if guide.untuned is not None:
             own.append(role(f"untuned{number}", guide.untuned, of_untuned, guide.tokenizer))
         of_guides.append(own)
@@ -171,6 +173,7 @@ def serve_models(
             prefix_cache=prefix_cache,
             attention=attention,
             max_pass_tokens=max_pass_tokens,
+            adapter=role.adapter,
         )
         for role in roles
     ]
@@ -209,11 +212,6 @@ def serve_models(
         eos_token_ids=frozenset(eos_token_ids(roles[0].model, tokenizer)),
         encoder_of=encoder_of,
     )
-
-
-def _key(source: ModelSource) -> Any:
-    """Equal for what is the same model."""
-    return id(source) if isinstance(source, PreTrainedModel) else str(source)
 
 
 def _flat(lists: Iterable[Sequence[PagedModel]]) -> list[PagedModel]:

@@ -6,6 +6,7 @@ The room knows no sampling, no beams and no text.
 """
 
 from w2s_fast.models.activations import activations_of
+from w2s_fast.models.adapters import Adapter, find_adapter, read_adapter
 from w2s_fast.models.body import Body, run_body
 from w2s_fast.models.files import find_files
 from w2s_fast.models.forwards import onednn
@@ -29,13 +30,17 @@ from w2s_fast.models.memory import (
 )
 from w2s_fast.models.model import PagedModel
 from w2s_fast.models.passes import forward_in_passes
+from w2s_fast.models.together import Groups
 
 __all__ = [
+    "Adapter",
     "Body",
+    "Groups",
     "ModelSource",
     "PagedModel",
     "activation_bytes",
     "activations_of",
+    "find_adapter",
     "find_files",
     "forward_in_passes",
     "free_bytes",
@@ -47,6 +52,7 @@ __all__ = [
     "onednn",
     "pick_device",
     "pick_dtype",
+    "read_adapter",
     "read_as",
     "run_body",
     "total_bytes",

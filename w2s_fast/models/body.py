@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from w2s_fast.attention import ATTENTION_NAME, Attends
 from w2s_fast.errors import UnsupportedModel
+from w2s_fast.models.adapters import Adapter
+from w2s_fast.models.deltas import Bounds, with_deltas
 from w2s_fast.models.forwards import forward_of
 from w2s_fast.models.inference import inference
 from w2s_fast.models.view import ModelView
@@ -21,11 +23,24 @@ PROBE_TOKENS = 6
 Body = Callable[..., Any]
 
 
-def view_of(model: PreTrainedModel, name: str, attention: str = ATTENTION_NAME) -> ModelView:
+def view_of(
+    model: PreTrainedModel,
+    name: str,
+    attention: str = ATTENTION_NAME,
+    adapter: Adapter | None = None,
+) -> ModelView:
     """A view of the model, named as errors call it. UnsupportedModel: it cannot have one."""
+
+    def forward(module: nn.Module) -> Callable[..., Any] | None:
+        own = forward_of(module)
+        delta = None if adapter is None else adapter.delta_of(module)
+        if delta is None:
+            return own
+        return with_deltas(own or type(module).forward, [delta], Bounds())
+
     try:
         # What pages are compared with is the model's own in its products, too.
-        return ModelView(model, attention, forward_of if attention == ATTENTION_NAME else None)
+        return ModelView(model, attention, forward if attention == ATTENTION_NAME else None)
     except Exception as error:  # a model's modules may hold anything
         raise refuse(model, name, f"no view of its modules can be made: {error}") from error
 
@@ -55,9 +70,17 @@ def run_body(
     return hidden[0]
 
 
-def eager_logits(model: PreTrainedModel, texts: Sequence[Tensor], name: str) -> list[Tensor]:
-    """Logits [T, V] of each text int64 [T], by the model's own forward with eager attention."""
-    view = view_of(model, name, "eager").model
+def eager_logits(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    name: str,
+    own: PreTrainedModel | None = None,
+) -> list[Tensor]:
+    """Logits [T, V] of each text int64 [T], by the model's own forward with eager attention.
+
+    ``own``: what runs in its place: a view of it, with eager attention.
+    """
+    view = view_of(model, name, "eager").model if own is None else own
     try:
         with torch.inference_mode(), outside_autocast(model.device):
             return [view(input_ids=text[None], use_cache=False).logits[0] for text in texts]

@@ -6,7 +6,6 @@ warning. Either gives another model than the one that was named, so here both ar
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection
 from typing import Any
@@ -106,11 +105,9 @@ def _refuse_adapter(name: str) -> None:
     adapter = find_adapter_config_file(name)
     if adapter is None:
         return
-    beside = os.path.isfile(os.path.join(os.path.dirname(adapter), "config.json"))
-    what = "an adapter beside a model" if beside else "only an adapter"
     raise UnsupportedModel(
-        f"model {name!r} holds {what} (adapter_config.json); adapters are not applied: merge it "
-        "into its model with PEFT (merge_and_unload) and save that in a folder of its own"
+        f"model {name!r} is an adapter (adapter_config.json), and what an adapter is for cannot be "
+        "another one: merge it into its model with PEFT (merge_and_unload)"
     )
 
 

@@ -32,9 +32,10 @@ class LMHead:
             rows are padded with zeros: see :meth:`follow`.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str) -> None:
+    def __init__(self, model: PreTrainedModel, name: str, instead: nn.Module | None = None) -> None:
+        """``instead``: what runs in the place of the model's own head; or None."""
         untyped: Any = model
-        module = untyped.get_output_embeddings()
+        module = untyped.get_output_embeddings() if instead is None else instead
         if module is None:
             raise refuse(model, name, "it has no LM head")
         config = model.config.get_text_config()

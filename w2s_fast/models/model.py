@@ -18,6 +18,7 @@ from w2s_fast.attention import RowTree, choose_backend
 from w2s_fast.cache import NO_COPIES, Int32Array, Ints, PagePool
 from w2s_fast.errors import InvalidRequest, UnsupportedModel, W2SFastError
 from w2s_fast.kernels.linear_logprob_partials import Partials
+from w2s_fast.models.adapters import Adapter
 from w2s_fast.models.body import (
     PROBE_TOKENS,
     eager_logits,
@@ -32,12 +33,7 @@ from w2s_fast.models.inference import inference
 from w2s_fast.models.lm_head import LMHead
 from w2s_fast.models.memory import CPU_PASS_TOKENS
 from w2s_fast.models.probe import kv_shape
-
-# Largest difference between paged and eager logits, as a share of the largest logit, that is
-# still rounding: float32 sums differ by their order, half precision by its spacing.
-_PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_PROBE_TOLERANCE_HALF = 0.1
-_HUGE = 1e3  # times the median: such a logit is not compared with
+from w2s_fast.models.rounding import agree
 
 
 class Replays(Protocol):
@@ -77,6 +73,7 @@ class PagedModel:
     Attributes:
         name: what errors call it, for example ``"base"`` or ``"tuned guide"``.
         model: the caller's model object; nothing of it is ever changed here.
+        adapter: what is added to its weights in its passes; or None.
         view: what passes run: the same weights in eval mode, under paged attention.
         pool: its pages; slots are allocated, forked and released there.
         backend: what computes its attention; see :mod:`w2s_fast.attention`.
@@ -103,8 +100,12 @@ class PagedModel:
         prefix_cache: bool = False,
         attention: str = "auto",
         max_pass_tokens: int = CPU_PASS_TOKENS,
+        adapter: Adapter | None = None,
     ) -> None:
         """Take the model on, with room for ``kv_cache_tokens`` tokens in ``max_slots`` sequences.
+
+        ``adapter``: read for this model object; it changes what passes compute here, and nothing of
+        the model. Others over the same object compute without it.
 
         The model object is left as it is, and runs here in eval mode whatever it is set to. It
         shares its weights: after they were changed, see :meth:`follow`.
@@ -116,6 +117,7 @@ class PagedModel:
         """
         self.model = model
         self.name = name
+        self.adapter = adapter
         self._watch = Watch(model)
         self._broken: UnsupportedModel | None = None
         self.moves = 0
@@ -137,9 +139,9 @@ class PagedModel:
             head_dim=shape.dim,
             sinks=shape.sinks,
         )
-        self._view = view_of(model, name)
+        self._view = view_of(model, name, adapter=adapter)
         self.view = self._view.model
-        self.head = LMHead(self.view, name)
+        self.head = LMHead(self.view, name, None if adapter is None else adapter.head)
         longest = min(self.max_positions or kv_cache_tokens, kv_cache_tokens)
         self.pool = PagePool(
             layers=shape.layers,
@@ -255,6 +257,8 @@ class PagedModel:
                     self._broken = None
                 except Exception as error:  # a caller may have put anything into a module
                     self._broken = refuse(self.model, self.name, f"it was changed: {error}")
+            if self.adapter is not None:
+                self.adapter.follow()
             self.head.follow()
         self.pool.drop_cache()
         self._watch.accept()
@@ -276,8 +280,8 @@ class PagedModel:
         except Exception as error:
             why = f"a probe of its passes failed: {error}"
             raise refuse(self.model, self.name, why) from error
-        tolerance = _PROBE_TOLERANCE.get(self.model.dtype, _PROBE_TOLERANCE_HALF)
-        if not all(_agree(ours, theirs, tolerance) for ours, theirs in zip(paged, eager)):
+        dtype = self.model.dtype
+        if not all(agree(ours, theirs, dtype) for ours, theirs in zip(paged, eager)):
             why = "its logits from pages differ from its own eager forward"
             raise refuse(self.model, self.name, why)
         return int(eager[0].shape[-1]), width
@@ -286,7 +290,8 @@ class PagedModel:
         """Logits of two short texts, by eager forward and from pages; width of hidden states."""
         ids = probe_ids(self.model, 2 * PROBE_TOKENS)
         halves = (ids[:PROBE_TOKENS], ids[PROBE_TOKENS:].flip(0)[:-1])
-        eager = eager_logits(self.model, halves, self.name)
+        own = None if self.adapter is None else self.adapter.reference
+        eager = eager_logits(self.model, halves, self.name, own)
         slots = self.pool.allocate(2)
         cut = [4, 2]
         passes = [
@@ -305,18 +310,3 @@ class PagedModel:
             torch.cat([first[cut[0] :], second[rest:]]),
         ]
         return eager, paged, int(passes[0].shape[-1])
-
-
-def _agree(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
-    """Whether two ways to compute logits [T, V] differ by rounding only.
-
-    Infinities and NaN must stand in the same places. A few huge logits, as for tokens that a bias
-    rules out, do not make the others' differences look small.
-    """
-    if ours.shape != theirs.shape:
-        return False
-    ours, theirs = ours.double(), theirs.double()
-    size = theirs[theirs.isfinite()].abs()
-    usual = size[size <= _HUGE * size.median()] if len(size) else size
-    room = tolerance * float(usual.max()) if len(usual) else 0.0
-    return torch.allclose(ours, theirs, rtol=tolerance, atol=room + 1e-6, equal_nan=True)

@@ -37,7 +37,7 @@ def kv_shape(model: PreTrainedModel, name: str = "base") -> KVShape:
         raise refuse(model, name, "it is an encoder-decoder model")
     view = view_of(model, name).model
     _check_attention_interface(view, name)
-    probe = _Probe()
+    probe = Probe()
     try:
         ids = probe_ids(model, PROBE_TOKENS)
         run_body(view, ids, torch.arange(len(ids), device=ids.device), probe)
@@ -67,7 +67,7 @@ def kv_shape(model: PreTrainedModel, name: str = "base") -> KVShape:
     return KVShape(layers, heads, dim, min(known, default=None), probe.sinks)
 
 
-def _window_limit(model: PreTrainedModel, probe: _Probe) -> int | None:
+def _window_limit(model: PreTrainedModel, probe: Probe) -> int | None:
     """The window that some models apply in their mask only: within it there is nothing to mask."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -98,7 +98,7 @@ def _rope_limit(model: PreTrainedModel) -> int | None:
     return None
 
 
-class _Probe:
+class Probe:
     """Stands in for a plan: attends within one short sequence and notes what it was given."""
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ from w2s_fast.attention import Reading
 from w2s_fast.cache import PagePool, as_int32
 from w2s_fast.decoding import Lane
 from w2s_fast.errors import EngineFailure, InvalidRequest, NumericalError, OutOfPages, W2SFastError
-from w2s_fast.models import PagedModel, forward_in_passes
+from w2s_fast.models import Groups, PagedModel
 from w2s_fast.search.beginnings import advance, prefill
 from w2s_fast.search.foreign_guide import ForeignGuides, Grown, Said, Text
 from w2s_fast.search.guide import two_at_a_time
@@ -150,6 +150,7 @@ class ForeignSide:
         of = {model: own for own in reversed(guides) for model in own.guide.models}
         self._eos = [of[model].eos_token_id for model in self.models]
         self._vocab_sizes = [of[model].guide.vocab_size for model in self.models]
+        self._groups = Groups(self.models)
         self._lane = Lane(device)
         self._of: dict[Request, _Readings] = {}
 
@@ -358,27 +359,30 @@ class ForeignSide:
         """Run and score what is new; OutOfPages: nothing is known."""
         slots = [self._fork(m, own) for m, own in enumerate(runs)]
 
-        def run(m: int) -> Tensor:
-            model, own = self.models[m], [one for one in runs[m] if one.targets]
-            if not own:
-                return torch.zeros(0, device=model.device)
-            targets = torch.tensor([t for one in own for t in one.targets], device=model.device)
-            found = forward_in_passes(
-                model,
-                as_int32([slot for one, slot in zip(runs[m], slots[m]) if one.targets]),
-                [token for one in own for token in one.inputs],
-                [len(one.inputs) for one in own],
-            )
-            return torch.cat(
+        def run(g: int) -> list[Tensor]:
+            members = self._groups.members[g]
+            models = [self.models[m] for m in members]
+            new = [[one for one in runs[m] if one.targets] for m in members]
+            targets = [
+                torch.tensor([t for one in own for t in one.targets], device=model.device)
+                for model, own in zip(models, new)
+            ]
+            found = [[torch.zeros(0, device=model.device)] for model in models]
+            for i, part, hidden in self._groups.forward(
+                g,
                 [
-                    model.token_partials(
-                        hidden, targets[part.tokens], self._vocab_sizes[m]
-                    ).logprobs()
-                    for part, hidden in found
-                ]
-            )
+                    as_int32([slot for one, slot in zip(runs[m], slots[m]) if one.targets])
+                    for m in members
+                ],
+                [[token for one in own for token in one.inputs] for own in new],
+                [[len(one.inputs) for one in own] for own in new],
+            ):
+                own, size = targets[i][part.tokens], self._vocab_sizes[members[i]]
+                found[i].append(models[i].token_partials(hidden, own, size).logprobs())
+            return [torch.cat(own) for own in found]
 
-        logprobs = Reading(*two_at_a_time(self._lane, len(self.models), run)).wait()
+        of_groups = two_at_a_time(self._lane, len(self._groups.members), run)
+        logprobs = Reading(*self._groups.in_order(of_groups)).wait()
         for m, (model, own, found) in enumerate(zip(self.models, runs, logprobs)):
             values = found.double().numpy()
             ends = np.cumsum([len(one.targets) for one in own])

@@ -20,7 +20,7 @@ from w2s_fast.attention import RowTree
 from w2s_fast.cache import NO_COPIES, Int32Array, Ints
 from w2s_fast.decoding import Lane
 from w2s_fast.kernels.linear_logprob_partials import Partials
-from w2s_fast.models import ModelSource, PagedModel, forward_in_passes
+from w2s_fast.models import Groups, ModelSource, PagedModel
 from w2s_fast.search.beginnings import prefill
 
 
@@ -89,6 +89,7 @@ class PagedGuide:
         self.models = (tuned,) if untuned is None else (tuned, untuned)
         self.weight = weight
         self.vocab_size = vocab_size
+        self._groups = Groups(self.models)
         self._lane = Lane(tuned.device)
 
     def prefill(self, prompts: Sequence[Sequence[Sequence[int]]]) -> Int32Array:
@@ -130,7 +131,7 @@ class PagedGuide:
         ]
         rows = [ChunkRows(own, tokens) for own, tokens in zip(slots, inputs)]
         counts = [len(chunk) for chunk in chunks]
-        partials = score_chunks(self.models, self._lane, targets, counts, rows, self.vocab_size)
+        partials = score_chunks(self._groups, self._lane, targets, counts, rows, self.vocab_size)
         return [own.logprobs() for own in partials]
 
     def release(self, slots: Int32Array) -> None:
@@ -144,7 +145,7 @@ class PagedGuide:
 
 
 def score_chunks(
-    models: Sequence[PagedModel],
+    groups: Groups,
     lane: Lane,
     targets: Tensor,
     counts: Ints,
@@ -155,23 +156,37 @@ def score_chunks(
 
     Args:
         targets: int64 [T], the tokens of S chunks. counts: S, how many each has, at least one.
-        rows: for each model. vocab_size: ids from here on are padding.
+        groups: of the models. rows: for each of them. vocab_size: ids from here on are padding.
     """
+    if len(counts) == 0:  # all texts have ended before their first new token
+        nothing = Partials.of_logprobs(torch.zeros(0, device=targets.device))
+        return [nothing] * len(groups.models)
 
-    def run(m: int) -> Partials:
-        model, (slots, inputs, tree, copies) = models[m], rows[m]
-        if len(counts) == 0:  # all texts have ended before their first new token
-            return Partials.of_logprobs(torch.zeros(0, device=targets.device))
-        found = [
-            model.token_partials(hidden, targets[part.tokens], vocab_size)
-            for part, hidden in forward_in_passes(model, slots, inputs, counts, tree, copies)
-        ]
-        if len(found) == 1:
-            return found[0]
-        # Merged, for they are of as many splits as their passes have chosen.
-        return Partials.of_logprobs(torch.cat([own.logprobs() for own in found]))
+    def run(g: int) -> list[Partials]:
+        models = [groups.models[m] for m in groups.members[g]]
+        own = [rows[m] for m in groups.members[g]]
+        found: list[list[Partials]] = [[] for _ in models]
+        for i, part, hidden in groups.forward(
+            g,
+            [one.slots for one in own],
+            [one.inputs for one in own],
+            [counts] * len(own),
+            [one.tree for one in own],
+            [one.copies for one in own],
+        ):
+            partials = models[i].token_partials(hidden, targets[part.tokens], vocab_size)
+            found[i].append(partials)
+        return [_joined(parts) for parts in found]
 
-    return two_at_a_time(lane, len(models), run)
+    return groups.in_order(two_at_a_time(lane, len(groups.members), run))
+
+
+def _joined(parts: Sequence[Partials]) -> Partials:
+    """Those of passes one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    # Merged, for they are of as many splits as their passes have chosen.
+    return Partials.of_logprobs(torch.cat([own.logprobs() for own in parts]))
 
 
 def two_at_a_time(lane: Lane, count: int, run: Callable[[int], T]) -> list[T]:

@@ -13,7 +13,7 @@ from w2s_fast.attention import Columns, RowTree, host_buffer
 from w2s_fast.cache import NO_COPIES, Int32Array
 from w2s_fast.decoding import Draws, Lane
 from w2s_fast.kernels.score_select import score_select
-from w2s_fast.models import PagedModel
+from w2s_fast.models import Groups, PagedModel
 from w2s_fast.search.entrance import enter
 from w2s_fast.search.guide import ChunkRows, PagedGuide, partials_of, roles_of, score_chunks
 from w2s_fast.search.request import Request
@@ -42,6 +42,7 @@ class GuideSide:
         self._lane = Lane(self._device)
         self._models = list(enumerate(models))[1:]  # by their roles
         self._managers = [model.pool.manager for _, model in self._models]
+        self._groups = Groups(models[1:])
 
     def prefill(self, requests: Sequence[Request], most: list[int]) -> set[Request]:
         """Run texts of requests that cannot be scored, or go on, before they stand.
@@ -138,7 +139,7 @@ class GuideSide:
             for m, (slots, tree, _) in enumerate(laid_out)
         ]
         partials = score_chunks(
-            [model for _, model in self._models],
+            self._groups,
             self._lane,
             new,
             layout.counts,

@@ -40,7 +40,7 @@ from w2s_fast.decoding import (
 from w2s_fast.kernels.linear_logprob_partials import Partials
 from w2s_fast.kernels.score_select import packed_words, score_select
 from w2s_fast.kernels.select_beams import MAX_CANDIDATES
-from w2s_fast.models import PagedModel, run_body
+from w2s_fast.models import Groups, PagedModel, run_body
 from w2s_fast.search.guide import (
     GuidePartials,
     PagedGuide,
@@ -163,6 +163,7 @@ class ScoreGraphs:
         self._models = list(models[1:])
         self._vocab_size = vocab_size
         self._lane = Lane(models[0].device)
+        self._groups = Groups(self._models)
         self._managers = [model.pool.manager for model in self._models]
         self._most_pages = [
             model.pool.max_tokens_per_slot // model.pool.page_size for model in self._models
@@ -247,15 +248,27 @@ class ScoreGraphs:
             logprobs: float32 [T], the base's.
         """
 
-        def run(m: int) -> Partials:
-            model, plan = self._models[m], plans[m].plan
-            plans[m].copy_recorded()
-            body = model.replays.body if isinstance(model.replays, PassGraphs) else None
-            hidden = run_body(model.view, chunks[m], plan.positions, plan, body)
-            return model.token_partials(hidden, new, self._vocab_size)
+        def run(g: int) -> list[Partials]:
+            members, together = self._groups.members[g], self._groups.together[g]
+            for m in members:
+                plans[m].copy_recorded()
+            if together is not None and len(members) * len(new) <= together.most_tokens:
+                own = [plans[m].plan for m in members]
+                hidden = together.run([chunks[m] for m in members], own)
+            else:
+                hidden = [alone(m) for m in members]
+            return [
+                self._models[m].token_partials(own, new, self._vocab_size)
+                for m, own in zip(members, hidden)
+            ]
 
-        partials = two_at_a_time(self._lane, len(self._models), run)
-        return partials_of(self._roles, partials, logprobs)
+        def alone(m: int) -> Tensor:
+            model, plan = self._models[m], plans[m].plan
+            body = model.replays.body if isinstance(model.replays, PassGraphs) else None
+            return run_body(model.view, chunks[m], plan.positions, plan, body)
+
+        found = two_at_a_time(self._lane, len(self._groups.members), run)
+        return partials_of(self._roles, self._groups.in_order(found), logprobs)
 
     def join(self) -> None:
         """What runs from now on comes after all that was launched, also where that was cut off."""
