@@ -17,7 +17,8 @@ from tests.support.engines import SEARCH, assert_all_pages_free, found
 from tests.support.recorded import replays
 from tests.support.recorder import Recording, set_up_as_on_cuda
 from tests.support.tiny_models import byte_tokenizer, save_tiny, tiny_model
-from w2s_fast import Engine, Guide, SearchParams
+from tests.support.trained_tokenizers import trained
+from w2s_fast import Engine, Guide, SearchParams, SearchResult
 from w2s_fast.errors import MismatchedVocabulary, UnsupportedModel
 
 pytest.importorskip("peft")
@@ -187,3 +188,22 @@ def test_both_sides_are_one_recording(tmp_path: Path) -> None:
         engine.generate(PROMPTS, SEARCH)
     scores = engine._search.guides._graphs
     assert scores is not None and replays(scores.recordings) > 0
+
+
+def test_guides_of_other_vocabularies_may_be_adapters(tmp_path: Path) -> None:
+    small = save_tiny(tmp_path / "small", seed=2, layers=1)
+    adapter = save_adapter(saved_model(), tmp_path / "adapter", target_modules=ALL)
+    merged(saved_model(), adapter).save_pretrained(tmp_path / "whole")
+    byte_tokenizer().save_pretrained(tmp_path / "whole")
+    tokenizer = trained("bytes-gpt2")
+    base = tiny_model(vocab_size=len(tokenizer), eos=(tokenizer.eos_token_id,), bos=None)
+    params = SearchParams(chunk_length=4, max_new_tokens=12, seed=3)
+
+    def results(tuned: Path, **options: Any) -> list[SearchResult]:
+        engine = make(base, Guide(tuned, small), tokenizer=tokenizer, dtype="auto", **options)
+        return engine.generate(["the film was", "x"], params)
+
+    ours, theirs = results(adapter), results(tmp_path / "whole")
+    assert found(ours) == found(theirs)
+    for own, other in zip(ours, theirs):
+        assert own.score == pytest.approx(other.score, abs=1e-3)
