@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from w2s_fast import __version__
 from w2s_fast.cli.console import loading, note, note_console, quiet_transformers
 from w2s_fast.cli.identity import model_identity
 from w2s_fast.cli.jsonl import MadeBy
+from w2s_fast.cli.threads import chosen_count, take_usable_cores
 
 if TYPE_CHECKING:
     from w2s_fast import Engine
@@ -140,7 +140,8 @@ def load_engine(
 
         from w2s_fast import Engine, Guide
 
-        if models.bundled and "OMP_NUM_THREADS" not in os.environ:
+        take_usable_cores()
+        if models.bundled and chosen_count() is None:
             # Their operations are too small to share. On two busy cores, where threads wait for
             # one another, two of them took 8 to 14 times as long as one.
             torch.set_num_threads(1)

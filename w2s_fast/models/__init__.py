@@ -7,6 +7,7 @@ The room knows no sampling, no beams and no text.
 
 from w2s_fast.models.activations import activations_of
 from w2s_fast.models.body import Body, run_body
+from w2s_fast.models.cores import Cores, usable_cores
 from w2s_fast.models.files import find_files
 from w2s_fast.models.forwards import onednn
 from w2s_fast.models.inference import inference
@@ -32,6 +33,7 @@ from w2s_fast.models.passes import forward_in_passes
 
 __all__ = [
     "Body",
+    "Cores",
     "ModelSource",
     "PagedModel",
     "activation_bytes",
@@ -50,6 +52,7 @@ __all__ = [
     "read_as",
     "run_body",
     "total_bytes",
+    "usable_cores",
     "usual_pass_tokens",
     "usual_rows",
 ]
