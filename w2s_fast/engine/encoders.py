@@ -66,15 +66,7 @@ def make_encoder(
     template: str | None,
     vocab_size: int,
 ) -> PromptEncoder:
-    """For the prompts of one model; one that is empty starts from its own BOS.
-
-    Raises:
-        InvalidRequest: the template is none; says which model's.
-    """
-    if template is not None and not isinstance(template, str):
-        raise InvalidRequest(
-            f"prompt_template of {model.name} is {template!r}; allowed: a string, or None"
-        )
+    """For the prompts of one model; one that is empty starts from its own BOS."""
     bos = getattr(tokenizer, "bos_token_id", None)
     if tokenizer is None:
         bos = getattr(model.model.config.get_text_config(), "bos_token_id", None)
