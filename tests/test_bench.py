@@ -18,6 +18,7 @@ import bench.cpu_attention
 import bench.host
 import bench.search
 import bench.search_cases
+import bench.threads
 from bench.baselines import GuideModels, ReleasedResult, generate_rows, released_search
 from bench.host_engine import Clock
 from bench.search import Outcome, Timing
@@ -228,3 +229,14 @@ def test_a_search_that_takes_too_long_is_measured_where_it_has_come_to() -> None
     size = bench.host.Size(requests=1, chunk=3, prompt=20, longest=60)
     (at,) = bench.host.measure(size, [48, 51], turns=1, budget=0)
     assert (at.length, len(at.seconds)) == (0, bench.host.TURN)
+
+
+@pytest.mark.thorough
+def test_threads_are_measured_beside_a_neighbour(tmp_path: Path) -> None:
+    if bench.machine.cores() < 2:
+        pytest.skip("one core")
+    out = tmp_path / "threads.json"
+    assert bench.threads.main(["--quick", "--turns", "1", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["complete"] and set(found["targets"]) < set(found["ratios"])
+    assert len(found["seconds"]) == 4 and all(s > 0 for s in found["seconds"].values())

@@ -23,8 +23,8 @@ def named(models: DemoModels) -> list[str]:
     ]
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def run(*arguments: str | Path, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
 
 
 def records(path: Path) -> list[dict[str, Any]]:

@@ -6,5 +6,6 @@ and a mistyped option answer at once.
 """
 
 from w2s_fast.cli.app import app
+from w2s_fast.cli.threads import let_threads_sleep, take_usable_cores
 
-__all__ = ["app"]
+__all__ = ["app", "let_threads_sleep", "take_usable_cores"]

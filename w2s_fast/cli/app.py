@@ -10,6 +10,7 @@ from w2s_fast.cli.console import Commands
 from w2s_fast.cli.demo import demo
 from w2s_fast.cli.doctor import doctor
 from w2s_fast.cli.generate import generate
+from w2s_fast.cli.threads import let_threads_sleep
 
 app = typer.Typer(
     name="w2s-fast",
@@ -37,4 +38,4 @@ def main(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Say the version."),
     ] = False,
 ) -> None:
-    pass
+    let_threads_sleep()

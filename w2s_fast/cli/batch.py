@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import typer
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from w2s_fast.cli.asking import Asking, TemplateNote
 from w2s_fast.cli.console import note, note_console
+from w2s_fast.cli.growing import Growing
 from w2s_fast.cli.jsonl import (
     BadLine,
     MadeBy,
@@ -23,9 +27,12 @@ from w2s_fast.cli.jsonl import (
     encode_record,
     read_requests,
 )
-from w2s_fast.cli.lines import read_lines
+from w2s_fast.cli.lines import LongLine, read_lines
 from w2s_fast.cli.output_file import OutputFile
+from w2s_fast.cli.pace import Pace, clock
+from w2s_fast.cli.paths import STANDARD_INPUT
 from w2s_fast.params import SearchParams
+from w2s_fast.result import Usage
 
 if TYPE_CHECKING:
     from w2s_fast import Engine
@@ -33,40 +40,87 @@ if TYPE_CHECKING:
 Write = Callable[[Record], None]
 
 
-class Tally:
-    """Writes records and counts them."""
+@dataclass(frozen=True)
+class Batch:
+    """What is to be answered, and how.
 
-    def __init__(self, write: Write, progress: Progress) -> None:
+    Attributes:
+        input: of JSON lines; ``STANDARD_INPUT`` is that.
+        output: None: standard output.
+        params: of lines that set none. asking: how their texts are put.
+        made_by: names what answers.
+    """
+
+    input: Path
+    output: Path | None
+    params: SearchParams
+    asking: Asking
+    made_by: MadeBy
+    resume: bool = False
+    retry_errors: bool = False
+
+    def open(self) -> AbstractContextManager[BinaryIO]:
+        if self.input == STANDARD_INPUT:
+            return nullcontext(sys.stdin.buffer)
+        return self.input.open("rb")
+
+    def requests(self, file: BinaryIO) -> Iterator[Request | BadLine]:
+        return read_requests(read_lines(file), self.params, self.made_by, self.asking)
+
+    def lines(self) -> int | None:
+        """How many there are to be answered; None: that is not known before they are read."""
+        if self.input == STANDARD_INPUT or not stat.S_ISREG(self.input.stat().st_mode):
+            return None
+        with self.open() as file:
+            return sum(
+                isinstance(line, LongLine) or bool(line.strip()) for line in read_lines(file)
+            )
+
+    def open_output(self, path: Path) -> OutputFile:
+        # Of standard input nothing can be gone on with, so there is no output yet.
+        if not self.resume or self.input == STANDARD_INPUT:
+            return OutputFile.create(path)
+        with self.open() as file:
+            requests = self.requests(file)
+            return OutputFile.resume(path, requests, self.made_by, self.retry_errors)
+
+
+class Tally:
+    """Writes records, counts them, and says how it goes."""
+
+    def __init__(self, write: Write, engine: Engine, total: int | None) -> None:
         self._write = write
-        self._progress = progress
-        self._task = progress.add_task("", total=None)
-        self._start = time.perf_counter()
-        self.answered = self.failed = self.tokens = 0
+        self._total = total
+        self.pace = Pace(engine.stats, total)
+        self._begin = time.perf_counter()
+        self.answered = self.failed = 0
 
     def add(self, record: Record) -> None:
         self._write(record)
         if "error" in record:
             self.failed += 1
+            self.pace.failed()
         else:
             self.answered += 1
-            self.tokens += record["usage"]["completion_tokens"]
-        self._progress.update(self._task, description=str(self))
+            self.pace.answered(Usage(**record["usage"]))
 
-    def __str__(self) -> str:
-        speed = self.tokens / (time.perf_counter() - self._start)
-        return f"{self.answered} answered, {self.failed} failed, {speed:.0f} answer tokens/s"
+    def so_far(self) -> str:
+        """While it goes on."""
+        of_all = "" if self._total is None else f" of {self._total:,}"
+        left = self.pace.seconds_left
+        more = "" if left is None else f", about {clock(left)} left"
+        return f"{self.answered:,}{of_all} answered, {self.failed:,} failed, {self._speed()}{more}"
+
+    def at_the_end(self) -> str:
+        seconds = time.perf_counter() - self._begin
+        return f"{self.answered} answered, {self.failed} failed, {self._speed()}, {seconds:.1f} s"
+
+    def _speed(self) -> str:
+        return f"{self.pace.tokens_per_s:,.0f} tokens/s sampled"
 
 
-def run_batch(
-    load: Callable[[], Engine],
-    made_by: MadeBy,
-    params: SearchParams,
-    input: Path,
-    output: Path | None,
-    resume: bool,
-    retry_errors: bool,
-) -> int:
-    """Answers `input` line by line, lazily; returns how many of its lines have no answer.
+def run_batch(load: Callable[[], Engine], batch: Batch) -> int:
+    """Answers the input line by line, lazily; returns how many of its lines have no answer.
 
     A record is written and flushed when its request finishes, so whenever the process ends, the
     output holds all answers that were finished, and can be gone on with.
@@ -78,58 +132,44 @@ def run_batch(
         InvalidRequest: the output cannot be gone on with.
         WriteFailed: the disk is full, or the like.
     """
-    if output is None:
-        with input.open("rb") as file:
-            requests = read_requests(read_lines(file), params, made_by)
-            tally = _run(load(), requests, _write_stdout)
-        note(str(tally), style="yellow" if tally.failed else "dim")
+    if batch.output is None:
+        with batch.open() as file:
+            tally = _run(load(), batch, batch.requests(file), _write_stdout)
+        note(tally.at_the_end(), style="yellow" if tally.failed else "dim")
         return tally.failed
-    with (
-        input.open("rb") as file,
-        _open_output(input, output, resume, retry_errors, params, made_by) as records,
-    ):
+    with batch.open() as file, batch.open_output(batch.output) as records:
         if records.cut_bytes:
             note(f"cut off a half-written last line ({records.cut_bytes} bytes)")
         if records.done:
-            note(f"{len(records.done)} lines are in {output} already")
+            note(f"{len(records.done)} lines are in {batch.output} already")
         engine = load()
-        requests = (
-            request
-            for request in read_requests(read_lines(file), params, made_by)
-            if request.index not in records.done
-        )
+        requests = (each for each in batch.requests(file) if each.index not in records.done)
         try:
-            tally = _run(engine, requests, records.write)
+            tally = _run(engine, batch, requests, records.write, len(records.done))
         except KeyboardInterrupt:
-            note(f"interrupted: {output} holds what was finished; --resume goes on")
+            note(f"interrupted: {batch.output} holds what was finished; --resume goes on")
             raise typer.Exit(130) from None
     failed = tally.failed + records.failed_before
-    note(f"{tally}; written to {output}", style="yellow" if failed else "dim")
+    style = "yellow" if failed else "dim"
+    note(f"{tally.at_the_end()}; written to {batch.output}", style=style)
     if records.failed_before:
         note(f"{records.failed_before} lines failed earlier; --retry-errors tries them again")
     return failed
 
 
-def _open_output(
-    input: Path,
-    output: Path,
-    resume: bool,
-    retry_errors: bool,
-    params: SearchParams,
-    made_by: MadeBy,
-) -> OutputFile:
-    if not resume:
-        return OutputFile.create(output)
-    with input.open("rb") as file:
-        requests = read_requests(read_lines(file), params, made_by)
-        return OutputFile.resume(output, requests, made_by, retry_errors)
-
-
-def _run(engine: Engine, requests: Iterator[Request | BadLine], write: Write) -> Tally:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    console = note_console()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
-        tally = Tally(write, p)
+def _run(
+    engine: Engine,
+    batch: Batch,
+    requests: Iterator[Request | BadLine],
+    write: Write,
+    done: int = 0,
+) -> Tally:
+    """``done``: lines of the input that are not among the requests."""
+    # Only who looks at it need wait for a large file to be counted.
+    lines = batch.lines() if note_console().is_terminal else None
+    tally = Tally(write, engine, None if lines is None else lines - done)
+    template_note = TemplateNote(batch.asking, engine)
+    with Growing(None, note_console(), tally.so_far):
         running: dict[int, Request] = {}
 
         def usable() -> Iterator[Request]:
@@ -139,6 +179,8 @@ def _run(engine: Engine, requests: Iterator[Request | BadLine], write: Write) ->
                 if isinstance(request, BadLine):
                     tally.add(bad_line_record(request))
                 else:
+                    template_note.see(request.prompt)
+                    tally.pace.expect(request.params)
                     running[next(order)] = request
                     yield request
 

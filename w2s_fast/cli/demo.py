@@ -24,7 +24,7 @@ def demo(
     console = out_console(plain)
     ascii_only = plain or console.options.ascii_only
     start = time.perf_counter()
-    models = name_models(None, [], [], [])
+    models = name_models()
     engine = load_engine(models, quiet=True)
 
     from w2s_fast.demo import (

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from w2s_fast.cli.threads import chosen_count, chosen_waiting, take_usable_cores
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,6 +42,7 @@ def examine() -> Iterator[Finding]:
         ("cpu instructions", _instructions),
         ("memory", _memory),
         ("torch", _torch),
+        ("threads", _threads),
         ("gpu", _gpu),
         ("nvcc", _nvcc),
         ("transformers", lambda: _package("transformers", needed=True)),
@@ -68,14 +71,21 @@ def _python() -> Finding:
 
 
 def _cpu() -> Finding:
+    from w2s_fast.models import usable_cores
+
     model = _proc_field("/proc/cpuinfo", "model name") or platform.processor() or "unknown"
-    return Finding("ok", "cpu", f"{model}, {_usable_cores()} of {os.cpu_count()} cores usable")
+    allowed, quota = usable_cores()
+    of_time = "" if quota is None else f", {quota:g} cores of their time by control groups"
+    return Finding("ok", "cpu", f"{model}, {allowed} of {os.cpu_count()} cores usable{of_time}")
 
 
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _threads() -> Finding:
+    import torch
+
+    take_usable_cores()
+    by = f"by {count}" if (count := chosen_count()) else "one for each usable core at most"
+    waiting = chosen_waiting() or "OpenMP's own, a while of spinning"
+    return Finding("ok", "threads", f"{torch.get_num_threads()}, {by}; they wait by {waiting}")
 
 
 def _instructions() -> Finding:
@@ -102,9 +112,7 @@ def _torch() -> Finding:
     import torch
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    return Finding(
-        "ok", "torch", f"{torch.__version__}, {build}, {torch.get_num_threads()} threads"
-    )
+    return Finding("ok", "torch", f"{torch.__version__}, {build}")
 
 
 def _gpu() -> Finding:

@@ -1,11 +1,11 @@
 """JSONL in and out: one request a line, one record a line, and nothing lost on interruption.
 
 An input line is ``{"prompt": ..., "id": ..., <any SearchParams field>: ...}``; only the prompt is
-needed. It is a string, a list of token ids, or a list of chat messages; beside messages there may
-be ``"tools"``, ``"chat_template_kwargs"`` and ``"continue_final_message"``, as
-:class:`w2s_fast.Chat` has them. Blank lines are skipped, but count as lines. A line that cannot be
-used gives an error record and harms no other: what is no JSON (``NaN`` and ``Infinity`` are none),
-a key that comes twice, more than 100 levels, 32 MiB.
+needed. It is a string, a list of token ids, or a list of chat messages, which may be called
+``"messages"``, too; beside messages there may be ``"tools"``, ``"chat_template_kwargs"`` and
+``"continue_final_message"``, as :class:`w2s_fast.Chat` has them. Blank lines are skipped, but count
+as lines. A line that cannot be used gives an error record and harms no other: what is no JSON
+(``NaN`` and ``Infinity`` are none), a key that comes twice, more than 100 levels, 32 MiB.
 
 An output record has the ``index`` of its line (from 0), a ``fingerprint`` of everything that
 decides the answer, and ``made_by``, that part of it which is the same for all lines: so a later run
@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from w2s_fast.cli.asking import PLAINLY, Asking
 from w2s_fast.cli.lines import MAX_LINE_BYTES, LongLine
 from w2s_fast.errors import InvalidRequest, W2SFastError
 from w2s_fast.params import SearchParams
@@ -39,6 +40,7 @@ PARAM_NAMES = frozenset(field.name for field in fields(SearchParams))
 RECORD_START = b'{"index": '  # of every output line: `index` comes first
 # Python's own limit depends on how deep the stack is at the moment, and is another for writing.
 _MAX_DEPTH = 100
+_MESSAGES = 'a list of chat messages ({"role": ..., "content": ...})'
 _MAX_MESSAGE = 1000  # characters: an error may quote what was given
 
 
@@ -77,7 +79,10 @@ class BadLine:
 
 
 def read_requests(
-    lines: Iterable[bytes | LongLine], defaults: SearchParams, made_by: MadeBy
+    lines: Iterable[bytes | LongLine],
+    defaults: SearchParams,
+    made_by: MadeBy,
+    asking: Asking = PLAINLY,
 ) -> Iterator[Request | BadLine]:
     """Parses lines one by one, as they are asked for.
 
@@ -85,19 +90,20 @@ def read_requests(
         lines: UTF-8, one JSON object each.
         defaults: the parameters of a line that sets none.
         made_by: names what answers; part of every fingerprint.
+        asking: how prompts that are strings are put.
     """
     for index, line in enumerate(lines):
         if isinstance(line, LongLine) or line.strip():
-            yield _read_line(index, line, defaults, made_by)
+            yield _read_line(index, line, defaults, made_by, asking)
 
 
 def _read_line(
-    index: int, line: bytes | LongLine, defaults: SearchParams, made_by: MadeBy
+    index: int, line: bytes | LongLine, defaults: SearchParams, made_by: MadeBy, asking: Asking
 ) -> Request | BadLine:
     given: Record = {}
     try:
         given = _parse_object(line)
-        prompt = _checked_prompt(given)
+        prompt = _checked_prompt(given, asking)
         options = _chat_options(given, prompt)
         params = _merged(defaults, given)
     except InvalidRequest as error:
@@ -119,9 +125,9 @@ def _parse_object(line: bytes | LongLine) -> Record:
         raise InvalidRequest(f"not a line of JSON in UTF-8: {error}") from error
     if not isinstance(given, dict):
         raise InvalidRequest(f"a line must be an object, not {type(given).__name__}")
-    unknown = sorted(set(given) - PARAM_NAMES - CHAT_NAMES - {"prompt", "id"})
+    unknown = sorted(set(given) - PARAM_NAMES - CHAT_NAMES - {"prompt", "messages", "id"})
     if unknown:
-        allowed = ", ".join(["prompt", "id", *sorted(CHAT_NAMES), *sorted(PARAM_NAMES)])
+        allowed = ", ".join(["prompt", "messages", "id", *sorted(CHAT_NAMES), *sorted(PARAM_NAMES)])
         raise InvalidRequest(f"unknown keys: {', '.join(map(repr, unknown))}; allowed: {allowed}")
     return given
 
@@ -171,21 +177,33 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
     return found
 
 
-def _checked_prompt(given: Record) -> Prompt:
+def _checked_prompt(given: Record, asking: Asking) -> Prompt:
+    if "messages" in given:
+        if "prompt" in given:
+            raise InvalidRequest("the line has a prompt and messages; allowed: one of the two")
+        if not _are_messages(given["messages"]):
+            raise InvalidRequest(f"messages must be {_MESSAGES}, not empty")
+        messages: Prompt = given["messages"]
+        return messages
     if "prompt" not in given:
         raise InvalidRequest("the line has no prompt")
     prompt = given["prompt"]
     if isinstance(prompt, str):
-        return prompt
+        return asking.prompt(prompt)
     if isinstance(prompt, list) and prompt:
         if all(isinstance(part, int) and not isinstance(part, bool) for part in prompt):
             return prompt
-        # One that calls tools may have no content.
-        if all(isinstance(part, dict) and "role" in part and len(part) > 1 for part in prompt):
+        if _are_messages(prompt):
             return prompt
-    raise InvalidRequest(
-        "prompt must be a string, a list of token ids, or a list of chat messages "
-        '({"role": ..., "content": ...}), not empty'
+    raise InvalidRequest(f"prompt must be a string, a list of token ids, or {_MESSAGES}, not empty")
+
+
+def _are_messages(given: Any) -> bool:
+    """One that calls tools may have no content."""
+    return (
+        isinstance(given, list)
+        and bool(given)
+        and all(isinstance(part, dict) and "role" in part and len(part) > 1 for part in given)
     )
 
 

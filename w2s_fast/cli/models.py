@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
@@ -14,8 +14,12 @@ from w2s_fast import __version__
 from w2s_fast.cli.console import loading, note, note_console, quiet_transformers
 from w2s_fast.cli.identity import model_identity
 from w2s_fast.cli.jsonl import MadeBy
+from w2s_fast.cli.threads import chosen_count, take_usable_cores
+from w2s_fast.errors import UnsupportedModel, W2SFastError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from w2s_fast import Engine
 
 
@@ -24,20 +28,27 @@ Decode = Callable[[list[int]], str]
 
 
 class GuideNames(NamedTuple):
-    """Paths or hub ids of a guide's models."""
+    """Paths or hub ids of a guide's models, and what else a :class:`w2s_fast.Guide` has."""
 
     tuned: str
     untuned: str | None
     weight: float
+    prompt_template: str | None = None
 
 
 @dataclass(frozen=True)
 class Models:
-    """Paths or hub ids of a base and its guides; `bundled` if the user named none."""
+    """Paths or hub ids of a base and its guides; `bundled` if the user named none.
+
+    ``tokenizer``: path or hub id of the base's, where it does not lie with it. ``prompt_template``:
+    of the base.
+    """
 
     base: str
     guides: tuple[GuideNames, ...]
     bundled: bool = False
+    tokenizer: str | None = None
+    prompt_template: str | None = None
 
     def named(self) -> dict[str, str]:
         """Path or hub id by what errors call the model."""
@@ -71,9 +82,15 @@ def made_by(models: Models, device: str, dtype: str) -> MadeBy:
             for part, value in model_identity(source).items():
                 found[f"{role} {part}"] = value
         for g, guide in enumerate(models.guides):
-            found["guide weight" if len(models.guides) == 1 else f"guide {g} weight"] = str(
-                float(guide.weight)
-            )
+            name = "guide" if len(models.guides) == 1 else f"guide {g}"
+            found[f"{name} weight"] = str(float(guide.weight))
+            if guide.prompt_template is not None:
+                found[f"{name} prompt template"] = guide.prompt_template
+        if models.tokenizer is not None:
+            parts = model_identity(models.tokenizer)
+            found["base tokenizer"] = parts.get("tokenizer") or " ".join(parts.values())
+        if models.prompt_template is not None:
+            found["base prompt template"] = models.prompt_template
         where = pick_device(device)
         picked = pick_dtype(dtype, where)
         found["dtype"] = str(picked).removeprefix("torch.")
@@ -87,7 +104,14 @@ def made_by(models: Models, device: str, dtype: str) -> MadeBy:
 
 
 def name_models(
-    base: str | None, tuned: list[str], untuned: list[str], weights: list[float]
+    base: str | None = None,
+    tuned: Sequence[str] = (),
+    untuned: Sequence[str] = (),
+    weights: Sequence[float] = (),
+    *,
+    tokenizer: str | None = None,
+    prompt_template: str | None = None,
+    guide_templates: Sequence[str] = (),
 ) -> Models:
     """Checks what the user named against itself; the bundled models if that is nothing.
 
@@ -95,9 +119,29 @@ def name_models(
         typer.BadParameter: a base without its guides' partners, or the other way round.
     """
     if base is None and not tuned and not untuned:
-        return _bundled(weights)
+        models = _bundled(weights)
+    else:
+        models = Models(_named_base(base), _named_guides(tuned, untuned, weights))
+    if guide_templates and len(guide_templates) not in (1, len(models.guides)):
+        raise typer.BadParameter(
+            f"{len(guide_templates)} --guide-prompt-template for {len(models.guides)} guides"
+        )
+    if guide_templates:
+        each = cycle(guide_templates)
+        guides = [g._replace(prompt_template=text) for g, text in zip(models.guides, each)]
+        models = replace(models, guides=tuple(guides))
+    return replace(models, tokenizer=tokenizer, prompt_template=prompt_template)
+
+
+def _named_base(base: str | None) -> str:
     if base is None:
         raise typer.BadParameter("--tuned and --untuned steer a base: name it with --base")
+    return base
+
+
+def _named_guides(
+    tuned: Sequence[str], untuned: Sequence[str], weights: Sequence[float]
+) -> tuple[GuideNames, ...]:
     if len(tuned) != len(untuned):
         raise typer.BadParameter(
             f"each --tuned needs its --untuned ({NO_MODEL}: it has none), and the other way round"
@@ -106,10 +150,10 @@ def name_models(
         raise typer.BadParameter(f"{len(weights)} --weight for {len(tuned)} guides")
     factors = weights or [1.0] * len(tuned)
     partners = [None if name == NO_MODEL else name for name in untuned]
-    return Models(base, tuple(map(GuideNames, tuned, partners, factors)))
+    return tuple(map(GuideNames, tuned, partners, factors))
 
 
-def _bundled(weights: list[float]) -> Models:
+def _bundled(weights: Sequence[float]) -> Models:
     from w2s_fast.demo import demo_model_paths
 
     if len(weights) > 1:
@@ -125,12 +169,13 @@ def load_engine(
     dtype: str = "auto",
     kv_cache_tokens: int | None = None,
     quiet: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **options: Any,
 ) -> Engine:
     """Loads the models, saying on standard error when they are the bundled ones, and in a terminal
     what each of others is.
 
-    ``options``: more of the engine's.
+    ``tokenizer``: the base's, where it is read already. ``options``: more of the engine's.
     """
     if models.bundled and not quiet:
         note("no model named: using the bundled demo models (film, book and restaurant reviews)")
@@ -140,18 +185,50 @@ def load_engine(
 
         from w2s_fast import Engine, Guide
 
-        if models.bundled and "OMP_NUM_THREADS" not in os.environ:
+        take_usable_cores()
+        if models.bundled and chosen_count() is None:
             # Their operations are too small to share. On two busy cores, where threads wait for
             # one another, two of them took 8 to 14 times as long as one.
             torch.set_num_threads(1)
         return Engine(
             base=models.base,
             guides=[Guide(**names._asdict()) for names in models.guides] or None,
+            tokenizer=tokenizer or _named_tokenizer(models),
+            prompt_template=models.prompt_template,
             device=device,
             dtype=dtype,
             kv_cache_tokens=kv_cache_tokens,
             **options,
         )
+
+
+def read_tokenizer(models: Models) -> PreTrainedTokenizerBase | None:
+    """The base's, before anything is loaded; None: it has none, or that is for the loading to say.
+
+    Raises:
+        UnsupportedModel: there is none where ``--tokenizer`` leads.
+    """
+    quiet_transformers(_bars(models))
+    with note_console().status("reading the tokenizer"):
+        from w2s_fast.models import load_tokenizer
+
+        if models.tokenizer is not None:
+            return _named_tokenizer(models)
+        try:
+            return load_tokenizer(models.base)
+        except W2SFastError:
+            return None
+
+
+def _named_tokenizer(models: Models) -> PreTrainedTokenizerBase | None:
+    from w2s_fast.models import load_tokenizer
+
+    if models.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(models.tokenizer)
+    if tokenizer is None:
+        raise UnsupportedModel(f"--tokenizer {models.tokenizer}: there is no tokenizer")
+    return tokenizer
 
 
 def _bars(models: Models) -> bool:

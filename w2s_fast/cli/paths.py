@@ -9,14 +9,20 @@ from pathlib import Path
 
 from w2s_fast.errors import InvalidRequest
 
+STANDARD_INPUT = Path("-")
+
 
 def check_input(path: Path) -> None:
     """Whether lines can be read there. Opens nothing: it may be a pipe.
+
+    ``path``: :data:`STANDARD_INPUT` is no file of that name.
 
     Raises:
         InvalidRequest: it is a folder.
         OSError: names the file that is missing or cannot be read.
     """
+    if path == STANDARD_INPUT:
+        return
     if stat.S_ISDIR(path.stat().st_mode):
         raise InvalidRequest(f"--input {path} is a folder; allowed: a file of JSON lines")
     if not os.access(path, os.R_OK):
@@ -43,11 +49,12 @@ def check_output(path: Path, input: Path, resume: bool) -> None:
             f"--output {path} is a {kind}; allowed: a regular file, or no --output: then records "
             "go to standard output"
         )
-    if path.samefile(input):
+    piped = input == STANDARD_INPUT
+    if not piped and path.samefile(input):
         raise InvalidRequest(f"--input and --output are the same file, {path}")
     if not resume:
         raise already_there(path)
-    if not stat.S_ISREG(input.stat().st_mode):
+    if piped or not stat.S_ISREG(input.stat().st_mode):
         raise InvalidRequest(f"--resume reads its input twice, and {input} is not a file")
     if not os.access(path, os.R_OK | os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

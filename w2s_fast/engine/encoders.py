@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from w2s_fast.engine.loaded import weights_of
 from w2s_fast.errors import InvalidRequest, MismatchedVocabulary, UnsupportedModel
 from w2s_fast.models import ModelSource, PagedModel, load_tokenizer
 from w2s_fast.search import Guide
@@ -37,20 +36,22 @@ def templates_of(guides: Sequence[Guide]) -> list[tuple[str | None, str | None]]
 
 def tokenizer_of(
     source: ModelSource,
+    weights: ModelSource,
     base: PreTrainedTokenizerBase | None,
     given: PreTrainedTokenizerBase | None = None,
-    beside: ModelSource | None = None,
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a guide's model: ``given``, or the one that lies with it.
 
-    With an adapter that has none lies that of its model, ``beside`` or named by its config. Where
-    there is none at all, it is the base's; where it has no chat template, it gets the base's. None
+    Where there is none, it is the base's; where it has no chat template, it gets the base's. None
     if nobody has one: prompts are token ids.
+
+    Args:
+        weights: ``source``, or the model that this adapter is for.
 
     Raises:
         MismatchedVocabulary: it has one, and the base has none to compare it with.
     """
-    own = tokenizer_beside(source, beside) if given is None else given
+    own = tokenizer_beside(source, weights) if given is None else given
     if own is None:
         return base
     if base is None:
@@ -63,11 +64,11 @@ def tokenizer_of(
     return own
 
 
-def tokenizer_beside(
-    source: ModelSource, beside: ModelSource | None = None
-) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies with a model, or else with that which an adapter is for."""
-    weights = weights_of(source, beside)
+def tokenizer_beside(source: ModelSource, weights: ModelSource) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies with a model, or with an adapter; else with that adapter's model.
+
+    ``weights``: ``source``, or the model that this adapter is for.
+    """
     if weights is source:
         return load_tokenizer(source)
     try:
@@ -83,15 +84,7 @@ def make_encoder(
     template: str | None,
     vocab_size: int,
 ) -> PromptEncoder:
-    """For the prompts of one model; one that is empty starts from its own BOS.
-
-    Raises:
-        InvalidRequest: the template is none; says which model's.
-    """
-    if template is not None and not isinstance(template, str):
-        raise InvalidRequest(
-            f"prompt_template of {model.name} is {template!r}; allowed: a string, or None"
-        )
+    """For the prompts of one model; one that is empty starts from its own BOS."""
     bos = getattr(tokenizer, "bos_token_id", None)
     if tokenizer is None:
         bos = getattr(model.model.config.get_text_config(), "bos_token_id", None)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from w2s_fast.engine.encoders import make_encoder, templates_of, tokenizer_beside, tokenizer_of
+from w2s_fast.engine.encoders import make_encoder
 from w2s_fast.engine.foreign import foreign_guides
-from w2s_fast.engine.loaded import Loaded, key_of
-from w2s_fast.errors import MismatchedVocabulary
+from w2s_fast.engine.named import name_models, shared_vocabulary
+from w2s_fast.engine.sources import key_of
 from w2s_fast.models import (
     Adapter,
     ModelSource,
@@ -21,16 +21,12 @@ from w2s_fast.models import (
     activations_of,
     free_bytes,
     kv_tokens_that_fit,
+    load_model,
+    read_adapter,
     usual_pass_tokens,
 )
 from w2s_fast.search import ForeignGuides, Guide, PagedGuide
-from w2s_fast.text import (
-    PromptEncoder,
-    check_same_vocabulary,
-    eos_token_ids,
-    ids_without_token,
-    tokenizer_size,
-)
+from w2s_fast.text import PromptEncoder, eos_token_ids, ids_without_token
 
 _MAX_SLOTS = 4096
 
@@ -80,25 +76,6 @@ class ServedModels:
         return guide not in self.sharing
 
 
-class _Role(NamedTuple):
-    """What a model is to do: two roles with the same model, adapter, tokenizer and template are
-    one.
-
-    Attributes:
-        name: what errors call it.
-    """
-
-    name: str
-    model: PreTrainedModel
-    adapter: Adapter | None
-    tokenizer: PreTrainedTokenizerBase | None
-    template: str | None
-
-    @property
-    def key(self) -> tuple[int, int, int, str | None]:
-        return id(self.model), id(self.adapter), id(self.tokenizer), self.template
-
-
 def serve_models(
     base: ModelSource,
     guides: Sequence[Guide],
@@ -116,56 +93,32 @@ def serve_models(
 ) -> ServedModels:
     """Load the models, and give each its pages; see :class:`w2s_fast.Engine` for the arguments.
 
-    A model that is named twice is loaded once; where its prompts are the same, it has pages once.
+    What can be refused by configs and tokenizers is refused before any weights are read. A model
+    that is named twice is loaded once; where its prompts are the same, it has pages once.
 
     Raises:
         UnsupportedModel: a model cannot be loaded or served.
         MismatchedVocabulary: a guide's models do not share one vocabulary, or it cannot be told.
         InvalidRequest: there is no room for any tokens, or a template that cannot be used.
     """
-    templates = templates_of(guides)
-    # The base first: a path that is none is an error of its model, and not of its tokenizer.
-    loaded = Loaded(device, dtype)
-    loaded.of(base)
-    if tokenizer is None:
-        tokenizer = tokenizer_beside(base)
-    tokenizers: dict[tuple[Any, int | None], PreTrainedTokenizerBase | None]
-    tokenizers = {(key_of(base), None): tokenizer}
+    named = name_models(base, guides, tokenizer, prompt_template)
+    roles, tokenizer = named.distinct(), named.base.tokenizer
+    loaded: dict[Any, PreTrainedModel] = {}
+    adapters: dict[Any, Adapter] = {}
+    for role in roles:
+        key = key_of(role.source)
+        if key not in loaded:
+            loaded[key] = load_model(role.source, device, dtype, role.config)
+        if role.adapter is not None and (key, role.adapter) not in adapters:
+            adapters[key, role.adapter] = read_adapter(role.adapter, loaded[key])
+    weights = [loaded[key_of(role.source)] for role in roles]
 
-    def role(
-        name: str,
-        source: ModelSource,
-        template: str | None,
-        given: PreTrainedTokenizerBase | None = None,
-        beside: ModelSource | None = None,
-    ) -> _Role:
-        model, adapter = loaded.of(source, beside)
-        reads = (key_of(source), None if given is None else id(given))
-        if reads not in tokenizers:
-            tokenizers[reads] = tokenizer_of(source, tokenizer, given, beside)
-        if not isinstance(source, PreTrainedModel):
-            name = f"{name} ({source})"
-        return _Role(name, model, adapter, tokenizers[reads], template)
-
-    roles = [role("base", base, prompt_template)]
-    of_guides: list[list[_Role]] = []
-    for g, (guide, (of_tuned, of_untuned)) in enumerate(zip(guides, templates)):
-        number = f" {g}" if len(guides) > 1 else ""
-        own = [role(f"tuned{number}", guide.tuned, of_tuned, guide.tokenizer, guide.untuned)]
-        if guide.untuned is not None:
-            own.append(role(f"untuned{number}", guide.untuned, of_untuned, guide.tokenizer))
-        of_guides.append(own)
-        roles += own
-    distinct = {role.key: role for role in reversed(roles)}  # the first of each
-    roles = [role for role in roles if distinct[role.key] is role]
-
-    weights = [role.model for role in roles]
     max_pass_tokens, activations = _passes(weights, max_pass_tokens, max_rows)
-    useful = _useful_tokens(roles[0].model, max_rows)
+    useful = _useful_tokens(weights[0], max_rows)
     tokens = kv_cache_tokens or kv_tokens_that_fit(weights, useful, activations)
     models = [
         PagedModel(
-            role.model,
+            weight,
             role.name,
             kv_cache_tokens=tokens,
             page_size=page_size,
@@ -173,29 +126,29 @@ def serve_models(
             prefix_cache=prefix_cache,
             attention=attention,
             max_pass_tokens=max_pass_tokens,
-            adapter=role.adapter,
+            adapter=adapters.get((key_of(role.source), role.adapter)),
         )
-        for role in roles
+        for weight, role in zip(weights, roles)
     ]
     paged = dict(zip((role.key for role in roles), models))
-    named = {paged[role.key]: role for role in roles}
-    pairs = [[paged[role.key] for role in own] for own in of_guides]
-    differences = [_difference(tokenizer, [named[model] for model in own]) for own in pairs]
+    role_of = {paged[role.key]: role for role in roles}
+    pairs = [[paged[role.key] for role in own] for own in named.guides]
+    differences = named.differences
     shared = list(
         dict.fromkeys([models[0], *_flat(p for p, why in zip(pairs, differences) if why is None)])
     )
-    vocab_size = _shared_vocabulary(shared, tokenizer)
+    vocab_size = shared_vocabulary(shared, tokenizer)
     sizes = dict.fromkeys(shared, vocab_size)
     for of_one, why in zip(pairs, differences):
         if why is not None:
-            size = _shared_vocabulary(of_one, named[of_one[0]].tokenizer)
+            size = shared_vocabulary(of_one, role_of[of_one[0]].tokenizer)
             sizes.update(dict.fromkeys(of_one, size))
     for model, size in sizes.items():
-        reader = tokenizer if model in shared else named[model].tokenizer
+        reader = tokenizer if model in shared else role_of[model].tokenizer
         if reader is not None and (gaps := ids_without_token(reader, size)):
             model.forbid(gaps)
     encoder_of = {
-        model: make_encoder(model, named[model].tokenizer, named[model].template, size)
+        model: make_encoder(model, role_of[model].tokenizer, role_of[model].template, size)
         for model, size in sizes.items()
     }
     paged_guides = [
@@ -209,56 +162,13 @@ def serve_models(
         foreign=foreign_guides(paged_guides, differences, encoder_of, tokenizer),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        eos_token_ids=frozenset(eos_token_ids(roles[0].model, tokenizer)),
+        eos_token_ids=frozenset(eos_token_ids(weights[0], tokenizer)),
         encoder_of=encoder_of,
     )
 
 
 def _flat(lists: Iterable[Sequence[PagedModel]]) -> list[PagedModel]:
     return [model for own in lists for model in own]
-
-
-def _difference(base: PreTrainedTokenizerBase | None, roles: Sequence[_Role]) -> str | None:
-    """How a guide's vocabulary differs from the base's; None: it does not.
-
-    MismatchedVocabulary if its models do not share one.
-    """
-    found = []
-    for role in roles:
-        try:
-            if base is not None and role.tokenizer is not None and role.tokenizer is not base:
-                check_same_vocabulary(base, role.tokenizer, role.name)
-        except MismatchedVocabulary as error:
-            found.append(error)
-    if not found:
-        return None
-    first, *others = [role for role in roles if role.tokenizer is not None]
-    if len(found) < len(roles):
-        raise MismatchedVocabulary(f"{found[0]}; the models of a guide must share a vocabulary")
-    for other in others:
-        if first.tokenizer is not None and other.tokenizer is not None:
-            check_same_vocabulary(first.tokenizer, other.tokenizer, other.name, first.name)
-    return str(found[0])
-
-
-def _shared_vocabulary(
-    models: Sequence[PagedModel], tokenizer: PreTrainedTokenizerBase | None
-) -> int:
-    """The size of the vocabulary that models share. MismatchedVocabulary: one is too small for it.
-
-    ``tokenizer``: of the first; the others' are of the same vocabulary.
-    """
-    size = models[0].vocab_size
-    if tokenizer is not None:
-        size = min(size, tokenizer_size(tokenizer))
-        for model in models[1:]:
-            if model.vocab_size < size:
-                raise MismatchedVocabulary(
-                    f"{model.name} has logits for {model.vocab_size} tokens, but the vocabulary "
-                    f"of {models[0].name} has {size}; a guide of another one needs its tokenizer "
-                    "beside it, or Guide(tokenizer=...)"
-                )
-    return min([size, *(model.vocab_size for model in models[1:])])
 
 
 def _passes(

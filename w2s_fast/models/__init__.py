@@ -6,8 +6,15 @@ The room knows no sampling, no beams and no text.
 """
 
 from w2s_fast.models.activations import activations_of
-from w2s_fast.models.adapters import Adapter, find_adapter, read_adapter
+from w2s_fast.models.adapters import (
+    Adapter,
+    AdapterFiles,
+    check_adapter,
+    find_adapter,
+    read_adapter,
+)
 from w2s_fast.models.body import Body, run_body
+from w2s_fast.models.cores import Cores, usable_cores
 from w2s_fast.models.files import find_files
 from w2s_fast.models.forwards import onednn
 from w2s_fast.models.inference import inference
@@ -16,6 +23,7 @@ from w2s_fast.models.load import (
     ModelSource,
     load_model,
     load_tokenizer,
+    look_at_model,
     pick_device,
     pick_dtype,
     read_as,
@@ -34,12 +42,15 @@ from w2s_fast.models.together import Groups
 
 __all__ = [
     "Adapter",
+    "AdapterFiles",
     "Body",
+    "Cores",
     "Groups",
     "ModelSource",
     "PagedModel",
     "activation_bytes",
     "activations_of",
+    "check_adapter",
     "find_adapter",
     "find_files",
     "forward_in_passes",
@@ -48,6 +59,7 @@ __all__ = [
     "kv_tokens_that_fit",
     "load_model",
     "load_tokenizer",
+    "look_at_model",
     "main_memory",
     "onednn",
     "pick_device",
@@ -56,6 +68,7 @@ __all__ = [
     "read_as",
     "run_body",
     "total_bytes",
+    "usable_cores",
     "usual_pass_tokens",
     "usual_rows",
 ]

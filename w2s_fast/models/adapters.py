@@ -61,7 +61,10 @@ def find_adapter(source: Any) -> AdapterFiles | None:
     name = os.path.expanduser(os.fspath(source))
     if os.path.isfile(name):
         return None
-    path = find_adapter_config_file(name)
+    try:
+        path = find_adapter_config_file(name)
+    except OSError:  # the loading says what is wrong
+        return None
     if path is None:
         return None
     folder = Path(path).parent
@@ -107,6 +110,11 @@ class Adapter:
                 delta.follow()
 
 
+def check_adapter(files: AdapterFiles) -> None:
+    """What can be refused by its config. UnsupportedModel: it is, or PEFT is not installed."""
+    _read_config(files)
+
+
 def read_adapter(files: AdapterFiles, model: PreTrainedModel) -> Adapter:
     """Read an adapter for a model, which is left as it is.
 
@@ -114,11 +122,6 @@ def read_adapter(files: AdapterFiles, model: PreTrainedModel) -> Adapter:
         UnsupportedModel: it is none of LoRA's, is for another model, or changes what cannot be
             changed beside the model's weights; says what.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise UnsupportedModel(
-            f"adapter {files.name!r}: adapters are read by PEFT, which is not installed: "
-            "pip install peft"
-        )
     config = _read_config(files)
     if config.bias != "none" and any(
         name.endswith(".bias") for name, _ in model.named_parameters()
@@ -142,6 +145,11 @@ def read_adapter(files: AdapterFiles, model: PreTrainedModel) -> Adapter:
 
 
 def _read_config(files: AdapterFiles) -> Any:
+    if importlib.util.find_spec("peft") is None:
+        raise UnsupportedModel(
+            f"adapter {files.name!r}: adapters are read by PEFT, which is not installed: "
+            "pip install peft"
+        )
     import peft
 
     try:
@@ -180,7 +188,7 @@ def _inject(
         injected = peft.PeftModel(view, config, _NAME, autocast_adapter_dtype=False)
         weights = load_peft_weights(files.name, device=str(model.device))
         _drop_the_models_own(weights, injected, model)
-        found = set_peft_model_state_dict(injected, weights, _NAME)
+        found: Any = set_peft_model_state_dict(injected, weights, _NAME)
     named = dict(injected.named_parameters(remove_duplicate=False))
     read = {id(parameter) for name, parameter in named.items() if name not in found.missing_keys}
     missing = [

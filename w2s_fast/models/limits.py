@@ -1,7 +1,6 @@
 """Main memory that this program may use: the machine's, or what its control groups leave of it.
 
-A container sees the whole machine in /proc/meminfo; what it may use stands in the files of its
-control group (cgroup v1 or v2) and of those around it. Who takes more is killed.
+Who takes more than these allow is killed.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from w2s_fast.models.control_groups import groups_of, lines_of, number_in
 
 _ROOT = Path("/")
 
@@ -64,56 +65,18 @@ def _machine(root: Path) -> Memory:
 
 
 def _groups(root: Path) -> Iterator[Memory]:
-    for folder, files in _folders(root):
-        used = _number(folder / files.usage)
+    for folder, version in groups_of("memory", root):
+        files = _V1 if version == 1 else _V2
+        used = number_in(folder / files.usage)
         cache = _fields(folder / "memory.stat")
         for name in files.limits:
-            limit = _number(folder / name)
+            limit = number_in(folder / name)
             if limit is not None and used is not None:
                 held = max(0, used - sum(cache.get(field, 0) for field in files.cache))
                 yield Memory(max(0, limit - held), limit, folder / name)
 
 
-def _folders(root: Path) -> Iterator[tuple[Path, _Files]]:
-    """The folders of this program's groups, and of all around them, up to the mount point."""
-    groups: dict[str, str] = {}  # its group's path, by controller; "" is version 2
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, group = line.split(":", 2)
-        groups.update(dict.fromkeys(controllers.split(","), group))
-    for line in _lines(root / "proc/self/mountinfo"):
-        mount, _, kind = line.partition(" - ")
-        top, point = mount.split()[3:5]
-        system, *_, options = kind.split()
-        if system == "cgroup2" and "" in groups:
-            group, files = groups[""], _V2
-        elif system == "cgroup" and "memory" in groups and "memory" in options.split(","):
-            group, files = groups["memory"], _V1
-        else:
-            continue
-        folder = mounted = root / point.lstrip("/")
-        # What is mounted may be the group itself, and is in most containers.
-        if os.path.commonpath([top, group]) == top:
-            folder = mounted / os.path.relpath(group, top)
-        yield mounted, files
-        while folder != mounted:
-            yield folder, files
-            folder = folder.parent
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
 def _fields(path: Path) -> dict[str, int]:
     """Numbers by name, of lines such as "name: 12 kB" and "name 12"."""
-    pairs = [line.replace(":", " ").split() for line in _lines(path)]
+    pairs = [line.replace(":", " ").split() for line in lines_of(path)]
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) > 1 and pair[1].isdecimal()}
-
-
-def _number(path: Path) -> int | None:
-    """The number in a file; None: there is no file, or it says "max"."""
-    text = "".join(_lines(path)).strip()
-    return int(text) if text.isdecimal() else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -67,10 +69,34 @@ def read_as(checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else checkpoint
 
 
+def look_at_model(source: ModelSource) -> PreTrainedConfig:
+    """The config of a model, before any of its weights are read.
+
+    Raises:
+        InvalidRequest: that is nothing a model can be named by.
+        UnsupportedModel: the path or id cannot be read as a causal language model.
+    """
+    if isinstance(source, PreTrainedModel):
+        return source.config
+    if not isinstance(source, (str, os.PathLike)):
+        raise InvalidRequest(
+            f"a model is {source!r}; allowed: a path, a hub id, or a loaded model of transformers"
+        )
+    files = find_files(source)
+    _check_path(files)
+    with _loading(files):
+        return read_config(files)
+
+
 def load_model(
-    source: ModelSource, device: torch.device, dtype: str | torch.dtype
+    source: ModelSource,
+    device: torch.device,
+    dtype: str | torch.dtype,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The model, on ``device``.
+
+    ``config``: what :func:`look_at_model` has found; None: it is looked at now.
 
     A loaded model keeps its own dtype for ``"auto"``; it is moved in place where it must be, and
     otherwise left as it is. A quantised one is neither moved nor converted: from a path its own
@@ -84,31 +110,35 @@ def load_model(
     """
     if isinstance(source, PreTrainedModel):
         return _as_asked(source, device, None if dtype == "auto" else pick_dtype(dtype, device))
-    if not isinstance(source, (str, os.PathLike)):
-        raise InvalidRequest(
-            f"a model is {source!r}; allowed: a path, a hub id, or a loaded model of transformers"
-        )
+    if config is None:
+        config = look_at_model(source)
     files = find_files(source)
-    _check_path(files)
     wanted = pick_dtype(dtype, device)
     start = time.perf_counter()
     _log.info("reading %s", files.path)
-    try:
-        config = read_config(files)
+    with _loading(files):
         if says_quantised(config):
             wanted = None if dtype == "auto" else wanted
             model = read_checkpoint(files, config, wanted, device)
         else:
             model = _read_plain(files, config, wanted, device)
-    except UnsupportedModel:
-        raise
-    except Exception as error:  # transformers raises nearly anything for a broken folder
-        raise UnsupportedModel(
-            f"model {files.path!r} cannot be loaded: {_first_line(error)}"
-        ) from error
     nn.Module.eval(model)
     _log.info("%s", _described(model, time.perf_counter() - start))
     return model
+
+
+@contextmanager
+def _loading(files: ModelFiles) -> Iterator[None]:
+    """UnsupportedModel for whatever is raised: transformers raises nearly anything for a broken
+    folder."""
+    try:
+        yield
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(
+            f"model {files.path!r} cannot be loaded: {_first_line(error)}"
+        ) from error
 
 
 def _read_plain(

@@ -179,6 +179,9 @@ class Search:
             beams = _beams(going_on)
         left = tokens_left(beams)
         tokens = min(_step_tokens(left), LEAST_STEP_TOKENS if searching else MAX_STEP_TOKENS)
+        # On a CPU 16 tokens of a stream take a while, and looking at them costs next to nothing.
+        if not self._ahead and any(r.streams for r in requests) and tokens > 2 * LEAST_STEP_TOKENS:
+            tokens = LEAST_STEP_TOKENS
         fused = drawn = None
         while tokens > 0 and any(left):
             if fused is not None or drawn is not None:

@@ -9,7 +9,7 @@ from w2s_fast.text.breaks import Breaks
 from w2s_fast.text.chat import Chat
 from w2s_fast.text.encoding import Written
 from w2s_fast.text.growing import GrowingTexts, Said
-from w2s_fast.text.prompt import Prompt, PromptEncoder
+from w2s_fast.text.prompt import Prompt, PromptEncoder, check_template
 from w2s_fast.text.response import INCOMPLETE, decode_response, open_bytes
 from w2s_fast.text.stops import StopStrings, TextEnd
 from w2s_fast.text.translation import Translator
@@ -33,6 +33,7 @@ __all__ = [
     "Translator",
     "Written",
     "check_same_vocabulary",
+    "check_template",
     "decode_response",
     "eos_token_ids",
     "ids_without_token",

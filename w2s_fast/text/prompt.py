@@ -49,10 +49,7 @@ class PromptEncoder:
         Raises:
             InvalidRequest: the template lacks ``{prompt}``, or there is no tokenizer for it.
         """
-        if template is not None:
-            _check_template(name, template)
-        if template is not None and tokenizer is None:
-            raise InvalidRequest(f"{name} has no tokenizer, so it can have no prompt_template")
+        check_template(name, template, tokenizer)
         self.name = name
         self.tokenizer = tokenizer
         self.template = template
@@ -191,9 +188,14 @@ class PromptEncoder:
         return self._texts
 
 
-def _check_template(name: str, template: Any) -> None:
+def check_template(name: str, template: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """InvalidRequest: it lacks ``{prompt}``, or there is no tokenizer for it; names the model."""
+    if template is None:
+        return
     if not isinstance(template, str) or template.count(PLACEHOLDER) != 1:
         raise InvalidRequest(
             f"prompt_template of {name} is {template!r}; it must hold {PLACEHOLDER} exactly once"
         )
     check_unicode(template, f"prompt_template of {name}")
+    if tokenizer is None:
+        raise InvalidRequest(f"{name} has no tokenizer, so it can have no prompt_template")

@@ -1,0 +1,176 @@
+"""Named: the models of an engine by their configs and tokenizers, before any weights are read.
+
+What does not go together is found here, where it costs a moment, and not after minutes of loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from w2s_fast.engine.encoders import templates_of, tokenizer_beside, tokenizer_of
+from w2s_fast.engine.sources import key_of, resolve
+from w2s_fast.errors import MismatchedVocabulary
+from w2s_fast.models import AdapterFiles, ModelSource, look_at_model
+from w2s_fast.search import Guide
+from w2s_fast.text import check_same_vocabulary, check_template, tokenizer_size
+
+
+class Named(NamedTuple):
+    """What a model is to do: two with the same source, adapter, tokenizer and template are one.
+
+    Attributes:
+        name: what errors call it.
+        source: of its weights.
+        adapter: what is added to them; or None.
+    """
+
+    name: str
+    source: ModelSource
+    adapter: AdapterFiles | None
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    template: str | None
+
+    @property
+    def key(self) -> tuple[Any, AdapterFiles | None, int, str | None]:
+        return key_of(self.source), self.adapter, id(self.tokenizer), self.template
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of its logits, as its config has it."""
+        return int(self.config.get_text_config().vocab_size)
+
+
+class NamedModels(NamedTuple):
+    """A base and its guides.
+
+    Attributes:
+        guides: the tuned model of each, and its untuned one, if it has one.
+        differences: how each guide's vocabulary differs from the base's; None: it does not.
+    """
+
+    base: Named
+    guides: list[list[Named]]
+    differences: list[str | None]
+
+    def distinct(self) -> list[Named]:
+        """Each model once, by the first of its names; the base first."""
+        every = [self.base, *(model for own in self.guides for model in own)]
+        first = {model.key: model for model in reversed(every)}
+        return [model for model in every if first[model.key] is model]
+
+
+def name_models(
+    base: ModelSource,
+    guides: Sequence[Guide],
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt_template: str | None,
+) -> NamedModels:
+    """Read configs and tokenizers, and compare vocabularies.
+
+    ``tokenizer``: the base's; None: the one that lies with it.
+
+    Raises:
+        UnsupportedModel: there is no causal language model where a name leads.
+        MismatchedVocabulary: a guide's models do not share one vocabulary, or it cannot be told.
+        InvalidRequest: a template that cannot be used.
+    """
+    templates = templates_of(guides)
+    configs: dict[Any, PreTrainedConfig] = {}
+    tokenizers: dict[tuple[Any, int | None], PreTrainedTokenizerBase | None] = {}
+
+    def named(
+        name: str,
+        source: ModelSource,
+        template: str | None,
+        given: PreTrainedTokenizerBase | None = None,
+        beside: ModelSource | None = None,
+    ) -> Named:
+        weights, adapter = resolve(source, beside)
+        key = key_of(weights)
+        # First: a path that is none is an error of its model, and not of its tokenizer.
+        if key not in configs:
+            configs[key] = look_at_model(weights)
+        reads = (key_of(source), None if given is None else id(given))
+        if reads not in tokenizers:
+            tokenizers[reads] = tokenizer_of(source, weights, tokenizer, given)
+        if not isinstance(source, PreTrainedModel):
+            name = f"{name} ({source})"
+        check_template(name, template, tokenizers[reads])
+        return Named(name, weights, adapter, configs[key], tokenizers[reads], template)
+
+    of_base, _ = resolve(base)
+    configs[key_of(of_base)] = look_at_model(of_base)
+    tokenizer = tokenizer_beside(base, of_base) if tokenizer is None else tokenizer
+    tokenizers[key_of(base), None] = tokenizer
+    as_base = named("base", base, prompt_template)
+    of_guides: list[list[Named]] = []
+    for g, (guide, (of_tuned, of_untuned)) in enumerate(zip(guides, templates)):
+        number = f" {g}" if len(guides) > 1 else ""
+        own = [named(f"tuned{number}", guide.tuned, of_tuned, guide.tokenizer, guide.untuned)]
+        if guide.untuned is not None:
+            own.append(named(f"untuned{number}", guide.untuned, of_untuned, guide.tokenizer))
+        of_guides.append(own)
+    differences = [_difference(tokenizer, own) for own in of_guides]
+    sharing = [own for own, why in zip(of_guides, differences) if why is None]
+    shared_vocabulary([as_base, *(model for own in sharing for model in own)], tokenizer)
+    for own, why in zip(of_guides, differences):
+        if why is not None:
+            shared_vocabulary(own, own[0].tokenizer)
+    return NamedModels(as_base, of_guides, differences)
+
+
+class HasLogits(Protocol):
+    """A model: what errors call it, and the width of its logits."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def shared_vocabulary(
+    models: Sequence[HasLogits], tokenizer: PreTrainedTokenizerBase | None
+) -> int:
+    """The size of the vocabulary that models share. MismatchedVocabulary: one is too small for it.
+
+    ``tokenizer``: of the first; the others' are of the same vocabulary.
+    """
+    size = models[0].vocab_size
+    if tokenizer is not None:
+        size = min(size, tokenizer_size(tokenizer))
+        for model in models[1:]:
+            if model.vocab_size < size:
+                raise MismatchedVocabulary(
+                    f"{model.name} has logits for {model.vocab_size} tokens, but the vocabulary "
+                    f"of {models[0].name} has {size}; a guide of another one needs its tokenizer "
+                    "beside it, or Guide(tokenizer=...)"
+                )
+    return min([size, *(model.vocab_size for model in models[1:])])
+
+
+def _difference(base: PreTrainedTokenizerBase | None, models: Sequence[Named]) -> str | None:
+    """How a guide's vocabulary differs from the base's; None: it does not.
+
+    MismatchedVocabulary if its models do not share one.
+    """
+    found = []
+    for model in models:
+        try:
+            if base is not None and model.tokenizer is not None and model.tokenizer is not base:
+                check_same_vocabulary(base, model.tokenizer, model.name)
+        except MismatchedVocabulary as error:
+            found.append(error)
+    if not found:
+        return None
+    first, *others = [model for model in models if model.tokenizer is not None]
+    if len(found) < len(models):
+        raise MismatchedVocabulary(f"{found[0]}; the models of a guide must share a vocabulary")
+    for other in others:
+        if first.tokenizer is not None and other.tokenizer is not None:
+            check_same_vocabulary(first.tokenizer, other.tokenizer, other.name, first.name)
+    return str(found[0])
