@@ -160,5 +160,6 @@ def test_a_hub_id_is_the_commit_that_lies_here(
     (folder / "refs" / "main").write_text(commit)
     (folder / "snapshots" / commit / "config.json").write_text("{}")
     assert model_identity("somebody/something") == {"commit": commit}
-    assert model_identity("somebody/else") == {"commit": "unknown"}
+    with pytest.raises(UnsupportedModel, match="neither a folder nor in the cache"):
+        model_identity("somebody/else")
     assert model_identity("/no/such/folder") == {"commit": "unknown"}

@@ -149,10 +149,9 @@ def test_a_piece_comes_when_the_kept_agree_and_begins_every_later_candidate(
 def test_a_sample_is_given_out_while_it_is_decoded() -> None:
     params = SearchParams(method="sample", max_new_tokens=60, ignore_eos=True)
     pieces = list(text_engine().stream("A", params))
-    assert [len(p.token_ids) for p in pieces] == [16, 16, 16, 12, 0] or [
-        len(p.token_ids) for p in pieces
-    ] == [16, 16, 16, 12]
-    assert all(p.text for p in pieces[:3])
+    counts = [len(p.token_ids) for p in pieces if p.token_ids]
+    assert counts == [4] * 13 + [8]
+    assert sum(bool(p.text) for p in pieces) > 10  # others end within a character
 
 
 def test_text_is_given_out_by_whole_characters() -> None:

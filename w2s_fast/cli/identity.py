@@ -32,13 +32,16 @@ def model_identity(source: str) -> dict[str, str]:
 
     Raises:
         OSError: names the file that cannot be read. That there is none is left to the loading.
-        UnsupportedModel: there are several GGUF files, or a path to one that does not exist.
+        UnsupportedModel: there are several GGUF files, or a path to one that does not exist; or a
+            hub id that neither the hub nor the cache knows.
     """
     from w2s_fast.models import find_files
 
     where = find_files(source)
     if where.gguf is not None:
         return {"file": _gguf_digest(Path(where.path))}
+    if where.hub_id is not None:  # the cache's folder is named by its commit
+        return {"commit": Path(where.name).name}
     if not os.path.isdir(where.name):
         return {"commit": _commit(source)}
     folder = Path(where.name)

@@ -11,6 +11,7 @@ import transformers
 from packaging.version import Version
 
 from w2s_fast.errors import UnsupportedModel
+from w2s_fast.models.hub import cached_only
 
 _GGUF = ".gguf"
 _NEEDED = ("gguf", "accelerate")  # by transformers, for any GGUF file
@@ -23,10 +24,12 @@ class ModelFiles(NamedTuple):
     """Where transformers finds a model and its tokenizer.
 
     ``name``: a folder or a hub id. ``gguf``: the file in that folder that holds it all; or None.
+    ``hub_id``: of which the folder is the cache's, where the hub does not answer; or None.
     """
 
     name: str
     gguf: str | None
+    hub_id: str | None = None
 
     @property
     def path(self) -> str:
@@ -43,17 +46,24 @@ def find_files(source: str | os.PathLike[str]) -> ModelFiles:
     """What a path or hub id names. A folder with a GGUF file and no other weights names that file.
 
     Raises:
-        UnsupportedModel: there is no such GGUF file, or there are several and none is named.
+        UnsupportedModel: there is no such GGUF file, or there are several and none is named; or
+            it is a hub id, and neither the hub nor the cache has anything to say of it.
     """
     name = os.path.expanduser(os.fspath(source))
     path = Path(name)
     if name and path.is_dir():
         return ModelFiles(name, _only_gguf(path))
     if not name.endswith(_GGUF):
-        return ModelFiles(name, None)
+        cached = cached_only(name) if name and not looks_local(name) else None
+        return ModelFiles(name, None) if cached is None else ModelFiles(str(cached), None, name)
     if not path.is_file():
         raise UnsupportedModel(f"model {name!r}: there is no such file")
     return ModelFiles(str(path.parent), path.name)
+
+
+def looks_local(name: str) -> bool:
+    """Whether that is a path by its looks, and no hub id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def check_packages(files: ModelFiles) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
 from w2s_fast.models.checkpoint import read_checkpoint, read_config, says_quantised
-from w2s_fast.models.files import ModelFiles, check_packages, find_files
+from w2s_fast.models.files import ModelFiles, check_packages, find_files, looks_local
 
 _log = logging.getLogger(__name__)
 
@@ -229,8 +229,7 @@ def _check_path(files: ModelFiles) -> None:
     if files.gguf is not None:
         return check_packages(files)
     path = Path(name)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not path.is_dir():
+    if looks_local(name) and not path.is_dir():
         raise UnsupportedModel(f"model {name!r}: there is no such folder")
     names = ("config.json", "adapter_config.json")
     if path.is_dir() and not any((path / name).is_file() for name in names):
