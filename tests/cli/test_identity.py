@@ -11,9 +11,12 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
+from tests.support.adapters import save_adapter
 from tests.support.tiny_models import save_tiny
 from w2s_fast.cli.identity import model_identity
+from w2s_fast.cli.models import made_by, name_models
 from w2s_fast.errors import UnsupportedModel
 
 PARTS = {"weights", "config", "tokenizer"}
@@ -163,3 +166,23 @@ def test_a_hub_id_is_the_commit_that_lies_here(
     with pytest.raises(UnsupportedModel, match="neither a folder nor in the cache"):
         model_identity("somebody/else")
     assert model_identity("/no/such/folder") == {"commit": "unknown"}
+
+
+def test_an_adapter_is_its_own_files_and_those_of_its_model(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = save_tiny(tmp_path / "model", layers=1)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    adapter = save_adapter(loaded, tmp_path / "adapter", target_modules=["q_proj"])
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": str(model)}))
+
+    def found(untuned: str) -> dict[str, str]:
+        named = name_models(str(model), [str(adapter)], [untuned], [])
+        return made_by(named, "cpu", "auto")
+
+    beside, alone = found(str(model)), found("none")
+    own = model_identity(str(adapter))
+    assert {f"tuned {part}": value for part, value in own.items()}.items() <= beside.items()
+    assert set(alone) - set(beside) == {f"tuned adapter's model {part}" for part in PARTS}
+    assert alone["tuned adapter's model weights"] == beside["untuned weights"]

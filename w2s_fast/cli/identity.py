@@ -66,10 +66,12 @@ def model_identity(source: str) -> dict[str, str]:
 def _commit(name: str) -> str:
     from huggingface_hub import hf_hub_download
 
-    try:  # the file that the loading asks for first, too; it lies in a folder named by its commit
-        return Path(hf_hub_download(name, "config.json")).parent.name
-    except Exception:
-        return "unknown"  # the loading says what is wrong
+    for file in ("config.json", "adapter_config.json"):
+        try:  # what the loading asks for first, too; it lies in a folder named by its commit
+            return Path(hf_hub_download(name, file)).parent.name
+        except Exception:
+            continue
+    return "unknown"  # the loading says what is wrong
 
 
 def _gguf_digest(path: Path) -> str:

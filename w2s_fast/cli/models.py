@@ -75,10 +75,15 @@ def made_by(models: Models, device: str, dtype: str) -> MadeBy:
     with note_console().status("looking at the models"):
         import torch
 
-        from w2s_fast.models import pick_device, pick_dtype, read_as
+        from w2s_fast.models import find_adapter, pick_device, pick_dtype, read_as
 
         found = {}
+        named = models.named()
         for role, source in models.named().items():
+            adapter, beside = find_adapter(source), named.get(f"un{role}")
+            if adapter and adapter.model and (beside is None or find_adapter(beside)):
+                named[f"{role} adapter's model"] = adapter.model
+        for role, source in named.items():
             for part, value in model_identity(source).items():
                 found[f"{role} {part}"] = value
         for g, guide in enumerate(models.guides):

@@ -26,6 +26,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from w2s_fast.errors import UnsupportedModel
 from w2s_fast.models.deltas import Delta, LowRank, Replaced
+from w2s_fast.models.files import find_files, looks_local
 from w2s_fast.models.view import ModelView
 
 _CONFIG = "adapter_config.json"
@@ -54,17 +55,16 @@ def find_adapter(source: Any) -> AdapterFiles | None:
     """The adapter that a path or hub id names; None: it names something else.
 
     Raises:
-        UnsupportedModel: adapter and model lie in one folder, or the config cannot be read.
+        UnsupportedModel: adapter and model lie in one folder, the config cannot be read, or it is
+            not clear which file is named: see :func:`find_files`.
     """
     if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
         return None
-    name = os.path.expanduser(os.fspath(source))
-    if os.path.isfile(name):
-        return None
-    try:
-        path = find_adapter_config_file(name)
-    except OSError:  # the loading says what is wrong
-        return None
+    where = find_files(source)
+    name = where.name
+    if where.gguf is not None or (looks_local(name) and not os.path.isdir(name)):
+        return None  # the loading says what is wrong
+    path = find_adapter_config_file(name)
     if path is None:
         return None
     folder = Path(path).parent
