@@ -11,7 +11,8 @@
 #        precision differs; the tests marked `gpu`; the sanitizer over small kernels.
 # search: whole searches of known shapes beside transformers, the search as released, and the limit.
 # kernels: every operator against its limit, what its first use takes, and the tests that draw shapes.
-# cohorts: from how many rows on two cohorts of requests are faster than one.
+# cohorts: from how many rows on two cohorts of requests are faster than one; and what a pass of a
+#        model with and without an adapter takes.
 #
 # Needs python with torch, triton, transformers, pytest, hypothesis and pybind11, a C++ compiler,
 # and nvcc for the CUDA sources, and builds in place. A part that fails hides no other, and one that
@@ -107,8 +108,10 @@ kernels)
     fi
     ;;
 cohorts)
-    part "cohorts" 420 "$python" -m bench.cohorts "${dry[@]}" --seconds 300 \
+    part "cohorts" 330 "$python" -m bench.cohorts "${dry[@]}" --seconds 240 \
         --out "$out/$name-cohorts.json"
+    part "adapters" 80 "$python" -m bench.adapters "${dry[@]}" --seconds 50 \
+        --out "$out/$name-adapters.json"
     ;;
 esac
 

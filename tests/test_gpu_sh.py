@@ -187,7 +187,7 @@ NAMED = "#!/usr/bin/env bash\necho NVIDIA H100\n"
         ("smoke", ["build", "smoke", "tests", "captures", "sanitizer"]),
         ("search", ["build", "search"]),
         ("kernels", ["build", "timings", "first use", "drawn shapes"]),
-        ("cohorts", ["build", "cohorts"]),
+        ("cohorts", ["build", "cohorts", "adapters"]),
     ],
 )
 def test_on_a_gpu_all_ends_within_nine_minutes(what: str, parts: list[str], tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.support.adapters import LINEAR, save_adapter, with_adapter
 from tests.support.tiny_models import tiny_model
 from tests.support.trained_tokenizers import trained
 from w2s_fast import Engine, Guide, SearchParams, SearchResult
@@ -97,6 +99,23 @@ def test_in_float32_the_device_finds_what_the_cpu_finds() -> None:
         assert [h.token_ids for h in ours.hypotheses] == [h.token_ids for h in theirs.hypotheses]
         if theirs.score is not None:
             assert ours.score == pytest.approx(theirs.score, abs=1e-3)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_an_adapter_beside_its_model_finds_what_merged_weights_find(
+    graphs: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    base, _, untuned = models(torch.float32)
+    save_adapter(untuned, tmp_path, target_modules=LINEAR["gpt2"], size=0.2)
+    merged = with_adapter(untuned, tmp_path, merge=True)
+    options = {"kv_cache_tokens": 8192, "cuda_graphs": graphs}
+    ours = Engine(base, Guide(tmp_path, untuned), **options)
+    theirs = Engine(base, Guide(merged, untuned), **options)
+    for _ in range(3):  # the first time nothing is recorded
+        for own, other in zip(results(ours), results(theirs)):
+            assert own.token_ids == other.token_ids
+            assert own.score == pytest.approx(other.score, abs=1e-3)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
