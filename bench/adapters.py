@@ -154,8 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = INTERRUPTED
     for turn in report.kept:
-        print(f"{turn.model:5} {turn.adapter:12} {turn.rows:4} rows {turn.ms:8.2f} ms; to as "
-              f"many of the model {turn.to_doubled} x, to both apart {turn.to_apart} x")  # fmt: skip
+        ratios = f"{turn.to_doubled} x as many of the model, {turn.to_apart} x both apart"
+        print(f"{turn.model:5} {turn.adapter:12} {turn.rows:4} rows {turn.ms:8.2f} ms: {ratios}")
     return status
 
 
