@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "ARCHITECTURE.md").read_text()
 PACKAGE = ROOT / "w2s_fast"
 # Files of the package itself; all other rooms are folders.
-FLAT = {"ops": ("ops",), "words": ("params", "scorer", "widths", "result", "stats", "errors")}
+FLAT = {
+    "ops": ("ops",),
+    "words": ("params", "generation", "scorer", "widths", "result", "stats", "errors"),
+}
 
 
 def section(title: str) -> str:

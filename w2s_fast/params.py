@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from w2s_fast.errors import InvalidRequest
+from w2s_fast.generation import settings_of
 from w2s_fast.scorer import Choice
 from w2s_fast.widths import RoundShape, Widths, by_round
 
@@ -168,6 +169,24 @@ class SearchParams:
                 if isinstance(getattr(self, which), tuple):
                     which += " of the last round"
                 raise _invalid("n", self.n, f"at most {which} ({limit}) for method {self.method!r}")
+
+    @classmethod
+    def from_generation_config(cls, source: Any, **overrides: Any) -> SearchParams:
+        """What a model's generation config says about sampling; engines do not read it themselves.
+
+        What it leaves open is as in ``SearchParams()``, and ``do_sample=False`` is temperature 0.
+        Settings without a counterpart here, as ``repetition_penalty``, are warned of. What ends a
+        response is not read: engines take its EOS ids anyway.
+
+        Args:
+            source: a loaded model, its generation config, the same as a dict, or the folder where
+                it lies.
+            overrides: fields, in the place of what is found.
+
+        Raises:
+            InvalidRequest: ``source`` is nothing of these, or a value is not allowed here.
+        """
+        return cls(**{**settings_of(source), **overrides})
 
     def _check_widths(self) -> None:
         for name in ("beam_width", "successors", "chunk_length"):

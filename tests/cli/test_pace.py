@@ -74,6 +74,9 @@ def test_there_is_an_estimate_from_the_first_round_on(ticking: Ticking) -> None:
     ticking.seconds, ticking.sampled = 2.0, 192
     assert own.tokens_per_s == 96.0
     assert own.seconds_left == pytest.approx(9 * 192 / 96)
+    ticking.seconds = 5.0  # in the middle of a step
+    assert own.tokens_per_s == 96.0
+    assert own.seconds_left == pytest.approx(9 * 192 / 96 - 3.0)
 
 
 def test_answers_say_how_long_the_others_are(ticking: Ticking) -> None:

@@ -18,7 +18,8 @@ class Pace:
 
     Before an answer has come, all are taken to be as long as they may be; afterwards, as long as
     those are on average. Of a single one, the rounds that are left are counted, too: candidates
-    that have ended take part in them without sampling.
+    that have ended take part in them without sampling. Between two steps nothing is counted, so all
+    is measured at the last one, and time runs down from there.
     """
 
     def __init__(self, stats: Callable[[], EngineStats], total: int | None) -> None:
@@ -31,6 +32,7 @@ class Pace:
         self._most = self._known = 0  # tokens of all whose parameters are known, and their number
         self._most_rounds: int | None = None  # of the last of them
         self._answered = self._failed = self._in_answers = 0
+        self._seen, self._seen_at = 0, self._begin  # sampled tokens, and when they became so many
 
     def expect(self, params: SearchParams) -> None:
         """A request with these parameters is to be answered."""
@@ -54,12 +56,13 @@ class Pace:
     @property
     def tokens_per_s(self) -> float:
         """Sampled tokens, discarded candidates' included, in a second of wall clock."""
-        return self._sampled / (time.perf_counter() - self._begin)
+        sampled, seconds = self._look()
+        return sampled / seconds if seconds else 0.0
 
     @property
     def seconds_left(self) -> float | None:
         """None as long as nothing is sampled, or nobody knows how much is to come."""
-        sampled = self._sampled
+        sampled, seconds = self._look()
         if self._total is None or not sampled or not self._known:
             return None
         each = self._in_answers / self._answered if self._answered else self._most / self._known
@@ -67,15 +70,18 @@ class Pace:
         rest = max(0.0, waiting * each - (sampled - self._in_answers)) / sampled
         if self._total == 1 and self._most_rounds is not None and (rounds := self._rounds):
             rest = min(rest, max(0, self._most_rounds - rounds) / rounds)
-        return rest * (time.perf_counter() - self._begin)
+        return max(0.0, rest * seconds - (time.perf_counter() - self._begin - seconds))
 
     @property
     def _rounds(self) -> int:
         return self._stats().rounds - self._rounds_before
 
-    @property
-    def _sampled(self) -> int:
-        return self._stats().sampled_tokens - self._sampled_before
+    def _look(self) -> tuple[int, float]:
+        """Tokens sampled so far, and the seconds from the beginning until they were."""
+        sampled = self._stats().sampled_tokens - self._sampled_before
+        if sampled != self._seen:
+            self._seen, self._seen_at = sampled, time.perf_counter()
+        return self._seen, self._seen_at - self._begin
 
 
 def most_sampled(params: SearchParams) -> int:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from w2s_fast.attention import find_backend
 from w2s_fast.decoding import can_record, record_passes, refuse_compile
-from w2s_fast.engine.intake import Intake, pair
+from w2s_fast.engine.intake import Intake, as_prompts, pair
 from w2s_fast.engine.outcome import failed, result_of, scored_candidate
 from w2s_fast.engine.progress import progress_bar
 from w2s_fast.engine.served import serve_models
@@ -193,7 +193,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Iterable[Prompt] | str,
+        prompts: Iterable[Prompt] | Prompt,
         params: SearchParams | Iterable[SearchParams] | None = None,
         *,
         priority: int = 0,
@@ -203,8 +203,8 @@ class Engine:
         """Search a response for every prompt.
 
         Args:
-            prompts: each a string, a list of token ids, a list of chat messages, or a
-                :class:`w2s_fast.Chat`.
+            prompts: each a string, a list (or a tensor of one dimension) of token ids, a list of
+                chat messages, or a :class:`w2s_fast.Chat`. One alone needs no list around it.
             params: one for all prompts, or one for each.
             priority: the lower, the sooner, among all requests of the engine.
             on_error: a failed request never stops the others. ``"raise"``: the first error is
@@ -221,12 +221,12 @@ class Engine:
             NumericalError: a model produced NaN or infinity.
             ScorerFailure: a scorer or a choice failed.
         """
-        many = not isinstance(prompts, str)
-        total = len(prompts) if many and isinstance(prompts, Sized) else None
+        prompts = as_prompts(prompts)
+        total = len(prompts) if isinstance(prompts, Sized) else None
         found = {}
         # Closed here, even where an exception, and with it this frame, is kept.
         completing = closing(self.as_completed(prompts, params, priority=priority))
-        with progress_bar(total, show=progress and many) as advance, completing as completed:
+        with progress_bar(total, show=progress) as advance, completing as completed:
             for index, result in completed:
                 found[index] = result
                 advance(result.usage.completion_tokens)
@@ -239,7 +239,7 @@ class Engine:
 
     def as_completed(
         self,
-        prompts: Iterable[Prompt] | str,
+        prompts: Iterable[Prompt] | Prompt,
         params: SearchParams | Iterable[SearchParams] | None = None,
         *,
         priority: int = 0,
@@ -250,7 +250,7 @@ class Engine:
         request's result carries its ``error``.
         """
         self.runner.process.check()
-        source = enumerate(pair(prompts, params))
+        source = enumerate(pair(as_prompts(prompts), params))
         own = Claim(self.runner)
         indices: dict[Request, int] = {}
         try:

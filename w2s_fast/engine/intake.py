@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import repeat
+from typing import Any
 
 import numpy as np
+import torch
 
 from w2s_fast._pages import Hold
 from w2s_fast.engine.foreign import foreign_prompt, in_words
@@ -16,7 +18,7 @@ from w2s_fast.models import PagedModel
 from w2s_fast.params import SearchParams
 from w2s_fast.scheduling import Given, Scheduler, check_room
 from w2s_fast.search import PagedGuide, Request
-from w2s_fast.text import Breaks, Prompt, PromptEncoder, StopStrings, decode_response
+from w2s_fast.text import Breaks, Chat, Prompt, PromptEncoder, StopStrings, decode_response
 
 
 class Intake:
@@ -137,12 +139,51 @@ class Intake:
         return in_words(prompt, tokenizer, guide.models[0].name), response
 
 
+def as_prompts(given: Iterable[Prompt] | Prompt) -> Iterable[Prompt]:
+    """What a caller gives, as prompts: one that stands alone needs no list around it.
+
+    Raises:
+        InvalidRequest: an encoding, or a tensor of several rows: whether they end with padding
+            cannot be told.
+    """
+    untyped: Any = given
+    rows = getattr(untyped, "ndim", 0)
+    if isinstance(untyped, Mapping) and "role" not in untyped:
+        raise InvalidRequest(
+            f"prompts are {type(given).__name__}; allowed: a list of prompts. Of an encoding that "
+            "is input_ids, as a tokenizer makes them without padding and return_tensors"
+        )
+    if isinstance(untyped, (torch.Tensor, np.ndarray)) and rows > 1:
+        raise InvalidRequest(
+            f"prompts are {type(given).__name__} of {rows} dimensions; allowed: a list of prompts, "
+            "each a list or a tensor of one dimension, without padding"
+        )
+    if isinstance(untyped, Mapping):
+        return [[untyped]]
+    alone = isinstance(untyped, (str, Chat)) or _are_ids(untyped) or _are_messages(untyped)
+    return [untyped] if alone else untyped
+
+
+def _are_ids(given: Any) -> bool:
+    if isinstance(given, (torch.Tensor, np.ndarray)):
+        return given.ndim == 1 and "int" in str(given.dtype)
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+        return False
+    return len(given) > 0 and all(isinstance(token, (int, np.integer)) for token in given)
+
+
+def _are_messages(given: Any) -> bool:
+    return (
+        isinstance(given, Sequence)
+        and len(given) > 0
+        and all(isinstance(each, Mapping) and "role" in each for each in given)
+    )
+
+
 def pair(
-    prompts: Iterable[Prompt] | str, params: SearchParams | Iterable[SearchParams] | None
+    prompts: Iterable[Prompt], params: SearchParams | Iterable[SearchParams] | None
 ) -> Iterator[tuple[Prompt, SearchParams]]:
     """Each prompt with its parameters. InvalidRequest if they are not as many."""
-    if isinstance(prompts, str):
-        prompts = [prompts]
     if params is None:
         params = SearchParams()
     if isinstance(params, SearchParams):

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
+from w2s_fast.models.bars import no_bars
 from w2s_fast.models.checkpoint import read_checkpoint, read_config, says_quantised
 from w2s_fast.models.files import ModelFiles, check_packages, find_files, looks_local
 
@@ -79,8 +80,13 @@ def look_at_model(source: ModelSource) -> PreTrainedConfig:
     if isinstance(source, PreTrainedModel):
         return source.config
     if not isinstance(source, (str, os.PathLike)):
+        given = type(source).__name__ if isinstance(source, nn.Module) else repr(source)
+        hint = (
+            ", as its merge_and_unload() makes one" if hasattr(source, "merge_and_unload") else ""
+        )
         raise InvalidRequest(
-            f"a model is {source!r}; allowed: a path, a hub id, or a loaded model of transformers"
+            f"a model is {given}; allowed: a path, a hub id, or a loaded model of transformers"
+            f"{hint}"
         )
     files = find_files(source)
     _check_path(files)
@@ -95,6 +101,9 @@ def load_model(
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The model, on ``device``.
+
+    Says what it reads in the log of this module, at level INFO; where that is heard, transformers
+    draws its bars, too.
 
     ``config``: what :func:`look_at_model` has found; None: it is looked at now.
 
@@ -116,7 +125,8 @@ def load_model(
     wanted = pick_dtype(dtype, device)
     start = time.perf_counter()
     _log.info("reading %s", files.path)
-    with _loading(files):
+    bars = nullcontext() if _log.isEnabledFor(logging.INFO) else no_bars()
+    with _loading(files), bars:
         if says_quantised(config):
             wanted = None if dtype == "auto" else wanted
             model = read_checkpoint(files, config, wanted, device)

@@ -139,14 +139,17 @@ class PromptEncoder:
             return self._write_text(prompt)
         if isinstance(prompt, Chat):
             return write_chat(self._need_texts(), prompt)
+        prompt = _listed(prompt)
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-            raise InvalidRequest(f"a prompt is {type(prompt).__name__}; allowed: {_ALLOWED}")
+            kind = type(prompt).__name__
+            raise InvalidRequest(f"a prompt is {kind}; allowed: {_ALLOWED}{_hint(prompt)}")
         if prompt and all(isinstance(item, Mapping) for item in prompt):
             messages: Sequence[ChatMessage] = prompt  # type: ignore[assignment]
             return write_chat(self._need_texts(), Chat(messages))
         return None
 
     def _check_ids(self, given: Any, what: str = "a prompt", allowed: str = _ALLOWED) -> list[int]:
+        given = _listed(given)
         if not isinstance(given, Sequence) or isinstance(given, bytes):
             raise InvalidRequest(f"{what} is {type(given).__name__}; allowed: {allowed}")
         ids = []
@@ -186,6 +189,22 @@ class PromptEncoder:
         if self._texts is None:
             raise InvalidRequest(f"{self.name} has no tokenizer; give its prompt as token ids")
         return self._texts
+
+
+def _listed(given: Any) -> Any:
+    """Token ids in an array or a tensor as a list; anything else as it is."""
+    return given.tolist() if getattr(given, "ndim", None) == 1 else given
+
+
+def _hint(prompt: Any) -> str:
+    """How what is no prompt becomes one."""
+    if getattr(prompt, "ndim", 0) > 1:
+        return "; of a tensor with several rows each is a prompt, without its padding"
+    if isinstance(prompt, Mapping) and "input_ids" in prompt:
+        return "; of an encoding give input_ids, as a tokenizer makes them without padding"
+    if isinstance(prompt, Mapping) and "role" in prompt:
+        return "; a message goes into a list, as chats have several"
+    return ""
 
 
 def check_template(name: str, template: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
