@@ -392,32 +392,37 @@ def _operators_on(clock: Clock) -> Iterator[None]:
                 if isinstance(value, torch._ops.OpOverload) and value.namespace == "w2s_fast"
             }
             patches.enter_context(mock.patch.dict(names, operators))
-        to_device, to_host = _launches(clock)
+        launches = _launches(clock)
         for name, loaded in list(sys.modules.items()):
             if name.startswith("w2s_fast.") and vars(loaded).get("launch_copy") is launch_copy:
-                reads = name == launch_copy.__module__  # where Reading is
-                launch = to_host if reads else to_device
+                launch = launches.get(name.rpartition(".")[2], launches["others"])
                 patches.enter_context(mock.patch.object(loaded, "launch_copy", launch))
         yield
 
 
-def _launches(clock: Clock) -> list[Callable[[Tensor, Tensor], None]]:
-    """launch_copy to the device, and to the host, of which a copy of one byte is measured."""
+def _launches(clock: Clock) -> dict[str, Callable[[Tensor, Tensor], None]]:
+    """launch_copy for some modules, by name. Of each the copy of one byte is measured."""
     here, there = torch.zeros(2, 1, dtype=torch.uint8)
-    transfer = clock.stopped(launch_copy)
+    make, transfer = clock.stopped(_transfers.make), clock.stopped(launch_copy)
 
-    def to_device(source: Tensor, target: Tensor) -> None:
-        there.copy_(here, non_blocking=True)
-        if _transfers.at_once:
-            transfer(source, target)
-        else:
-            _transfers.put_off(source, target)
-
-    def to_host(source: Tensor, target: Tensor) -> None:
+    def read(source: Tensor, target: Tensor) -> None:
         there.copy_(here, non_blocking=True)
         transfer(source, target)
 
-    return [to_device, to_host]
+    def at_once(source: Tensor, target: Tensor) -> None:
+        make()  # in their order
+        read(source, target)
+
+    def for_recordings(source: Tensor, target: Tensor) -> None:
+        if _transfers.at_once:
+            read(source, target)
+        else:
+            there.copy_(here, non_blocking=True)
+            _transfers.put_off(source, target)
+
+    # Nothing but recordings reads what these two bring.
+    own = {"static_passes": for_recordings, "score_graphs": for_recordings}
+    return {**own, "staging": read, "others": at_once}
 
 
 def _nothing(*_: Any) -> None:
