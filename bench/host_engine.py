@@ -8,7 +8,8 @@ drawn. Computing on the CPU would throw what the host needs out of its caches. W
 the host does on a GPU as well, with two differences: an operator of torch that no recording holds
 is computed here and launched there, and the launches of our own operators are left out;
 ``bench.host`` counts both. Of a copy from one side to the other the launch is measured, and not
-the transfer.
+the transfer. One to the device is made when something that may read it is run, else not at all: a
+GPU's own copies leave the host's caches alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -103,6 +104,36 @@ class Clock:
         return run
 
 
+class Transfers:
+    """Copies to the device, made when something is run there.
+
+    Attributes:
+        at_once: whether none is put off.
+    """
+
+    def __init__(self) -> None:
+        self.at_once = True
+        self._pending: list[tuple[Tensor, Tensor]] = []
+
+    def begin_round(self, at_once: bool) -> None:
+        """What nobody has read, nobody will: a round brings its own."""
+        self._pending.clear()
+        self.at_once = at_once
+
+    def put_off(self, source: Tensor, target: Tensor) -> None:
+        self._pending.append((source, target))
+
+    def make(self) -> None:
+        """All that were put off."""
+        for source, target in self._pending:
+            launch_copy(source, target)
+        self._pending.clear()
+
+
+# Of all engines: rounds follow each other.
+_transfers = Transfers()
+
+
 class Replays:
     """Recordings of which those are run that a round does not have in common with the last one."""
 
@@ -122,15 +153,20 @@ class Replays:
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """As a Recorder does."""
-        run()
-        run = self._clock.stopped(run)
+
+        def run_it() -> None:
+            _transfers.make()
+            run()
+
+        run_it()
+        stopped = self._clock.stopped(run_it)
 
         def replay() -> None:
             place = len(self._now)
-            self._now.append(run)
-            if not (self._same and place < len(self._before) and self._before[place] is run):
+            self._now.append(stopped)
+            if not (self._same and place < len(self._before) and self._before[place] is stopped):
                 self._same = False
-                run()
+                stopped()
 
         return replay
 
@@ -204,6 +240,8 @@ class HostEngine:
         self.engine.runner = Runner(self.engine._search, self.engine._scheduler, cohorts=1)
         for model in (self.engine.base, *self.engine.guides[0].models):
             self._take_out_body(model)
+            for recordings in model.recorded:
+                self._notice_missing(recordings)
         self._requests: list[Request] = []
         self._draw = np.random.default_rng(0)
         self._counted = device is not None  # then nothing may be copied there beside
@@ -262,6 +300,20 @@ class HostEngine:
         head = model.view.get_output_embeddings()
         head.forward = self.clock.stopped(head.forward)
 
+    def _notice_missing(self, recordings: Any) -> None:
+        """What has no recording is run as it is: then all that was copied has to be there."""
+        find = recordings.find
+        make = self.clock.stopped(_transfers.make)
+
+        def found(bucket: Any) -> Any:
+            recording = find(bucket)
+            if isinstance(recording.replay, MethodType):  # of what would be recorded
+                _transfers.at_once = True
+                make()
+            return recording
+
+        recordings.find = found
+
     @contextmanager
     def searching(self) -> Iterator[None]:
         """For ``with``: all requests are under way, and operators take no time."""
@@ -295,6 +347,7 @@ class HostEngine:
         """
         seconds = 0.0
         self._replays.begin_round()
+        _transfers.begin_round(at_once=self._counted)  # what is counted has to cross
         self._keep_others()
         before = self.engine.stats()
         rounds = before.rounds
@@ -339,23 +392,37 @@ def _operators_on(clock: Clock) -> Iterator[None]:
                 if isinstance(value, torch._ops.OpOverload) and value.namespace == "w2s_fast"
             }
             patches.enter_context(mock.patch.dict(names, operators))
-        launch = _launches(clock)
+        launches = _launches(clock)
         for name, loaded in list(sys.modules.items()):
             if name.startswith("w2s_fast.") and vars(loaded).get("launch_copy") is launch_copy:
+                launch = launches.get(name.rpartition(".")[2], launches["others"])
                 patches.enter_context(mock.patch.object(loaded, "launch_copy", launch))
         yield
 
 
-def _launches(clock: Clock) -> Callable[[Tensor, Tensor], None]:
-    """A launch_copy of which a copy of one byte is measured."""
+def _launches(clock: Clock) -> dict[str, Callable[[Tensor, Tensor], None]]:
+    """launch_copy for some modules, by name. Of each the copy of one byte is measured."""
     here, there = torch.zeros(2, 1, dtype=torch.uint8)
-    transfer = clock.stopped(launch_copy)
+    make, transfer = clock.stopped(_transfers.make), clock.stopped(launch_copy)
 
-    def launch(source: Tensor, target: Tensor) -> None:
+    def read(source: Tensor, target: Tensor) -> None:
         there.copy_(here, non_blocking=True)
         transfer(source, target)
 
-    return launch
+    def at_once(source: Tensor, target: Tensor) -> None:
+        make()  # in their order
+        read(source, target)
+
+    def for_recordings(source: Tensor, target: Tensor) -> None:
+        if _transfers.at_once:
+            read(source, target)
+        else:
+            there.copy_(here, non_blocking=True)
+            _transfers.put_off(source, target)
+
+    # Nothing but recordings reads what these two bring.
+    own = {"static_passes": for_recordings, "score_graphs": for_recordings}
+    return {**own, "staging": read, "others": at_once}
 
 
 def _nothing(*_: Any) -> None:

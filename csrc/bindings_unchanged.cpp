@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -78,46 +79,40 @@ private:
     State seen_{};
 };
 
-// Says of tensors whether they were written to, or stand elsewhere: by the number of their writes and
-// by their address, which are asked of them one by one, in every step.
-class NumberWatch {
+// A number that an object tells: what `object.name` is, or what `object.name()` returns.
+//
+// A model has hundreds of tensors that are asked in every step. So it is looked up once, in the
+// object's type, what C code answers, and that is called; where it is none, Python is asked.
+class Number {
 public:
-    // `versioned`: those that count their writes, `stored`: those that have an address.
-    NumberWatch(py::list versioned, py::list stored)
-        : versioned_(std::move(versioned)), stored_(std::move(stored)) {
-        for (const py::handle one : versioned_) versions_.push_back(version(one.ptr()));
-        for (const py::handle one : stored_) addresses_.push_back(address(one.ptr()));
+    // `object` has to live as long.
+    Number(PyObject* object, const char* name, bool called)
+        : object_(object), name_(PyUnicode_InternFromString(name)), called_(called) {
+        if (name_ == nullptr) throw py::error_already_set();
+        PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+        const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(type, name_));
+        if (!found) {
+            PyErr_Clear();
+        } else if (!called && Py_IS_TYPE(found.ptr(), &PyGetSetDescr_Type)) {
+            const auto* own = reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset;
+            get_ = own->get;
+            closure_ = own->closure;
+        } else if (called && Py_IS_TYPE(found.ptr(), &PyMethodDescr_Type)) {
+            const auto* own = reinterpret_cast<PyMethodDescrObject*>(found.ptr())->d_method;
+            if (own->ml_flags == METH_NOARGS) method_ = own->ml_meth;
+        }
+        last_ = ask();
     }
 
-    const std::vector<std::uint64_t>& versions() const { return versions_; }
-    const std::vector<std::uint64_t>& addresses() const { return addresses_; }
-
-    bool changed() const {
-        for (std::size_t i = 0; i < versions_.size(); ++i) {
-            if (version(item(versioned_, i)) != versions_[i]) return true;
-        }
-        for (std::size_t i = 0; i < addresses_.size(); ++i) {
-            if (address(item(stored_, i)) != addresses_[i]) return true;
-        }
-        return false;
-    }
+    bool changed() const { return ask() != last_; }
+    std::uint64_t last() const { return last_; }
 
 private:
-    static PyObject* item(const py::list& list, std::size_t i) {
-        return PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
-    }
-
-    static std::uint64_t version(PyObject* tensor) {
-        static PyObject* const name = PyUnicode_InternFromString("_version");
-        return number(PyObject_GetAttr(tensor, name));
-    }
-
-    static std::uint64_t address(PyObject* tensor) {
-        static PyObject* const name = PyUnicode_InternFromString("data_ptr");
-        return number(PyObject_CallMethodNoArgs(tensor, name));
-    }
-
-    static std::uint64_t number(PyObject* found) {
+    std::uint64_t ask() const {
+        PyObject* const found = get_ != nullptr      ? get_(object_, closure_)
+                                : method_ != nullptr ? method_(object_, nullptr)
+                                : called_            ? PyObject_CallMethodNoArgs(object_, name_)
+                                                     : PyObject_GetAttr(object_, name_);
         if (found == nullptr) throw py::error_already_set();
         const auto value = PyLong_AsUnsignedLongLong(found);
         Py_DECREF(found);
@@ -125,8 +120,43 @@ private:
         return value;
     }
 
+    PyObject *object_, *name_;  // interned names are kept for good
+    bool called_;
+    getter get_ = nullptr;  // of types that live as long as the object does
+    void* closure_ = nullptr;
+    PyCFunction method_ = nullptr;
+    std::uint64_t last_ = 0;
+};
+
+// Says of tensors whether they were written to, or stand elsewhere: by the number of their writes and
+// by their address.
+class NumberWatch {
+public:
+    // `versioned`: those that count their writes, `stored`: those that have an address.
+    NumberWatch(py::list versioned, py::list stored)
+        : versioned_(std::move(versioned)), stored_(std::move(stored)) {
+        for (const py::handle one : versioned_) versions_.emplace_back(one.ptr(), "_version", false);
+        for (const py::handle one : stored_) addresses_.emplace_back(one.ptr(), "data_ptr", true);
+    }
+
+    std::vector<std::uint64_t> versions() const { return last(versions_); }
+    std::vector<std::uint64_t> addresses() const { return last(addresses_); }
+
+    bool changed() const {
+        const auto has_changed = [](const Number& number) { return number.changed(); };
+        return std::ranges::any_of(versions_, has_changed) ||
+               std::ranges::any_of(addresses_, has_changed);
+    }
+
+private:
+    static std::vector<std::uint64_t> last(const std::vector<Number>& numbers) {
+        std::vector<std::uint64_t> found;
+        for (const Number& number : numbers) found.push_back(number.last());
+        return found;
+    }
+
     py::list versioned_, stored_;
-    std::vector<std::uint64_t> versions_, addresses_;
+    std::vector<Number> versions_, addresses_;
 };
 
 // As `now == seen` says, where what cannot be compared is not equal. Most of the time each key and

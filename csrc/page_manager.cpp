@@ -157,8 +157,7 @@ std::int32_t PageManager::take_page() {
 void PageManager::append_page(std::int32_t slot) {
     const std::int32_t page = take_page();
     if (pages_[page].run != kNoRun) {  // what it followed when it was in use before
-        ++runs_[pages_[page].run].use;
-        free_runs_.push_back(pages_[page].run);
+        forget_run(pages_[page].run);
         pages_[page].run = kNoRun;
     }
     pages_[page].before = last_[slot];

@@ -60,6 +60,14 @@ void PageManager::check() const {
         }
         expect(runs_[run].before == kNoRun || pages_[walked].run == runs_[run].before,
                "a run follows another one");
+        if (runs_[run].longer == kNoRun) continue;
+        walked = page;
+        for (std::int64_t i = kLongRun; i-- > 0; walked = pages_[walked].before) {
+            expect(long_pages_[runs_[run].longer].pages[i] == walked,
+                   "pages of a long run were written down in another order");
+        }
+        expect(run_pages_[runs_[run].first].pages[0] == long_pages_[runs_[run].longer].pages[0],
+               "a long run begins with another run");
     }
 
     std::vector<bool> found_free(pages, false);

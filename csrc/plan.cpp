@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <functional>
 #include <string>
 
 #include "fields.h"
@@ -18,7 +19,9 @@ T* field(std::span<std::byte> buffer, PassLayout::Offsets offsets, PassField whi
 
 PassLayout::PassLayout(const PageManager& pages, Ints slots, Ints counts, const RowTree& tree,
                        std::int64_t split_keys, std::int64_t split_queries, std::int64_t ahead)
-    : places_(pages.places(slots, counts)), pages_(&pages) {  // places checks slots and counts
+    : places_(pages.places(slots, counts)),  // it checks slots and counts
+      split_keys_(split_keys),
+      pages_(&pages) {
     if (split_keys < 1) throw PageMisuse("a split has at least one key");
     const std::size_t rows = slots.size();
     old_.reserve(rows);
@@ -33,7 +36,7 @@ PassLayout::PassLayout(const PageManager& pages, Ints slots, Ints counts, const 
     own_.assign(rows, 0);
     parts_.assign(rows, 0);
     check(tree);
-    cut(tree, split_keys, split_queries);
+    cut(tree, split_queries);
     take_tables(pages, slots);
     for (std::size_t i = 0; i < rows; ++i) {
         if (counts[i] > split_queries) continue;
@@ -42,7 +45,6 @@ PassLayout::PassLayout(const PageManager& pages, Ints slots, Ints counts, const 
     }
     shape_.rows = static_cast<std::int64_t>(rows);
     shape_.tokens = static_cast<std::int64_t>(places_.size());
-    shape_.splits = static_cast<std::int64_t>(splits_.size());
 }
 
 void PassLayout::check(const RowTree& tree) const {
@@ -73,44 +75,56 @@ void PassLayout::check(const RowTree& tree) const {
     }
 }
 
-// The splits of all segments, longest first. Rows of many new tokens are taken out of segments.
-void PassLayout::cut(const RowTree& tree, std::int64_t split_keys, std::int64_t split_queries) {
+// The spans of all segments. Rows of many new tokens are taken out of segments.
+void PassLayout::cut(const RowTree& tree, std::int64_t split_queries) {
     const auto shares = [&](std::int32_t row) {
         return starts_[row + 1] - starts_[row] <= split_queries;
     };
     for (std::size_t i = 0; i < tree.first.size(); ++i) {
         const std::int32_t last = tree.first[i] + tree.count[i];
+        const std::int32_t begin = tree.begin[i], end = tree.end[i];
+        const std::int64_t whole = (end - begin) / split_keys_;
+        const auto rest = static_cast<std::int32_t>(begin + whole * split_keys_);
+        const std::int64_t splits = whole + (rest < end);
         for (std::int32_t row = tree.first[i]; row < last; ++row) {
             if (!shares(row)) continue;
             const std::int32_t first = row;
             const std::int32_t before = parts_[first];
-            while (row < last && shares(row)) own_[row++] = tree.end[i];
-            const std::int32_t first_token = starts_[first];
-            std::int32_t part = before;
-            for (std::int64_t begin = tree.begin[i]; begin < tree.end[i]; begin += split_keys) {
-                const std::int64_t end = std::min<std::int64_t>(begin + split_keys, tree.end[i]);
-                splits_.push_back({first_token, starts_[row] - first_token,
-                                   static_cast<std::int32_t>(begin),
-                                   static_cast<std::int32_t>(end), first, part++});
-            }
-            max_tokens_ = std::max<std::int64_t>(max_tokens_, starts_[row] - first_token);
+            while (row < last && shares(row)) own_[row++] = end;
+            const std::int32_t first_token = starts_[first], tokens = starts_[row] - first_token;
+            const auto part = static_cast<std::int32_t>(before + splits);
+            spans_.push_back({first_token, tokens, begin, end, first, before});
+            if (rest < end) rests_.push_back({first_token, tokens, rest, end, first, part - 1});
+            shape_.splits += splits;
+            max_tokens_ = std::max<std::int64_t>(max_tokens_, tokens);
             max_parts_ = std::max<std::int64_t>(max_parts_, part);
             std::fill(parts_.begin() + first, parts_.begin() + row, part);
         }
     }
-    const auto keys = [](const Split& s) { return s.end - s.begin; };
-    // Of a long history nearly all are as long as can be.
-    const auto shorter = std::stable_partition(splits_.begin(), splits_.end(), [&](const Split& s) {
-        return keys(s) == split_keys;
-    });
-    std::stable_sort(shorter, splits_.end(), [&](const Split& a, const Split& b) {
-        return keys(a) > keys(b);
-    });
+    std::ranges::stable_sort(rests_, std::greater(), [](const Span& s) { return s.end - s.begin; });
+}
+
+// Longest first: those that are as long as can be, and then the rests.
+std::int32_t* PassLayout::write_splits(std::int32_t* out) const {
+    const auto put = [&](const Span& s, std::int32_t begin, std::int32_t end, std::int32_t part) {
+        for (const std::int32_t value : {s.first_token, s.tokens, begin, end, s.table_row, part}) {
+            *out++ = value;
+        }
+    };
+    for (const Span& s : spans_) {
+        std::int32_t part = s.first_part;
+        for (std::int64_t begin = s.begin; begin + split_keys_ <= s.end; begin += split_keys_) {
+            put(s, static_cast<std::int32_t>(begin),
+                static_cast<std::int32_t>(begin + split_keys_), part++);
+        }
+    }
+    for (const Span& s : rests_) put(s, s.begin, s.end, s.first_part);
+    return out;
 }
 
 void PassLayout::take_tables(const PageManager& pages, Ints slots) {
     std::vector<std::int32_t> first_key = own_;
-    for (const Split& s : splits_) {
+    for (const Span& s : spans_) {
         first_key[s.table_row] = std::min(first_key[s.table_row], s.begin);
     }
     table_start_.reserve(slots.size());
@@ -182,14 +196,7 @@ void PassLayout::write(std::span<std::byte> buffer, Offsets offsets, const PassS
     if (positions != nullptr) std::fill(positions + shape_.tokens, positions + room.tokens, 0);
     if (token_rows != nullptr) std::fill(token_rows + shape_.tokens, token_rows + room.tokens, 0);
     if (splits != nullptr) {
-        std::int32_t* next = splits;
-        for (const Split& s : splits_) {
-            for (const std::int32_t value :
-                 {s.first_token, s.tokens, s.begin, s.end, s.table_row, s.part}) {
-                *next++ = value;
-            }
-        }
-        std::fill(next, splits + 6 * room.splits, 0);
+        std::fill(write_splits(splits), splits + 6 * room.splits, 0);
     }
 }
 

@@ -97,20 +97,25 @@ public:
                bool back) const;
 
 private:
-    struct Split {
-        std::int32_t first_token, tokens, begin, end, table_row, part;
+    // Keys that some rows read together, from which splits are cut when they are written: however
+    // long a history is, it is one of these.
+    struct Span {
+        std::int32_t first_token, tokens, begin, end, table_row, first_part;
     };
 
     void check(const RowTree& tree) const;
-    void cut(const RowTree& tree, std::int64_t split_keys, std::int64_t split_queries);
+    void cut(const RowTree& tree, std::int64_t split_queries);
     void take_tables(const PageManager& pages, Ints slots);
+    std::int32_t* write_splits(std::int32_t* out) const;
 
     std::vector<std::int32_t> old_;     // tokens of each row before the pass
     std::vector<std::int32_t> starts_;  // where its new tokens begin, and the end
     std::vector<std::int64_t> places_;
     std::vector<std::int32_t> own_;
     std::vector<std::int32_t> parts_;
-    std::vector<Split> splits_;
+    std::int64_t split_keys_;
+    std::vector<Span> spans_;
+    std::vector<Span> rests_;  // their last splits, where these are shorter than others; longest first
     const PageManager* pages_;
     PageManager::Table table_;
     std::vector<std::int32_t> table_start_;

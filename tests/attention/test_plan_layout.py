@@ -132,7 +132,7 @@ def test_a_pass_without_rows_is_all_spare() -> None:
 
 
 def test_slots_may_change_before_it_is_written_but_no_page_may_be_somebody_elses() -> None:
-    """A long history is named by its runs of 32 pages, and found where they are written down."""
+    """A long history is named by runs of its pages, and found where they are written down."""
     pool = PagePool(1, 1, 1, 300, 2, 8, 256, torch.float32, "cpu")
 
     def grown(tokens: int) -> Any:

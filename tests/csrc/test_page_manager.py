@@ -208,6 +208,32 @@ def test_the_last_of_all_owners_keeps_the_shared_page(manager):
     assert pages(manager, owners[2]) == [shared] and manager.used_pages == 3
 
 
+def test_tables_of_long_histories_are_what_walking_back_finds():
+    """Pages are written down by dozens where they are walked, and some of them are given back."""
+    manager, draw = PageManager(1500, 2, 12, 300), np.random.default_rng(0)
+    slots = list(manager.allocate(2))
+    for _ in range(300):
+        slot = draw.choice(slots)
+        what = draw.choice(["grow", "grow", "grow", "fork", "cut", "release"])
+        if what == "fork" and len(slots) < 8:
+            slots.extend(manager.fork(i32(slot), i32(1))[0])
+        elif what == "cut":
+            manager.truncate(i32(slot), i32(int(manager.lengths[slot] * draw.uniform(0.3, 1))))
+        elif what == "release" and len(slots) > 2:
+            manager.release(i32(slot))
+            slots.remove(slot)
+        elif manager.lengths[slot] < 500 and manager.free_pages > 100:
+            grow(manager, i32(slot), int(draw.integers(1, 90)))
+        table = manager.page_table(i32(*slots))
+        for found, slot in zip(table, slots):
+            walked, page = [], manager.last_pages[slot]
+            for _ in range(manager.held_pages[slot]):
+                walked.append(page)
+                page = manager.pages_before[page]
+            assert found[: len(walked)].tolist() == walked[::-1]
+        manager.check()
+
+
 def test_a_page_table_is_as_wide_as_its_longest_slot(manager):
     slots = manager.allocate(3)
     grow(manager, slots, 9, 2, 0)

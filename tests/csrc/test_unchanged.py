@@ -109,7 +109,18 @@ def test_what_has_no_numbers_says_so() -> None:
         NumberWatch([object()], [])
     with pytest.raises(AttributeError):
         NumberWatch([], [object()])
-    tensor = torch.zeros(2)
-    watch = NumberWatch([tensor], [tensor])
-    tensor.add_(1)
+
+
+@pytest.mark.parametrize("make", [torch.zeros, lambda n: nn.Parameter(torch.zeros(n))])
+def test_writes_and_moves_of_tensors_are_noticed(make: Callable[[int], torch.Tensor]) -> None:
+    tensor, other = make(2), make(2)
+    watch = NumberWatch([other, tensor], [other, tensor])
+    assert watch.addresses == [other.data_ptr(), tensor.data_ptr()]
+    with torch.no_grad():
+        tensor.add_(1)
+    assert watch.changed()
+    watch = NumberWatch([other, tensor], [other, tensor])
+    assert watch.versions == [other._version, tensor._version]
+    assert not watch.changed()
+    tensor.data = torch.ones(2)
     assert watch.changed()
