@@ -25,8 +25,7 @@ from transformers import PreTrainedModel
 from bench.on_gpu import begin
 from bench.random_models import MEDIUM, SMALL, llama, make
 from bench.reports import INTERRUPTED, run
-from w2s_fast.models import Adapter, Groups, PagedModel
-from w2s_fast.models.deltas import LowRank
+from w2s_fast.models import Adapter, Groups, LowRank, PagedModel
 
 CHUNK, HELD = 5, 64  # new tokens of a row, and those that it has
 TURNS = 9

@@ -15,6 +15,7 @@ from w2s_fast.models.adapters import (
 )
 from w2s_fast.models.body import Body, run_body
 from w2s_fast.models.cores import Cores, usable_cores
+from w2s_fast.models.deltas import LowRank
 from w2s_fast.models.files import find_files
 from w2s_fast.models.forwards import onednn
 from w2s_fast.models.inference import inference
@@ -46,6 +47,7 @@ __all__ = [
     "Body",
     "Cores",
     "Groups",
+    "LowRank",
     "ModelSource",
     "PagedModel",
     "activation_bytes",

@@ -81,9 +81,9 @@ def look_at_model(source: ModelSource) -> PreTrainedConfig:
         return source.config
     if not isinstance(source, (str, os.PathLike)):
         given = type(source).__name__ if isinstance(source, nn.Module) else repr(source)
-        hint = (
-            ", as its merge_and_unload() makes one" if hasattr(source, "merge_and_unload") else ""
-        )
+        hint = ""
+        if hasattr(source, "merge_and_unload"):
+            hint = ": the folder of its adapter (save_pretrained), or what merge_and_unload() makes"
         raise InvalidRequest(
             f"a model is {given}; allowed: a path, a hub id, or a loaded model of transformers"
             f"{hint}"
