@@ -128,15 +128,15 @@ private:
     std::uint64_t last_ = 0;
 };
 
-// Says of tensors whether they were written to, or stand elsewhere: by the number of their writes and
-// by their address.
+// Says of tensors whether they were written to, or stand elsewhere: by the number of their writes
+// and by their address.
 class NumberWatch {
 public:
     // `versioned`: those that count their writes, `stored`: those that have an address.
     NumberWatch(py::list versioned, py::list stored)
         : versioned_(std::move(versioned)), stored_(std::move(stored)) {
-        for (const py::handle one : versioned_) versions_.emplace_back(one.ptr(), "_version", false);
-        for (const py::handle one : stored_) addresses_.emplace_back(one.ptr(), "data_ptr", true);
+        for (const auto one : versioned_) versions_.emplace_back(one.ptr(), "_version", false);
+        for (const auto one : stored_) addresses_.emplace_back(one.ptr(), "data_ptr", true);
     }
 
     std::vector<std::uint64_t> versions() const { return last(versions_); }

@@ -250,16 +250,16 @@ private:
     std::vector<std::int32_t> last_;     // of a slot's pages
     // Walking back through a history costs a wait for memory a page. So where its length is a
     // multiple of kRun, the last kRun pages are written down, page after page, when they are first
-    // walked: what a page follows stays what it is as long as the page is in use. A run that follows
-    // another one names it, so that there is one wait a run. And where the length is a multiple of
-    // kLongRun, the last kLongRun pages are written down once more, as a long run.
+    // walked: what a page follows stays what it is as long as the page is in use. A run that
+    // follows another one names it, so that there is one wait a run. And where the length is a
+    // multiple of kLongRun, the last kLongRun pages are written down once more, as a long run.
     static constexpr std::int64_t kRun = 16, kLongRun = 64;
     static constexpr std::int32_t kNoRun = -1;
     // The way back goes from run to run, so these lie close together, and their pages elsewhere.
     struct Run {
         std::int32_t before;           // in runs_; kNoRun: nobody has walked there yet
         std::uint32_t use = 0;         // as which the pages are written down here
-        std::int32_t longer = kNoRun;  // in long_pages_, the long run that ends here, if there is one
+        std::int32_t longer = kNoRun;  // in long_pages_, the long run that ends here, if any
         std::int32_t first = kNoRun;   // in runs_, with which that one begins
     };
     template <typename OnPage, typename OnRun, typename OnLongRun>
@@ -269,7 +269,7 @@ private:
     void copy_long_run(std::int32_t run, std::int32_t* out) const;
     std::int32_t run_up_to(std::int32_t page) const;  // in runs_
     std::int32_t run_before(std::int32_t run) const;
-    void write_down_long(std::int32_t run) const;  // the one that ends here, if it is not yet
+    void write_down_long(std::int32_t run) const;  // the long one that ends with this one
     void forget_run(std::int32_t run);
     mutable std::vector<Run> runs_;
     struct alignas(kRun * sizeof(std::int32_t)) RunPages {  // a line of the cache

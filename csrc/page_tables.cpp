@@ -19,8 +19,8 @@ std::vector<std::int32_t> PageManager::page_table(Ints slots) const {
     return table;
 }
 
-// Calls on_page(index, page), on_run(index, run) and on_long_run(index, run) for the pages of a slot
-// from `begin` on, index 0 being that one; the last ones first.
+// Calls on_page(index, page), on_run(index, run) and on_long_run(index, run) for the pages of a
+// slot from `begin` on, index 0 being that one; the last ones first.
 template <typename OnPage, typename OnRun, typename OnLongRun>
 void PageManager::walk(std::int32_t slot, std::int64_t begin, OnPage on_page, OnRun on_run,
                        OnLongRun on_long_run) const {
@@ -77,8 +77,8 @@ void PageManager::append_table(std::int32_t slot, std::int64_t begin, std::int64
             table.runs.push_back({place(index), run, runs_[run].use});
         },
         [&](std::int64_t index, std::int32_t run) {
-            const auto* const line = reinterpret_cast<const RunPages*>(&long_pages_[runs_[run].longer]);
-            for (std::int64_t i = 0; i < kLongRun / kRun; ++i) __builtin_prefetch(line + i);
+            const auto& pages = long_pages_[runs_[run].longer].pages;
+            for (std::int64_t i = 0; i < kLongRun; i += kRun) __builtin_prefetch(&pages[i]);
             table.long_runs.push_back({place(index), run, runs_[run].use});
         });
 }

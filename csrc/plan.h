@@ -115,7 +115,7 @@ private:
     std::vector<std::int32_t> parts_;
     std::int64_t split_keys_;
     std::vector<Span> spans_;
-    std::vector<Span> rests_;  // their last splits, where these are shorter than others; longest first
+    std::vector<Span> rests_;  // their last splits, where these are shorter; longest first
     const PageManager* pages_;
     PageManager::Table table_;
     std::vector<std::int32_t> table_start_;
