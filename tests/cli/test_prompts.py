@@ -10,7 +10,10 @@ import pytest
 
 import w2s_fast
 from tests.support.command import SMALL, named, run, write_lines
+from tests.support.engines import tiny_engine
 from tests.support.tiny_models import byte_tokenizer, save_tiny
+from w2s_fast import SearchParams
+from w2s_fast.cli.batch import at_once
 from w2s_fast.demo import DemoModels
 
 TEMPLATE = "<bos>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}answer: "
@@ -166,3 +169,19 @@ def test_a_batch_in_a_terminal_says_how_far_it_has_come(
     told = result.stderr
     assert "0 of 3 answered, 0 failed" in told and "2 of 3 answered, 1 failed" in told
     assert "tokens/s sampled" in told and " left" in told
+
+
+@pytest.mark.parametrize(
+    ("params", "begin"),
+    [
+        (SearchParams(), 1),  # room for 4, of 10 rounds each
+        (SearchParams(max_new_tokens=10), 2),
+        (SearchParams(max_new_tokens=5), 4),
+        (SearchParams(method="sample", max_new_tokens=50), 16),  # room for 64, of 4 steps each
+        (SearchParams(method="bon", successors=100), 1),
+    ],
+)
+def test_of_a_file_so_many_begin_at_once_that_answers_come_one_after_the_other(
+    params: SearchParams, begin: int
+) -> None:
+    assert at_once(tiny_engine(max_rows=64), params) == begin
