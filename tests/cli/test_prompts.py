@@ -90,6 +90,22 @@ def test_without_a_template_chats_are_refused_before_models_are_loaded(
     assert result.exit_code == 2 and "guides that have both" in result.stderr
 
 
+def test_logits_of_other_vocabularies_are_refused_before_models_are_loaded(
+    models: DemoModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_engine(**options: Any) -> Any:
+        raise AssertionError("models were loaded")
+
+    other = save_tiny(tmp_path / "other", tokenizer=byte_tokenizer(eos="</s>"))
+    foreign = DemoModels(models.base, other, other)
+    assert run("generate", "Hi", "--method", "fusion", *named(models), *SMALL).exit_code == 0
+    monkeypatch.setattr(w2s_fast, "Engine", no_engine)
+    for options in (["--method", "fusion"], ["--method", "bon", "--proposal", "fusion"]):
+        result = run("generate", "Hi", *options, *named(foreign), *SMALL)
+        assert result.exit_code == 2
+        assert f"it needs one vocabulary: tuned ({other})" in result.stderr
+
+
 def test_plain_text_for_a_chat_model_is_told_once(chatty: DemoModels, models: DemoModels) -> None:
     def told(models: DemoModels, *options: str, stdin: str | None = None) -> int:
         result = run("generate", *options, *named(models), *SMALL, stdin=stdin)
