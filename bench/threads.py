@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -71,7 +72,7 @@ def neighbour(core: int) -> Iterator[None]:
 
 
 def measured(how: str, shared: bool, cores: list[int], quick: bool) -> float:
-    """Seconds of the best call of a process."""
+    """Seconds of a call, in a process of its own: the mean of some."""
     options = ["--sample", how, *(["--quick"] if quick else [])]
     command = [sys.executable, "-m", "bench.threads", *options]
     ours = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
@@ -83,7 +84,7 @@ def measured(how: str, shared: bool, cores: list[int], quick: bool) -> float:
         done = subprocess.run(
             command, env=ours, preexec_fn=two_cores, stdout=subprocess.PIPE, check=True, text=True
         )
-        return float(min(json.loads(done.stdout)))
+        return statistics.mean(json.loads(done.stdout))
 
     if not shared:
         return found()

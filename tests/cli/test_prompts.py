@@ -10,7 +10,10 @@ import pytest
 
 import w2s_fast
 from tests.support.command import SMALL, named, run, write_lines
+from tests.support.engines import tiny_engine
 from tests.support.tiny_models import byte_tokenizer, save_tiny
+from w2s_fast import SearchParams
+from w2s_fast.cli.batch import at_once
 from w2s_fast.demo import DemoModels
 
 TEMPLATE = "<bos>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}answer: "
@@ -85,6 +88,22 @@ def test_without_a_template_chats_are_refused_before_models_are_loaded(
     result = run("generate", "Hi", "--method", "dynamic_fusion", "--base", str(models.base),
                  "--tuned", str(models.tuned), "--untuned", "none")  # fmt: skip
     assert result.exit_code == 2 and "guides that have both" in result.stderr
+
+
+def test_logits_of_other_vocabularies_are_refused_before_models_are_loaded(
+    models: DemoModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_engine(**options: Any) -> Any:
+        raise AssertionError("models were loaded")
+
+    other = save_tiny(tmp_path / "other", tokenizer=byte_tokenizer(eos="</s>"))
+    foreign = DemoModels(models.base, other, other)
+    assert run("generate", "Hi", "--method", "fusion", *named(models), *SMALL).exit_code == 0
+    monkeypatch.setattr(w2s_fast, "Engine", no_engine)
+    for options in (["--method", "fusion"], ["--method", "bon", "--proposal", "fusion"]):
+        result = run("generate", "Hi", *options, *named(foreign), *SMALL)
+        assert result.exit_code == 2
+        assert f"it needs one vocabulary: tuned ({other})" in result.stderr
 
 
 def test_plain_text_for_a_chat_model_is_told_once(chatty: DemoModels, models: DemoModels) -> None:
@@ -166,3 +185,19 @@ def test_a_batch_in_a_terminal_says_how_far_it_has_come(
     told = result.stderr
     assert "0 of 3 answered, 0 failed" in told and "2 of 3 answered, 1 failed" in told
     assert "tokens/s sampled" in told and " left" in told
+
+
+@pytest.mark.parametrize(
+    ("params", "begin"),
+    [
+        (SearchParams(), 1),  # room for 4, of 10 rounds each
+        (SearchParams(max_new_tokens=10), 2),
+        (SearchParams(max_new_tokens=5), 4),
+        (SearchParams(method="sample", max_new_tokens=50), 16),  # room for 64, of 4 steps each
+        (SearchParams(method="bon", successors=100), 1),
+    ],
+)
+def test_of_a_file_so_many_begin_at_once_that_answers_come_one_after_the_other(
+    params: SearchParams, begin: int
+) -> None:
+    assert at_once(tiny_engine(max_rows=64), params) == begin

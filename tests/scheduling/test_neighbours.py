@@ -149,6 +149,22 @@ def test_prompts_may_be_an_endless_source() -> None:
     assert_all_pages_free(engine())
 
 
+def test_prompts_that_begin_one_after_the_other_end_so() -> None:
+    """Together they are as long as one another, and come in one wave."""
+    e = make_engine(*tiny_triple(eos=()))
+    params = replace(SEARCH, max_new_tokens=12)
+    alone = e.generate(PROMPTS, params)
+    for at_once, ended in ((None, len(PROMPTS)), (len(PROMPTS), len(PROMPTS)), (2, 2), (1, 1)):
+        before = e.stats().finished
+        completed = e.as_completed(PROMPTS, params, at_once=at_once)
+        index, result = next(completed)
+        assert (index, result.token_ids) == (0, alone[0].token_ids)
+        assert e.stats().finished - before == ended
+        assert [i for i, _ in completed] == list(range(1, len(PROMPTS)))
+    with pytest.raises(InvalidRequest, match="at_once is 0"):
+        next(e.as_completed(PROMPTS, params, at_once=0))
+
+
 def test_two_iterations_over_one_engine_do_not_disturb_each_other() -> None:
     e = engine()
     first = e.as_completed(PROMPTS, SEARCH)

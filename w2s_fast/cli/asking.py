@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +37,15 @@ PLAINLY = Asking()
 class TemplateNote:
     """Says once that a model with a chat template is given plain text, which is seldom meant."""
 
-    def __init__(self, asking: Asking, engine: Engine) -> None:
+    def __init__(self, asking: Asking, engine: Engine, say: Callable[[str], None] = note) -> None:
         has_template = getattr(engine.tokenizer, "chat_template", None) is not None
         self._to_say = has_template and not asking.templated
+        self._say = say
 
     def see(self, prompt: object) -> None:
         if self._to_say and isinstance(prompt, str):
             self._to_say = False
-            note(
+            self._say(
                 "the model has a chat template, and goes on with this text without it; --chat "
                 "puts the text as a user's message"
             )

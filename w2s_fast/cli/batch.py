@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 Write = Callable[[Record], None]
 
+_STEP_TOKENS = 16  # at most, of a step of the search
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -168,8 +170,8 @@ def _run(
     # Only who looks at it need wait for a large file to be counted.
     lines = batch.lines() if note_console().is_terminal else None
     tally = Tally(write, engine, None if lines is None else lines - done)
-    template_note = TemplateNote(batch.asking, engine)
-    with Growing(None, note_console(), tally.so_far):
+    with Growing(None, note_console(), tally.so_far) as growing:
+        template_note = TemplateNote(batch.asking, engine, growing.note)
         running: dict[int, Request] = {}
 
         def usable() -> Iterator[Request]:
@@ -188,10 +190,20 @@ def _run(
         results = engine.as_completed(
             (request.for_engine for request in for_prompts),
             (request.params for request in for_params),
+            at_once=at_once(engine, batch.params),
         )
         for position, result in results:
             tally.add(answer_record(running.pop(position), result))
     return tally
+
+
+def at_once(engine: Engine, params: SearchParams) -> int:
+    """How many requests begin before each step: so many that there is room for no more when the
+    first ones end. All at once they would end at once, too, and nobody would see an answer before.
+    """
+    places = engine.stats().max_rows // params.rows
+    steps = -(-params.max_new_tokens // min(params.tokens_per_round, _STEP_TOKENS))
+    return max(1, -(-places // steps))
 
 
 def _write_stdout(record: Record) -> None:

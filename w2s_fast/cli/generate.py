@@ -6,7 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,15 +14,12 @@ from w2s_fast.cli import options
 from w2s_fast.cli.asking import Asking, TemplateNote
 from w2s_fast.cli.batch import Batch, run_batch
 from w2s_fast.cli.jsonl import Request, answer_record, encode_record, fingerprint
-from w2s_fast.cli.models import Models, decoder, load_engine, made_by, name_models, read_tokenizer
+from w2s_fast.cli.models import decoder, load_engine, made_by, name_models
 from w2s_fast.cli.options import FILES, MACHINE, MODELS, PROMPTS, SAMPLING, SEARCH, option
 from w2s_fast.cli.paths import check_input, check_output
 from w2s_fast.cli.single import print_answer, search_shown
-from w2s_fast.errors import InvalidRequest
+from w2s_fast.cli.usage import chat_tokenizer, check_models, check_usage
 from w2s_fast.params import Finished, Method, Proposal, ScoreKind, SearchParams, Selection
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 DEFAULT = SearchParams()
 
@@ -241,7 +238,7 @@ def generate(
 
     Exit code: 0 all well, 1 some input lines failed, 2 nothing could be run or written.
     """
-    _check_usage(prompt, input, output, resume, retry_errors)
+    check_usage(prompt, input, output, resume, retry_errors)
     params = SearchParams(
         method=method,
         proposal=proposal,
@@ -283,7 +280,7 @@ def generate(
     )
     # Whatever can be refused is refused before models are loaded.
     if input is None:
-        _check_models(params, models)
+        check_models(params, models)
     else:
         check_input(input)
         if output is not None:
@@ -295,7 +292,7 @@ def generate(
         device,
         dtype,
         kv_cache_tokens,
-        tokenizer=_chat_tokenizer(models) if asking.chat else None,
+        tokenizer=chat_tokenizer(models) if asking.chat else None,
         attention=attention,
         cuda_graphs=cuda_graphs,
         compile=compile,
@@ -323,42 +320,3 @@ def generate(
         sys.stdout.buffer.flush()
         return
     print_answer(before, result, decoder(engine), seconds)
-
-
-def _check_models(params: SearchParams, models: Models) -> None:
-    """Whether the models that are named can do what is asked of them."""
-    if params.uses_guides and not models.guides:
-        raise typer.BadParameter("steering needs --tuned and --untuned, or --method sample or beam")
-    if params.fuses == "dynamic_fusion" and any(g.untuned is None for g in models.guides):
-        raise InvalidRequest(
-            "dynamic_fusion compares a guide's tuned model with its untuned one; allowed: "
-            "guides that have both"
-        )
-    params.betas([guide.weight for guide in models.guides])
-
-
-def _chat_tokenizer(models: Models) -> PreTrainedTokenizerBase | None:
-    tokenizer = read_tokenizer(models)
-    if tokenizer is not None and tokenizer.chat_template is None:
-        raise InvalidRequest(
-            f"base ({models.base}) has no chat template, which --chat needs; --prompt-template "
-            "puts text around a prompt"
-        )
-    return tokenizer
-
-
-def _check_usage(
-    prompt: str | None, input: Path | None, output: Path | None, resume: bool, retry_errors: bool
-) -> None:
-    if (prompt is None) == (input is None):
-        raise typer.BadParameter("give a PROMPT or an --input file, one of the two")
-    if output is not None and input is None:
-        raise typer.BadParameter("--output goes with --input")
-    if resume and output is None:
-        raise typer.BadParameter("--resume goes on with an --output file: name it")
-    if retry_errors and not resume:
-        raise typer.BadParameter("--retry-errors goes with --resume")
-    try:
-        (prompt or "").encode("utf-8")
-    except UnicodeEncodeError:
-        raise typer.BadParameter("the prompt is not UTF-8") from None

@@ -46,6 +46,10 @@ class Growing:
         if self._text is not None:
             self._text.append(printable(text), "not dim")
 
+    def note(self, message: str) -> None:
+        """A line above what moves, that stays."""
+        self._console.print(Text(message, "dim"), soft_wrap=True)
+
     def __enter__(self) -> Growing:
         if self._text is not None or self._say is not None:
             self._live.start(refresh=True)

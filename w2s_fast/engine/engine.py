@@ -243,18 +243,27 @@ class Engine:
         params: SearchParams | Iterable[SearchParams] | None = None,
         *,
         priority: int = 0,
+        at_once: int | None = None,
     ) -> Generator[tuple[int, SearchResult], None, None]:
         """Like :meth:`generate`, but yields (index of the prompt, result) as results come.
 
         ``prompts`` is read as room becomes free, so it may be longer than memory. A failed
         request's result carries its ``error``.
+
+        Args:
+            at_once: so many prompts at most begin before each step. Those that begin together end
+                together where they are equally long, so that results come in waves. None: as many
+                as there is room for.
         """
+        if at_once is not None:
+            _check_positive("at_once", at_once)
         self.runner.process.check()
         source = enumerate(pair(as_prompts(prompts), params))
         own = Claim(self.runner)
         indices: dict[Request, int] = {}
         try:
             while True:
+                begun = 0
                 for index, (prompt, params_of) in source:
                     try:
                         request = self.make_request(prompt, params_of, priority)
@@ -263,7 +272,8 @@ class Engine:
                         continue
                     indices[request] = index
                     own.submit(request)
-                    if len(own) >= self._read_ahead:
+                    begun += 1
+                    if len(own) >= self._read_ahead or begun == at_once:
                         break
                 if not own:
                     return

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub.utils import (
+from huggingface_hub.utils.tqdm import (
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
 )
-from transformers.utils import logging
+from transformers.utils import logging as _logging
 
+logging: Any = _logging  # its switch has no types
 # Draws by tqdm itself, which knows no settings but those of the environment.
 _GGUF = "transformers.modeling_gguf_pytorch_utils"
 
