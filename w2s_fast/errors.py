@@ -65,3 +65,7 @@ class EngineFailure(W2SFastError, RuntimeError):
 
 class WriteFailed(W2SFastError, OSError):
     """A file cannot be written any further; what was written before is whole."""
+
+
+class FetchFailed(W2SFastError, RuntimeError):
+    """A model could not be fetched; the message says why. What has arrived is gone on with."""
