@@ -157,3 +157,10 @@ def test_a_wheel_holds_the_compiled_page_manager_and_nothing_of_the_tests(
 def test_a_wheel_holds_the_bundled_models(wheel_files: set[str], model: str) -> None:
     needed = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {f"w2s_fast/demo/{model}/{name}" for name in needed} <= wheel_files
+
+
+@pytest.mark.thorough
+def test_a_wheel_holds_the_bundled_adapter_and_the_beginnings(wheel_files: set[str]) -> None:
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {f"w2s_fast/demo/adapter/{name}" for name in names} <= wheel_files
+    assert {f"w2s_fast/demo/beginnings_{part}.txt" for part in ("train", "held_out")} <= wheel_files

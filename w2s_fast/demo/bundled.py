@@ -1,4 +1,5 @@
-"""Where the bundled models lie; `python -m w2s_fast.demo.train` has made them."""
+"""Where the bundled models lie, which `python -m w2s_fast.demo.train` has made, and the adapter, by
+`python -m w2s_fast.demo.tune`."""
 
 from __future__ import annotations
 
@@ -19,3 +20,8 @@ def demo_model_paths() -> DemoModels:
     """The folders that come with the package."""
     here = Path(__file__).parent
     return DemoModels(base=here / "base", tuned=here / "tuned", untuned=here / "untuned")
+
+
+def adapter_path() -> Path:
+    """The folder of the bundled LoRA for SmolLM2-135M-Instruct, as PEFT saves one."""
+    return Path(__file__).parent / "adapter"
