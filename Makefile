@@ -9,7 +9,12 @@ SPREAD := --numprocesses auto --maxprocesses 8 --dist worksteal
 OLD_TRITON := build/triton-3.6.0
 TYPED := $(wildcard w2s_fast/*) kernels
 
-.PHONY: help demo test thorough aot lint bench demo-models clean
+ALPACA := build/alpaca
+# `make real ACCEPT_GEMMA_TERMS=1`: you have read and accept them. YES=1: do not ask before downloading.
+MODELS :=
+FETCH := fetch-models $(MODELS) $(if $(ACCEPT_GEMMA_TERMS),--accept-gemma-terms) $(if $(YES),--yes)
+
+.PHONY: help demo real test thorough alpaca aot lint bench demo-models real-adapter clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -17,6 +22,10 @@ help: ## list the targets
 
 demo: .venv/installed ## steer the bundled models, show the table and a search tree
 	$(BIN)/w2s-fast demo
+
+real: .venv/installed ## fetch real models (it asks first), steer them, show table and trees
+	$(BIN)/w2s-fast $(FETCH)
+	$(BIN)/w2s-fast eval sentiment --real --short --tree --count 12 --out build/real --resume
 
 # Every worker would compile all test files anew where bytecode is not to be written.
 test: export PYTHONDONTWRITEBYTECODE =
@@ -32,6 +41,9 @@ thorough: export PYTHONDONTWRITEBYTECODE =
 thorough: .venv/installed ## what `make test` leaves out: it takes long, and seldom fails alone
 	W2S_FAST_BACKEND=interpret $(BIN)/pytest $(SPREAD) -m thorough tests/interpret
 	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m thorough
+
+alpaca: $(ALPACA)/installed ## let alpaca_eval's own code read our answers to instructions
+	$(BIN)/pytest tests/cli/test_eval_alpaca.py
 
 aot: $(OLD_TRITON)/installed ## compile all kernels for every GPU, with both Tritons
 	$(BIN)/pytest $(SPREAD) tests/kernels/test_aot.py
@@ -54,6 +66,10 @@ bench: .venv/installed ## time the parts and whole searches, and the search agai
 demo-models: .venv/installed ## train the bundled models anew (about 20 minutes on 2 cores)
 	$(BIN)/python -m w2s_fast.demo.train --out w2s_fast/demo
 
+real-adapter: .venv/installed ## train the bundled adapter anew (15 to 45 minutes on one core)
+	$(BIN)/w2s-fast fetch-models smollm2-135m-instruct $(if $(YES),--yes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m w2s_fast.demo.tune --out w2s_fast/demo/adapter
+
 clean: ## remove everything that was built, .venv included
 	rm -rf .venv build dist *.egg-info w2s_fast/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
@@ -72,6 +88,12 @@ clean: ## remove everything that was built, .venv included
 $(OLD_TRITON)/installed: | .venv/installed
 	rm -rf $(@D)
 	$(BIN)/pip install --quiet --no-deps --target $(@D) "triton==3.6.0; sys_platform == 'linux'"
+	touch $@
+
+# Far too much for one test, and it needs the setuptools of its time.
+$(ALPACA)/installed: | .venv/installed
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --target $(@D) alpaca-eval==0.6.6 "setuptools<81"
 	touch $@
 
 .venv/linters: .venv/installed

@@ -9,6 +9,8 @@ import typer
 from w2s_fast.cli.console import Commands
 from w2s_fast.cli.demo import demo
 from w2s_fast.cli.doctor import doctor
+from w2s_fast.cli.evaluation import evaluation
+from w2s_fast.cli.fetch_models import fetch_models
 from w2s_fast.cli.generate import generate
 from w2s_fast.cli.threads import let_threads_sleep
 
@@ -19,8 +21,9 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Weak-to-strong search: a large frozen model writes, two small models steer.",
 )
-for command in (demo, generate, doctor):
+for command in (demo, generate, fetch_models, doctor):
     app.command()(command)
+app.add_typer(evaluation, name="eval")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""Options of `generate`: how they are declared, and values with one entry a round."""
+"""Options of `generate` and `eval`: how they are declared, and values with one entry a round."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ FILES, PROMPTS, MODELS = "Files", "Prompts", "Models"
 SEARCH, SAMPLING, MACHINE = "Search", "Sampling", "Machine"
 
 
-def option(*names: str, help: str, panel: str) -> typer.models.OptionInfo:
-    found: typer.models.OptionInfo = typer.Option(*names, help=help, rich_help_panel=panel)
+def option(*names: str, help: str, panel: str, **more: Any) -> typer.models.OptionInfo:
+    found: typer.models.OptionInfo = typer.Option(*names, help=help, rich_help_panel=panel, **more)
     return found
 
 
