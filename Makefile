@@ -25,7 +25,7 @@ demo: .venv/installed ## steer the bundled models, show the table and a search t
 
 real: .venv/installed ## fetch real models (it asks first), steer them, show table and trees
 	$(BIN)/w2s-fast $(FETCH)
-	$(BIN)/w2s-fast eval sentiment --real --short --tree --count 12 --out build/real --resume
+	$(BIN)/w2s-fast eval sentiment --real --short --tree --count 8 --out build/real --resume
 
 # Every worker would compile all test files anew where bytecode is not to be written.
 test: export PYTHONDONTWRITEBYTECODE =
