@@ -14,7 +14,7 @@ ALPACA := build/alpaca
 MODELS :=
 FETCH := fetch-models $(MODELS) $(if $(ACCEPT_GEMMA_TERMS),--accept-gemma-terms) $(if $(YES),--yes)
 
-.PHONY: help demo real test thorough alpaca aot lint bench demo-models real-adapter clean
+.PHONY: help demo real test real-test thorough alpaca aot lint bench demo-models real-adapter clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,6 +41,10 @@ thorough: export PYTHONDONTWRITEBYTECODE =
 thorough: .venv/installed ## what `make test` leaves out: it takes long, and seldom fails alone
 	W2S_FAST_BACKEND=interpret $(BIN)/pytest $(SPREAD) -m thorough tests/interpret
 	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m thorough
+
+real-test: .venv/installed ## fetch real models (it asks first), and run the tests on them
+	$(BIN)/w2s-fast $(FETCH)
+	$(BIN)/pytest -m real
 
 alpaca: $(ALPACA)/installed ## let alpaca_eval's own code read our answers to instructions
 	$(BIN)/pytest tests/cli/test_eval_alpaca.py
