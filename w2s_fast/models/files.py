@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import transformers
 from packaging.version import Version
 
 from w2s_fast.errors import UnsupportedModel
@@ -70,6 +69,8 @@ def check_packages(files: ModelFiles) -> None:
     """UnsupportedModel: what reads GGUF files is not installed, or too old; says what is needed."""
     if files.gguf is None:
         return
+    import transformers  # whose module is another one once some of its parts were imported
+
     if Version(transformers.__version__) < _FIRST_RIGHT:
         raise UnsupportedModel(
             f"model {files.path!r}: GGUF files need transformers {_FIRST_RIGHT} or later, and this "
