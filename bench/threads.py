@@ -2,7 +2,7 @@
 
     python -m bench.threads --out bench/results/threads.json
     python -m bench.threads --quick                    a tiny model: does it run?
-    python -m bench.threads --also GOMP_SPINCOUNT=1000   another setting beside them
+    python -m bench.threads --also OMP_WAIT_POLICY=PASSIVE   another setting beside them
 
 Each measurement is a process of its own, on two cores: it samples from a GPT-2 of 124 million
 random weights. "torch" has the threads as torch takes them, "command" as `w2s-fast` does
@@ -29,6 +29,7 @@ from w2s_fast.cli import let_threads_sleep, take_usable_cores
 
 TORCH, COMMAND = "torch", "command"
 ROWS, CALLS = 16, 3
+_OURS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 # At most so many times the idle seconds of torch's own threads.
 ALONE, BESIDE = 1.1, 2.5
 
@@ -75,7 +76,7 @@ def measured(how: str, shared: bool, cores: list[int], quick: bool) -> float:
     """Seconds of a call, in a process of its own: the mean of some."""
     options = ["--sample", how, *(["--quick"] if quick else [])]
     command = [sys.executable, "-m", "bench.threads", *options]
-    ours = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
+    ours = {k: v for k, v in os.environ.items() if k not in _OURS}
 
     def two_cores() -> None:
         os.sched_setaffinity(0, cores)

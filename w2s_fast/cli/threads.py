@@ -1,4 +1,4 @@
-"""Torch's threads: how many it takes, and that they sleep where there is nothing to do.
+"""Torch's threads: how many it takes, and that they soon sleep where there is nothing to do.
 
 Those of OpenMP, which torch has, wait for their next operation in a loop. Where a core is shared,
 or a control group allows only a part of one, that takes the time of the thread that is waited for:
@@ -12,13 +12,20 @@ import sys
 
 # Whoever has set one of them has decided how threads wait.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# How often a thread of libgomp, which torch's wheels for Linux have, looks for work before it sleeps.
+# Asleep at once, threads that have their cores to themselves lose more by waking up than they save:
+# `python -m bench.threads --also OMP_WAIT_POLICY=PASSIVE` has both.
+_LOOKS = "3000"
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def let_threads_sleep() -> None:
     """To be called before torch is imported, which is when OpenMP looks at its environment."""
     if "torch" not in sys.modules and chosen_waiting() is None:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        if sys.platform == "linux":
+            os.environ["GOMP_SPINCOUNT"] = _LOOKS
+        else:
+            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def chosen_waiting() -> str | None:
