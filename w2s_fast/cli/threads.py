@@ -12,9 +12,9 @@ import sys
 
 # Whoever has set one of them has decided how threads wait.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-# How often a thread of libgomp, which torch's wheels for Linux have, looks for work before it sleeps.
-# Asleep at once, threads that have their cores to themselves lose more by waking up than they save:
-# `python -m bench.threads --also OMP_WAIT_POLICY=PASSIVE` has both.
+# How often a thread of libgomp, which torch's wheels for Linux have, looks for work before it
+# sleeps. Asleep at once, threads that have cores to themselves lose more by waking up than they
+# save: `python -m bench.threads --also OMP_WAIT_POLICY=PASSIVE` has both.
 _LOOKS = "3000"
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
