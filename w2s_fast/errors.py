@@ -6,6 +6,7 @@ would expect, so ``except ValueError`` around a bad request works as usual.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 
@@ -69,3 +70,10 @@ class WriteFailed(W2SFastError, OSError):
 
 class FetchFailed(W2SFastError, RuntimeError):
     """A model could not be fetched; the message says why. What has arrived is gone on with."""
+
+
+def some_of(names: Collection[str], most: int = 5) -> str:
+    """The first few of many names in their order, for a message."""
+    first = ", ".join(sorted(names)[:most])
+    more = len(names) - most
+    return f"{first} and {more} more" if more > 0 else first

@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -81,6 +82,22 @@ def note_console() -> Console:
 def note(message: str, style: str = "dim") -> None:
     """One line on standard error, never wrapped, for people and for grep."""
     note_console().print(Text(message, style=style), soft_wrap=True)
+
+
+def counting_bar(console: Console, width: int, hidden: bool) -> Progress:
+    """For ``with``: bars that say how many of how many are done; taken away at the end.
+
+    ``width``: of what their descriptions take.
+    """
+    return Progress(
+        TextColumn(f"{{task.description:<{width}}}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=hidden,
+    )
 
 
 def _give_up_stdout() -> None:

@@ -8,10 +8,8 @@ from functools import partial
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from w2s_fast.cli.console import note, note_console, out_console
+from w2s_fast.cli.console import counting_bar, note, note_console, out_console
 from w2s_fast.cli.models import decoder, load_engine, name_models
 
 
@@ -44,7 +42,7 @@ def demo(
             engine.generate(texts[:1], method.params)
 
     measurements = []
-    with _progress(console, hidden=plain or not console.is_terminal) as progress:
+    with counting_bar(console, 16, hidden=plain or not console.is_terminal) as progress:
         for method in methods:
             task = progress.add_task(method.name, total=len(texts))
             step = partial(progress.advance, task)
@@ -65,18 +63,6 @@ def demo(
     console.print()
     meaning = _meaning(prompts, seed, time.perf_counter() - start)
     console.print(meaning, style="dim", markup=False)
-
-
-def _progress(console: Console, hidden: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=hidden,
-    )
 
 
 def _meaning(prompts: int, seed: int, seconds: float) -> str:

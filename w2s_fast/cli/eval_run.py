@@ -6,14 +6,11 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from w2s_fast.cli.console import note, note_console
+from w2s_fast.cli.console import counting_bar, note, note_console
 from w2s_fast.cli.jsonl import (
     MadeBy,
     Prompt,
@@ -84,7 +81,9 @@ def answer_all(
         file = OutputFile.resume(path, every, made_by, retry_errors=True)
     else:
         file = OutputFile.create(path)
-    with file as records, _progress() as progress:
+    console = note_console()
+    bars = counting_bar(console, 24, hidden=not console.is_terminal)
+    with file as records, bars as progress:
         if records.done:
             note(f"{len(records.done)} of {len(every)} answers are in {path} already")
         for name, own in requests.items():
@@ -107,7 +106,7 @@ def answer_all(
                 last = now
                 records.write(record)
                 progress.advance(bar)
-            if not note_console().is_terminal:
+            if not console.is_terminal:
                 note(f"{name}: {len(rest)} answers in {last - begin:.1f} s")
     return {int(record["index"]): record for record in _read(path)}
 
@@ -123,21 +122,6 @@ def _warm_up(engine: Engine, request: Request) -> None:
     tokens = min(WARM_UP_TOKENS, request.params.max_new_tokens)
     params = replace(request.params, max_new_tokens=tokens, min_new_tokens=0, trace=False)
     engine.generate([request.for_engine], params, on_error="return", progress=False)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    console = note_console()
-    with Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        yield progress
 
 
 def traced_result(record: Record) -> SearchResult:

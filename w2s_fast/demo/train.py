@@ -6,7 +6,6 @@ the untuned one after DPO on its own samples, ranked by the gold reward. No netw
 
 import copy
 import itertools
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ from typing import Annotated
 
 import tokenizers
 import torch
-import transformers
 import typer
 from rich.progress import Progress
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from w2s_fast.demo.card import recipe_and_numbers
 from w2s_fast.demo.dpo import DPOSettings, preference_pairs, train_dpo
 from w2s_fast.demo.pretrain import Advance, pretrain, token_loss
 from w2s_fast.demo.reviews import reviews
@@ -201,6 +200,7 @@ def train(recipe: Recipe, out: Path, progress: Progress) -> dict[str, float]:
 def write_card(recipe: Recipe, measured: dict[str, float], out: Path) -> None:
     """CARD.md: how the models were made, and the numbers measured while making them."""
     settings = {key: value for key, value in asdict(recipe).items() if key != "dpo"}
+    settings |= {f"DPO {key}": value for key, value in asdict(recipe.dpo).items()}
     lines = [
         "# The demo models",
         "",
@@ -216,20 +216,7 @@ def write_card(recipe: Recipe, measured: dict[str, float], out: Path) -> None:
         "  space at the end. Reviews of this one style are all that these models know: they are",
         "  for trying the engine, and for nothing else.",
         "",
-        "## Recipe",
-        "",
-        *(f"- {key}: {value}" for key, value in settings.items()),
-        *(f"- DPO {key}: {value}" for key, value in asdict(recipe.dpo).items()),
-        "",
-        "## Measured",
-        "",
-        *(
-            f"- {key}: {value:,.0f}" if value == int(value) else f"- {key}: {value:.3f}"
-            for key, value in measured.items()
-        ),
-        f"- with torch {torch.__version__}, transformers {transformers.__version__},"
-        f" {torch.get_num_threads()} threads, {platform.machine()}",
-        "",
+        *recipe_and_numbers(settings, measured, ("transformers",)),
     ]
     (out / "CARD.md").write_text("\n".join(lines))
 

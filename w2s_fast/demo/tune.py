@@ -7,7 +7,6 @@ fetch-models`) and peft.
 
 from __future__ import annotations
 
-import platform
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -17,12 +16,12 @@ from typing import Annotated, Any
 import peft
 import torch
 import torch.nn.functional as F
-import transformers
 import typer
 from rich.progress import Progress
 
 from w2s_fast import Engine, SearchParams
 from w2s_fast.demo.beginnings import training_beginnings
+from w2s_fast.demo.card import recipe_and_numbers
 from w2s_fast.demo.dpo import Pair, response_log_probs
 from w2s_fast.demo.gold import gold_reward
 from w2s_fast.models import load_model
@@ -198,19 +197,7 @@ def write_card(recipe: Recipe, measured: dict[str, float], out: Path) -> None:
         "- **Licence.** Apache-2.0, as the base model's and this package's.",
         "- **Limits.** It prefers praise, whether deserved or not, as VADER's word list has it.",
         "",
-        "## Recipe",
-        "",
-        *(f"- {key}: {value}" for key, value in asdict(recipe).items()),
-        "",
-        "## Measured",
-        "",
-        *(
-            f"- {key}: {value:,.0f}" if value == int(value) else f"- {key}: {value:.3f}"
-            for key, value in measured.items()
-        ),
-        f"- with torch {torch.__version__}, transformers {transformers.__version__},"
-        f" peft {peft.__version__}, {torch.get_num_threads()} thread(s), {platform.machine()}",
-        "",
+        *recipe_and_numbers(asdict(recipe), measured, ("transformers", "peft")),
     ]
     (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
 

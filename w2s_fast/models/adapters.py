@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from w2s_fast.errors import UnsupportedModel
+from w2s_fast.errors import UnsupportedModel, some_of
 from w2s_fast.models.deltas import Delta, LowRank, Replaced
 from w2s_fast.models.files import find_files, looks_local
 from w2s_fast.models.view import ModelView
@@ -33,7 +33,6 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _OWN_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _NAME = "default"
-_MOST_NAMED = 5
 # Ways to begin training that leave the model's weights as they are. Others train against weights
 # that they have changed, which nobody has here; PEFT can save such an adapter as a plain one.
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -134,10 +133,10 @@ def read_adapter(files: AdapterFiles, model: PreTrainedModel) -> Adapter:
         why = f"PEFT cannot put it beside {_described(model)}: {_told(error)}"
         raise _refuse(files, why) from error
     if missing:
-        raise _refuse(files, f"it lacks weights that its config speaks of: {_named(missing)}")
+        raise _refuse(files, f"it lacks weights that its config speaks of: {some_of(missing)}")
     if left:
         where = _described(model)
-        raise _refuse(files, f"it has weights for which {where} has no place: {_named(left)}")
+        raise _refuse(files, f"it has weights for which {where} has no place: {some_of(left)}")
     reference: Any = injected.base_model.model
     reference.eval()
     deltas = dict(_deltas(files, model, reference))
@@ -331,9 +330,3 @@ def _told(error: Exception) -> str:
     """The first two lines: behind a headline PEFT says which weights it means."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     return " ".join(lines[:2]) or type(error).__name__
-
-
-def _named(keys: list[str]) -> str:
-    first = ", ".join(sorted(keys)[:_MOST_NAMED])
-    more = len(keys) - _MOST_NAMED
-    return f"{first} and {more} more" if more > 0 else first

@@ -20,12 +20,11 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from w2s_fast.errors import UnsupportedModel
+from w2s_fast.errors import UnsupportedModel, some_of
 from w2s_fast.models.files import ModelFiles
 
 # Constants that older versions of transformers saved with every attention layer.
 _CONSTANTS = re.compile(r"(^|\.)(attn\.(masked_)?bias|attention\.(masked_)?bias|inv_freq)$")
-_MOST_NAMED = 5
 
 
 def read_config(files: ModelFiles) -> PreTrainedConfig:
@@ -80,19 +79,20 @@ def read_checkpoint(
     ]
     if missing:
         raise UnsupportedModel(
-            f"model {name!r} lacks weights of {kind}: {_named(missing)}; a model saved without its "
-            "LM head has to be saved again, as a causal language model"
+            f"model {name!r} lacks weights of {kind}: {some_of(missing)}; a model saved without "
+            "its LM head has to be saved again, as a causal language model"
         )
     if mismatched:
         raise UnsupportedModel(
-            f"model {name!r} has weights of other shapes than its config says: {_named(mismatched)}"
+            f"model {name!r} has weights of other shapes than its config says: "
+            f"{some_of(mismatched)}"
         )
     if unexpected:
         raise UnsupportedModel(
-            f"model {name!r} has weights that {kind} would leave out: {_named(unexpected)}"
+            f"model {name!r} has weights that {kind} would leave out: {some_of(unexpected)}"
         )
     if found["error_msgs"]:
-        raise UnsupportedModel(f"model {name!r}: {_named(found['error_msgs'])}")
+        raise UnsupportedModel(f"model {name!r}: {some_of(found['error_msgs'])}")
     return model
 
 
@@ -113,9 +113,3 @@ def _refuse_adapter(name: str) -> None:
 
 def _shape(size: Collection[int]) -> str:
     return "x".join(map(str, size))
-
-
-def _named(keys: Collection[str]) -> str:
-    first = ", ".join(sorted(keys)[:_MOST_NAMED])
-    more = len(keys) - _MOST_NAMED
-    return f"{first} and {more} more" if more > 0 else first
