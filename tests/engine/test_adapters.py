@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ from transformers import PreTrainedModel
 
 from tests.support.adapters import LINEAR, save_adapter, with_adapter
 from tests.support.engines import SEARCH, assert_all_pages_free, found
-from tests.support.recorded import replays
 from tests.support.recorder import Recording, set_up_as_on_cuda
 from tests.support.tiny_models import byte_tokenizer, save_tiny, tiny_model
 from tests.support.trained_tokenizers import trained
@@ -138,6 +139,9 @@ def test_from_folders_an_adapter_is_for_the_untuned_model_or_the_one_it_names(
 
     expected = texts(Guide(tmp_path / "whole", small))
     assert texts(Guide(adapter, small)) == expected
+    again = [Guide(adapter, small), Guide(f"{adapter}/../adapter", small.parent / "." / small.name)]
+    engine = make(base, *again)  # the same by other spellings: held once, and run once
+    assert engine.guides[0].models == engine.guides[1].models
     with pytest.raises(UnsupportedModel, match="does not say which model it is for"):
         make(base, Guide(adapter, None))
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -180,14 +184,42 @@ def test_weights_that_change_under_an_engine_are_followed(tmp_path: Path) -> Non
     assert found(engine.generate(PROMPTS, SEARCH)) == theirs != before
 
 
-def test_both_sides_are_one_recording(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "how", "before"),
+    [("cbs", make, 2), ("cbs", as_on_cuda, 2), ("fusion", make, 3), ("fusion", as_on_cuda, 2)],
+)
+def test_both_sides_are_one_pass(method: str, how: Any, before: int, tmp_path: Path) -> None:
+    """``before``: passes of each side by itself: of prompts, and, where nothing is recorded, of
+    their last tokens, from which fusion draws."""
     base, small = models()
     save_adapter(small, tmp_path, target_modules=ALL)
-    engine = as_on_cuda(base, Guide(str(tmp_path), small))
-    for _ in range(3):
-        engine.generate(PROMPTS, SEARCH)
-    scores = engine._search.guides._graphs
-    assert scores is not None and replays(scores.recordings) > 0
+    whole = merged(small, tmp_path)
+    ours, theirs = how(base, Guide(tmp_path, small)), how(base, Guide(whole, small))
+    with passes_of(small) as untuned, passes_of(whole) as tuned:
+        ours.generate(PROMPTS, METHODS[method])  # the first time nothing is replayed yet
+        assert untuned and not tuned
+        together = list(untuned)
+        untuned.clear()
+        theirs.generate(PROMPTS, METHODS[method])
+    joined = [own + other for own, other in zip(untuned, tuned, strict=True)]
+    assert len(joined) > before
+    assert together[2 * before :] == joined[before:]
+    assert sum(together) == sum(joined)
+
+
+@contextmanager
+def passes_of(model: PreTrainedModel) -> Iterator[list[int]]:
+    """The tokens of every pass through the model's weights."""
+    tokens: list[int] = []
+
+    def count(_module: object, args: tuple[torch.Tensor, ...], _output: object) -> None:
+        tokens.append(args[0].numel())
+
+    handle = model.get_input_embeddings().register_forward_hook(count)
+    try:
+        yield tokens
+    finally:
+        handle.remove()
 
 
 def test_guides_of_other_vocabularies_may_be_adapters(tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def test_prompts_are_lines_or_objects(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "a.txt") == ["The film", "A book "]
     (tmp_path / "a.jsonl").write_text('{"prompt": "The film"}\n\n{"prompt": "x", "id": 1}\n')
     assert read_prompts(tmp_path / "a.jsonl") == ["The film", "x"]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "one\u2028line\x85"}\n', encoding="utf-8")
+    assert read_prompts(tmp_path / "a.jsonl") == ["one\u2028line\x85"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_that_is_not_utf8_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"The film\n\xff\xfe")
+    with pytest.raises(InvalidRequest, match=rf"{name} is not UTF-8"):
+        read_prompts(tmp_path / name)
 
 
 def test_posts_stand_in_the_template_and_prompts_as_they_are(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tests.support.adapters import LINEAR, save_adapter, with_adapter
 from tests.support.tiny_models import tiny_model
 from w2s_fast.errors import UnsupportedModel
-from w2s_fast.models import Groups, PagedModel, find_adapter, read_adapter
+from w2s_fast.models import Groups, LowRank, PagedModel, find_adapter, read_adapter
 from w2s_fast.models.adapters import Adapter
 
 pytest.importorskip("peft")
@@ -267,6 +267,46 @@ def test_added_tokens_are_refused(tmp_path: Path) -> None:
     assert files is not None
     with pytest.raises(UnsupportedModel, match=r"embed_tokens.*\[24, 16\]"):
         read_adapter(files, model_of("llama"))
+
+
+def test_embeddings_that_an_adapter_brings_along_have_to_be_the_models(tmp_path: Path) -> None:
+    """Where it changes the LM head, PEFT saves what stands beneath it, too."""
+    model, settings = model_of("llama"), {"target_modules": ["lm_head"]}
+    larger = tiny_model("llama", vocab_size=24, dtype=torch.float32)
+    files = find_adapter(save_adapter(larger, tmp_path / "larger", **settings))
+    assert files is not None
+    with pytest.raises(UnsupportedModel, match=r"another shape, as for added tokens: \[24, 16\]"):
+        read_adapter(files, model)
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        trained.lm_head.weight.mul_(1.5)
+    files = find_adapter(save_adapter(trained, tmp_path / "trained", **settings))
+    assert files is not None
+    before = model.lm_head.weight.clone()
+    with pytest.raises(UnsupportedModel, match=r"lm_head.* has other values than the model's"):
+        read_adapter(files, model)
+    assert torch.equal(model.lm_head.weight, before)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_products_beside_packed_weights_have_a_dtype_of_their_own(dora: bool) -> None:
+    """PEFT has them in float32 where a module's weight is no floating-point one."""
+    torch.manual_seed(0)
+    module, inputs = torch.nn.Linear(16, 24), torch.randn(5, 16)
+    settings = {
+        "down": torch.randn(3, 16), "up": torch.randn(24, 3), "scale": 0.5,
+        "bias": torch.randn(24), "magnitude": torch.rand(24) if dora else None,
+    }  # fmt: skip
+    delta = LowRank(**settings, module=module, weight=lambda: module.weight.detach())
+    with torch.no_grad():
+        expected = module(inputs)
+        delta.add_to(expected, inputs)
+        half = copy.deepcopy(module).to(torch.bfloat16)
+        delta = LowRank(**settings, module=half, weight=lambda: module.weight.detach())
+        out = half(inputs.to(torch.bfloat16))
+        delta.add_to(out, inputs.to(torch.bfloat16))
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.02)
 
 
 def test_other_kinds_of_adapters_are_refused(tmp_path: Path) -> None:

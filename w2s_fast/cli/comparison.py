@@ -67,6 +67,8 @@ def subjects_named(
     if real:
         if base or tuned or untuned:
             raise typer.BadParameter("--real names all models: leave --base and the guides out")
+        if weight and len(weight) > 1:
+            raise typer.BadParameter("--real has one guide: give --weight once")
         return _real_subjects((weight or [1.0])[0])
     if not base:
         return [Subject("bundled", name_models(None, tuned or [], untuned or [], weight or []))]

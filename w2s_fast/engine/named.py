@@ -35,8 +35,13 @@ class Named(NamedTuple):
     template: str | None
 
     @property
-    def key(self) -> tuple[Any, AdapterFiles | None, int, str | None]:
-        return key_of(self.source), self.adapter, id(self.tokenizer), self.template
+    def key(self) -> tuple[Any, Any, int, str | None]:
+        return key_of(self.source), self.adapter_key, id(self.tokenizer), self.template
+
+    @property
+    def adapter_key(self) -> Any:
+        """Equal for the same adapter; None: there is none."""
+        return None if self.adapter is None else key_of(self.adapter.name)
 
     @property
     def vocab_size(self) -> int:

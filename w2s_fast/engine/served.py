@@ -109,8 +109,8 @@ def serve_models(
         key = key_of(role.source)
         if key not in loaded:
             loaded[key] = load_model(role.source, device, dtype, role.config)
-        if role.adapter is not None and (key, role.adapter) not in adapters:
-            adapters[key, role.adapter] = read_adapter(role.adapter, loaded[key])
+        if role.adapter is not None and (key, role.adapter_key) not in adapters:
+            adapters[key, role.adapter_key] = read_adapter(role.adapter, loaded[key])
     weights = [loaded[key_of(role.source)] for role in roles]
 
     max_pass_tokens, activations = _passes(weights, max_pass_tokens, max_rows)
@@ -126,7 +126,7 @@ def serve_models(
             prefix_cache=prefix_cache,
             attention=attention,
             max_pass_tokens=max_pass_tokens,
-            adapter=adapters.get((key_of(role.source), role.adapter)),
+            adapter=adapters.get((key_of(role.source), role.adapter_key)),
         )
         for weight, role in zip(weights, roles)
     ]

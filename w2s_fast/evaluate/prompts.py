@@ -17,7 +17,7 @@ def read_prompts(path: Path) -> list[str]:
     """
     if path.suffix in (".jsonl", ".json"):
         return [_text(path, number, row, "prompt") for number, row in read_json_lines(path)]
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in _lines(path) if line.strip()]
     if not lines:
         raise InvalidRequest(f"{path} holds no prompts")
     return lines
@@ -43,7 +43,7 @@ def read_posts(path: Path, template: str) -> list[str]:
 def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The objects of a file, each with the number of its line, from 1."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -56,6 +56,14 @@ def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     if not found:
         raise InvalidRequest(f"{path} holds no lines")
     return found
+
+
+def _lines(path: Path) -> list[str]:
+    """Only a line feed ends one: JSON may hold what Unicode calls a line's end."""
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path} is not UTF-8: {error}") from error
 
 
 def _text(path: Path, number: int, row: dict[str, Any], key: str) -> str:

@@ -20,7 +20,8 @@ class LowRank:
     """LoRA beside a linear module (arXiv 2106.09685), or DoRA (arXiv 2402.09353).
 
     Attributes:
-        down: [R, D]. up: [V, R]. scale: of their product.
+        down: [R, D]. up: [V, R]. scale: of their product. Their dtype may be another one than that
+            of what goes through the module.
         bias: [V] that is added to it before it is scaled; or None.
         magnitude: DoRA's norms of the rows of the weight, [V]; None: plain LoRA.
         factor: by which DoRA multiplies all but the module's own bias, [V]: see :meth:`follow`.
@@ -51,11 +52,14 @@ class LowRank:
 
     def add_to(self, out: Tensor, inputs: Tensor) -> None:
         """Add to the module's own result [T, V] of ``inputs`` [T, D], in place."""
-        low = nn.functional.linear(inputs, self.down)
         own = getattr(self.module, "bias", None) if self.factor is not None else None
         if own is not None:
             out.sub_(own)
-        out.addmm_(low, self.up.T, alpha=self.scale)
+        if self.down.dtype is inputs.dtype is out.dtype:
+            out.addmm_(nn.functional.linear(inputs, self.down), self.up.T, alpha=self.scale)
+        else:  # beside packed weights
+            low = nn.functional.linear(inputs.to(self.down.dtype), self.down)
+            out.add_((self.scale * low @ self.up.T).to(out.dtype))
         if self.bias is not None:
             out.add_(self.bias, alpha=self.scale)
         if self.factor is not None:

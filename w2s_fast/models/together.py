@@ -186,7 +186,7 @@ class Groups:
 
         Yields:
             Which of the group's models; of which of its rows and tokens; their last hidden states
-            [T, D], which nobody else keeps. No model's come twice for the same tokens.
+            [T, D], which nobody else keeps. The parts of a model come in their order.
 
         Raises:
             OutOfPages: of the models that follow nothing was appended.
