@@ -5,163 +5,36 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.support.broken_models import broken_copy, failing
 from tests.support.cohorts import in_cohorts
 from tests.support.engines import assert_all_pages_free, found
-from tests.support.probed import probed_once
+from tests.support.foreign_guides import (
+    LAST,
+    PROMPTS,
+    SEARCH,
+    anew,
+    check,
+    engine,
+    ids_of,
+    make,
+    model_of,
+    pairs,
+    rounds,
+    said,
+    said_raw,
+    total,
+)
 from tests.support.taken_pages import all_taken_but
 from tests.support.tiny_models import tiny_model
 from tests.support.trained_tokenizers import trained
-from w2s_fast import Engine, Guide, ScoredCandidate, SearchParams, SearchResult
+from w2s_fast import Guide, ScoredCandidate, SearchParams
 from w2s_fast.errors import (
-    EngineFailure,
     InvalidRequest,
-    MismatchedVocabulary,
-    NumericalError,
     OutOfPages,
 )
-from w2s_fast.result import Candidate, Round
-
-LAST = "\ufffd"  # for bytes of a character that is not whole
-SEARCH = SearchParams(
-    beam_width=3, successors=2, chunk_length=4, max_new_tokens=14, trace=True, seed=5
-)
-PROMPTS = ["the film was a", "hello world", "\u4eca\u5929 it's", "x"]
-
-
-def model_of(tokenizer: Any, seed: int, family: str = "llama") -> Any:
-    return tiny_model(
-        family,
-        seed=seed,
-        vocab_size=len(tokenizer),
-        eos=(tokenizer.eos_token_id,),
-        bos=tokenizer.bos_token_id,
-        dtype=torch.float64,
-    )
-
-
-@cache
-def pair(kind: str, seed: int = 1, weight: float = 1.0) -> Guide:
-    tokenizer = trained(kind)
-    return Guide(
-        model_of(tokenizer, seed), model_of(tokenizer, seed + 1), weight, tokenizer=tokenizer
-    )
-
-
-ENDS = tuple(range(9, 600, 12))  # tokens that end a response, so that some do
-
-
-def make(base: str, guides: Sequence[Guide], ends: Sequence[int] = ENDS, **options: Any) -> Engine:
-    tokenizer = trained(base)
-    eos = tuple(i for i in ends if i < len(tokenizer))
-    model = tiny_model(
-        seed=0, vocab_size=len(tokenizer), eos=eos or (tokenizer.eos_token_id,), bos=None
-    )
-    options = {"kv_cache_tokens": 4096, "page_size": 4, "device": "cpu", **options}
-    with probed_once():
-        return Engine(model, guides, tokenizer=tokenizer, **options)
-
-
-@cache
-def engine(base: str, *guides: str) -> Engine:
-    return make(base, pairs(*guides))
-
-
-def pairs(*kinds: str) -> list[Guide]:
-    return [pair(kind, 1 + 2 * i, 1.0 - 0.25 * i) for i, kind in enumerate(kinds)]
-
-
-def anew(guide: Guide, prompt: str, text: str, ends: bool) -> float:
-    """A guide's score of a text, from a pass over all of it."""
-    tokenizer = guide.tokenizer
-    assert tokenizer is not None
-    before, both = ids_of(tokenizer, prompt), ids_of(tokenizer, prompt + text)
-    models = [model for model in (guide.tuned, guide.untuned) if model is not None]
-    tuned, *untuned = (total(model, tokenizer, before, both, ends) for model in models)
-    return guide.weight * (tuned - sum(untuned))
-
-
-def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """Of a text that goes on: without an EOS that the tokenizer puts behind it."""
-    ids: list[int] = tokenizer(text, split_special_tokens=True)["input_ids"]
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-
-
-def total(model: Any, tokenizer: Any, before: list[int], both: list[int], ends: bool) -> float:
-    """The log-prob of what comes behind what both have in common, and of an EOS."""
-    start = 0
-    while start < min(len(before), len(both)) and before[start] == both[start]:
-        start += 1
-    assert start > 0
-    both = both + [tokenizer.eos_token_id] * ends
-    with torch.no_grad():
-        logits = model(torch.tensor([both])).logits[0, start - 1 : -1].double()
-    targets = torch.tensor(both[start:], dtype=torch.int64)
-    return float(logits.log_softmax(-1).gather(1, targets[:, None]).sum())
-
-
-def said_raw(e: Engine, prompt: str, candidate: Candidate) -> str:
-    """What a candidate says, with marks for the bytes of a character that is not whole."""
-    ids = list(candidate.token_ids)
-    if candidate.finish_reason == "eos":
-        ids.pop()
-    assert e.tokenizer is not None
-    before = e.tokenizer(prompt)["input_ids"][-8:]
-    text = e.tokenizer.decode([*before, *ids], skip_special_tokens=True)
-    return str(text[len(e.tokenizer.decode(before, skip_special_tokens=True)) :])
-
-
-def said(e: Engine, prompt: str, candidate: Candidate) -> tuple[str, bool]:
-    """What a candidate says, as far as it is certain, and whether an EOS ends it."""
-    ids, run = list(candidate.token_ids), b""
-    assert e.tokenizer is not None
-    names = e.tokenizer.convert_ids_to_tokens(ids)
-    while candidate.finish_reason is None and names and names[-1].startswith("<0x"):
-        run = bytes([int(names.pop()[3:5], 16)]) + run
-    text = said_raw(e, prompt, replace(candidate, token_ids=ids[: len(names)]))
-    if candidate.finish_reason is None:
-        text = text.rstrip(LAST)
-    for length in range(len(run), 0, -1):  # what is whole of a run of bytes
-        try:
-            return text + run[:length].decode(), False
-        except UnicodeDecodeError as error:
-            if error.reason != "unexpected end of data":
-                break
-    return text, candidate.finish_reason == "eos"
-
-
-def rounds(result: SearchResult) -> list[Round]:
-    assert result.trace is not None
-    return result.trace.rounds
-
-
-def check(
-    e: Engine,
-    guides: Sequence[Guide],
-    prompt: str,
-    result: SearchResult,
-    mean: bool = False,
-    ranks: bool = True,
-) -> None:
-    """That all candidates have the scores of their whole texts, and the best were kept."""
-    assert rounds(result)
-    for number in rounds(result):
-        scores = []
-        for candidate in number.candidates:
-            text, ends = said(e, prompt, candidate)
-            score = sum(anew(guide, prompt, text, ends) for guide in guides)
-            scores.append(score / len(candidate.token_ids) if mean else score)
-        assert [c.score for c in number.candidates] == pytest.approx(scores, abs=1e-4)
-        if ranks:
-            ranked = sorted(range(len(scores)), key=lambda c: -(number.candidates[c].score or 0.0))
-            assert number.kept == ranked[: len(number.kept)]
 
 
 @pytest.mark.parametrize("base", ["bytes-gpt2", "bpe-first"])
@@ -465,109 +338,3 @@ def test_chunks_that_end_at_strings() -> None:
             lengths.add(len({len(c.token_ids) for c in number.candidates if not c.finish_reason}))
     assert max(lengths) > 1
     assert_all_pages_free(e)
-
-
-def test_changed_weights_of_a_guide_are_followed() -> None:
-    tokenizer = trained("bpe-first")
-    tuned = copy.deepcopy(model_of(tokenizer, 1))
-    guide = Guide(tuned, model_of(tokenizer, 2), tokenizer=tokenizer)
-    e = make("bytes-gpt2", [guide])
-    e.generate(PROMPTS, SEARCH, progress=False)
-    with torch.no_grad():
-        tuned.get_output_embeddings().weight.mul_(-1.0)
-    for prompt, result in zip(PROMPTS, e.generate(PROMPTS, SEARCH, progress=False), strict=True):
-        check(e, [guide], prompt, result)
-
-
-def test_weights_that_change_meanwhile() -> None:
-    tokenizer = trained("bpe-first")
-    tuned = copy.deepcopy(model_of(tokenizer, 1))
-    e = make("bytes-gpt2", [Guide(tuned, model_of(tokenizer, 2), tokenizer=tokenizer)], ends=())
-    short = SearchParams(**{**vars(SEARCH), "max_new_tokens": 4, "trace": False})
-    for index, result in e.as_completed(PROMPTS, [SEARCH, short, SEARCH, SEARCH]):
-        assert result.error is None
-        if index == 1:
-            with torch.no_grad():
-                tuned.get_output_embeddings().weight.mul_(-1.0)
-    assert_all_pages_free(e)
-
-
-def test_broken_numbers_end_the_request_alone() -> None:
-    tokenizer = trained("bpe-first")
-    token = tokenizer.convert_tokens_to_ids("\u2581world")
-    broken = broken_copy(model_of(tokenizer, 1), token, float("nan"))
-    e = make("bytes-gpt2", [Guide(broken, model_of(tokenizer, 2), tokenizer=tokenizer)])
-    failed, fine = e.generate(["hello world", "x"], SEARCH, progress=False, on_error="return")
-    assert isinstance(failed.error, NumericalError)
-    assert "tuned" in str(failed.error)
-    assert fine.error is None
-    assert_all_pages_free(e)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("call", [1, 2, 4])
-def test_an_interrupted_step_leaves_nothing_behind(call: int, error: BaseException) -> None:
-    guides = pairs("bpe-first")
-    e = make("bytes-gpt2", guides)
-    expected = found(e.generate(PROMPTS, SEARCH, progress=False))
-    broken = failing(guides[0].untuned, call, error)  # type: ignore[arg-type]
-    with broken, pytest.raises((EngineFailure, KeyboardInterrupt)):
-        e.generate(PROMPTS, SEARCH, progress=False)
-    assert_all_pages_free(e)
-    assert found(e.generate(PROMPTS, SEARCH, progress=False)) == expected
-
-
-def test_requests_that_are_given_up_hold_nothing() -> None:
-    e = engine("bytes-gpt2", "bpe-first", "wordpiece")
-    for _ in e.as_completed(PROMPTS, SEARCH):
-        break
-    for prompt in PROMPTS:
-        for _ in e.stream(prompt, SEARCH):
-            break
-    assert_all_pages_free(e)
-    assert not e._search.foreign._of
-
-
-def test_streams_and_results_agree() -> None:
-    e = engine("bytes-gpt2", "bpe-first")
-    for prompt in PROMPTS:
-        *pieces, last = e.stream(prompt, SEARCH)
-        assert "".join(p.text or "" for p in [*pieces, last]) == last.result.text  # type: ignore[union-attr]
-
-
-def test_tokens_that_were_run_are_counted() -> None:
-    e = make("bytes-gpt2", pairs("bpe-first"), ends=())
-    result = e.generate(["the film"], SEARCH, progress=False)[0]
-    foreign = e._search.foreign
-    assert foreign.run_tokens[0] == foreign.run_tokens[1] == result.usage.scored_tokens > 0
-    assert e.stats().scored_tokens == result.usage.scored_tokens
-
-
-@pytest.mark.parametrize("method", ["fusion", "dynamic_fusion"])
-def test_fusion_needs_one_vocabulary_and_says_so(method: Any) -> None:
-    e = engine("bytes-gpt2", "bpe-first")
-    with pytest.raises(InvalidRequest, match=r"one vocabulary: tuned .* another vocabulary"):
-        e.generate(["the"], SearchParams(method=method), progress=False)
-    with pytest.raises(InvalidRequest, match="one vocabulary"):
-        e.generate(["the"], SearchParams(proposal="fusion"), progress=False)
-    e.generate(["the"], SearchParams(method="sample", max_new_tokens=2), progress=False)
-
-
-def test_models_of_a_guide_share_a_vocabulary(tmp_path: Path) -> None:
-    base = trained("bytes-gpt2")
-    model = tiny_model(seed=0, vocab_size=len(base), bos=None)
-    for name, kind in (("one", "bpe-first"), ("other", "wordpiece"), ("same", "bytes-gpt2")):
-        own = trained(kind)
-        model_of(own, 1).save_pretrained(tmp_path / name)
-        own.save_pretrained(tmp_path / name)
-    one, other, same = (str(tmp_path / name) for name in ("one", "other", "same"))
-    for guide in (Guide(one, other), Guide(one, same), Guide(same, other)):
-        with pytest.raises(MismatchedVocabulary):
-            Engine(model, guide, tokenizer=base, device="cpu", kv_cache_tokens=512)
-    with pytest.raises(MismatchedVocabulary, match="cannot be told"):
-        Engine(copy.deepcopy(model), Guide(one, one), device="cpu", kv_cache_tokens=512)
-    # Tokenizers that lie with the models: read from two files, they are one.
-    e = Engine(model, Guide(one, one), tokenizer=base, device="cpu", kv_cache_tokens=512)
-    assert e._models.foreign is not None
-    e = Engine(model, Guide(same, same), tokenizer=base, device="cpu", kv_cache_tokens=512)
-    assert e._models.foreign is None

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.support.adapters import LINEAR, save_adapter
 from tests.support.tiny_models import byte_tokenizer, draw_weights, save_tiny, tiny_model
 from w2s_fast import Engine, SearchParams
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
+from w2s_fast.models import Groups, find_adapter, read_adapter
 from w2s_fast.models.load import load_model
 from w2s_fast.models.model import PagedModel
 
@@ -83,6 +85,21 @@ def test_torchao_models_keep_their_dtype_and_their_packed_weights(int8: Path) ->
     assert type(model.model.layers[0].mlp.up_proj.weight) is not nn.Parameter
     with pytest.raises(InvalidRequest, match=r"is quantised, on cpu in torch\.\w+, and"):
         load_model(model, CPU, "float16")
+
+
+def test_an_adapter_stands_beside_packed_weights(int8: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = load_model(int8, CPU, "auto")
+    plain = AutoModelForCausalLM.from_pretrained(int8.parent / "plain", dtype=model.dtype)
+    settings = {"target_modules": LINEAR["llama"], "size": 0.05}
+    files = find_adapter(save_adapter(plain, tmp_path, **settings))
+    assert files is not None
+    # Each is compared with what PEFT computes, and in the end with both in one pass.
+    models = [
+        PagedModel(model, name, kv_cache_tokens=256, adapter=own)
+        for name, own in (("untuned", None), ("tuned", read_adapter(files, model)))
+    ]
+    assert Groups(models).members == [[0, 1]]
 
 
 class Packed(torch.Tensor):
