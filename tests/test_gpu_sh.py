@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+import bench.adapters
 import bench.cohorts
 import bench.end_to_end
 import bench.smoke
@@ -270,7 +271,7 @@ def test_nothing_is_begun_when_time_is_up(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no GPU")
-@pytest.mark.parametrize("program", [bench.smoke, bench.end_to_end, bench.cohorts])
+@pytest.mark.parametrize("program", [bench.smoke, bench.end_to_end, bench.cohorts, bench.adapters])
 def test_without_a_gpu_only_a_dry_run_begins(program: Any, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     with pytest.raises(SystemExit, match=f"{program.__name__} looks at a GPU.* --dry-run"):
@@ -299,6 +300,18 @@ def test_one_cohort_and_two_are_timed_at_every_number_of_rows(tmp_path: Path) ->
     pairs = json.loads(out.read_text())["rows"]
     assert [(pair["base"], pair["rows"]) for pair in pairs] == [("tiny", 32), ("tiny", 48)]
     assert all(pair["one_ms"] > 0 and pair["two_ms"] > 0 for pair in pairs)
+
+
+def test_one_pass_of_both_sides_is_compared_with_the_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.adapters, "DRY", shapes.TINY)
+    monkeypatch.setattr(bench.adapters, "TURNS", 1)
+    out = tmp_path / "adapters.json"
+    assert bench.adapters.main(["--dry-run", "--out", str(out)]) == 0
+    turns = json.loads(out.read_text())["rows"]
+    assert [turn["adapter"] for turn in turns] == ["r=4 on q, v", "r=16 on all"]
+    assert all(min(turn["ms"], turn["to_doubled"], turn["to_apart"]) > 0 for turn in turns)
 
 
 def test_the_end_says_all_in_a_line_for_each_size() -> None:

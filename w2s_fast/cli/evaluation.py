@@ -122,8 +122,9 @@ def sentiment(
         return held_out_beginnings()[:count]
 
     plan = Plan(
-        "sentiment", subjects, common, _numbers(betas), ablation, short, seeds, gold_model,
-        gold_label, out, resume, device, dtype, plain, tree,
+        task="sentiment", subjects=subjects, common=common, betas=_numbers(betas),
+        ablation=ablation, short=short, seeds=seeds, gold_model=gold_model, gold_label=gold_label,
+        out=out, resume=resume, device=device, dtype=dtype, plain=plain, tree=tree,
     )  # fmt: skip
     evaluate(plan, prompts_for)
 
@@ -169,8 +170,9 @@ def summarization(
     )
     subjects = subjects_named(base, tuned, untuned, weight, real)
     plan = Plan(
-        "summarization", subjects, common, _numbers(betas),
-        ablation, short, seeds, gold_model, gold_label, out, resume, device, dtype, plain,
+        task="summarization", subjects=subjects, common=common, betas=_numbers(betas),
+        ablation=ablation, short=short, seeds=seeds, gold_model=gold_model, gold_label=gold_label,
+        out=out, resume=resume, device=device, dtype=dtype, plain=plain,
     )  # fmt: skip
     evaluate(plan, lambda models: posts)
 
