@@ -124,3 +124,19 @@ class SearchResult:
     @property
     def finish_reason(self) -> Literal["eos", "stop", "length", "error"]:
         return self.hypotheses[0].finish_reason if self.hypotheses else "error"
+
+
+@dataclass(frozen=True)
+class TokenLogProbs:
+    """What a model says of every token of a text, at temperature 1.
+
+    Attributes:
+        token_ids: of the text.
+        logprobs: of each token, in nats; None for the first.
+        top: of each place the likeliest token ids and their log-probs, likeliest first; None for
+            the first.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float | None]
+    top: list[dict[int, float] | None]

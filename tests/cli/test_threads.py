@@ -39,7 +39,7 @@ def started(**environment: str) -> list[object]:
 def test_waiting_threads_soon_sleep_and_that_is_set_before_torch_looks() -> None:
     ours = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": None}
     if sys.platform == "linux":
-        ours = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": "3000"}
+        ours = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": "6000"}
     assert started() == [ours, False]
 
 

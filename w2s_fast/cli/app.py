@@ -12,6 +12,7 @@ from w2s_fast.cli.doctor import doctor
 from w2s_fast.cli.evaluation import evaluation
 from w2s_fast.cli.fetch_models import fetch_models
 from w2s_fast.cli.generate import generate
+from w2s_fast.cli.serve import serve
 from w2s_fast.cli.threads import let_threads_sleep
 
 app = typer.Typer(
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Weak-to-strong search: a large frozen model writes, two small models steer.",
 )
-for command in (demo, generate, fetch_models, doctor):
+for command in (demo, generate, serve, fetch_models, doctor):
     app.command()(command)
 app.add_typer(evaluation, name="eval")
 

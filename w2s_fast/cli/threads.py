@@ -15,7 +15,7 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # How often a thread of libgomp, which torch's wheels for Linux have, looks for work before it
 # sleeps. Asleep at once, threads that have cores to themselves lose more by waking up than they
 # save: `python -m bench.threads --also OMP_WAIT_POLICY=PASSIVE` has both.
-_LOOKS = "3000"
+_LOOKS = "6000"
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 

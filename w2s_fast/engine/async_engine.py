@@ -98,6 +98,11 @@ class AsyncEngine:
         finally:
             self._leave(caller)
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken on: it was not closed, and its thread has not ended."""
+        return self._end is None and self._thread.is_alive()
+
     def weights_changed(self) -> None:
         """See :meth:`Engine.weights_changed`."""
         self.engine.weights_changed()

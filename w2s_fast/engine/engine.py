@@ -22,8 +22,16 @@ from w2s_fast.engine.stream import Pieces, StreamPiece
 from w2s_fast.errors import InvalidRequest, W2SFastError
 from w2s_fast.models import ModelSource, PagedModel, pick_device, total_bytes, usual_rows
 from w2s_fast.params import SearchParams
-from w2s_fast.result import SearchResult
-from w2s_fast.scheduling import Claim, Judge, Runner, Scheduler, rehearse, score_given
+from w2s_fast.result import SearchResult, TokenLogProbs
+from w2s_fast.scheduling import (
+    Claim,
+    Judge,
+    Runner,
+    Scheduler,
+    read_given,
+    rehearse,
+    score_given,
+)
 from w2s_fast.scorer import Scorer, with_weights
 from w2s_fast.search import Guide, PagedGuide, Request, ScoreGraphs, Search, roles_of
 from w2s_fast.stats import EngineStats
@@ -185,6 +193,18 @@ class Engine:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The base's; None: prompts are token ids, and results have no text."""
         return self._models.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the base: token ids are below."""
+        return self._models.vocab_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a prompt and its response together, at most."""
+        pool = self.base.pool
+        room = pool.num_pages * pool.page_size
+        return room if self.base.max_positions is None else min(self.base.max_positions, room)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -360,12 +380,74 @@ class Engine:
                 that is longer than the KV cache of a guide. Nothing is scored then.
             NumericalError: a model gave NaN or infinity for a text; says which one, and where.
         """
+        found = self._scores(self.guides, prompts, responses)
+        return [sum(map(sum, own)) for own in zip(*found)]
+
+    def token_scores(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str | Sequence[int]],
+        *,
+        model: str | None = None,
+    ) -> list[list[float]]:
+        """What each token of given responses adds to their :meth:`score`, in nats.
+
+        Args:
+            model: in the place of the guides, whose log-probs to tell: ``"base"``, ``"tuned"`` or
+                ``"untuned"``; of several guides ``"tuned 0"`` and so on.
+
+        Raises:
+            InvalidRequest: as :meth:`score`; a model that is not there; or guides that read a
+                response as different tokens, so that only their sums can be added.
+            NumericalError: a model gave NaN or infinity for a text; says which one, and where.
+        """
+        guides = self.guides if model is None else [self._models.alone(model)]
+        found = [list(own) for own in zip(*self._scores(guides, prompts, responses))]
+        if any(len(set(map(len, own))) > 1 for own in found):
+            raise InvalidRequest(
+                "the guides read a response as different tokens; allowed: the log-probs of one "
+                "model, or the score of the whole response"
+            )
+        return [[sum(of_one) for of_one in zip(*own)] for own in found]
+
+    def _scores(
+        self,
+        guides: Sequence[PagedGuide],
+        prompts: Sequence[Prompt],
+        responses: Sequence[str | Sequence[int]],
+    ) -> list[list[list[float]]]:
+        """Of each guide, each response, and each of its tokens."""
         self.runner.process.check()
-        given = self._intake.given(prompts, responses)
-        scores = [
-            score_given(self.runner, guide, texts) for guide, texts in zip(self.guides, given)
-        ]
-        return [sum(own) for own in zip(*scores)]
+        given = self._intake.given(guides, prompts, responses)
+        return [score_given(self.runner, guide, texts) for guide, texts in zip(guides, given)]
+
+    def log_probs(
+        self, texts: Sequence[str | Sequence[int]], *, top: int = 0
+    ) -> list[TokenLogProbs]:
+        """What the base says of every token of given texts, at temperature 1.
+
+        A text is tokenised as a prompt is. Each runs from its first token on, in a pass of its own.
+
+        Args:
+            top: how many of the likeliest tokens to tell of each place. That of the likeliest is
+                the same number, to the last bit, as that of the text's own token, if it is that.
+
+        Raises:
+            InvalidRequest: not a text, or one that is too long. Nothing is read then.
+            NumericalError: the base gave NaN or infinity in a text.
+        """
+        self.runner.process.check()
+        found = self._intake.readable(texts)
+        size = self._models.vocab_size
+        return list(read_given(self.runner, self.base, found, top, size))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The base's tokens of a prompt: what it is continued behind. InvalidRequest."""
+        return self._intake.encode(prompt)
+
+    def encode_behind(self, text: str) -> list[int]:
+        """The base's tokens of a text that goes on: no BOS, no template. InvalidRequest."""
+        return self._intake.encode_behind(text)
 
     def make_request(self, prompt: Prompt, params: SearchParams, priority: int = 0) -> Request:
         """Check and encode one prompt, for :attr:`runner`. InvalidRequest, and nothing is held."""

@@ -16,7 +16,7 @@ from w2s_fast.engine.served import ServedModels
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
 from w2s_fast.params import SearchParams
-from w2s_fast.scheduling import Given, Scheduler, check_room
+from w2s_fast.scheduling import Given, Scheduler, check_readable, check_room
 from w2s_fast.search import PagedGuide, Request
 from w2s_fast.text import Breaks, Chat, Prompt, PromptEncoder, StopStrings, decode_response
 
@@ -99,21 +99,42 @@ class Intake:
         return request
 
     def given(
-        self, prompts: Sequence[Prompt], responses: Sequence[str | Sequence[int]]
+        self,
+        guides: Sequence[PagedGuide],
+        prompts: Sequence[Prompt],
+        responses: Sequence[str | Sequence[int]],
     ) -> list[list[Given]]:
         """Texts to be scored, for each guide. InvalidRequest if one could never be."""
-        if not self._models.guides:
+        if not guides:
             raise InvalidRequest("the engine has no guides, so it cannot score")
         if len(prompts) != len(responses):
             raise InvalidRequest(f"{len(prompts)} prompts, but {len(responses)} responses")
         return [
-            [self._given(g, prompt, response) for prompt, response in zip(prompts, responses)]
-            for g in range(len(self._models.guides))
+            [self._given(guide, prompt, response) for prompt, response in zip(prompts, responses)]
+            for guide in guides
         ]
 
-    def _given(self, g: int, prompt: Prompt, response: str | Sequence[int]) -> Given:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The base's tokens of a prompt. InvalidRequest."""
         with Hold(self._encoding):
-            guide = self._models.guides[g]
+            return self._models.encoder_of[self._models.base].encode(prompt)
+
+    def encode_behind(self, text: str) -> list[int]:
+        """The base's tokens of a text that goes on. InvalidRequest."""
+        with Hold(self._encoding):
+            return self._models.encoder_of[self._models.base].encode_response(text)
+
+    def readable(self, texts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+        """Texts that the base is to read, as its tokens. InvalidRequest if one could never be."""
+        base = self._models.base
+        with Hold(self._encoding):
+            found = [self._models.encoder_of[base].encode(text) for text in texts]
+        for text in found:
+            check_readable(base, text)
+        return found
+
+    def _given(self, guide: PagedGuide, prompt: Prompt, response: str | Sequence[int]) -> Given:
+        with Hold(self._encoding):
             if self._models.is_foreign(guide):
                 prompt, response = self._in_words(guide, prompt, response)
             text = _encode_given(self._models.encoders_of(guide), prompt, response)

@@ -13,6 +13,7 @@ from w2s_fast.engine.encoders import make_encoder
 from w2s_fast.engine.foreign import foreign_guides
 from w2s_fast.engine.named import name_models, shared_vocabulary
 from w2s_fast.engine.sources import key_of
+from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import (
     Adapter,
     ModelSource,
@@ -73,7 +74,22 @@ class ServedModels:
         return [self.encoder_of[model] for model in guide.models]
 
     def is_foreign(self, guide: PagedGuide) -> bool:
-        return guide not in self.sharing
+        """Whether it has another vocabulary than the base."""
+        return any(model not in self.models for model in guide.models)
+
+    def alone(self, name: str) -> PagedGuide:
+        """One model whose log-probs are all that counts. InvalidRequest: there is none of the name.
+
+        ``name``: ``"base"``, ``"tuned"``, ``"untuned"``; of several guides with their number.
+        """
+        named = {"base": self.base}
+        for g, guide in enumerate(self.guides):
+            number = f" {g}" if len(self.guides) > 1 else ""
+            roles = (f"tuned{number}", f"untuned{number}")
+            named.update(zip(roles, guide.models))
+        if name not in named:
+            raise InvalidRequest(f"there is no model {name!r}; allowed: {', '.join(named)}")
+        return PagedGuide(named[name], None, 1.0, self.encoder_of[named[name]].vocab_size)
 
 
 def serve_models(

@@ -7,6 +7,7 @@ does is the search's business; what scorers of the caller's say is asked for bes
 
 from w2s_fast.scheduling.claim import Claim
 from w2s_fast.scheduling.judge import Judge
+from w2s_fast.scheduling.reading import check_readable, read_given
 from w2s_fast.scheduling.rehearsal import rehearse
 from w2s_fast.scheduling.runner import Runner
 from w2s_fast.scheduling.scheduler import Scheduler
@@ -18,7 +19,9 @@ __all__ = [
     "Judge",
     "Runner",
     "Scheduler",
+    "check_readable",
     "check_room",
+    "read_given",
     "rehearse",
     "score_given",
 ]

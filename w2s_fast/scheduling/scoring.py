@@ -1,4 +1,5 @@
-"""The guides' score of given texts: many in one pass, between two steps of the running requests."""
+"""The guides' score of given texts, token by token: many in one pass, between two steps of the
+running requests."""
 
 from __future__ import annotations
 
@@ -53,13 +54,15 @@ def check_room(models: Sequence[PagedModel], text: Given) -> None:
             )
 
 
-def score_given(runner: Runner, guide: PagedGuide, texts: Sequence[Given]) -> list[float]:
-    """One guide's score of each text, its weight included; :func:`check_room` has passed them.
+def score_given(runner: Runner, guide: PagedGuide, texts: Sequence[Given]) -> list[list[float]]:
+    """What each token of each text adds to one guide's score, its weight included.
+
+    :func:`check_room` has passed the texts.
 
     Raises:
         NumericalError: names the first model that gave NaN or infinity, and where.
     """
-    scores: list[float] = []
+    scores: list[list[float]] = []
     for batch in _batches(texts, guide):
         pages = zip(*(text.pages(guide.models[0].pool.page_size) for text in batch))
         rooms = [Room(m.pool, sum(own), len(batch)) for m, own in zip(guide.models, pages)]
@@ -68,16 +71,19 @@ def score_given(runner: Runner, guide: PagedGuide, texts: Sequence[Given]) -> li
             slots = guide.prefill(prompts)
             before = [[prompt[-1] for prompt in own] for own in prompts]
             found = guide.append(slots, before, [text.response for text in batch])
+            counts = [len(text.response) for text in batch]
+            for model, logprobs in zip(guide.models, found):
+                for own in torch.split(logprobs.cpu(), counts):
+                    if not own.isfinite().all():
+                        raise NumericalError.at(model.name, int(own.isfinite().long().argmin()))
+            # Others may be asked about behind the same prompts.
+            for model, own_slots, own_prompts in zip(guide.models, slots, prompts):
+                model.pool.remember(own_slots, [prompt[:-1] for prompt in own_prompts])
             guide.release(slots)
-        counts = [len(text.response) for text in batch]
-        for model, logprobs in zip(guide.models, found):
-            for own in torch.split(logprobs.cpu(), counts):
-                if not own.isfinite().all():
-                    raise NumericalError.at(model.name, int(own.isfinite().long().argmin()))
         ratios = found[0].double()
         if len(found) > 1:
             ratios = ratios - found[1].double()
-        scores += [guide.weight * float(own.sum()) for own in torch.split(ratios, counts)]
+        scores += [own.tolist() for own in torch.split(guide.weight * ratios, counts)]
     return scores
 
 

@@ -1,0 +1,249 @@
+"""`w2s-fast serve`: an OpenAI-compatible server over one engine."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from w2s_fast.cli.console import note
+from w2s_fast.cli.models import Models, load_engine, name_models
+from w2s_fast.cli.options import MACHINE, MODELS, PROMPTS, SEARCH, option
+from w2s_fast.cli.usage import check_models
+from w2s_fast.errors import InvalidRequest
+from w2s_fast.params import SearchParams
+
+SERVER, LIMITS = "Server", "Limits"
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """The file's values become the options' defaults, before which the command line comes."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path}: {error}") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{path} is no mapping of options to values")
+    names = {parameter.name for parameter in context.command.params} - {"config"}
+    values = {str(key).replace("-", "_"): value for key, value in found.items()}
+    if unknown := sorted(set(values) - names):
+        raise typer.BadParameter(
+            f"{path}: unknown: {', '.join(unknown)}; allowed: {', '.join(sorted(names))}"
+        )
+    search = values.get("search")
+    if isinstance(search, dict):
+        values["search"] = [f"{name}={_as_yaml(value)}" for name, value in search.items()]
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def _as_yaml(value: Any) -> str:
+    import json
+
+    return json.dumps(value)  # which is YAML, too
+
+
+def search_defaults(given: list[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` as fields of SearchParams. typer.BadParameter."""
+    import yaml
+
+    allowed = {field.name for field in fields(SearchParams)}
+    found = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not equals or name not in allowed:
+            raise typer.BadParameter(
+                f"--search {one!r}: allowed: NAME=VALUE, NAME one of {', '.join(sorted(allowed))}"
+            )
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise typer.BadParameter(f"--search {one!r}: its value cannot be read") from None
+    return found
+
+
+def serve(
+    config: Annotated[
+        Path | None,
+        option(
+            "--config",
+            help="YAML: these options' names and values; search: a mapping",
+            panel=SERVER,
+            exists=True,
+            dir_okay=False,
+            is_eager=True,
+            callback=_read_config,
+        ),
+    ] = None,
+    host: Annotated[str, option("--host", help="Address to listen at", panel=SERVER)] = "127.0.0.1",
+    port: Annotated[int, option("--port", help="0: any that is free", panel=SERVER)] = 8000,
+    name: Annotated[
+        str | None,
+        option("--name", help="The model's in answers; not given: the base's", panel=SERVER),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        option(
+            "--api-key",
+            help="A client must send one of these; repeat for several",
+            panel=SERVER,
+            envvar="W2S_FAST_API_KEY",
+            show_envvar=True,
+        ),
+    ] = None,
+    log_text: Annotated[
+        bool, option("--log-text", help="Write prompts and answers to the log.", panel=SERVER)
+    ] = False,
+    max_queue: Annotated[
+        int, option("--max-queue", help="Requests at a time; more get 429", panel=LIMITS)
+    ] = 512,
+    max_tokens: Annotated[
+        int, option("--max-tokens", help="Of an answer that a body may ask for", panel=LIMITS)
+    ] = 4096,
+    max_prompts: Annotated[int, option("--max-prompts", help="In one body", panel=LIMITS)] = 128,
+    max_body: Annotated[int, option("--max-body", help="Bytes", panel=LIMITS)] = 4 * 2**20,
+    time_limit: Annotated[
+        float, option("--time-limit", help="Seconds of a request", panel=LIMITS)
+    ] = 600.0,
+    drain: Annotated[
+        float,
+        option("--drain", help="Seconds for what runs when told to stop", panel=LIMITS),
+    ] = 60.0,
+    base: Annotated[
+        str | None, option("--base", help="Path or hub id of the large model.", panel=MODELS)
+    ] = None,
+    tuned: Annotated[
+        list[str] | None,
+        option("--tuned", help="Small tuned model; repeat for several guides.", panel=MODELS),
+    ] = None,
+    untuned: Annotated[
+        list[str] | None,
+        option("--untuned", help="The model it was tuned from, or none.", panel=MODELS),
+    ] = None,
+    weight: Annotated[
+        list[float] | None, option("--weight", help="Factor of a guide's score.", panel=MODELS)
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        option("--tokenizer", help="Of the base, where it does not lie with it", panel=MODELS),
+    ] = None,
+    prompt_template: Annotated[
+        str | None,
+        option(
+            "--prompt-template",
+            help="Text around every plain prompt of the base, {prompt} in it",
+            panel=PROMPTS,
+        ),
+    ] = None,
+    guide_prompt_template: Annotated[
+        list[str] | None,
+        option("--guide-prompt-template", help="The same for the guides", panel=PROMPTS),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        option(
+            "--chat-template",
+            help="Jinja file in the place of the base's own",
+            panel=PROMPTS,
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    search: Annotated[
+        list[str] | None,
+        option(
+            "--search",
+            help="NAME=VALUE: of a search whose body does not say; repeat for several",
+            panel=SEARCH,
+        ),
+    ] = None,
+    device: Annotated[str, option("--device", help="auto, cpu, cuda", panel=MACHINE)] = "auto",
+    dtype: Annotated[
+        str, option("--dtype", help="auto, float32, bfloat16, float16", panel=MACHINE)
+    ] = "auto",
+    attention: Annotated[
+        str, option("--attention", help="auto, triton, flash, torch", panel=MACHINE)
+    ] = "auto",
+    page_size: Annotated[
+        int, option("--page-size", help="Tokens in a page of the KV cache", panel=MACHINE)
+    ] = 16,
+    max_rows: Annotated[
+        int | None,
+        option("--max-rows", help="Candidates in one step; default: by memory", panel=MACHINE),
+    ] = None,
+    max_pass_tokens: Annotated[
+        int | None,
+        option(
+            "--max-pass-tokens", help="Prompts' tokens in a pass; default: by memory", panel=MACHINE
+        ),
+    ] = None,
+    kv_cache_tokens: Annotated[
+        int | None,
+        option("--kv-cache-tokens", help="Size of the KV cache; default: measured", panel=MACHINE),
+    ] = None,
+) -> None:
+    """Serve a steered model as OpenAI's clients ask for one; a page to look at lies at /.
+
+    With no model named, the bundled demo models answer. SIGTERM: what runs is finished first.
+    """
+    try:
+        from pydantic import SecretStr
+
+        from w2s_fast.serve import Limits, ServerSettings, build_app, run_server
+    except ModuleNotFoundError as error:
+        note(f"error: {error.name} is missing; pip install w2s-fast[serve]", style="red")
+        raise typer.Exit(2) from None
+    models = name_models(
+        base,
+        tuned or [],
+        untuned or [],
+        weight or [],
+        tokenizer=tokenizer,
+        prompt_template=prompt_template,
+        guide_templates=guide_prompt_template or [],
+    )
+    given = search_defaults(search or [])
+    if not models.guides:
+        given.setdefault("method", "sample")
+    defaults = SearchParams(**given)
+    check_models(defaults, models)
+    limits = Limits(
+        body_bytes=max_body,
+        prompts=max_prompts,
+        tokens=max_tokens,
+        queue=max_queue,
+        seconds=time_limit,
+        drain_seconds=drain,
+    )
+    settings = ServerSettings(
+        name=name or _name_of(models),
+        limits=limits,
+        api_keys=tuple(map(SecretStr, api_key or ())),
+        log_text=log_text,
+    )
+    engine = load_engine(
+        models,
+        device,
+        dtype,
+        kv_cache_tokens,
+        attention=attention,
+        page_size=page_size,
+        max_rows=max_rows,
+        max_pass_tokens=max_pass_tokens,
+    )
+    if chat_template is not None:
+        if engine.tokenizer is None:
+            raise InvalidRequest("--chat-template needs a tokenizer; the base has none")
+        engine.tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    engine.warm_up()
+    run_server(build_app(engine, settings, defaults), settings, host, port)
+
+
+def _name_of(models: Models) -> str:
+    return "bundled" if models.bundled else models.base.rstrip("/").rsplit("/", 1)[-1]

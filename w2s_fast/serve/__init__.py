@@ -1,0 +1,11 @@
+"""The server: an engine behind HTTP, as OpenAI's clients ask for text.
+
+Owns what crosses the wire: bodies and answers, streams, errors, limits, metrics and logs, and how
+the process starts and stops. What a search is, it does not know.
+"""
+
+from w2s_fast.serve.app import build_app
+from w2s_fast.serve.run import run_server
+from w2s_fast.serve.settings import Limits, ServerSettings
+
+__all__ = ["Limits", "ServerSettings", "build_app", "run_server"]

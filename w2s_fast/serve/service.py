@@ -1,0 +1,142 @@
+"""The engine as the routes use it: what comes in is counted, timed, and given up in time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from typing import TypeVar
+
+import anyio
+from transformers import PreTrainedTokenizerBase
+
+from w2s_fast.engine import AsyncEngine, StreamPiece
+from w2s_fast.params import SearchParams
+from w2s_fast.result import SearchResult
+from w2s_fast.serve.gate import Gate
+from w2s_fast.serve.metrics import Metrics
+from w2s_fast.serve.refusals import Refusal
+from w2s_fast.serve.search_fields import SearchFields
+from w2s_fast.serve.settings import ServerSettings
+from w2s_fast.text import Prompt
+
+T = TypeVar("T")
+
+
+class Service:
+    """One engine, and the clients that share it.
+
+    Attributes:
+        started: seconds since 1970.
+    """
+
+    def __init__(
+        self, engine: AsyncEngine, settings: ServerSettings, defaults: SearchParams
+    ) -> None:
+        """``defaults``: of searches. An engine that nothing steers samples where they do not say
+        otherwise."""
+        self.engine = engine
+        self.settings = settings
+        self.defaults = defaults
+        self.gate = Gate(settings.limits.queue)
+        self.metrics = Metrics(settings.name, engine.stats)
+        self.started = int(time.time())
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's. Refusal: it has none."""
+        found = self.engine.engine.tokenizer
+        if found is None:
+            raise Refusal(400, "the base has no tokenizer; allowed: prompts of token ids")
+        return found
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids that begin one, without special tokens."""
+        ids = list(token_ids)
+        found = self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(found)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine takes requests on."""
+        return self.engine.alive
+
+    def check_model(self, name: str | None) -> None:
+        """Refusal: a body wants another model."""
+        if name is not None and name != self.settings.name:
+            raise Refusal(
+                404,
+                f"the model {name!r:.200} is not served; allowed: {self.settings.name}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def params(self, fields: SearchFields) -> SearchParams:
+        return fields.params(self.defaults, self.settings.limits.tokens)
+
+    def check_prompts(self, count: int) -> None:
+        """Refusal: too many."""
+        if not 1 <= count <= self.settings.limits.prompts:
+            raise Refusal(
+                400,
+                f"{count} prompts in one body; allowed: 1 to {self.settings.limits.prompts}",
+                param="prompt",
+            )
+
+    async def within_time(self, work: asyncio.Future[T] | asyncio.Task[T]) -> T:
+        """What ``work`` finds; Refusal after the time that a request may take."""
+        seconds = self.settings.limits.seconds
+        try:
+            return await asyncio.wait_for(work, seconds)
+        except asyncio.TimeoutError:
+            raise _too_long(seconds) from None
+
+    async def search(self, prompt: Prompt, params: SearchParams) -> SearchResult:
+        with self.metrics.request() as watched:
+            result = await self.engine.generate(prompt, params)
+            watched.ended(result)
+            return result
+
+    async def search_all(
+        self, prompts: Sequence[Prompt], params: Sequence[SearchParams]
+    ) -> list[SearchResult]:
+        """All at the same time; of one that fails the error, and the others are given up."""
+        tasks = [asyncio.ensure_future(self.search(*pair)) for pair in zip(prompts, params)]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def stream(self, prompt: Prompt, params: SearchParams) -> AsyncIterator[StreamPiece]:
+        """Pieces as they become certain. Refusal after the time that a request may take."""
+        seconds = self.settings.limits.seconds
+        with self.metrics.request() as watched:
+            deadline = asyncio.get_running_loop().time() + seconds
+            async with aclosing(self.engine.stream(prompt, params)) as pieces:  # type: ignore[type-var]
+                while True:
+                    left = deadline - asyncio.get_running_loop().time()
+                    try:
+                        piece = await asyncio.wait_for(anext(pieces), max(0.0, left))
+                    except StopAsyncIteration:
+                        return
+                    except asyncio.TimeoutError:
+                        raise _too_long(seconds) from None
+                    watched.piece(len(piece.token_ids))
+                    if piece.result is not None:
+                        watched.ended(piece.result)
+                    yield piece
+
+    async def beside(self, work: Callable[[], T]) -> T:
+        """What blocks runs in a thread; it takes its turn between two steps of the searches."""
+        return await anyio.to_thread.run_sync(work)
+
+
+def _too_long(seconds: float) -> Refusal:
+    return Refusal(
+        504, f"the request took more than {seconds:g} s and was given up", code="timeout"
+    )
