@@ -10,6 +10,7 @@ OLD_TRITON := build/triton-3.6.0
 TYPED := $(wildcard w2s_fast/*) kernels
 
 ALPACA := build/alpaca
+LM_EVAL := build/lm-eval
 # `make real ACCEPT_GEMMA_TERMS=1`: you have read and accept them. YES=1: do not ask before downloading.
 MODELS :=
 FETCH := fetch-models $(MODELS) $(if $(ACCEPT_GEMMA_TERMS),--accept-gemma-terms) $(if $(YES),--yes)
@@ -29,7 +30,7 @@ real: .venv/installed ## fetch real models (it asks first), steer them, show tab
 
 # Every worker would compile all test files anew where bytecode is not to be written.
 test: export PYTHONDONTWRITEBYTECODE =
-test: $(OLD_TRITON)/installed
+test: $(OLD_TRITON)/installed $(LM_EVAL)/installed
 test: .venv/installed ## run the tests, on all cores (at most 8)
 	W2S_FAST_BACKEND=interpret $(BIN)/pytest $(SPREAD) -m "not thorough" tests/interpret
 	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m "not (every_gpu or thorough)"
@@ -70,9 +71,9 @@ bench: .venv/installed ## time the parts and whole searches, and the search agai
 demo-models: .venv/installed ## train the bundled models anew (about 20 minutes on 2 cores)
 	$(BIN)/python -m w2s_fast.demo.train --out w2s_fast/demo
 
-real-adapter: .venv/installed ## train the bundled adapter anew (15 to 45 minutes on one core)
+real-adapter: .venv/installed ## train the bundled adapter anew (about 30 minutes on 2 cores)
 	$(BIN)/w2s-fast fetch-models smollm2-135m-instruct $(if $(YES),--yes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m w2s_fast.demo.tune --out w2s_fast/demo/adapter
+	$(BIN)/python -m w2s_fast.demo.tune --out w2s_fast/demo/adapter
 
 clean: ## remove everything that was built, .venv included
 	rm -rf .venv build dist *.egg-info w2s_fast/*.so
@@ -98,6 +99,12 @@ $(OLD_TRITON)/installed: | .venv/installed
 $(ALPACA)/installed: | .venv/installed
 	rm -rf $(@D)
 	$(BIN)/pip install --quiet --target $(@D) alpaca-eval==0.6.6 "setuptools<81"
+	touch $@
+
+# A client of the server, in tests/serve; by itself, for it brings its own of much that .venv has.
+$(LM_EVAL)/installed: | .venv/installed
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --target $(@D) "lm_eval[api]==0.4.13"
 	touch $@
 
 .venv/linters: .venv/installed

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.progress import Progress
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -14,12 +15,20 @@ from transformers import AutoModelForCausalLM
 from tests.support.tiny_models import save_tiny
 from w2s_fast.demo import adapter_path, held_out_beginnings
 from w2s_fast.demo.beginnings import training_beginnings
-from w2s_fast.demo.dpo import Pair
 from w2s_fast.real import REAL_MODELS, SMOLLM2
 
 peft = pytest.importorskip("peft")
 
-from w2s_fast.demo.tune import HUB_ID, Recipe, measured_on, train, write_card  # noqa: E402
+from w2s_fast.demo.tune import (  # noqa: E402
+    HUB_ID,
+    Group,
+    Recipe,
+    dpo_loss,
+    measured_on,
+    response_log_probs,
+    train,
+    write_card,
+)
 
 LAYERS, WIDTH = 30, 576  # of SmolLM2 135M
 
@@ -55,6 +64,39 @@ def test_the_bundled_adapter_has_a_card() -> None:
         assert told in card
 
 
+RIGHT = "accuracy on pairs of their samples"
+
+
+def test_the_extremes_of_a_group() -> None:
+    group = Group([1], [[i] for i in range(10)], [1 - i / 10 for i in range(10)])
+    ends = group.extremes(2)
+    assert ends.responses == [[0], [1], [8], [9]]
+    assert ends.rewards == [group.rewards[i] for i in (0, 1, 8, 9)]
+    assert len(group.extremes(99).rewards) == 10
+    assert ends.better(0.25).tolist() == [
+        [a - b > 0.25 for b in ends.rewards] for a in ends.rewards
+    ]
+
+
+def test_the_loss_is_the_mean_over_good_with_bad_ones() -> None:
+    group = Group([1], [[1], [2], [3], [4]], [0.9, 0.5, 0.45, 0.1])
+    ratios = torch.tensor([1.0, 0.0, 3.0, 5.0])
+    recipe = Recipe(margin=0.1, beta=0.5)
+    each = [-F.logsigmoid(torch.tensor(0.5 * m)) for m in (1.0 - 3.0, 1.0 - 5.0, 0.0 - 5.0)]
+    torch.testing.assert_close(dpo_loss(ratios, group, recipe), torch.stack(each).mean())
+
+
+def test_log_probs_are_those_of_a_forward_by_itself(tmp_path: Path) -> None:
+    model = tiny_adapter(save_tiny(tmp_path / "untuned"))
+    group = Group([65, 66], [[70, 71, 72], [80]], [1.0, 0.0])
+    with torch.no_grad():
+        found = response_log_probs(model, group)
+        for response, value in zip(group.responses, found, strict=True):
+            logits = model(input_ids=torch.tensor([group.prompt + response])).logits[0, 1:-1]
+            own = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
+            torch.testing.assert_close(value, own)
+
+
 def tiny_adapter(folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(0)
@@ -64,17 +106,18 @@ def tiny_adapter(folder: Path) -> Any:
 
 def test_training_prefers_the_chosen_and_is_the_same_again(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "untuned")
-    pairs = [Pair([65 + i], [70, 71, 72], [80, 81]) for i in range(8)]
-    recipe = Recipe(batch=3, epochs=4, lr=1e-2)
+    responses = [[70, 71, 72], [70, 72, 71], [80, 81], [81, 80]]
+    groups = [Group([65 + i], responses, [0.9, 0.8, 0.1, 0.0]) for i in range(6)]
+    recipe = Recipe(extremes=2, epochs=4, lr=1e-2)
     found = []
     for _ in range(2):
         model = tiny_adapter(folder)
-        assert measured_on(model, pairs, recipe)["accuracy on held-out pairs"] == 0.0
+        assert measured_on(model, groups, recipe)[RIGHT] == 0.0
         with Progress(disable=True) as progress:
-            assert train(model, list(pairs), recipe, progress) == 12
-        measured = measured_on(model, pairs, recipe)
-        assert measured["accuracy on held-out pairs"] == 1.0
-        assert measured["loss on held-out pairs"] < 0.6
+            assert train(model, list(groups), recipe, progress) == 4 * 6
+        measured = measured_on(model, groups, recipe)
+        assert measured[RIGHT] == 1.0
+        assert measured["that of the guide's choice among 8"] > 0.7
         found.append({n: w for n, w in model.state_dict().items() if "lora" in n})
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     # What the adapter stands on has not changed.

@@ -106,6 +106,9 @@ def serve(
     max_tokens: Annotated[
         int, option("--max-tokens", help="Of an answer that a body may ask for", panel=LIMITS)
     ] = 4096,
+    max_candidates: Annotated[
+        int, option("--max-candidates", help="Of a round: W * K, or N", panel=LIMITS)
+    ] = 256,
     max_prompts: Annotated[int, option("--max-prompts", help="In one body", panel=LIMITS)] = 128,
     max_body: Annotated[int, option("--max-body", help="Bytes", panel=LIMITS)] = 4 * 2**20,
     time_limit: Annotated[
@@ -217,6 +220,7 @@ def serve(
         body_bytes=max_body,
         prompts=max_prompts,
         tokens=max_tokens,
+        candidates=max_candidates,
         queue=max_queue,
         seconds=time_limit,
         drain_seconds=drain,

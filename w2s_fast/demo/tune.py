@@ -8,6 +8,7 @@ fetch-models`) and peft.
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +23,12 @@ from rich.progress import Progress
 from w2s_fast import Engine, SearchParams
 from w2s_fast.demo.beginnings import training_beginnings
 from w2s_fast.demo.card import recipe_and_numbers
-from w2s_fast.demo.dpo import Pair, response_log_probs
 from w2s_fast.demo.gold import gold_reward
 from w2s_fast.models import load_model
 from w2s_fast.real import SMOLLM2, real_model_path
 
+# What is measured: pairs whose gold rewards differ by more, and the choice among so many samples.
+_MEASURED_MARGIN, _PICKED_FROM = 0.2, 8
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the adapter's config says it goes with
 
 
@@ -35,30 +37,52 @@ class Recipe:
     """All that decides what the adapter becomes."""
 
     seed: int = 0
-    held_out_prompts: int = 8  # of the training prompts: their pairs measure, and train nothing
-    samples: int = 12  # a prompt
-    temperature: float = 1.0
-    max_new_tokens: int = 40
-    pairs: int = (
-        3  # a prompt: its best sample with its worst, its second with the last but one, ...
-    )
-    margin: float = 0.2  # pairs whose gold rewards lie closer are dropped
+    held_out_prompts: int = 8  # of the training prompts: their samples measure, and train nothing
+    samples: int = 24  # a prompt, drawn as the search draws them
+    temperature: float = 0.7
+    top_k: int = 50
+    max_new_tokens: int = 50
+    extremes: int = 4  # of a prompt each of its best so many makes a pair with each of its worst
+    margin: float = 0.1  # pairs whose gold rewards lie closer are dropped
     rank: int = 4
     alpha: int = 8
     beta: float = 0.1
     lr: float = 5e-4  # its peak
-    warmup: int = 5  # steps
-    batch: int = 4  # pairs a step
-    epochs: int = 2
+    warmup: int = 5  # steps; a step is a prompt
+    epochs: int = 3
 
 
-def preference_pairs(engine: Engine, prompts: list[str], recipe: Recipe) -> list[list[Pair]]:
-    """For each prompt, pairs of its own samples."""
+@dataclass(frozen=True)
+class Group:
+    """A prompt's samples as token ids, and the gold reward of each, best first."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    rewards: list[float]
+
+    def extremes(self, count: int) -> Group:
+        """So many of the best, and behind them as many of the worst."""
+        count = min(count, len(self.rewards) // 2)
+        ends = slice(0, count), slice(len(self.rewards) - count, None)
+        return Group(
+            self.prompt,
+            [response for end in ends for response in self.responses[end]],
+            [reward for end in ends for reward in self.rewards[end]],
+        )
+
+    def better(self, margin: float) -> torch.Tensor:
+        """Which response is better than which by more than this, bool [responses, responses]."""
+        rewards = torch.tensor(self.rewards)
+        return rewards[:, None] - rewards[None, :] > margin
+
+
+def ranked_samples(engine: Engine, prompts: list[str], recipe: Recipe) -> list[Group]:
+    """Each prompt's own samples, ranked."""
     params = SearchParams(
         method="sample",
         n=recipe.samples,
         temperature=recipe.temperature,
-        top_k=0,
+        top_k=recipe.top_k,
         max_new_tokens=recipe.max_new_tokens,
         seed=recipe.seed,
     )
@@ -69,75 +93,99 @@ def preference_pairs(engine: Engine, prompts: list[str], recipe: Recipe) -> list
             ((gold_reward(prompt + (h.text or "")), h.token_ids) for h in result.hypotheses),
             key=lambda each: -each[0],
         )
-        ids = tokenizer(prompt)["input_ids"]
-        found.append(
-            [
-                Pair(ids, chosen, rejected)
-                for (high, chosen), (low, rejected) in zip(
-                    ranked[: recipe.pairs], reversed(ranked), strict=False
-                )
-                if high - low > recipe.margin
-            ]
-        )
+        rewards, responses = [own for own, _ in ranked], [own for _, own in ranked]
+        found.append(Group(tokenizer(prompt)["input_ids"], responses, rewards))
     return found
 
 
-def in_batches(pairs: list[Pair], size: int) -> list[list[Pair]]:
-    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
-
-
-def margins(model: Any, batch: list[Pair], reference: torch.Tensor) -> torch.Tensor:
-    """Log-ratio of the chosen response to the reference less that of the rejected one, [pairs].
-
-    ``reference``: the log-probs of both without the adapter, [2, pairs].
-    """
-    ratios = response_log_probs(model, batch) - reference
-    return ratios[0] - ratios[1]
+def response_log_probs(model: Any, group: Group) -> torch.Tensor:
+    """Summed log-probs of the responses behind the prompt, in nats, [responses]."""
+    begin, count = len(group.prompt), len(group.responses)
+    width = begin + max(map(len, group.responses))
+    width = -(-width // 16) * 16 + 1  # few different widths, so that memory is found again
+    ids = torch.zeros(count, width, dtype=torch.long)
+    counted = torch.zeros(count, width, dtype=torch.bool)
+    for row, response in enumerate(group.responses):
+        end = begin + len(response)
+        ids[row, :end] = torch.tensor(group.prompt + response)
+        counted[row, begin:end] = True
+    counted = counted[:, 1:]
+    whole = model.get_base_model()
+    # Padding stands on the right, where no counted token can see it: no mask is needed. Logits are
+    # computed where they count.
+    hidden = whole.model(input_ids=ids[:, :-1]).last_hidden_state
+    log_probs = -F.cross_entropy(
+        whole.lm_head(hidden[counted]), ids[:, 1:][counted], reduction="none"
+    )
+    return torch.zeros(count).index_add(0, counted.nonzero()[:, 0], log_probs)
 
 
 @torch.no_grad()
-def without_adapter(model: Any, batches: list[list[Pair]]) -> list[torch.Tensor]:
-    """The log-probs of each batch, [2, pairs]."""
+def without_adapter(model: Any, group: Group) -> torch.Tensor:
     with model.disable_adapter():
-        return [response_log_probs(model, batch) for batch in batches]
+        return response_log_probs(model, group)
 
 
-def train(model: Any, pairs: list[Pair], recipe: Recipe, progress: Progress) -> int:
-    """Trains the adapter in place; how many steps it took. Loss: -log sigmoid(beta * margin)."""
+def dpo_loss(ratios: torch.Tensor, group: Group, recipe: Recipe) -> torch.Tensor:
+    """-log sigmoid(beta * margin), the mean over all pairs of one of the first half, and one of
+    the second. A response runs once, however many pairs it belongs to.
+
+    ``ratios``: log p with the adapter less log p without it, [responses].
+    """
+    half = len(group.rewards) // 2
+    margins = (ratios[:half, None] - ratios[None, half:])[group.better(recipe.margin)[:half, half:]]
+    return -F.logsigmoid(recipe.beta * margins).mean()
+
+
+def train(model: Any, groups: list[Group], recipe: Recipe, progress: Progress) -> int:
+    """Trains the adapter in place; how many steps it took."""
     rng = random.Random(recipe.seed)
-    rng.shuffle(pairs)
-    batches = in_batches(pairs, recipe.batch)
-    bar = progress.add_task("training", total=recipe.epochs * len(batches))
-    reference = without_adapter(model, batches)
+    groups = [group.extremes(recipe.extremes) for group in groups]
+    groups = [group for group in groups if group.better(recipe.margin).any()]
+    references = [without_adapter(model, group) for group in groups]
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.lr, weight_decay=0.0)
-    steps, step = recipe.epochs * len(batches), 0
+    steps, step = recipe.epochs * len(groups), 0
+    bar = progress.add_task("training", total=steps)
     for _ in range(recipe.epochs):
-        for b in rng.sample(range(len(batches)), len(batches)):
+        for i in rng.sample(range(len(groups)), len(groups)):
             rate = min(1.0, (step + 1) / recipe.warmup) * (1 - step / steps)
             optimizer.param_groups[0]["lr"] = recipe.lr * rate
-            loss = -F.logsigmoid(recipe.beta * margins(model, batches[b], reference[b])).mean()
+            ratios = response_log_probs(model, groups[i]) - references[i]
+            loss = dpo_loss(ratios, groups[i], recipe)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             step += 1
             progress.update(bar, advance=1, description=f"training, loss {loss.item():.3f}")
-            if step % 10 == 0 and not progress.console.is_terminal:
+            if step % 20 == 0 and not progress.console.is_terminal:
                 progress.console.print(f"step {step} of {steps}, loss {loss.item():.3f}")
     return steps
 
 
 @torch.no_grad()
-def measured_on(model: Any, pairs: list[Pair], recipe: Recipe) -> dict[str, float]:
-    batches = in_batches(pairs, recipe.batch)
-    references = without_adapter(model, batches)
-    found = torch.cat([margins(model, *each) for each in zip(batches, references, strict=True)])
+def measured_on(model: Any, groups: list[Group], recipe: Recipe) -> dict[str, float]:
+    """Of all pairs of these samples, and of the guide's choice among 8 of them at a time."""
+    right, margins, mean, picked, best = [], [], [], [], []
+    for group in groups:
+        ratios = response_log_probs(model, group) - without_adapter(model, group)
+        between = (ratios[:, None] - ratios[None, :])[group.better(_MEASURED_MARGIN)]
+        right.append((between > 0).float().mean().item())
+        margins.append(between.mean().item())
+        mean.append(statistics.mean(group.rewards))
+        # By turns, so that each part has good and bad ones.
+        for first in range(parts := max(1, len(group.rewards) // _PICKED_FROM)):
+            own = range(first, len(group.rewards), parts)
+            picked.append(group.rewards[own[int(ratios[list(own)].argmax())]])
+            best.append(group.rewards[first])
     return {
-        "held-out pairs": len(pairs),
-        "loss on held-out pairs": -F.logsigmoid(recipe.beta * found).mean().item(),
-        "accuracy on held-out pairs": (found > 0).float().mean().item(),
-        "mean log-ratio margin on held-out pairs (nats)": found.mean().item(),
+        "held-out prompts": len(groups),
+        "accuracy on pairs of their samples": statistics.mean(right),
+        "mean log-ratio margin of these pairs (nats)": statistics.mean(margins),
+        "mean gold reward of these samples": statistics.mean(mean),
+        f"that of the guide's choice among {_PICKED_FROM}": statistics.mean(picked),
+        f"that of the best among {_PICKED_FROM}": statistics.mean(best),
     }
 
 
@@ -145,12 +193,11 @@ def make_adapter(untuned: Path, recipe: Recipe, out: Path, progress: Progress) -
     """Writes the adapter as PEFT does, in bfloat16, and returns what was measured."""
     start = time.perf_counter()
     prompts = training_beginnings()
-    grouped = preference_pairs(Engine(base=untuned, device="cpu"), prompts, recipe)
-    split = len(grouped) - recipe.held_out_prompts
-    training = [pair for pairs in grouped[:split] for pair in pairs]
-    test = [pair for pairs in grouped[split:] for pair in pairs]
+    groups = ranked_samples(Engine(base=untuned, device="cpu"), prompts, recipe)
+    split = len(groups) - recipe.held_out_prompts
+    training, test = groups[:split], groups[split:]
     sampled = time.perf_counter()
-    progress.console.print(f"{len(training)} and {len(test)} pairs, {sampled - start:.0f} s")
+    progress.console.print(f"sampled, {sampled - start:.0f} s")
     torch.manual_seed(recipe.seed)  # of the adapter's first weights
     config = peft.LoraConfig(
         r=recipe.rank,
@@ -163,7 +210,7 @@ def make_adapter(untuned: Path, recipe: Recipe, out: Path, progress: Progress) -
     stored = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in stored:  # what is measured is what is stored
         weight.data = weight.data.bfloat16().float()
-    measured: dict[str, float] = {"training pairs": len(training), "steps": steps}
+    measured: dict[str, float] = {"training prompts": len(training), "steps": steps}
     measured |= measured_on(model, test, recipe)
     for weight in stored:
         weight.data = weight.data.bfloat16()
@@ -193,7 +240,8 @@ def write_card(recipe: Recipe, measured: dict[str, float], out: Path) -> None:
         "- **Data.** Samples of the base model itself (GGUF Q4_1, unpacked) behind 80 beginnings",
         "  (`beginnings_train.txt`), ranked by VADER's sentiment, averaged over sentences.",
         "- **Method.** Direct preference optimisation (arXiv 2305.18290) of a LoRA on all linear",
-        "  layers (arXiv 2106.09685), stored in bfloat16.",
+        "  layers (arXiv 2106.09685), stored in bfloat16. Every good sample of a prompt makes a",
+        "  pair with every bad one, and runs once for all of its pairs.",
         "- **Licence.** Apache-2.0, as the base model's and this package's.",
         "- **Limits.** It prefers praise, whether deserved or not, as VADER's word list has it.",
         "",
@@ -205,7 +253,7 @@ def write_card(recipe: Recipe, measured: dict[str, float], out: Path) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="folder that the adapter is written to")],
     seed: Annotated[int, typer.Option(help="decides samples, order and first weights")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads; the last bits depend on it")] = 2,
 ) -> None:
     """Train the adapter that is bundled with the package."""
     torch.set_num_threads(threads)

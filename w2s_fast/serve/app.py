@@ -49,6 +49,11 @@ def build_app(
             f"max_new_tokens is {defaults.max_new_tokens} by default; allowed: "
             f"{settings.limits.tokens}"
         )
+    if defaults.rows > settings.limits.candidates:
+        raise InvalidRequest(
+            f"a round has {defaults.rows} candidates by default; allowed: "
+            f"{settings.limits.candidates}"
+        )
     engine.make_request(engine.encode("" if engine.tokenizer else [0]), defaults)
 
     @asynccontextmanager

@@ -75,7 +75,16 @@ class Service:
             )
 
     def params(self, fields: SearchFields) -> SearchParams:
-        return fields.params(self.defaults, self.settings.limits.tokens)
+        """What a body asks for. InvalidRequest or Refusal: it may not be had."""
+        limits = self.settings.limits
+        params = fields.params(self.defaults, limits.tokens)
+        if params.rows > limits.candidates:
+            raise Refusal(
+                400,
+                f"a round has {params.rows} candidates; allowed: {limits.candidates}",
+                param="n" if params.method in ("sample", "fusion", "dynamic_fusion") else None,
+            )
+        return params
 
     def check_prompts(self, count: int) -> None:
         """Refusal: too many."""
