@@ -15,7 +15,7 @@ LM_EVAL := build/lm-eval
 MODELS :=
 FETCH := fetch-models $(MODELS) $(if $(ACCEPT_GEMMA_TERMS),--accept-gemma-terms) $(if $(YES),--yes)
 
-.PHONY: help demo real test real-test thorough alpaca aot lint bench demo-models real-adapter clean
+.PHONY: help demo serve real test real-test thorough alpaca aot lint bench demo-models real-adapter clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -23,6 +23,9 @@ help: ## list the targets
 
 demo: .venv/installed ## steer the bundled models, show the table and a search tree
 	$(BIN)/w2s-fast demo
+
+serve: .venv/installed ## serve the bundled models, with a page to look at, on port 8000
+	$(BIN)/w2s-fast serve
 
 real: .venv/installed ## fetch real models (it asks first), steer them, show table and trees
 	$(BIN)/w2s-fast $(FETCH)

@@ -196,9 +196,10 @@ BeamContents Beams::contents(bool of_kept, std::size_t beam) const {
                     slots.data() + beam * prompt_ends_.size(), of_kept);
 }
 
-std::vector<RoundContents> Beams::trace() const {
+std::vector<RoundContents> Beams::trace(std::size_t first) const {
     std::vector<RoundContents> rounds;
-    for (const Recorded& recorded : recorded_) {
+    for (std::size_t i = first; i < recorded_.size(); ++i) {
+        const Recorded& recorded = recorded_[i];
         RoundContents& round = rounds.emplace_back();
         round.kept = recorded.kept;
         for (const Beam& beam : recorded.candidates) {
@@ -459,6 +460,8 @@ std::vector<std::vector<PageCopy>> Beams::end_round(std::vector<std::int32_t> wi
         }
         to_copy[m] = std::move(forks.copies);
     }
+    judged_ += std::ssize(candidates_);
+    chosen_ += std::ssize(kept);
     if (settings_.trace) {
         recorded_.push_back({candidates_, winners});  // it takes over their blocks
     } else {

@@ -168,6 +168,9 @@ public:
     bool holds() const { return open_ || (!kept_.empty() && !aside_); }
     bool done() const;                             // all hypotheses are finished
     std::int64_t sampled() const { return sampled_; }
+    // Candidates of all rounds that have ended, and those that were kept.
+    std::int64_t judged() const { return judged_; }
+    std::int64_t chosen() const { return chosen_; }
     std::int64_t scored() const { return scored_; }
     // Blocks that there is room for: those in use, and those that were given up.
     std::int64_t blocks() const { return std::ssize(blocks_); }
@@ -201,7 +204,7 @@ public:
                     std::vector<float>& logprobs) const;
 
     BeamContents contents(bool of_kept, std::size_t beam) const;
-    std::vector<RoundContents> trace() const;
+    std::vector<RoundContents> trace(std::size_t first = 0) const;  // from that round on
 
     // Whether a response of so many tokens ends with its last one, and why.
     Finish finish_of(std::int32_t token, std::int32_t length) const;
@@ -310,6 +313,8 @@ private:
     bool aside_ = false;
     std::int32_t shared_ = 0;
     std::int64_t sampled_ = 0;
+    std::int64_t judged_ = 0;
+    std::int64_t chosen_ = 0;
     std::int64_t scored_ = 0;
     std::vector<Beam> kept_;
     std::vector<Beam> candidates_;

@@ -128,6 +128,8 @@ void bind_beams(py::module_& module) {
         .def_property_readonly("holds", &Beams::holds)
         .def_property_readonly("done", &Beams::done)
         .def_property_readonly("sampled", &Beams::sampled)
+        .def_property_readonly("judged", &Beams::judged)
+        .def_property_readonly("chosen", &Beams::chosen)
         .def_property_readonly("scored", &Beams::scored)
         .def_property_readonly("shared", &Beams::shared)
         .def_property_readonly("tokens_left", &Beams::tokens_left)
@@ -161,7 +163,7 @@ void bind_beams(py::module_& module) {
                 self.end_text(candidate, length, ending);
             }, py::arg("candidate"), py::arg("length"), py::arg("ending"))
         .def("pause", &Beams::pause, py::arg("candidate"), py::arg("length"))
-        .def("trace", &Beams::trace)
+        .def("trace", &Beams::trace, py::arg("first") = 0)
         .def("slot_of_first", [](const Beams& self, int model) {
                 if (self.candidates().empty()) throw py::index_error("no round is under way");
                 return self.slot(0, model);

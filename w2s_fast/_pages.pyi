@@ -260,6 +260,12 @@ class Beams:
     def sampled(self) -> int:
         """Tokens sampled so far."""
     @property
+    def judged(self) -> int:
+        """Candidates of the rounds that have ended."""
+    @property
+    def chosen(self) -> int:
+        """Those of them that were kept."""
+    @property
     def scored(self) -> int:
         """Tokens scored so far, by each guide."""
     @property
@@ -288,7 +294,8 @@ class Beams:
         """The hypotheses, best first; within a round they are the candidates' parents."""
     @property
     def candidates(self) -> list[Beam]: ...
-    def trace(self) -> list[BeamsOfRound]: ...
+    def trace(self, first: int = 0) -> list[BeamsOfRound]:
+        """Rounds that have ended, from that one on."""
     def set_extras(self, extras: NDArray[np.float64]) -> None: ...
     def slot_of_first(self, model: int) -> int:
         """The first candidate's slot, which has the pages of its parent."""

@@ -21,6 +21,7 @@ class RequestStats:
         decode_s: all other passes of the base, with sampling and forks.
         scoring_s: passes of the guides over new tokens, and selections.
         rounds: selections; without a guide there is one, at the end.
+        candidates: of all of them; kept: those that went on, or were the answer.
         set_aside: how often it gave up its pages and was recomputed.
         cached_tokens: prompt tokens that the base did not run for it, but found in the prefix
             cache: an earlier request ran them, or one that entered in the same step.
@@ -31,6 +32,8 @@ class RequestStats:
     decode_s: float = 0.0
     scoring_s: float = 0.0
     rounds: int = 0
+    candidates: int = 0
+    kept: int = 0
     set_aside: int = 0
     cached_tokens: int = 0
     waiting_since: float = field(default_factory=time.perf_counter, repr=False)

@@ -195,3 +195,32 @@ def test_texts_encoded_at_the_same_time_do_not_disturb_each_other() -> None:
     with mock.patch.object(type(tokenizer), "__call__", watched):
         run(main())
     assert most == 1
+
+
+def test_rounds_are_told_as_they_end_and_before_the_text_that_they_make_certain() -> None:
+    e = engine(eos=())
+    (expected,) = e.generate([PROMPTS[0]], replace(SEARCH, max_new_tokens=24))
+    assert expected.trace is not None
+
+    async def watch() -> list[Any]:
+        async with AsyncEngine(e) as shared:
+            params = replace(SEARCH, max_new_tokens=24, trace=False)
+            return [each async for each in shared.watch(PROMPTS[0], params)]
+
+    told = asyncio.run(watch())
+    rounds = [each for each in told if not isinstance(each, StreamPiece)]
+    assert rounds == expected.trace.rounds
+    pieces = [each for each in told if isinstance(each, StreamPiece)]
+    assert pieces[-1] is told[-1] and pieces[-1].result is not None
+    assert [t for piece in pieces for t in piece.token_ids] == expected.token_ids
+    # What is certain after a round, all of its survivors begin with.
+    certain: list[int] = []
+    last = None
+    for each in told[:-1]:
+        if isinstance(each, StreamPiece):
+            certain += each.token_ids
+            assert last is not None
+            for k in last.kept:
+                assert last.candidates[k].token_ids[: len(certain)] == certain
+        else:
+            last = each

@@ -38,6 +38,7 @@ ROUTES = [
     ("/v1/score", "POST"),
     ("/tokenize", "POST"),
     ("/detokenize", "POST"),
+    ("/live", "POST"),
     ("/v1/models/{name}", "GET"),
 ]
 

@@ -14,6 +14,8 @@ from tests.serve.conftest import DEFAULTS
 from tests.support.servers import Running
 from w2s_fast import SearchParams
 
+AS_JSON = {"content-type": "application/json"}
+
 
 def ask(http: httpx2.Client, **body: Any) -> dict[str, Any]:
     answer = http.post("/v1/completions", json={"seed": 5, **body})
@@ -152,7 +154,7 @@ def test_what_cannot_be_is_a_400_that_says_why(
     http: httpx2.Client, body: dict[str, Any], why: str
 ) -> None:
     content = json.dumps({"prompt": "ab", **body})  # writes Infinity and half a character, too
-    answer = http.post("/v1/completions", content=content.encode())
+    answer = http.post("/v1/completions", content=content.encode(), headers=AS_JSON)
     assert answer.status_code == (400 if why else 200), answer.text
     if why:
         error = answer.json()["error"]
@@ -165,8 +167,15 @@ def test_what_cannot_be_is_a_400_that_says_why(
     "content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 100_000, b'{"prompt": NaN}']
 )
 def test_what_is_no_body_is_a_400(http: httpx2.Client, content: bytes) -> None:
-    answer = http.post("/v1/completions", content=content)
+    answer = http.post("/v1/completions", content=content, headers=AS_JSON)
     assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def test_a_body_that_is_sent_as_a_form_is_told_how(http: httpx2.Client) -> None:
+    for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}):
+        answer = http.post("/v1/completions", content=b'{"prompt": "ab"}', headers=headers)
+        assert answer.status_code == 400
+        assert "Content-Type: application/json" in answer.json()["error"]["message"]
 
 
 def test_the_error_names_its_field(http: httpx2.Client) -> None:

@@ -23,6 +23,7 @@ from tests.support.servers import Running, running
 from tests.support.tiny_models import byte_tokenizer, tiny_model
 from w2s_fast import Engine, Guide
 
+AS_JSON = {"content-type": "application/json"}
 BODY = {"prompt": "ab", "seed": 5, "max_tokens": 60, "ignore_eos": True}
 
 
@@ -74,7 +75,7 @@ def test_a_body_has_a_size(server: Running) -> None:
                 yield b"a" * 100
             yield b'"}'
 
-        answer = http.post("/v1/completions", content=pieces())
+        answer = http.post("/v1/completions", content=pieces(), headers=AS_JSON)
         assert answer.status_code == 413
         assert http.post("/v1/completions", json={"prompt": "ab"}).status_code == 200
 
@@ -146,7 +147,8 @@ def test_a_slow_reader_holds_nobody_up_and_gets_everything(server: Running) -> N
     with closing(socket.create_connection((parts.hostname, parts.port))) as connection:
         connection.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+            % (len(content), content)
         )
         with client(server) as http:
             whole = http.post("/v1/completions", json=BODY).json()["choices"][0]["text"]
@@ -274,6 +276,12 @@ def test_what_is_counted(server: Running, http: httpx2.Client) -> None:
     assert grew(f"w2s:e2e_request_latency_seconds_count{label}") == 2
     assert grew(f"w2s:time_to_first_token_seconds_count{label}") == 1
     assert grew(f"w2s:rounds_total{label}") == 2 * found["w2s"]["rounds"]
+    candidates = (
+        grew(f"w2s:candidates_kept_total{label}"),
+        grew(f"w2s:candidates_pruned_total{label}"),
+    )
+    assert sum(candidates) == 2 * 4 * found["w2s"]["rounds"]  # W=K=2
+    assert candidates[0] == candidates[1]
     for name in ("num_requests_running", "num_requests_waiting"):
         assert after[f"w2s:{name}{label}"] == 0
     assert 0 <= after['w2s:kv_cache_usage_perc{model="base",model_name="tiny"}'] <= 1

@@ -14,6 +14,7 @@ from w2s_fast.cli.fetch_models import fetch_models
 from w2s_fast.cli.generate import generate
 from w2s_fast.cli.serve import serve
 from w2s_fast.cli.threads import let_threads_sleep
+from w2s_fast.cli.trace import trace
 
 app = typer.Typer(
     name="w2s-fast",
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Weak-to-strong search: a large frozen model writes, two small models steer.",
 )
-for command in (demo, generate, serve, fetch_models, doctor):
+for command in (demo, generate, serve, trace, fetch_models, doctor):
     app.command()(command)
 app.add_typer(evaluation, name="eval")
 

@@ -228,7 +228,7 @@ def serve(
     settings = ServerSettings(
         name=name or _name_of(models),
         limits=limits,
-        api_keys=tuple(map(SecretStr, api_key or ())),
+        api_keys=tuple(map(SecretStr, filter(None, api_key or ()))),
         log_text=log_text,
     )
     engine = load_engine(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -16,7 +18,7 @@ from w2s_fast.engine.stream import StreamPiece
 from w2s_fast.errors import Aborted, EngineFailure, W2SFastError
 from w2s_fast.models import ModelSource
 from w2s_fast.params import SearchParams
-from w2s_fast.result import SearchResult
+from w2s_fast.result import Round, SearchResult
 from w2s_fast.search import Guide, Request
 from w2s_fast.stats import EngineStats
 from w2s_fast.text import Prompt
@@ -95,6 +97,31 @@ class AsyncEngine:
                 if piece is not None:
                     yield piece
             yield pieces.last(self._result(caller))
+        finally:
+            self._leave(caller)
+
+    async def watch(
+        self, prompt: Prompt, params: SearchParams | None = None, *, priority: int = 0
+    ) -> AsyncIterator[StreamPiece | Round]:
+        """:meth:`stream`, and between its pieces every round as it ends; the trace is recorded.
+
+        A round comes before the text that it made certain.
+        """
+        params = replace(params or SearchParams(), trace=True)
+        caller = await self._submit(prompt, params, priority, streams=True)
+        try:
+            pieces = self.engine.pieces(caller.request)
+            while not caller.over:
+                await caller.news()
+                for each in caller.new_rounds():
+                    yield each
+                piece = pieces.next(caller.request.agreed)
+                if piece is not None:
+                    yield piece
+            result = self._result(caller)
+            for each in caller.new_rounds():
+                yield each
+            yield pieces.last(result)
         finally:
             self._leave(caller)
 
@@ -220,6 +247,9 @@ class _Caller:
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._told = 0  # tokens
+        # Rounds are read by the thread that takes the steps, between two of them.
+        self._rounds: deque[Round] = deque()
+        self._seen = 0  # rounds
 
     @property
     def over(self) -> bool:
@@ -236,9 +266,17 @@ class _Caller:
 
         RuntimeError if the task's loop was closed: nobody is left who waits.
         """
-        if self.request.ended or len(self.request.agreed) > self._told:
+        rounds = self.request.rounds(self._seen) if self.request.params.trace else []
+        self._seen += len(rounds)
+        self._rounds.extend(rounds)
+        if self.request.ended or rounds or len(self.request.agreed) > self._told:
             self._told = len(self.request.agreed)
             self._loop.call_soon_threadsafe(self._news.set)
+
+    def new_rounds(self) -> Iterator[Round]:
+        """Those that have ended and were not told yet, of a request with a trace."""
+        while self._rounds:
+            yield self._rounds.popleft()
 
     def fail(self, failure: W2SFastError) -> None:
         """There will be no more news of the request."""

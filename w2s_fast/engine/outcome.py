@@ -15,6 +15,7 @@ from w2s_fast.text import decode_response
 
 def result_of(request: Request, tokenizer: PreTrainedTokenizerBase | None) -> SearchResult:
     """The result of a request that has ended; carries its error if it failed."""
+    request.stats.candidates, request.stats.kept = request.beams.judged, request.beams.chosen
     if request.error is not None:
         return failed(request.error, request)
     beams = request.beams.kept[: request.params.n]

@@ -202,8 +202,8 @@ class Request:
             return self.agreed
         return self.beams.agreed()
 
-    def rounds(self) -> list[Round]:
-        """All rounds that have ended, if they were to be traced."""
+    def rounds(self, first: int = 0) -> list[Round]:
+        """The rounds that have ended, from that one on, if they were to be traced."""
         return [
             Round(
                 [
@@ -212,7 +212,7 @@ class Request:
                 ],
                 one.kept,
             )
-            for one in self.beams.trace()
+            for one in self.beams.trace(first)
         ]
 
     def score_of(self, beam: Beam) -> float | None:

@@ -5,7 +5,9 @@ the process starts and stops. What a search is, it does not know.
 """
 
 from w2s_fast.serve.app import build_app
+from w2s_fast.serve.live import saved_events
+from w2s_fast.serve.page import saved_page
 from w2s_fast.serve.run import run_server
 from w2s_fast.serve.settings import Limits, ServerSettings
 
-__all__ = ["Limits", "ServerSettings", "build_app", "run_server"]
+__all__ = ["Limits", "ServerSettings", "build_app", "run_server", "saved_events", "saved_page"]

@@ -7,15 +7,17 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 
 from w2s_fast.engine import AsyncEngine, Engine
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.params import SearchParams
-from w2s_fast.serve import chat, completions, refusals, scores, tokens
+from w2s_fast.serve import chat, completions, live, refusals, scores, tokens
 from w2s_fast.serve.chat import ChatBody
 from w2s_fast.serve.completions import CompletionBody
+from w2s_fast.serve.live import LiveBody
 from w2s_fast.serve.middleware import Guard
+from w2s_fast.serve.page import live_page
 from w2s_fast.serve.refusals import JSON, Refusal, respond
 from w2s_fast.serve.scores import ScoreBody
 from w2s_fast.serve.service import Service
@@ -70,7 +72,6 @@ def build_app(
         default_response_class=JSON,
         docs_url=None,
         redoc_url=None,
-        strict_content_type=False,  # curl's own is that of a form
         responses=_ERRORS,
     )
     refusals.install(app)
@@ -156,6 +157,22 @@ def _add_routes(app: FastAPI) -> None:
     async def tokenizer_info(request: Request) -> Response:
         """What clients that tokenise by themselves need to know."""
         return JSON(tokens.tokenizer_info(service_of(request)))
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(live_page())
+
+    @app.get("/live", include_in_schema=False)
+    async def live_about(request: Request) -> Response:
+        return JSON(live.about(service_of(request)))
+
+    @app.post("/live", tags=["page"])
+    async def live_search(body: LiveBody, request: Request) -> Response:
+        """A search told round by round."""
+        service = service_of(request)
+        service.check_model(body.model)
+        params = service.params(body)
+        return streamed(service, live.live(service, body, params), 1)
 
     @app.get("/health", tags=["operation"])
     async def health() -> Response:

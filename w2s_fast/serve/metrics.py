@@ -155,6 +155,8 @@ class Metrics:
             self.prefill.observe(result.stats.prefill_s)
             self.decode.observe(result.stats.decode_s)
             self.scoring.observe(result.stats.scoring_s)
+            self.kept.inc(result.stats.kept)
+            self.pruned.inc(result.stats.candidates - result.stats.kept)
 
     def render(self) -> bytes:
         """In Prometheus' text format."""

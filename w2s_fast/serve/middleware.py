@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from w2s_fast.serve.refusals import TOO_LARGE, Refusal, respond
 from w2s_fast.serve.settings import ServerSettings
+from w2s_fast.serve.spans import INCOMING
 
 log = logging.getLogger("w2s_fast.serve")
 _OPEN = ("/health", "/ready", "/metrics", "/")  # without a key: these say nothing of anybody's text
@@ -36,6 +37,7 @@ class Guard:
         fine = given.isprintable() and 0 < len(given) <= _LONGEST_ID
         request_id = given if fine else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        INCOMING.set({name.decode("latin-1"): v.decode("latin-1") for name, v in headers.items()})
         begin = time.perf_counter()
         status = 499  # as nginx has it: the client left before there was an answer
 
@@ -70,7 +72,7 @@ class Guard:
             return Refusal(400, "content-length is no number")
         if int(length) > self._most:
             return self._too_large()
-        if self._keys and scope["path"] not in _OPEN and not scope["path"].startswith("/static/"):
+        if self._keys and scope["path"] not in _OPEN:
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             found = kind.lower() == b"bearer" and any(
                 hmac.compare_digest(key.strip(), own) for own in self._keys

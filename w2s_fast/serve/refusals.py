@@ -81,6 +81,9 @@ def as_refusal(error: Exception) -> Refusal:
 def refusal_of_body(error: RequestValidationError) -> Refusal:
     """Of a body that does not have the shape that is wanted: its first fault."""
     first = error.errors()[0]
+    if first["loc"] == ("body",) and isinstance(first.get("input"), (bytes, str)):
+        # Else any page that a browser shows could have it send bodies here.
+        return Refusal(400, "the body is not sent as JSON; allowed: Content-Type: application/json")
     # Of a field that may be several kinds of value the place names the kind that was tried, too.
     _, *found = first["loc"]
     place = [str(part) for part in found if part not in _KINDS and "[" not in str(part)]

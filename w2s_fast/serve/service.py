@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from typing import TypeVar
 
 import anyio
@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from w2s_fast.engine import AsyncEngine, StreamPiece
 from w2s_fast.params import SearchParams
-from w2s_fast.result import SearchResult
+from w2s_fast.result import Round, SearchResult
 from w2s_fast.serve.gate import Gate
 from w2s_fast.serve.metrics import Metrics
 from w2s_fast.serve.refusals import Refusal
 from w2s_fast.serve.search_fields import SearchFields
 from w2s_fast.serve.settings import ServerSettings
-from w2s_fast.text import Prompt
+from w2s_fast.serve.spans import RequestSpan, request_span
+from w2s_fast.text import Prompt, decode_response
 
 T = TypeVar("T")
 
@@ -58,6 +59,15 @@ class Service:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(found)
+
+    def decoder(self, prompt: Prompt) -> Callable[[list[int]], str]:
+        """For responses to this prompt. Without a tokenizer they are shown as numbers."""
+        engine = self.engine.engine
+        tokenizer = engine.tokenizer
+        if tokenizer is None:
+            return str
+        ids = engine.encode(prompt)
+        return lambda response: decode_response(tokenizer, ids, response)
 
     @property
     def alive(self) -> bool:
@@ -104,10 +114,22 @@ class Service:
             raise _too_long(seconds) from None
 
     async def search(self, prompt: Prompt, params: SearchParams) -> SearchResult:
-        with self.metrics.request() as watched:
-            result = await self.engine.generate(prompt, params)
+        with self.metrics.request() as watched, self._span(params) as span:
+            if span.records:  # then somebody wants to see its rounds
+                async with aclosing(self.engine.watch(prompt, params)) as told:  # type: ignore[type-var]
+                    async for each in told:
+                        if isinstance(each, Round):
+                            span.round(each)
+                        elif each.result is not None:
+                            result = each.result
+            else:
+                result = await self.engine.generate(prompt, params)
             watched.ended(result)
+            span.ended(result)
             return result
+
+    def _span(self, params: SearchParams) -> AbstractContextManager[RequestSpan]:
+        return request_span(self.settings.name, params)
 
     async def search_all(
         self, prompts: Sequence[Prompt], params: Sequence[SearchParams]
@@ -123,10 +145,25 @@ class Service:
 
     async def stream(self, prompt: Prompt, params: SearchParams) -> AsyncIterator[StreamPiece]:
         """Pieces as they become certain. Refusal after the time that a request may take."""
+        async for piece in self._told(prompt, params):
+            if isinstance(piece, StreamPiece):
+                yield piece
+
+    async def watch(
+        self, prompt: Prompt, params: SearchParams
+    ) -> AsyncIterator[StreamPiece | Round]:
+        """The same, and rounds as they end."""
+        async for each in self._told(prompt, params, rounds=True):
+            yield each
+
+    async def _told(
+        self, prompt: Prompt, params: SearchParams, *, rounds: bool = False
+    ) -> AsyncIterator[StreamPiece | Round]:
         seconds = self.settings.limits.seconds
-        with self.metrics.request() as watched:
+        with self.metrics.request() as watched, self._span(params) as span:
+            ask = self.engine.watch if rounds or span.records else self.engine.stream
             deadline = asyncio.get_running_loop().time() + seconds
-            async with aclosing(self.engine.stream(prompt, params)) as pieces:  # type: ignore[type-var]
+            async with aclosing(ask(prompt, params)) as pieces:  # type: ignore[type-var]
                 while True:
                     left = deadline - asyncio.get_running_loop().time()
                     try:
@@ -135,9 +172,13 @@ class Service:
                         return
                     except asyncio.TimeoutError:
                         raise _too_long(seconds) from None
-                    watched.piece(len(piece.token_ids))
-                    if piece.result is not None:
-                        watched.ended(piece.result)
+                    if isinstance(piece, StreamPiece):
+                        watched.piece(len(piece.token_ids))
+                        if piece.result is not None:
+                            watched.ended(piece.result)
+                            span.ended(piece.result)
+                    else:
+                        span.round(piece)
                     yield piece
 
     async def beside(self, work: Callable[[], T]) -> T:
