@@ -70,9 +70,11 @@ def test_the_public_face_is_there_and_torch_is_imported_only_for_the_engine(
 
 @pytest.mark.long
 def test_the_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = (
+    blocks = (
         block.split("```")[0] for block in (ROOT / "README.md").read_text().split("```python\n")[1:]
     )
+    # Those that ask a server run in tests/serve.
+    first, second = (block for block in blocks if "localhost" not in block)
     exec(f"{first}\nprint('second')\n{second}", {"__name__": "__main__"})
     printed = capsys.readouterr().out.splitlines()
     assert printed.index("second") == 2
@@ -157,6 +159,13 @@ def test_a_wheel_holds_the_compiled_page_manager_and_nothing_of_the_tests(
 def test_a_wheel_holds_the_bundled_models(wheel_files: set[str], model: str) -> None:
     needed = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {f"w2s_fast/demo/{model}/{name}" for name in needed} <= wheel_files
+
+
+@pytest.mark.thorough
+def test_a_wheel_holds_the_server_s_page(wheel_files: set[str]) -> None:
+    names = {path.name for path in (ROOT / "w2s_fast" / "serve" / "page").iterdir()}
+    assert "page.html" in names
+    assert {f"w2s_fast/serve/page/{name}" for name in names} <= wheel_files
 
 
 @pytest.mark.thorough

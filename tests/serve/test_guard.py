@@ -230,28 +230,45 @@ def test_a_server_that_stops_lets_those_within_end_and_nobody_in() -> None:
         assert error_of(answer)["code"] == "stopping" and answer.headers["retry-after"]
 
 
-def test_every_answer_has_an_id_and_a_line_without_text(
-    server: Running, http: httpx2.Client
-) -> None:
-    lines: list[logging.LogRecord] = []
+@contextmanager
+def logged() -> Iterator[list[dict[str, Any]]]:
+    lines: list[dict[str, Any]] = []
     handler = logging.Handler()
-    handler.emit = lines.append  # type: ignore[method-assign]
+    handler.emit = lambda record: lines.append(vars(record))  # type: ignore[method-assign]
     log = logging.getLogger("w2s_fast.serve")
     log.addHandler(handler)
     level = log.level
     log.setLevel(logging.INFO)
     try:
-        own = http.post("/v1/completions", json=BODY, headers={"x-request-id": "mine-1"})
-        other = http.post("/v1/completions", json={**BODY, "n": 0})
-        until(lambda: len(lines) == 2)
+        yield lines
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+
+
+def test_every_answer_has_an_id_and_lines_without_text(
+    server: Running, http: httpx2.Client
+) -> None:
+    with logged() as lines:
+        own = http.post("/v1/completions", json=BODY, headers={"x-request-id": "mine-1"})
+        other = http.post("/v1/completions", json={**BODY, "n": 0})
+        until(lambda: len(lines) == 3)
     assert own.headers["x-request-id"] == "mine-1" and other.headers["x-request-id"]
-    told = [vars(line) for line in lines]
-    assert [line["status"] for line in told] == [200, 400]
-    assert told[0]["request_id"] == "mine-1" and told[0]["path"] == "/v1/completions"
-    assert not any(own.json()["choices"][0]["text"] in str(line) for line in told)
+    answer, first, second = lines
+    assert (answer["msg"], first["msg"], second["msg"]) == ("answer", "request", "request")
+    assert answer["request_id"] == first["request_id"] == "mine-1"
+    assert first["path"] == "/v1/completions" and [first["status"], second["status"]] == [200, 400]
+    assert answer["completion_tokens"] == own.json()["usage"]["completion_tokens"]
+    assert not any(own.json()["choices"][0]["text"] in str(line) for line in lines)
+
+
+def test_texts_are_in_the_log_where_that_was_asked_for() -> None:
+    with running(make_engine(), DEFAULTS, log_text=True) as server, client(server) as http:
+        for body in ({"prompt": "ab"}, {"prompt": "ab", "stream": True}):
+            with logged() as lines:
+                http.post("/v1/completions", json={**body, "seed": 5})
+                until(lambda: len(lines) == 2)
+            assert lines[0]["prompt"] == "ab" and lines[0]["texts"][0]
 
 
 def test_what_is_counted(server: Running, http: httpx2.Client) -> None:

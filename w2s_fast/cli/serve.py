@@ -132,6 +132,14 @@ def serve(
     weight: Annotated[
         list[float] | None, option("--weight", help="Factor of a guide's score.", panel=MODELS)
     ] = None,
+    allow_pickles: Annotated[
+        bool,
+        option(
+            "--allow-pickles",
+            help="Read weights that are not in safetensors or GGUF, too.",
+            panel=MODELS,
+        ),
+    ] = False,
     tokenizer: Annotated[
         str | None,
         option("--tokenizer", help="Of the base, where it does not lie with it", panel=MODELS),
@@ -216,6 +224,8 @@ def serve(
         given.setdefault("method", "sample")
     defaults = SearchParams(**given)
     check_models(defaults, models)
+    if not allow_pickles:
+        _check_weights(models)
     limits = Limits(
         body_bytes=max_body,
         prompts=max_prompts,
@@ -247,6 +257,37 @@ def serve(
         engine.tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     engine.warm_up()
     run_server(build_app(engine, settings, defaults), settings, host, port)
+
+
+def _check_weights(models: Models) -> None:
+    """InvalidRequest: a model's weights are pickles, which may hold code.
+
+    Of a hub id that cannot be looked at, the loading says so.
+    """
+    from w2s_fast.models import find_files
+
+    for role, source in models.named().items():
+        where = find_files(source)
+        folder = Path(where.name)
+        if folder.is_dir():
+            names = [path.name for path in folder.iterdir()]
+        else:
+            names = _names_on_the_hub(where.name)
+        safe = any(name.endswith((".safetensors", ".gguf")) for name in names)
+        if names and not safe and any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+            raise InvalidRequest(
+                f"{role} ({source}) has its weights as pickles, which may hold code; allowed: "
+                "safetensors, GGUF, or --allow-pickles"
+            )
+
+
+def _names_on_the_hub(name: str) -> list[str]:
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().list_repo_files(name)
+    except Exception:  # no answer, or no such model
+        return []
 
 
 def _name_of(models: Models) -> str:

@@ -37,8 +37,9 @@ class ModelFiles(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """For every ``from_pretrained``."""
-        return {} if self.gguf is None else {"gguf_file": self.gguf}
+        """For every ``from_pretrained``; code that comes with a model is never run."""
+        found: dict[str, Any] = {"trust_remote_code": False}
+        return found if self.gguf is None else {**found, "gguf_file": self.gguf}
 
 
 def find_files(source: str | os.PathLike[str]) -> ModelFiles:

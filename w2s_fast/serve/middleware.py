@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from w2s_fast.serve.refusals import TOO_LARGE, Refusal, respond
 from w2s_fast.serve.settings import ServerSettings
-from w2s_fast.serve.spans import INCOMING
+from w2s_fast.serve.spans import INCOMING, REQUEST_ID
 
 log = logging.getLogger("w2s_fast.serve")
 _OPEN = ("/health", "/ready", "/metrics", "/")  # without a key: these say nothing of anybody's text
@@ -36,7 +36,7 @@ class Guard:
         given = headers.get(b"x-request-id", b"").decode("ascii", "replace")
         fine = given.isprintable() and 0 < len(given) <= _LONGEST_ID
         request_id = given if fine else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        REQUEST_ID.set(request_id)
         INCOMING.set({name.decode("latin-1"): v.decode("latin-1") for name, v in headers.items()})
         begin = time.perf_counter()
         status = 499  # as nginx has it: the client left before there was an answer
@@ -63,7 +63,6 @@ class Guard:
                 "status": status,
                 "seconds": round(time.perf_counter() - begin, 4),
             }
-            fields |= scope["state"].get("told", {})
             log.info("request", extra=fields)
 
     def _refused(self, scope: Scope, headers: dict[bytes, bytes]) -> Refusal | None:

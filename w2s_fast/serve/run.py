@@ -45,7 +45,6 @@ class Server(uvicorn.Server):
         if self._draining is not None or self._loop is None or not self.started:
             super().handle_exit(sig, frame)
             return
-        self._captured_signals.append(sig)
         self._draining = self._loop.create_task(self._drain(sig))
 
     async def _drain(self, sig: int) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, aclosing
-from typing import TypeVar
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import anyio
 from transformers import PreTrainedTokenizerBase
@@ -19,10 +21,11 @@ from w2s_fast.serve.metrics import Metrics
 from w2s_fast.serve.refusals import Refusal
 from w2s_fast.serve.search_fields import SearchFields
 from w2s_fast.serve.settings import ServerSettings
-from w2s_fast.serve.spans import RequestSpan, request_span
-from w2s_fast.text import Prompt, decode_response
+from w2s_fast.serve.spans import REQUEST_ID, RequestSpan, request_span
+from w2s_fast.text import Chat, Prompt, decode_response
 
 T = TypeVar("T")
+log = logging.getLogger("w2s_fast.serve")
 
 
 class Service:
@@ -126,7 +129,20 @@ class Service:
                 result = await self.engine.generate(prompt, params)
             watched.ended(result)
             span.ended(result)
+            self._tell(prompt, result)
             return result
+
+    def _tell(self, prompt: Prompt, result: SearchResult) -> None:
+        """A line in the log: texts are in it only where that was asked for."""
+        fields: dict[str, Any] = {
+            "request_id": REQUEST_ID.get(),
+            "finish_reason": result.finish_reason,
+            **asdict(result.usage),
+        }
+        if self.settings.log_text:
+            given = prompt.messages if isinstance(prompt, Chat) else prompt
+            fields |= {"prompt": given, "texts": [h.text for h in result.hypotheses]}
+        log.info("answer", extra=fields)
 
     def _span(self, params: SearchParams) -> AbstractContextManager[RequestSpan]:
         return request_span(self.settings.name, params)
@@ -177,6 +193,7 @@ class Service:
                         if piece.result is not None:
                             watched.ended(piece.result)
                             span.ended(piece.result)
+                            self._tell(prompt, piece.result)
                     else:
                         span.round(piece)
                     yield piece

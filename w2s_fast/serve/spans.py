@@ -25,6 +25,7 @@ else:
 
 
 # Headers of the HTTP request that is being answered: a caller's own trace goes on with it.
+REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="")
 INCOMING: ContextVar[Mapping[str, str]] = ContextVar("INCOMING", default=MappingProxyType({}))
 
 

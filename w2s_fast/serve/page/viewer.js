@@ -3,7 +3,7 @@
 // Events are those of /live, which also stand in a page that shows saved traces.
 
 const NS = "http://www.w3.org/2000/svg";
-const COLUMN = 44, HEIGHT = 240, MARGIN = 22, RADIUS = 5;
+const COLUMNS = [44, 88], HEIGHT = 240, MARGIN = 22, RADIUS = 5;
 const LETTERS = "abcdefghijklmnopqrstuvwxyz";
 
 const at = (id) => document.getElementById(id);
@@ -104,7 +104,8 @@ class Tree {
     const scores = rounds.flatMap((round) => round.candidates.map((one) => one.score ?? 0));
     const low = Math.min(...scores, 0), high = Math.max(...scores, 0);
     const y = (score) => MARGIN + (HEIGHT - 2 * MARGIN) * (high === low ? .5 : (high - score) / (high - low));
-    const x = (round) => MARGIN + COLUMN * (round + 1);
+    const column = Math.min(COLUMNS[1], Math.max(COLUMNS[0], (at("map").clientWidth - 2 * MARGIN) / rounds.length));
+    const x = (round) => MARGIN + column * (round + 1);
     const width = x(rounds.length - 1) + MARGIN;
     const map = shape("svg", { width, height: HEIGHT, viewBox: `0 0 ${width} ${HEIGHT}`, role: "img",
       "aria-label": `${rounds.length} rounds; the list below says the same` });
@@ -135,7 +136,7 @@ class Tree {
     });
     nodes.append(shape("circle", { class: "node line", cx: root[0], cy: root[1], r: RADIUS }));
     map.append(edges, nodes);
-    const box = at("map"), atEnd = box.scrollLeft + box.clientWidth >= box.scrollWidth - COLUMN;
+    const box = at("map"), atEnd = box.scrollLeft + box.clientWidth >= box.scrollWidth - column;
     box.replaceChildren(map);
     if (atEnd) box.scrollLeft = box.scrollWidth;
   }
