@@ -15,7 +15,7 @@ LM_EVAL := build/lm-eval
 MODELS :=
 FETCH := fetch-models $(MODELS) $(if $(ACCEPT_GEMMA_TERMS),--accept-gemma-terms) $(if $(YES),--yes)
 
-.PHONY: help demo serve real test real-test thorough alpaca aot lint bench demo-models real-adapter clean
+.PHONY: help demo serve real test real-test thorough alpaca image-steps aot lint bench demo-models real-adapter clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -52,6 +52,9 @@ real-test: .venv/installed ## fetch real models (it asks first), and run the tes
 
 alpaca: $(ALPACA)/installed ## let alpaca_eval's own code read our answers to instructions
 	$(BIN)/pytest tests/cli/test_eval_alpaca.py
+
+image-steps: .venv/installed ## take the steps of deploy/Dockerfile in a folder of their own
+	W2S_FAST_IMAGE=1 $(BIN)/pytest tests/serve/test_deploy.py
 
 aot: $(OLD_TRITON)/installed ## compile all kernels for every GPU, with both Tritons
 	$(BIN)/pytest $(SPREAD) tests/kernels/test_aot.py

