@@ -65,6 +65,8 @@ void PageManager::check_slots(Ints slots) const {
     ++call_;
     for (const std::int32_t slot : slots) {
         check_slot(slot);
+        // Whoever asks looks at the last pages next, one after the other, and these lie anywhere.
+        if (last_[slot] != kNoPage) __builtin_prefetch(&pages_[last_[slot]]);
         if (seen_[slot] == call_) throw PageMisuse(slot_name(slot) + " is given twice");
         seen_[slot] = call_;
     }

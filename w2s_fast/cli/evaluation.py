@@ -11,6 +11,7 @@ import typer
 from w2s_fast.cli.comparison import Plan, evaluate, exit_by, make_folder, subjects_named
 from w2s_fast.cli.console import note
 from w2s_fast.cli.eval_run import answer_all, requests_of
+from w2s_fast.cli.model_options import Device, Dtype, Tuned, Untuned, Weight
 from w2s_fast.cli.models import Models, load_engine, made_by
 from w2s_fast.cli.options import MACHINE, MODELS, SAMPLING, option
 from w2s_fast.params import SearchParams
@@ -25,13 +26,6 @@ TASK = "Task"
 Base = Annotated[
     list[str] | None,
     option("--base", help="Large model; repeat: several in one table", panel=MODELS),
-]
-Tuned = Annotated[list[str] | None, option("--tuned", help="Small tuned model", panel=MODELS)]
-Untuned = Annotated[
-    list[str] | None, option("--untuned", help="What it was tuned from", panel=MODELS)
-]
-Weight = Annotated[
-    list[float] | None, option("--weight", help="Factor of a guide's score", panel=MODELS)
 ]
 Real = Annotated[
     bool,
@@ -62,8 +56,6 @@ Tokens = Annotated[int, option("--max-new-tokens", help="Of an answer at most", 
 Temperature = Annotated[float, option("--temperature", help="0: greedy", panel=SAMPLING)]
 TopK = Annotated[int, option("--top-k", help="0: off", panel=SAMPLING)]
 Seed = Annotated[int, option("--seed", help="Of prompts and sampling", panel=SAMPLING, min=0)]
-Device = Annotated[str, option("--device", help="auto, cpu, cuda", panel=MACHINE)]
-Dtype = Annotated[str, option("--dtype", help="auto, float32, bfloat16, float16", panel=MACHINE)]
 Plain = Annotated[bool, option("--plain", help="No colour, nothing that moves", panel=MACHINE)]
 
 DEFAULT = SearchParams()

@@ -14,8 +14,26 @@ from w2s_fast.cli import options
 from w2s_fast.cli.asking import Asking, TemplateNote
 from w2s_fast.cli.batch import Batch, run_batch
 from w2s_fast.cli.jsonl import Request, answer_record, encode_record, fingerprint
+from w2s_fast.cli.model_options import (
+    Attention,
+    Base,
+    Compile,
+    CudaGraphs,
+    Device,
+    Dtype,
+    GuidePromptTemplate,
+    KvCacheTokens,
+    MaxPassTokens,
+    MaxRows,
+    PageSize,
+    PromptTemplate,
+    Tokenizer,
+    Tuned,
+    Untuned,
+    Weight,
+)
 from w2s_fast.cli.models import decoder, load_engine, made_by, name_models
-from w2s_fast.cli.options import FILES, MACHINE, MODELS, PROMPTS, SAMPLING, SEARCH, option
+from w2s_fast.cli.options import FILES, PROMPTS, SAMPLING, SEARCH, option
 from w2s_fast.cli.paths import check_input, check_output
 from w2s_fast.cli.single import print_answer, search_shown
 from w2s_fast.cli.usage import chat_tokenizer, check_models, check_usage
@@ -54,44 +72,13 @@ def generate(
         str | None,
         option("--system", help="System message before it; implies --chat", panel=PROMPTS),
     ] = None,
-    prompt_template: Annotated[
-        str | None,
-        option(
-            "--prompt-template",
-            help="Text around every plain prompt of the base, {prompt} in it",
-            panel=PROMPTS,
-        ),
-    ] = None,
-    guide_prompt_template: Annotated[
-        list[str] | None,
-        option(
-            "--guide-prompt-template",
-            help="The same for the guides, not given: none; repeat for one a guide",
-            panel=PROMPTS,
-        ),
-    ] = None,
-    base: Annotated[
-        str | None, option("--base", help="Path or hub id of the large model.", panel=MODELS)
-    ] = None,
-    tuned: Annotated[
-        list[str] | None,
-        option("--tuned", help="Small tuned model; repeat for several guides.", panel=MODELS),
-    ] = None,
-    untuned: Annotated[
-        list[str] | None,
-        option("--untuned", help="The model it was tuned from, or none.", panel=MODELS),
-    ] = None,
-    weight: Annotated[
-        list[float] | None, option("--weight", help="Factor of a guide's score.", panel=MODELS)
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        option(
-            "--tokenizer",
-            help="Path or hub id of the base's, where it does not lie with it",
-            panel=MODELS,
-        ),
-    ] = None,
+    prompt_template: PromptTemplate = None,
+    guide_prompt_template: GuidePromptTemplate = None,
+    base: Base = None,
+    tuned: Tuned = None,
+    untuned: Untuned = None,
+    weight: Weight = None,
+    tokenizer: Tokenizer = None,
     method: Annotated[
         Method,
         option(
@@ -198,39 +185,15 @@ def generate(
     seed: Annotated[
         int, option("--seed", help="Same request, same seed, same tokens", panel=SAMPLING)
     ] = DEFAULT.seed,
-    device: Annotated[str, option("--device", help="auto, cpu, cuda", panel=MACHINE)] = "auto",
-    dtype: Annotated[
-        str, option("--dtype", help="auto, float32, bfloat16, float16", panel=MACHINE)
-    ] = "auto",
-    attention: Annotated[
-        str, option("--attention", help="auto, triton, flash, torch", panel=MACHINE)
-    ] = "auto",
-    cuda_graphs: Annotated[
-        bool,
-        option(
-            "--cuda-graphs/--no-cuda-graphs", help="Replay small passes, on CUDA", panel=MACHINE
-        ),
-    ] = True,
-    compile: Annotated[
-        bool, option("--compile", help="Run what is replayed through torch.compile", panel=MACHINE)
-    ] = False,
-    page_size: Annotated[
-        int, option("--page-size", help="Tokens in a page of the KV cache", panel=MACHINE)
-    ] = 16,
-    max_rows: Annotated[
-        int | None,
-        option("--max-rows", help="Candidates in one step; default: by memory", panel=MACHINE),
-    ] = None,
-    max_pass_tokens: Annotated[
-        int | None,
-        option(
-            "--max-pass-tokens", help="Prompts' tokens in a pass; default: by memory", panel=MACHINE
-        ),
-    ] = None,
-    kv_cache_tokens: Annotated[
-        int | None,
-        option("--kv-cache-tokens", help="Size of the KV cache; default: measured", panel=MACHINE),
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    cuda_graphs: CudaGraphs = True,
+    compile: Compile = False,
+    page_size: PageSize = 16,
+    max_rows: MaxRows = None,
+    max_pass_tokens: MaxPassTokens = None,
+    kv_cache_tokens: KvCacheTokens = None,
 ) -> None:
     """Steer a model through one prompt, or through a JSONL file of them.
 

@@ -1,4 +1,4 @@
-"""Options of `generate` and `eval`: how they are declared, and values with one entry a round."""
+"""How options are declared, and values with one entry a round."""
 
 from __future__ import annotations
 

@@ -9,8 +9,26 @@ from typing import Annotated, Any
 import typer
 
 from w2s_fast.cli.console import note
+from w2s_fast.cli.model_options import (
+    Attention,
+    Base,
+    Compile,
+    CudaGraphs,
+    Device,
+    Dtype,
+    GuidePromptTemplate,
+    KvCacheTokens,
+    MaxPassTokens,
+    MaxRows,
+    PageSize,
+    PromptTemplate,
+    Tokenizer,
+    Tuned,
+    Untuned,
+    Weight,
+)
 from w2s_fast.cli.models import Models, load_engine, name_models
-from w2s_fast.cli.options import MACHINE, MODELS, PROMPTS, SEARCH, option
+from w2s_fast.cli.options import MODELS, PROMPTS, SEARCH, option
 from w2s_fast.cli.usage import check_models
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.params import SearchParams
@@ -118,20 +136,10 @@ def serve(
         float,
         option("--drain", help="Seconds for what runs when told to stop", panel=LIMITS),
     ] = 60.0,
-    base: Annotated[
-        str | None, option("--base", help="Path or hub id of the large model.", panel=MODELS)
-    ] = None,
-    tuned: Annotated[
-        list[str] | None,
-        option("--tuned", help="Small tuned model; repeat for several guides.", panel=MODELS),
-    ] = None,
-    untuned: Annotated[
-        list[str] | None,
-        option("--untuned", help="The model it was tuned from, or none.", panel=MODELS),
-    ] = None,
-    weight: Annotated[
-        list[float] | None, option("--weight", help="Factor of a guide's score.", panel=MODELS)
-    ] = None,
+    base: Base = None,
+    tuned: Tuned = None,
+    untuned: Untuned = None,
+    weight: Weight = None,
     allow_pickles: Annotated[
         bool,
         option(
@@ -140,22 +148,9 @@ def serve(
             panel=MODELS,
         ),
     ] = False,
-    tokenizer: Annotated[
-        str | None,
-        option("--tokenizer", help="Of the base, where it does not lie with it", panel=MODELS),
-    ] = None,
-    prompt_template: Annotated[
-        str | None,
-        option(
-            "--prompt-template",
-            help="Text around every plain prompt of the base, {prompt} in it",
-            panel=PROMPTS,
-        ),
-    ] = None,
-    guide_prompt_template: Annotated[
-        list[str] | None,
-        option("--guide-prompt-template", help="The same for the guides", panel=PROMPTS),
-    ] = None,
+    tokenizer: Tokenizer = None,
+    prompt_template: PromptTemplate = None,
+    guide_prompt_template: GuidePromptTemplate = None,
     chat_template: Annotated[
         Path | None,
         option(
@@ -174,30 +169,15 @@ def serve(
             panel=SEARCH,
         ),
     ] = None,
-    device: Annotated[str, option("--device", help="auto, cpu, cuda", panel=MACHINE)] = "auto",
-    dtype: Annotated[
-        str, option("--dtype", help="auto, float32, bfloat16, float16", panel=MACHINE)
-    ] = "auto",
-    attention: Annotated[
-        str, option("--attention", help="auto, triton, flash, torch", panel=MACHINE)
-    ] = "auto",
-    page_size: Annotated[
-        int, option("--page-size", help="Tokens in a page of the KV cache", panel=MACHINE)
-    ] = 16,
-    max_rows: Annotated[
-        int | None,
-        option("--max-rows", help="Candidates in one step; default: by memory", panel=MACHINE),
-    ] = None,
-    max_pass_tokens: Annotated[
-        int | None,
-        option(
-            "--max-pass-tokens", help="Prompts' tokens in a pass; default: by memory", panel=MACHINE
-        ),
-    ] = None,
-    kv_cache_tokens: Annotated[
-        int | None,
-        option("--kv-cache-tokens", help="Size of the KV cache; default: measured", panel=MACHINE),
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    cuda_graphs: CudaGraphs = True,
+    compile: Compile = False,
+    page_size: PageSize = 16,
+    max_rows: MaxRows = None,
+    max_pass_tokens: MaxPassTokens = None,
+    kv_cache_tokens: KvCacheTokens = None,
 ) -> None:
     """Serve a steered model as OpenAI's clients ask for one; a page to look at lies at /.
 
@@ -247,6 +227,8 @@ def serve(
         dtype,
         kv_cache_tokens,
         attention=attention,
+        cuda_graphs=cuda_graphs,
+        compile=compile,
         page_size=page_size,
         max_rows=max_rows,
         max_pass_tokens=max_pass_tokens,
