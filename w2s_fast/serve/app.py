@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -56,7 +56,7 @@ def build_app(
             f"a round has {defaults.rows} candidates by default; allowed: "
             f"{settings.limits.candidates}"
         )
-    engine.make_request(engine.encode("" if engine.tokenizer else [0]), defaults)
+    engine.make_request("a" if engine.tokenizer else [0], defaults)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -99,9 +99,11 @@ def _add_routes(app: FastAPI) -> None:
 
     def streamed(service: Service, pieces: AsyncIterator[bytes], entries: int) -> Response:
         async def counted() -> AsyncIterator[bytes]:
-            with service.gate.enter(entries):
-                async for piece in pieces:
-                    yield piece
+            # Closed with this one, and not whenever nobody refers to it.
+            async with aclosing(pieces) as own:  # type: ignore[type-var]
+                with service.gate.enter(entries):
+                    async for piece in own:
+                        yield piece
 
         return EventStream(counted())
 

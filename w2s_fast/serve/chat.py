@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -155,27 +156,27 @@ async def stream(service: Service, job: ChatJob) -> AsyncIterator[bytes]:
         return chunk(index, {"role": "assistant", "content": ""})
 
     begun = False
+    result: SearchResult | None = None
     try:
-        async for piece in service.stream(job.chat, job.params):
-            if not begun:
-                begun = True
-                yield begin(0)
-            if piece.text:
-                yield chunk(0, {"content": piece.text})
-            if piece.result is None:
-                continue
-            best, *others = piece.result.hypotheses
-            yield chunk(0, {}, best)
-            for i, other in enumerate(others, 1):
-                yield begin(i)
-                yield chunk(i, {"content": other.text or ""})
-                yield chunk(i, {}, other)
-            if (job.body.stream_options or {}).get("include_usage"):
-                more = {
-                    "usage": usage_of([piece.result]),
-                    "w2s": searched(job.params, [piece.result]),
-                }
-                yield event({**job.head("chat.completion.chunk"), "choices": [], **more})
+        told = service.stream(job.chat, job.params)
+        async with aclosing(told) as pieces:  # type: ignore[type-var]
+            async for piece in pieces:
+                if not begun:
+                    begun = True
+                    yield begin(0)
+                if piece.text:
+                    yield chunk(0, {"content": piece.text})
+                result = piece.result
+        assert result is not None
+        best, *others = result.hypotheses
+        yield chunk(0, {}, best)
+        for i, other in enumerate(others, 1):
+            yield begin(i)
+            yield chunk(i, {"content": other.text or ""})
+            yield chunk(i, {}, other)
+        if (job.body.stream_options or {}).get("include_usage"):
+            more = {"usage": usage_of([result]), "w2s": searched(job.params, [result])}
+            yield event({**job.head("chat.completion.chunk"), "choices": [], **more})
     except Exception as error:
         if not begun:  # there is still a status to say it with
             raise

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -225,8 +226,10 @@ async def stream(service: Service, job: Job) -> AsyncIterator[bytes]:
 
     async def read(i: int, prompt: str | list[int]) -> None:
         try:
-            async for piece in service.stream(prompt, job.params_of(i)):
-                await pieces.put((i, piece))
+            told = service.stream(prompt, job.params_of(i))
+            async with aclosing(told) as own:  # type: ignore[type-var]
+                async for piece in own:
+                    await pieces.put((i, piece))
             await pieces.put((i, None))
         except Exception as error:  # told the client
             await pieces.put((i, error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -95,25 +96,26 @@ async def live(service: Service, body: LiveBody, params: SearchParams) -> AsyncI
     told = RoundEvents(decode)
     begin, begun = time.perf_counter(), False
     try:
-        async for each in service.watch(body.prompt, params):
-            if not begun:
-                begun = True
-                yield event({"type": "search", "prompt": prompt})
-            if isinstance(each, Round):
-                yield event(told.of(each))
-                continue
-            if each.text:
-                yield event({"type": "text", "text": each.text})
-            if each.result is not None:
-                done = {
-                    "text": each.result.text,
-                    "score": each.result.score,
-                    "finish_reason": each.result.finish_reason,
-                    "usage": asdict(each.result.usage),
-                    "seconds": time.perf_counter() - begin,
-                    "seed": params.seed,
-                }
-                yield event({"type": "done", **done})
+        async with aclosing(service.watch(body.prompt, params)) as told_by:  # type: ignore[type-var]
+            async for each in told_by:
+                if not begun:
+                    begun = True
+                    yield event({"type": "search", "prompt": prompt})
+                if isinstance(each, Round):
+                    yield event(told.of(each))
+                    continue
+                if each.text:
+                    yield event({"type": "text", "text": each.text})
+                if each.result is not None:
+                    done = {
+                        "text": each.result.text,
+                        "score": each.result.score,
+                        "finish_reason": each.result.finish_reason,
+                        "usage": asdict(each.result.usage),
+                        "seconds": time.perf_counter() - begin,
+                        "seed": params.seed,
+                    }
+                    yield event({"type": "done", **done})
     except Exception as error:
         if not begun:
             raise

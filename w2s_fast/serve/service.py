@@ -38,8 +38,7 @@ class Service:
     def __init__(
         self, engine: AsyncEngine, settings: ServerSettings, defaults: SearchParams
     ) -> None:
-        """``defaults``: of searches. An engine that nothing steers samples where they do not say
-        otherwise."""
+        """``defaults``: of searches whose body does not say."""
         self.engine = engine
         self.settings = settings
         self.defaults = defaults
@@ -161,16 +160,19 @@ class Service:
 
     async def stream(self, prompt: Prompt, params: SearchParams) -> AsyncIterator[StreamPiece]:
         """Pieces as they become certain. Refusal after the time that a request may take."""
-        async for piece in self._told(prompt, params):
-            if isinstance(piece, StreamPiece):
-                yield piece
+        async with aclosing(self._told(prompt, params)) as told:  # type: ignore[type-var]
+            async for piece in told:
+                if isinstance(piece, StreamPiece):
+                    yield piece
 
     async def watch(
         self, prompt: Prompt, params: SearchParams
     ) -> AsyncIterator[StreamPiece | Round]:
         """The same, and rounds as they end."""
-        async for each in self._told(prompt, params, rounds=True):
-            yield each
+        told = self._told(prompt, params, rounds=True)
+        async with aclosing(told) as own:  # type: ignore[type-var]
+            async for each in own:
+                yield each
 
     async def _told(
         self, prompt: Prompt, params: SearchParams, *, rounds: bool = False
