@@ -40,8 +40,9 @@ def take_usable_cores() -> None:
 
     from w2s_fast.models import usable_cores
 
-    if chosen_count() is None:
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores().usable))
+    # Not where it is so already: with that call the command was slower (`python -m bench.threads`).
+    if chosen_count() is None and usable_cores().usable < torch.get_num_threads():
+        torch.set_num_threads(usable_cores().usable)
 
 
 def chosen_count() -> str | None:
