@@ -7,7 +7,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.support.servers import Running
+from tests.support.foreign_guides import engine as foreign_engine
+from tests.support.servers import Running, running
 from w2s_fast import Chat
 
 
@@ -98,3 +99,15 @@ def test_the_model_is_listed(http: httpx2.Client) -> None:
     assert http.get("/v1/models/other").status_code == 404
     assert http.get("/v2/nothing").json()["error"]["message"] == "Not Found"
     assert http.get("/v1/completions").status_code == 405
+
+
+def test_guides_that_read_other_tokens_give_sums_and_nothing_token_by_token() -> None:
+    engine = foreign_engine("bytes-gpt2", "bpe-first", "wordpiece")
+    with running(engine) as server, httpx2.Client(base_url=server.url, timeout=60) as http:
+        body = {"query": "the film", "items": [" was a", " is"]}
+        found = http.post("/v1/score", json=body).json()
+        expected = engine.score(["the film"] * 2, [" was a", " is"])
+        assert found["scores"] == pytest.approx(expected, abs=1e-9)
+        assert found["token_scores"] is None
+        one = http.post("/v1/score", json={**body, "of": "tuned 0"}).json()
+        assert len(one["token_scores"]) == 2

@@ -54,6 +54,11 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(
             f"{path}: unknown: {', '.join(unknown)}; allowed: {', '.join(sorted(names))}"
         )
+    # One value of an option that may be repeated is a list of it: click would take its letters.
+    repeated = {p.name for p in context.command.params if getattr(p, "multiple", False)}
+    for key in repeated & set(values) - {"search"}:
+        if not isinstance(values[key], list):
+            values[key] = [values[key]]
     search = values.get("search")
     if isinstance(search, dict):
         values["search"] = [f"{name}={_as_yaml(value)}" for name, value in search.items()]

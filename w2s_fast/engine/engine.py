@@ -410,6 +410,12 @@ class Engine:
             )
         return [[sum(of_one) for of_one in zip(*own)] for own in found]
 
+    @property
+    def scores_by_token(self) -> bool:
+        """Whether all guides surely read a response as the same tokens: they share the base's
+        vocabulary, or there is one."""
+        return self._models.foreign is None or len(self.guides) == 1
+
     def _scores(
         self,
         guides: Sequence[PagedGuide],

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from w2s_fast.engine import Engine
 from w2s_fast.serve.refusals import Refusal
 from w2s_fast.serve.service import Service
 
@@ -53,19 +54,15 @@ async def scores(service: Service, body: ScoreBody) -> dict[str, Any]:
             f"{len(body.items)} items in one body; allowed: {service.settings.limits.prompts}",
             param="items",
         )
-    engine = service.engine.engine
-    model = None if body.of == "guides" else body.of
-    queries = [body.query] * len(body.items)
     with service.gate.enter(1):
-        values = await service.beside(lambda: engine.token_scores(queries, body.items, model=model))
-        length = len(await service.beside(lambda: engine.encode(body.query)))
-    tokens = sum(map(len, values))
+        sums, values, length = await service.beside(lambda: _scored(service.engine.engine, body))
+    tokens = sum(map(len, values or ()))
     return {
         "id": f"score-{uuid.uuid4().hex}",
         "object": "scoring",
         "created": int(time.time()),
         "model": service.settings.name,
-        "scores": [sum(own) for own in values],
+        "scores": sums,
         "token_scores": values,
         "usage": {
             "prompt_tokens": length * len(body.items) + tokens,
@@ -73,3 +70,15 @@ async def scores(service: Service, body: ScoreBody) -> dict[str, Any]:
             "total_tokens": length * len(body.items) + tokens,
         },
     }
+
+
+def _scored(engine: Engine, body: ScoreBody) -> tuple[list[float], list[list[float]] | None, int]:
+    """Sums, values token by token or None where the guides read other tokens, and the tokens of
+    the query."""
+    queries, items = [body.query] * len(body.items), body.items
+    length = len(engine.encode(body.query))
+    if body.of == "guides" and not engine.scores_by_token:
+        return engine.score(queries, items), None, length
+    model = None if body.of == "guides" else body.of
+    values = engine.token_scores(queries, items, model=model)
+    return [sum(own) for own in values], values, length

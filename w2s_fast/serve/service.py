@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -107,7 +107,7 @@ class Service:
                 param="prompt",
             )
 
-    async def within_time(self, work: asyncio.Future[T] | asyncio.Task[T]) -> T:
+    async def within_time(self, work: Awaitable[T]) -> T:
         """What ``work`` finds; Refusal after the time that a request may take."""
         seconds = self.settings.limits.seconds
         try:
