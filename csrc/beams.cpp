@@ -384,6 +384,16 @@ bool Beams::take(std::size_t candidate, std::span<const std::int64_t> tokens,
     return true;
 }
 
+void Beams::take_text(std::size_t candidate, std::span<const std::int64_t> tokens,
+                      std::int64_t sampled, bool ends) {
+    Beam& beam = candidates_.at(candidate);
+    if (!beam.grows() || sampled < 0) throw std::invalid_argument("only who grows gets a text");
+    const std::int64_t before = sampled_;
+    take(candidate, tokens, std::vector<float>(tokens.size()));
+    sampled_ = before + sampled;
+    if (ends && !beam.finished()) beam.finish = Finish::length;
+}
+
 void Beams::set_scores(std::size_t candidate, std::span<const double> token_scores, double total) {
     Beam& beam = candidates_[candidate];
     beam.total = total;
@@ -447,7 +457,8 @@ std::vector<std::vector<PageCopy>> Beams::end_round(std::vector<std::int32_t> wi
     }
     // There is room: at most as many copies as losers, or else what round_pages adds for them.
     std::vector<std::vector<PageCopy>> to_copy(managers.size());
-    for (std::size_t m = 0; m < models && !copies.empty(); ++m) {
+    // Without any, no model of this process has the beams.
+    for (std::size_t m = 0; m < std::min(models, managers.size()) && !copies.empty(); ++m) {
         std::vector<std::int32_t> parents, counts;
         for (const auto& [winner, own] : copies) {
             parents.push_back(slots_[winner * models + m]);

@@ -240,12 +240,18 @@ public:
     // `scores`: of these tokens, where they are known already; added to the total.
     bool take(std::size_t candidate, std::span<const std::int64_t> tokens,
               std::span<const float> logprobs, std::span<const double> scores = {});
+    // The same with what somebody else has sampled, as bytes of its text, and an EOS behind it if
+    // that was sampled: `sampled` tokens in all. If it `ends`, nothing may follow.
+    void take_text(std::size_t candidate, std::span<const std::int64_t> tokens, std::int64_t sampled,
+                   bool ends);
     // The candidates that have got tokens in this round, are not paused, and whose texts have not
     // ended.
     std::vector<NewText> new_texts() const;
     // The chunk of a candidate ends with the token before `length`: what comes behind was not drawn,
     // also where it has ended the response.
     void pause(std::size_t candidate, std::int32_t length);
+    // The chunks of all that still grow end where they are.
+    void pause_growing();
     // The text of a candidate ends in token `length`: neither that one nor what comes behind is kept
     // or scored, whichever round it was drawn in. `ending` is its owner's word for how.
     void end_text(std::size_t candidate, std::int32_t length, std::int32_t ending);

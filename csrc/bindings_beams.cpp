@@ -163,6 +163,13 @@ void bind_beams(py::module_& module) {
                 self.end_text(candidate, length, ending);
             }, py::arg("candidate"), py::arg("length"), py::arg("ending"))
         .def("pause", &Beams::pause, py::arg("candidate"), py::arg("length"))
+        .def("take_text", [](Beams& self, std::size_t candidate,
+                             const std::vector<std::int64_t>& tokens, std::int64_t sampled,
+                             bool ends) {
+                self.take_text(candidate, tokens, sampled, ends);
+            }, py::arg("candidate"), py::arg("tokens"), py::kw_only(), py::arg("sampled"),
+             py::arg("ends"))
+        .def("pause_growing", &Beams::pause_growing)
         .def("trace", &Beams::trace, py::arg("first") = 0)
         .def("slot_of_first", [](const Beams& self, int model) {
                 if (self.candidates().empty()) throw py::index_error("no round is under way");

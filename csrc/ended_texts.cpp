@@ -78,4 +78,8 @@ void Beams::pause(std::size_t candidate, std::int32_t length) {
     beam.paused = !beam.finished();
 }
 
+void Beams::pause_growing() {
+    for (Beam& beam : candidates_) beam.paused = beam.paused || beam.grows();
+}
+
 }  // namespace w2s

@@ -23,7 +23,8 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 from w2s_fast import errors
 from w2s_fast.params import SearchParams
-from w2s_fast.result import Hypothesis, SearchResult, Trace, Usage
+from w2s_fast.remote import RemoteBase
+from w2s_fast.result import Hypothesis, RemoteUsage, SearchResult, Trace, Usage
 from w2s_fast.scorer import ScoredCandidate, Scorer
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ __all__ = [
     "Engine",
     "Guide",
     "Hypothesis",
+    "RemoteBase",
+    "RemoteUsage",
     "ScoredCandidate",
     "Scorer",
     "SearchParams",

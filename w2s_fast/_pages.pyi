@@ -289,6 +289,11 @@ class Beams:
     def pause(self, candidate: int, length: int) -> None:
         """The chunk of a candidate ends with the token before `length`, of those that it has got in
         this round: what comes behind was not drawn, and nothing more is until the selection."""
+    def take_text(self, candidate: int, tokens: Sequence[int], *, sampled: int, ends: bool) -> None:
+        """A growing candidate gets bytes of text that somebody else has sampled, and an EOS behind
+        them if that was; `sampled` tokens in all. If it `ends`, nothing may follow."""
+    def pause_growing(self) -> None:
+        """The chunks of all candidates that still grow end where they are."""
     @property
     def kept(self) -> list[Beam]:
         """The hypotheses, best first; within a round they are the candidates' parents."""

@@ -64,6 +64,11 @@ class EngineFailure(W2SFastError, RuntimeError):
     """A model failed in a way that no single request is to blame for; see ``__cause__``."""
 
 
+class RemoteFailure(W2SFastError, RuntimeError):
+    """The server of a remote base cannot be used, or did not give what it was asked for; the
+    message names it, what was asked, and what to change. No key is in it."""
+
+
 class WriteFailed(W2SFastError, OSError):
     """A file cannot be written any further; what was written before is whole."""
 

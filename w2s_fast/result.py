@@ -1,9 +1,13 @@
-"""What a search returns: SearchResult, Hypothesis, Usage, and the Trace of its rounds."""
+"""What a search returns: SearchResult, Hypothesis, Usage, and the Trace of its rounds.
+
+Of a remote base (:class:`w2s_fast.RemoteBase`) only texts are known: lists of token ids are empty,
+and numbers of tokens are what its server says.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from w2s_fast.errors import W2SFastError
 from w2s_fast.stats import RequestStats
@@ -49,12 +53,14 @@ class Candidate:
         score: its score; None where nobody scores. Of beam search its log-prob as long as it can be
             extended, and then what ranks it.
         finish_reason: None while it can still be extended.
+        text: of a remote base, the whole response so far; else None.
     """
 
     parent: int | None
     token_ids: list[int]
     score: float | None
     finish_reason: FinishReason | None
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,66 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What a remote base's server gave for one candidate.
+
+    Attributes:
+        text: as it came. finish_reason: the server's; ``"length"``: it can go on.
+        tokens: of it; shared out by their lengths where several of one answer have ended.
+    """
+
+    text: str
+    finish_reason: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What was asked of a remote base for one hypothesis of a round, and what came.
+
+    Attributes:
+        behind: the response that the samples go on from. max_tokens: of each sample.
+        samples: one for each candidate, in their order.
+        ended: why there are fewer than were asked for, or none; None: there are not.
+    """
+
+    behind: str
+    max_tokens: int
+    samples: list[Sample]
+    ended: str | None = None
+
+
+@dataclass(frozen=True)
 class Trace:
-    """The search tree of one request."""
+    """The search tree of one request.
+
+    Attributes:
+        prompt: of a remote base, as its server was sent it: a text, or messages.
+        draws: of a remote base, by round, for each hypothesis that went on: enough to search again
+            without the server (:meth:`w2s_fast.RemoteBase.replay`).
+    """
 
     rounds: list[Round] = field(default_factory=list)
+    prompt: Any = None
+    draws: list[list[Draw]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RemoteUsage:
+    """What a remote base's server was asked for one request, as it counts itself.
+
+    Attributes:
+        requests: sent to it, those that were tried again included.
+        prompt_tokens: read by it, each time anew. cached_tokens: those of them that it had already.
+        completion_tokens: sampled.
+        cost: of these, where prices were given.
+    """
+
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    cost: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +148,14 @@ class Usage:
         sampled_tokens: sampled from the base, losers' tokens included; of beam search, those that
             beams were continued by.
         scored_tokens: run through each guide; of guides of other vocabularies, through the first.
+        remote: what a remote base's server was asked; None: the base runs here.
     """
 
     prompt_tokens: int
     completion_tokens: int
     sampled_tokens: int
     scored_tokens: int
+    remote: RemoteUsage | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +164,9 @@ class SearchResult:
 
     ``text``, ``token_ids``, ``score`` and ``finish_reason`` are those of the best hypothesis.
     A failed request has ``error`` set, no hypotheses, and finish reason ``"error"``. ``stats`` says
-    where its time went; None for a request that was refused.
+    where its time went; None for a request that was refused. ``ended_early`` says why a search in a
+    remote base ended before its parameters would have it: a budget was used up, or the context of
+    the model was full; its hypotheses that could not go on then have finish reason ``"length"``.
     """
 
     hypotheses: list[Hypothesis]
@@ -108,6 +174,7 @@ class SearchResult:
     trace: Trace | None = None
     error: W2SFastError | None = None
     stats: RequestStats | None = field(default=None, compare=False)
+    ended_early: str | None = None
 
     @property
     def text(self) -> str | None:

@@ -28,6 +28,7 @@ from tests.support.engines import (
 )
 from tests.support.tiny_models import byte_tokenizer, tiny_triple
 from w2s_fast import Engine, SearchParams, SearchResult, StreamPiece
+from w2s_fast.engine.outcome import TokenDecoder
 from w2s_fast.engine.stream import Pieces
 from w2s_fast.errors import EngineFailure, InvalidRequest, NumericalError
 from w2s_fast.search.search import Search
@@ -159,7 +160,7 @@ def test_text_is_given_out_by_whole_characters() -> None:
     tokenizer = byte_tokenizer()
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(tokens) == len(text.encode())
-    pieces = Pieces(tokenizer, [70, 71])
+    pieces = Pieces(TokenDecoder(tokenizer, [70, 71]))
     seen = ""
     for end in range(1, len(tokens) + 1):
         piece = pieces.next(tokens[:end])
@@ -198,7 +199,7 @@ A, B, SPACE = 256, 257, 258
 )
 def test_bytes_that_a_decoder_may_replace_are_held_back(tokens: list[int]) -> None:
     tokenizer = fallback_tokenizer()
-    pieces = Pieces(tokenizer, [B])
+    pieces = Pieces(TokenDecoder(tokenizer, [B]))
     seen = ""
     final = decode_response(tokenizer, [B], tokens)
     for end in range(1, len(tokens) + 1):
@@ -212,7 +213,7 @@ def test_bytes_that_a_decoder_may_replace_are_held_back(tokens: list[int]) -> No
 
 def test_what_was_given_out_stays_whatever_a_decoder_rewrites() -> None:
     texts = ["ab", "ax!", "abc", "", "abcd"]
-    pieces = Pieces(byte_tokenizer(), [70])
+    pieces = Pieces(TokenDecoder(byte_tokenizer(), [70]))
     with mock.patch("w2s_fast.engine.stream.decode_response", side_effect=texts):
         found_pieces = [pieces.next([65] * n) for n in range(1, 6)]
     assert [piece and piece.text for piece in found_pieces] == ["ab", "", "c", "", "d"]

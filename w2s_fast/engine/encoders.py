@@ -64,6 +64,26 @@ def tokenizer_of(
     return own
 
 
+def own_tokenizer(
+    name: str,
+    source: ModelSource,
+    weights: ModelSource,
+    given: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a guide's model where the base has none to lend.
+
+    Raises:
+        MismatchedVocabulary: it has none of its own.
+    """
+    own = tokenizer_beside(source, weights) if given is None else given
+    if own is None:
+        raise MismatchedVocabulary(
+            f"{name} has no tokenizer, and a remote base has none to lend; give "
+            "Guide(tokenizer=...)"
+        )
+    return own
+
+
 def tokenizer_beside(source: ModelSource, weights: ModelSource) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies with a model, or with an adapter; else with that adapter's model.
 

@@ -15,13 +15,15 @@ from transformers import PreTrainedTokenizerBase
 from w2s_fast.attention import find_backend
 from w2s_fast.decoding import can_record, record_passes, refuse_compile
 from w2s_fast.engine.intake import Intake, as_prompts, pair
-from w2s_fast.engine.outcome import failed, result_of, scored_candidate
+from w2s_fast.engine.outcome import failed, response_decoder, result_of, scored_candidate
 from w2s_fast.engine.progress import progress_bar
+from w2s_fast.engine.remote_intake import RemoteIntake
 from w2s_fast.engine.served import serve_models
 from w2s_fast.engine.stream import Pieces, StreamPiece
 from w2s_fast.errors import InvalidRequest, W2SFastError
 from w2s_fast.models import ModelSource, PagedModel, pick_device, total_bytes, usual_rows
 from w2s_fast.params import SearchParams
+from w2s_fast.remote import RemoteBase, connect
 from w2s_fast.result import SearchResult, TokenLogProbs
 from w2s_fast.scheduling import (
     Claim,
@@ -33,7 +35,15 @@ from w2s_fast.scheduling import (
     score_given,
 )
 from w2s_fast.scorer import Scorer, with_weights
-from w2s_fast.search import Guide, PagedGuide, Request, ScoreGraphs, Search, roles_of
+from w2s_fast.search import (
+    Guide,
+    PagedGuide,
+    RemoteSearch,
+    Request,
+    ScoreGraphs,
+    Search,
+    roles_of,
+)
 from w2s_fast.stats import EngineStats
 from w2s_fast.text import Prompt
 
@@ -50,8 +60,9 @@ class Engine:
         print(results[0].text, results[0].score)
 
     Args:
-        base: path, hub id, or a loaded model. Of that, the weights are shared and nothing else is
-            touched: it stays usable by itself, in training too; see :meth:`weights_changed`.
+        base: path, hub id, a loaded model, or a :class:`w2s_fast.RemoteBase`. Of a loaded model the
+            weights are shared and nothing else is touched: it stays usable by itself, in training
+            too; see :meth:`weights_changed`.
         guides: a guide, several whose scores are added, or None (then only ``"sample"`` runs,
             unless there are scorers).
         scorers: functions of one's own that value partial responses, beside the guides or in their
@@ -83,18 +94,22 @@ class Engine:
         prompt_template: text around every plain prompt of the base, ``{prompt}`` in it; guides
             have their own. Chat messages go through each model's own chat template.
 
+    Attributes:
+        server: of a remote base, what it was found to be and to take, in a line; else None.
+
     It serves the process that made it. In a child by ``os.fork`` every way to ask raises
     :class:`EngineFailure` at once; make another one there, or start children with ``spawn``.
 
     Raises:
         UnsupportedModel: a model cannot be loaded or served.
         MismatchedVocabulary: a guide's models do not share one vocabulary, or it cannot be told.
+        RemoteFailure: the server of a remote base cannot be used.
         InvalidRequest: an argument is not allowed.
     """
 
     def __init__(
         self,
-        base: ModelSource,
+        base: ModelSource | RemoteBase,
         guides: Guide | Sequence[Guide] | None = None,
         *,
         scorers: Sequence[Scorer | tuple[Scorer, float]] = (),
@@ -128,8 +143,11 @@ class Engine:
             raise refuse_compile()
         if max_rows is None:
             max_rows = usual_rows(where.type, total_bytes(where))
+        # The server, too, is asked before.
+        source = connect(base) if isinstance(base, RemoteBase) else None
+        self.server = None if source is None else source.about
         self._models = serve_models(
-            base,
+            None if isinstance(base, RemoteBase) else base,
             guides,
             tokenizer=tokenizer,
             device=where,
@@ -140,10 +158,35 @@ class Engine:
             max_rows=max_rows,
             max_pass_tokens=max_pass_tokens,
             prefix_cache=prefix_cache,
-            prompt_template=prompt_template,
+            prompt_template=None if source else prompt_template,
         )
+        judge = Judge(weighted, partial(scored_candidate, self.tokenizer))
+        self._search: Search | RemoteSearch
+        if source is not None:
+            self._search = RemoteSearch(source, judge.news.tell, self._models.foreign, where)
+        else:
+            records = cuda_graphs and can_record(where, backend)
+            self._search = self._search_here(where, records, max_rows, compile)
+        self._scheduler = Scheduler(self._search.models, max_rows)
+        self._intake = Intake(self._models, self._scheduler, has_scorers=bool(weighted))
+        self._to_request = self._intake.request
+        if isinstance(base, RemoteBase) and source is not None:
+            self._to_request = RemoteIntake(
+                source, base.budget, self._models, prompt_template, has_scorers=bool(weighted)
+            ).request
+        self.runner = Runner(self._search, self._scheduler, judge)
+        # Requests that one iteration has under way: more than can run, so that none ever waits for
+        # the caller's iterable to be read.
+        self._read_ahead = max_rows + _READ_AHEAD
+        if isinstance(self._search, Search) and self._search.records:
+            self.warm_up()
+
+    def _search_here(
+        self, where: torch.device, records: bool, max_rows: int, compile: bool
+    ) -> Search:
+        """``records``: whether passes are recorded."""
         graphs = score_graphs = None
-        if cuda_graphs and can_record(where, backend):
+        if records:
             graphs = record_passes(
                 self.base,
                 self._models.of_guides,
@@ -160,28 +203,19 @@ class Engine:
                     max_rows=max_rows,
                     vocab_size=self._models.vocab_size,
                 )
-        self._search = Search(
+        return Search(
             self.base,
             self._models.sharing,
             self._models.vocab_size,
             graphs,
             score_graphs,
-            ahead=graphs is not None or where.type == "cuda",
+            ahead=records or where.type == "cuda",
             foreign=self._models.foreign,
         )
-        self._scheduler = Scheduler(self._search.models, max_rows)
-        self._intake = Intake(self._models, self._scheduler, has_scorers=bool(weighted))
-        judge = Judge(weighted, partial(scored_candidate, self.tokenizer))
-        self.runner = Runner(self._search, self._scheduler, judge)
-        # Requests that one iteration has under way: more than can run, so that none ever waits for
-        # the caller's iterable to be read.
-        self._read_ahead = max_rows + _READ_AHEAD
-        if graphs is not None:
-            self.warm_up()
 
     @property
     def base(self) -> PagedModel:
-        """The base model over its pages."""
+        """The base model over its pages. InvalidRequest: it is remote, see :attr:`server`."""
         return self._models.base
 
     @property
@@ -191,13 +225,13 @@ class Engine:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The base's; None: prompts are token ids, and results have no text."""
+        """The base's; None: prompts are token ids, and results have no text; or it is remote."""
         return self._models.tokenizer
 
     @property
     def vocab_size(self) -> int:
-        """Of the base: token ids are below."""
-        return self._models.vocab_size
+        """Of the base: token ids are below. InvalidRequest: it is remote."""
+        return min(self._models.vocab_size, self.base.vocab_size)
 
     @property
     def max_tokens(self) -> int:
@@ -355,8 +389,11 @@ class Engine:
         on a CPU, and where there is no room for such a search, there is nothing to do.
         """
         self.runner.process.check()
+        search = self._search
+        if isinstance(search, RemoteSearch):
+            return
         if self.base.device.type != "cpu" or self.base.recorded:
-            rehearse(self.runner, self._search, self._scheduler, self._models.vocab_size)
+            rehearse(self.runner, search, self._scheduler, self._models.vocab_size)
 
     def stats(self) -> EngineStats:
         """What the engine has done since it was made, and what it is doing. Costs next to nothing:
@@ -458,11 +495,11 @@ class Engine:
     def make_request(self, prompt: Prompt, params: SearchParams, priority: int = 0) -> Request:
         """Check and encode one prompt, for :attr:`runner`. InvalidRequest, and nothing is held."""
         self.runner.process.check()
-        return self._intake.request(prompt, params, priority)
+        return self._to_request(prompt, params, priority)
 
     def pieces(self, request: Request) -> Pieces:
         """What cuts its response into pieces."""
-        return Pieces(self.tokenizer, request.prompt, request.ends)
+        return Pieces(response_decoder(request, self.tokenizer), request.ends)
 
     def result(self, request: Request) -> SearchResult:
         """The result of a request that has ended; carries its error if it failed."""

@@ -9,8 +9,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from w2s_fast._pages import Hold
+from w2s_fast.engine.named import REMOTE
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
+from w2s_fast.remote import Utf8Texts
 from w2s_fast.search import ForeignGuide, ForeignGuides, ForeignPrompt, PagedGuide
 from w2s_fast.text import (
     GrowingTexts,
@@ -59,23 +61,40 @@ def foreign_guides(
     ]
     if not found or tokenizer is None:
         return None
+    silent = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    translations = _translations(found, encoder_of)
+    return ForeignGuides(found, translations, GrowingTexts(tokenizer), frozenset(silent))
+
+
+def guides_of_texts(
+    guides: Sequence[PagedGuide], encoder_of: Mapping[PagedModel, PromptEncoder]
+) -> ForeignGuides | None:
+    """Guides of a base of which only texts are known; None: there are none."""
+    found = [ForeignGuide(guide, _eos_of(guide, encoder_of), REMOTE) for guide in guides]
+    if not found:
+        return None
+    return ForeignGuides(found, _translations(found, encoder_of), Utf8Texts(), frozenset())
+
+
+def _translations(
+    found: Sequence[ForeignGuide], encoder_of: Mapping[PagedModel, PromptEncoder]
+) -> dict[PagedModel, Translation]:
     translations: dict[PagedModel, Translation] = {}
     for model in (model for own in found for model in own.guide.models):
         if model not in translations:
             encoder = encoder_of[model]
             alike = (own for own in translations.values() if _read_alike(own.encoder, encoder))
             translations[model] = next(alike, None) or Translation(encoder)
-    silent = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return ForeignGuides(found, translations, GrowingTexts(tokenizer), frozenset(silent))
+    return translations
 
 
 def foreign_prompt(
     foreign: ForeignGuides,
     prompt: Prompt,
     encoder_of: Mapping[PagedModel, PromptEncoder],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> ForeignPrompt:
-    """A prompt as foreign guides have it.
+    """A prompt as foreign guides have it; without the base's ``tokenizer`` it is no token ids.
 
     Raises:
         InvalidRequest: a model cannot have it; says which, and why.
@@ -83,7 +102,8 @@ def foreign_prompt(
     known: list[tuple[Any, Any, Any]] = []
     for model, translation in foreign.translators.items():
         encoder = encoder_of[model]
-        written = encoder.as_text(in_words(prompt, tokenizer, encoder.name))
+        own = prompt if tokenizer is None else in_words(prompt, tokenizer, encoder.name)
+        written = encoder.as_text(own)
         same = (text for other, w, text in known if other is translation and w == written)
         assert isinstance(translation, Translation)
         text = next(same, None) or translation.begin(written)

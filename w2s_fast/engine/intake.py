@@ -153,7 +153,10 @@ class Intake:
     ) -> tuple[Prompt, str]:
         """A text for a guide that has no use for the base's token ids."""
         tokenizer = self._models.tokenizer
-        assert tokenizer is not None
+        if tokenizer is None:  # the base is remote
+            if not isinstance(response, str):
+                raise InvalidRequest("a response is token ids, which a remote base has none of")
+            return prompt, response
         if not isinstance(response, str):
             before = self._models.encoder_of[self._models.base].encode(prompt)
             response = decode_response(tokenizer, before, list(response))

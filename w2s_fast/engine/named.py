@@ -10,12 +10,14 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from w2s_fast.engine.encoders import templates_of, tokenizer_beside, tokenizer_of
+from w2s_fast.engine.encoders import own_tokenizer, templates_of, tokenizer_beside, tokenizer_of
 from w2s_fast.engine.sources import key_of, resolve
 from w2s_fast.errors import MismatchedVocabulary
 from w2s_fast.models import AdapterFiles, ModelSource, look_at_model
 from w2s_fast.search import Guide
 from w2s_fast.text import check_same_vocabulary, check_template, tokenizer_size
+
+REMOTE = "the base is remote, and its tokens are not known"
 
 
 class Named(NamedTuple):
@@ -53,30 +55,33 @@ class NamedModels(NamedTuple):
     """A base and its guides.
 
     Attributes:
+        base: None: it is remote.
         guides: the tuned model of each, and its untuned one, if it has one.
         differences: how each guide's vocabulary differs from the base's; None: it does not.
     """
 
-    base: Named
+    base: Named | None
     guides: list[list[Named]]
     differences: list[str | None]
 
     def distinct(self) -> list[Named]:
         """Each model once, by the first of its names; the base first."""
-        every = [self.base, *(model for own in self.guides for model in own)]
+        every = [model for own in self.guides for model in own]
+        every = every if self.base is None else [self.base, *every]
         first = {model.key: model for model in reversed(every)}
         return [model for model in every if first[model.key] is model]
 
 
 def name_models(
-    base: ModelSource,
+    base: ModelSource | None,
     guides: Sequence[Guide],
     tokenizer: PreTrainedTokenizerBase | None,
     prompt_template: str | None,
 ) -> NamedModels:
     """Read configs and tokenizers, and compare vocabularies.
 
-    ``tokenizer``: the base's; None: the one that lies with it.
+    ``base``: None: it is remote, and shares its vocabulary with nobody. ``tokenizer``: the base's;
+    None: the one that lies with it.
 
     Raises:
         UnsupportedModel: there is no causal language model where a name leads.
@@ -100,18 +105,22 @@ def name_models(
         if key not in configs:
             configs[key] = look_at_model(weights)
         reads = (key_of(source), None if given is None else id(given))
-        if reads not in tokenizers:
+        if reads not in tokenizers and base is None:
+            tokenizers[reads] = own_tokenizer(name, source, weights, given)
+        elif reads not in tokenizers:
             tokenizers[reads] = tokenizer_of(source, weights, tokenizer, given)
         if not isinstance(source, PreTrainedModel):
             name = f"{name} ({source})"
         check_template(name, template, tokenizers[reads])
         return Named(name, weights, adapter, configs[key], tokenizers[reads], template)
 
-    of_base, _ = resolve(base)
-    configs[key_of(of_base)] = look_at_model(of_base)
-    tokenizer = tokenizer_beside(base, of_base) if tokenizer is None else tokenizer
-    tokenizers[key_of(base), None] = tokenizer
-    as_base = named("base", base, prompt_template)
+    as_base = None
+    if base is not None:
+        of_base, _ = resolve(base)
+        configs[key_of(of_base)] = look_at_model(of_base)
+        tokenizer = tokenizer_beside(base, of_base) if tokenizer is None else tokenizer
+        tokenizers[key_of(base), None] = tokenizer
+        as_base = named("base", base, prompt_template)
     of_guides: list[list[Named]] = []
     for g, (guide, (of_tuned, of_untuned)) in enumerate(zip(guides, templates)):
         number = f" {g}" if len(guides) > 1 else ""
@@ -120,8 +129,11 @@ def name_models(
             own.append(named(f"untuned{number}", guide.untuned, of_untuned, guide.tokenizer))
         of_guides.append(own)
     differences = [_difference(tokenizer, own) for own in of_guides]
-    sharing = [own for own, why in zip(of_guides, differences) if why is None]
-    shared_vocabulary([as_base, *(model for own in sharing for model in own)], tokenizer)
+    if as_base is None:
+        differences = [REMOTE] * len(of_guides)
+    else:
+        sharing = [own for own, why in zip(of_guides, differences) if why is None]
+        shared_vocabulary([as_base, *(model for own in sharing for model in own)], tokenizer)
     for own, why in zip(of_guides, differences):
         if why is not None:
             shared_vocabulary(own, own[0].tokenizer)
@@ -161,7 +173,8 @@ def shared_vocabulary(
 def _difference(base: PreTrainedTokenizerBase | None, models: Sequence[Named]) -> str | None:
     """How a guide's vocabulary differs from the base's; None: it does not.
 
-    MismatchedVocabulary if its models do not share one.
+    Without the base's tokenizer only the guide's own models are compared. MismatchedVocabulary if
+    they do not share one.
     """
     found = []
     for model in models:
@@ -170,12 +183,12 @@ def _difference(base: PreTrainedTokenizerBase | None, models: Sequence[Named]) -
                 check_same_vocabulary(base, model.tokenizer, model.name)
         except MismatchedVocabulary as error:
             found.append(error)
-    if not found:
+    if base is not None and not found:
         return None
     first, *others = [model for model in models if model.tokenizer is not None]
-    if len(found) < len(models):
+    if base is not None and len(found) < len(models):
         raise MismatchedVocabulary(f"{found[0]}; the models of a guide must share a vocabulary")
     for other in others:
         if first.tokenizer is not None and other.tokenizer is not None:
             check_same_vocabulary(first.tokenizer, other.tokenizer, other.name, first.name)
-    return str(found[0])
+    return str(found[0]) if found else None

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from w2s_fast.engine.encoders import make_encoder
-from w2s_fast.engine.foreign import foreign_guides
+from w2s_fast.engine.foreign import foreign_guides, guides_of_texts
 from w2s_fast.engine.named import name_models, shared_vocabulary
 from w2s_fast.engine.sources import key_of
 from w2s_fast.errors import InvalidRequest
@@ -37,7 +37,8 @@ class ServedModels:
     """A base and its guides, each model over pages of its own, and how prompts become their tokens.
 
     Attributes:
-        models: the base, and behind it those of guides that share its vocabulary, each once.
+        models: the base, and behind it those of guides that share its vocabulary, each once; none
+            where the base is remote.
         guides: all of them, in their order. sharing: those that share the base's vocabulary.
         foreign: the others; None: there are none.
         tokenizer: the base's; None: prompts are token ids.
@@ -57,6 +58,11 @@ class ServedModels:
 
     @property
     def base(self) -> PagedModel:
+        """InvalidRequest: it is remote."""
+        if not self.models:
+            raise InvalidRequest(
+                "the base is remote: its tokens, and their log-probs, are not known here"
+            )
         return self.models[0]
 
     @property
@@ -82,7 +88,7 @@ class ServedModels:
 
         ``name``: ``"base"``, ``"tuned"``, ``"untuned"``; of several guides with their number.
         """
-        named = {"base": self.base}
+        named = {"base": self.base} if self.models else {}
         for g, guide in enumerate(self.guides):
             number = f" {g}" if len(self.guides) > 1 else ""
             roles = (f"tuned{number}", f"untuned{number}")
@@ -93,7 +99,7 @@ class ServedModels:
 
 
 def serve_models(
-    base: ModelSource,
+    base: ModelSource | None,
     guides: Sequence[Guide],
     *,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -109,6 +115,8 @@ def serve_models(
 ) -> ServedModels:
     """Load the models, and give each its pages; see :class:`w2s_fast.Engine` for the arguments.
 
+    ``base``: None: it is remote, and guides are all there is.
+
     What can be refused by configs and tokenizers is refused before any weights are read. A model
     that is named twice is loaded once; where its prompts are the same, it has pages once.
 
@@ -118,7 +126,7 @@ def serve_models(
         InvalidRequest: there is no room for any tokens, or a template that cannot be used.
     """
     named = name_models(base, guides, tokenizer, prompt_template)
-    roles, tokenizer = named.distinct(), named.base.tokenizer
+    roles, tokenizer = named.distinct(), None if named.base is None else named.base.tokenizer
     loaded: dict[Any, PreTrainedModel] = {}
     adapters: dict[Any, Adapter] = {}
     for role in roles:
@@ -129,9 +137,7 @@ def serve_models(
             adapters[key, role.adapter_key] = read_adapter(role.adapter, loaded[key])
     weights = [loaded[key_of(role.source)] for role in roles]
 
-    max_pass_tokens, activations = _passes(weights, max_pass_tokens, max_rows)
-    useful = _useful_tokens(weights[0], max_rows)
-    tokens = kv_cache_tokens or kv_tokens_that_fit(weights, useful, activations)
+    tokens, max_pass_tokens = _room(weights, kv_cache_tokens, max_pass_tokens, max_rows)
     models = [
         PagedModel(
             weight,
@@ -150,10 +156,9 @@ def serve_models(
     role_of = {paged[role.key]: role for role in roles}
     pairs = [[paged[role.key] for role in own] for own in named.guides]
     differences = named.differences
-    shared = list(
-        dict.fromkeys([models[0], *_flat(p for p, why in zip(pairs, differences) if why is None)])
-    )
-    vocab_size = shared_vocabulary(shared, tokenizer)
+    with_base = _flat(own for own, why in zip(pairs, differences) if why is None)
+    shared = [] if base is None else list(dict.fromkeys([models[0], *with_base]))
+    vocab_size = shared_vocabulary(shared, tokenizer) if shared else 0
     sizes = dict.fromkeys(shared, vocab_size)
     for of_one, why in zip(pairs, differences):
         if why is not None:
@@ -171,20 +176,37 @@ def serve_models(
         PagedGuide(own[0], own[1] if len(own) > 1 else None, guide.weight, sizes[own[0]])
         for guide, own in zip(guides, pairs)
     ]
+    foreign = guides_of_texts(paged_guides, encoder_of)
+    if base is not None:
+        foreign = foreign_guides(paged_guides, differences, encoder_of, tokenizer)
     return ServedModels(
         models=shared,
         guides=paged_guides,
         sharing=[guide for guide, why in zip(paged_guides, differences) if why is None],
-        foreign=foreign_guides(paged_guides, differences, encoder_of, tokenizer),
+        foreign=foreign,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        eos_token_ids=frozenset(eos_token_ids(weights[0], tokenizer)),
+        eos_token_ids=frozenset(eos_token_ids(weights[0], tokenizer) if shared else ()),
         encoder_of=encoder_of,
     )
 
 
 def _flat(lists: Iterable[Sequence[PagedModel]]) -> list[PagedModel]:
     return [model for own in lists for model in own]
+
+
+def _room(
+    weights: Sequence[PreTrainedModel],
+    kv_cache_tokens: int | None,
+    max_pass_tokens: int | None,
+    max_rows: int,
+) -> tuple[int, int]:
+    """Tokens of each model's KV cache, and of a pass."""
+    if not weights:
+        return 0, 0
+    max_pass_tokens, activations = _passes(weights, max_pass_tokens, max_rows)
+    useful = _useful_tokens(weights[0], max_rows)
+    return kv_cache_tokens or kv_tokens_that_fit(weights, useful, activations), max_pass_tokens
 
 
 def _passes(

@@ -8,14 +8,11 @@ never taken back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
+from w2s_fast.engine.outcome import ResponseDecoder
 from w2s_fast.result import SearchResult
 from w2s_fast.search import Ends
-from w2s_fast.text import INCOMPLETE, decode_response, open_bytes
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,8 @@ class StreamPiece:
 
     Attributes:
         text: what is new; all pieces together are ``result.text``. None without a tokenizer.
-        token_ids: what is new; all pieces together are ``result.token_ids``. Text may come later
+        token_ids: what is new; all pieces together are ``result.token_ids``, none of a remote base.
+            Text may come later
             than its tokens: a character is held back until all its bytes are there. Neither comes
             while it may belong to a stop string.
         result: in the last piece only.
@@ -38,17 +36,11 @@ class StreamPiece:
 class Pieces:
     """Cuts one growing response into pieces."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase | None,
-        prompt: Sequence[int],
-        ends: Ends | None = None,
-    ) -> None:
-        """``prompt``: the base's tokens, behind which the response is decoded. ``ends``: of its
-        text; what may belong to a stop string is held back until it is known not to."""
-        self._tokenizer = tokenizer
+    def __init__(self, decoder: ResponseDecoder, ends: Ends | None = None) -> None:
+        """``ends``: of its text; what may belong to a stop string is held back until it is known
+        not to."""
+        self._decoder = decoder
         self._ends = ends
-        self._prompt = prompt
         self._given = 0  # tokens
         self._text = ""
 
@@ -58,13 +50,10 @@ class Pieces:
             tokens = tokens[: self._ends.settled(tokens, self._given)]
         if len(tokens) <= self._given:
             return None
-        new = tokens[self._given :]
+        new = self._decoder.ids(tokens[self._given :])
         self._given = len(tokens)
-        if self._tokenizer is None:
-            return StreamPiece(None, new)
-        whole = tokens[: len(tokens) - open_bytes(self._tokenizer, tokens)]
-        text = decode_response(self._tokenizer, self._prompt, whole)
-        return StreamPiece(self._new_text(text.rstrip(INCOMPLETE)), new)
+        text = self._decoder.certain(tokens)
+        return StreamPiece(None if text is None else self._new_text(text), new)
 
     def last(self, result: SearchResult) -> StreamPiece:
         """The rest of the answer."""

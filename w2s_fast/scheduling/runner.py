@@ -18,7 +18,7 @@ from w2s_fast.scheduling.cohorts import cohorts_of
 from w2s_fast.scheduling.judge import Judge
 from w2s_fast.scheduling.process import OwnProcess
 from w2s_fast.scheduling.scheduler import Room, Scheduler
-from w2s_fast.search import InFlight, Request, Search
+from w2s_fast.search import InFlight, RemoteSearch, Request, Search
 from w2s_fast.stats import EngineStats, PoolStats
 
 # A pass that was run so often without a recording gets one though others wait for it meanwhile.
@@ -57,8 +57,9 @@ class Runner:
     tell, whatever a request is or holds changes by one assignment, before anything that follows
     from it is done. A step in flight goes on, unless it was just being launched or finished.
 
-    Requests whose candidates the judge has are left alone until it has decided, or they are given
-    up, and the others go on. Where there is nobody else, whoever takes steps waits for news.
+    Requests whose candidates the judge has, or for which a remote base draws, are left alone until
+    that is done, or they are given up, and the others go on. Where there is nobody else, whoever
+    takes steps waits for news.
 
     Attributes:
         process: the only one in which steps are taken.
@@ -66,7 +67,7 @@ class Runner:
 
     def __init__(
         self,
-        search: Search,
+        search: Search | RemoteSearch,
         scheduler: Scheduler,
         judge: Judge | None = None,
         *,
@@ -79,7 +80,7 @@ class Runner:
         self._judge = judge or Judge()
         self._news = self._judge.news
         self.process = OwnProcess()
-        self._home = HomeStream(search.base.model.device)
+        self._home = HomeStream(search.device)
         self._turn = threading.Lock()
         self._next_turn = threading.Lock()
         self._arrived: deque[Request] = deque()
@@ -250,20 +251,21 @@ class Runner:
             if (request := self._scheduler.set_aside_for(rooms)) is not None:
                 self._put_aside([request])
             elif in_round := self._scheduler.in_round:
-                if going_on := [request for request in in_round if request.choice is None]:
+                if going_on := [request for request in in_round if not request.rests]:
                     self._run(going_on)
                 else:
-                    self._await_judge()
+                    self._await_news(in_round)
             else:
                 raise OutOfPages("more pages or slots are wanted than the KV cache has")
             self._settle()  # a request may have been given up meanwhile
             self._close_decided()
 
-    def _await_judge(self) -> None:
-        """Within a turn: until something was decided or given up."""
+    def _await_news(self, in_round: Sequence[Request]) -> None:
+        """Within a turn: until something was decided, drawn or given up."""
         with self._news.heard() as bell:
             self._hand_over()
-            if not self._judge.decided and not self._given_up:
+            rest = all(request.rests for request in in_round)
+            if rest and not self._judge.decided and not self._given_up:
                 bell.get()
 
     def _settle(self) -> None:
@@ -305,7 +307,7 @@ class Runner:
             self._land(1 if apart and chosen else 0)
         self._hand_over()
         waits = not (chosen or flying or closed)
-        return not (waits and any(r.choice is not None for r in self._scheduler.running))
+        return not (waits and any(r.rests for r in self._scheduler.running))
 
     def _hand_over(self) -> None:
         """Let the judge have whatever it is to decide, in one go."""

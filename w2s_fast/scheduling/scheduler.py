@@ -130,8 +130,8 @@ class Scheduler:
     ) -> Choice:
         """Decide who takes part in the next step; ``running`` and ``waiting`` follow.
 
-        Of those in the middle of a round, whose candidates somebody is choosing from takes no part,
-        and keeps rows and pages.
+        Of those in the middle of a round, who waits for somebody that chooses for it, or draws,
+        takes no part, and keeps rows and pages.
 
         Nobody does if somebody more urgent than those in flight had to wait for their pages or
         rows: it is decided again when they are no longer in flight.
@@ -146,9 +146,10 @@ class Scheduler:
         here = [r for r in self.running if r not in flying] if flying else self.running
         opened = in_rounds([request.beams for request in here])
         chosen = [request for request, is_open in zip(here, opened) if is_open]
-        resting = [request for request in chosen if request.choice is not None]
+        resting = [request for request in chosen if request.rests]
         if resting:
-            chosen = [request for request in chosen if request.choice is None]
+            at_rest = set(resting)  # as it was when it was asked for
+            chosen = [request for request in chosen if request not in at_rest]
         between = [request for request, is_open in zip(here, opened) if not is_open]
         between.sort(key=_urgency)
         taken = [*in_flight, *resting, *chosen]

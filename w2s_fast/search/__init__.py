@@ -9,6 +9,7 @@ from w2s_fast._pages import Beam
 from w2s_fast.search.choice import OpenChoice
 from w2s_fast.search.foreign_guide import ForeignGuide, ForeignGuides, ForeignPrompt
 from w2s_fast.search.guide import Guide, PagedGuide, roles_of
+from w2s_fast.search.remote_search import RemoteSearch
 from w2s_fast.search.request import Ends, Request
 from w2s_fast.search.score_graphs import ScoreGraphs
 from w2s_fast.search.search import InFlight, Search
@@ -23,6 +24,7 @@ __all__ = [
     "InFlight",
     "OpenChoice",
     "PagedGuide",
+    "RemoteSearch",
     "Request",
     "ScoreGraphs",
     "Search",

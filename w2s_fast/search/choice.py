@@ -6,7 +6,7 @@ The guides' scores come from the selection all the same; what it would have kept
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +38,12 @@ class OpenChoice:
         number: int,
         candidates: Sequence[Beam],
         scores: Sequence[float],
+        dropped: Collection[int] = (),
     ) -> None:
-        """``number``: of the round, from 1. ``scores``: the guides', [C]; zeros without guides."""
+        """``number``: of the round, from 1. ``scores``: the guides', [C]; zeros without guides.
+        ``dropped``: indices of candidates that count for nothing, not all of them."""
         self.candidates = candidates
+        self._eligible = np.array([i for i in range(len(candidates)) if i not in dropped], np.intp)
         self.width = params.widths.width_in(number)
         self.number = number
         self.extras = np.zeros(len(candidates))
@@ -61,12 +64,15 @@ class OpenChoice:
             ScorerFailure: it gave what are no indices. What it raises itself is passed on.
         """
         params, values = self._params, self._scores + self.extras
+        eligible = self._eligible
         if callable(params.selection):
-            self.kept = self._indices(params.selection(values.tolist(), seen))
+            own = [seen[i] for i in eligible]
+            chosen = self._indices(params.selection(values[eligible].tolist(), own))
+            self.kept = eligible[chosen].tolist()
             return
-        eligible = np.arange(len(values))
         if params.dedup:
-            eligible = _first_of_equals([candidate.tokens for candidate in self.candidates])
+            tokens = [self.candidates[i].tokens for i in eligible]
+            eligible = eligible[_first_of_equals(tokens)]
         if params.selection == "top":
             order = ranked(values[eligible])[: self.width]
         else:
@@ -79,7 +85,7 @@ class OpenChoice:
             indices = [operator.index(index) for index in given]
         except TypeError as error:
             raise ScorerFailure(f"the choice gave {given!r}; allowed: indices") from error
-        count = len(self.candidates)
+        count = len(self._eligible)
         if not 1 <= len(indices) <= self.width or not all(0 <= i < count for i in indices):
             raise ScorerFailure(
                 f"the choice of round {self.number} gave {indices}; allowed: 1 to {self.width} "

@@ -13,7 +13,8 @@ from w2s_fast._pages import Beam, Beams
 from w2s_fast.errors import W2SFastError
 from w2s_fast.kernels.noise import seed_bits
 from w2s_fast.params import SearchParams
-from w2s_fast.result import Candidate, Round
+from w2s_fast.remote import Drawing, RemotePrompt, to_text
+from w2s_fast.result import Candidate, Draw, Round
 from w2s_fast.search.choice import OpenChoice
 from w2s_fast.search.foreign_guide import ForeignPrompt
 from w2s_fast.stats import RequestStats
@@ -79,6 +80,7 @@ class Request:
         breaks: Breaks | None = None,
         foreign: ForeignPrompt | None = None,
         has_guides: bool | None = None,
+        remote: RemotePrompt | None = None,
     ) -> None:
         """``prompt``: the base's tokens, at least one; ``guide_prompts``: those of each other model
         of the search, in their order; none if no guide runs.
@@ -111,7 +113,7 @@ class Request:
             widths=_as_int32(params.widths.kept),
             successors=_as_int32(params.widths.successors),
             chunks=_as_int32(params.widths.chunks),
-            max_new_tokens=min(params.max_new_tokens, _INT32_MAX),
+            max_new_tokens=_INT32_MAX if remote else min(params.max_new_tokens, _INT32_MAX),
             hold=params.finished == "hold",
             mean=params.score == "mean",
             dedup=params.dedup,
@@ -149,6 +151,11 @@ class Request:
         self.asks_the_caller = self.has_scorers or callable(params.selection)
         # Of a round whose candidates are complete, until it is closed: nobody draws for it then.
         self.choice: OpenChoice | None = None
+        self.remote = remote
+        self.drawing: Drawing | None = None  # of a round in a remote base, until it is closed
+        self.draws: list[list[Draw]] = []  # of those that were, with a trace
+        self.token_counts: list[int] = []  # of its hypotheses there
+        self.ended_early: str | None = None  # why
         self.is_beam_search = params.method == "beam"
         # Of a beam search, the continuations of a beam that are enough to choose from: as many may
         # end as there are ids that end a response.
@@ -183,6 +190,12 @@ class Request:
         return self.error is not None or self.beams.done
 
     @property
+    def rests(self) -> bool:
+        """Whether it waits for somebody else: who chooses for it, or draws."""
+        drawn = self.drawing is None or self.drawing.complete
+        return self.choice is not None or not drawn
+
+    @property
     def in_round(self) -> bool:
         """Whether it is in the middle of a round."""
         return self.beams.open
@@ -205,15 +218,15 @@ class Request:
     def rounds(self, first: int = 0) -> list[Round]:
         """The rounds that have ended, from that one on, if they were to be traced."""
         return [
-            Round(
-                [
-                    Candidate(c.parent, c.tokens, self.score_of(c), c.finish_reason)
-                    for c in one.candidates
-                ],
-                one.kept,
-            )
+            Round([self._told(candidate) for candidate in one.candidates], one.kept)
             for one in self.beams.trace(first)
         ]
+
+    def _told(self, beam: Beam) -> Candidate:
+        score, reason = self.score_of(beam), beam.finish_reason
+        if self.remote is None:
+            return Candidate(beam.parent, beam.tokens, score, reason)
+        return Candidate(beam.parent, [], score, reason, to_text(beam.tokens))
 
     def score_of(self, beam: Beam) -> float | None:
         """The beam's score as this request defines it; None where nobody scores."""
@@ -231,9 +244,12 @@ class Request:
         ``candidates``: of the round. ``foreign``: what guides of other vocabularies say of each.
         """
         scores = [self._guides_score_of(beam) for beam in candidates]
-        choice = OpenChoice(self.params, self.beams.round, candidates, scores)
+        drawing = self.drawing
+        dropped = set() if drawing is None else drawing.dropped
+        choice = OpenChoice(self.params, self.beams.round, candidates, scores, dropped)
         if foreign is not None:
-            lengths = [max(1, len(beam.tokens)) for beam in candidates]
+            lengths = [len(beam.tokens) for beam in candidates]
+            lengths = [max(1, n) for n in (lengths if drawing is None else drawing.tokens)]
             choice.extras += foreign / lengths if self.params.score == "mean" else foreign
         self.choice = choice
 

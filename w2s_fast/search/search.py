@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from w2s_fast._pages import (
-    Beam,
     Beams,
     begin_rounds,
     end_rounds,
@@ -30,6 +30,7 @@ from w2s_fast.errors import NumericalError
 from w2s_fast.models import PagedModel, inference
 from w2s_fast.search.base_side import BaseSide
 from w2s_fast.search.beam_side import BeamSide, Continuations
+from w2s_fast.search.choices import Choices, count_rounds
 from w2s_fast.search.expansion import Decoded, Drawn
 from w2s_fast.search.foreign_guide import ForeignGuides
 from w2s_fast.search.foreign_side import ForeignSide
@@ -85,6 +86,7 @@ class Search:
     Attributes:
         models: the base, and the guides' other models, each with its own pages.
         foreign: guides of other vocabularies, over theirs.
+        records: whether passes are recorded.
     """
 
     def __init__(
@@ -118,7 +120,14 @@ class Search:
         )
         self.foreign = ForeignSide(foreign, base.device)
         self._ahead = ahead
+        self.records = graphs is not None
         self._managers = [model.pool.manager for model in self.models]
+        self._choices = Choices(self.models, self.foreign, [self.foreign])
+
+    @property
+    def device(self) -> torch.device:
+        """Of the base."""
+        return self.base.model.device
 
     @property
     def decoded(self) -> Decoded:
@@ -241,36 +250,20 @@ class Search:
         if step.continuations is not None:
             searching = step.continuations.requests
             self.beams.keep(step.continuations)
-            _count_rounds([request for request in searching if request.error is None])
+            count_rounds([request for request in searching if request.error is None])
             self._abort_failed(searching)
         # Whose scores are known, or who has none.
         known = (request for request in step.complete if request.fuses or not request.uses_guides)
         if done := [request for request in known if request.error is None]:
             plain = [request for request in done if not request.host_chooses]
             keep_all(_beams(plain), self._managers)
-            _count_rounds(plain)
+            count_rounds(plain)
             self._open_choices([request for request in done if request.host_chooses])
 
     @inference
     def close(self, requests: Sequence[Request]) -> None:
         """Close rounds of which it was decided who is kept; others may have stepped meanwhile."""
-        chosen = [(request, request.choice) for request in requests if request.choice is not None]
-        for request, choice in chosen:
-            request.error = choice.error
-        closed = [(request, choice) for request, choice in chosen if choice.kept is not None]
-        found = [choice.kept or [] for _, choice in closed]
-        kept = np.full((len(found), max(map(len, found), default=0)), -1, np.int64)
-        for (request, choice), row, own in zip(closed, kept, found):
-            row[: len(own)] = own
-            request.beams.set_extras(choice.extras)
-        sound = [request for request, _ in closed]
-        copies = end_rounds(_beams(sound), kept, self._managers)
-        for model, pairs in zip(self.models, copies):
-            model.pool.copy_pages(pairs)
-        for request, own in zip(sound, found):
-            self.foreign.close(request, own)
-            request.choice = None
-        _count_rounds(sound)
+        self._choices.close(requests)
         self._abort_failed(requests)
 
     def set_aside(self, request: Request) -> None:
@@ -369,34 +362,11 @@ class Search:
             others = [i for i, request in enumerate(closed) if not request.host_chooses]
             kept, closed = kept[others], [closed[i] for i in others]
         end_rounds(_beams(closed), kept, self._managers)
-        _count_rounds(closed)
+        count_rounds(closed)
 
     def _open_choices(self, requests: Sequence[Request]) -> None:
-        """Their candidates are complete. Where no code of the caller's is asked, choose at once."""
-        at_once = []
-        beams = [request.beams.candidates for request in requests]
-        foreign = self._foreign_scores(requests, beams)
-        for request, candidates in zip(requests, beams):
-            if request.error is not None:
-                continue
-            request.open_choice(candidates, foreign.get(request))
-            if request.choice is not None and not request.asks_the_caller:
-                request.choice.decide()
-                at_once.append(request)
-        if at_once:
-            self.close(at_once)
+        self._choices.open(requests)
         self._abort_failed(requests)
-
-    def _foreign_scores(
-        self, requests: Sequence[Request], candidates: Sequence[Sequence[Beam]]
-    ) -> dict[Request, NDArray[np.float64]]:
-        own = [i for i, request in enumerate(requests) if request.foreign is not None]
-        if not own:
-            return {}
-        asking = [requests[i] for i in own]
-        with timed("scoring_s", [request.stats for request in asking]):
-            found = self.foreign.score(asking, [candidates[i] for i in own])
-        return dict(zip(asking, found))
 
     def _enter(self, late: Sequence[Request], most: list[int]) -> set[Request]:
         """Run texts that requests go on from, as far as may be; those that have to wait still."""
@@ -412,11 +382,6 @@ class Search:
 
 def _beams(requests: Sequence[Request]) -> list[Beams]:
     return [request.beams for request in requests]
-
-
-def _count_rounds(requests: Sequence[Request]) -> None:
-    for request in requests:
-        request.stats.rounds += 1
 
 
 def _step_tokens(left: Sequence[int]) -> int:

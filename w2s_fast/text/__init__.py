@@ -6,10 +6,16 @@ data here: it is never formatted, and never becomes a special token.
 """
 
 from w2s_fast.text.breaks import Breaks
-from w2s_fast.text.chat import Chat
-from w2s_fast.text.encoding import Written
+from w2s_fast.text.chat import Chat, plain_chat
+from w2s_fast.text.encoding import Written, check_unicode
 from w2s_fast.text.growing import GrowingTexts, Said
-from w2s_fast.text.prompt import Prompt, PromptEncoder, check_template
+from w2s_fast.text.prompt import (
+    PLACEHOLDER,
+    Prompt,
+    PromptEncoder,
+    check_template,
+    check_template_text,
+)
 from w2s_fast.text.response import INCOMPLETE, decode_response, open_bytes
 from w2s_fast.text.stops import StopStrings, TextEnd
 from w2s_fast.text.translation import Translator
@@ -22,6 +28,7 @@ from w2s_fast.text.vocabulary import (
 
 __all__ = [
     "INCOMPLETE",
+    "PLACEHOLDER",
     "Breaks",
     "Chat",
     "GrowingTexts",
@@ -34,9 +41,12 @@ __all__ = [
     "Written",
     "check_same_vocabulary",
     "check_template",
+    "check_template_text",
+    "check_unicode",
     "decode_response",
     "eos_token_ids",
     "ids_without_token",
     "open_bytes",
+    "plain_chat",
     "tokenizer_size",
 ]

@@ -60,7 +60,7 @@ def write_chat(encoder: TextEncoder, chat: Chat) -> Written:
         InvalidRequest: not a chat, no chat template, one that fails on it, or one of which it
             cannot be told which special tokens are its own.
     """
-    given = _given(chat)
+    given = plain_chat(chat)
     tokenizer, name = encoder.tokenizer, encoder.name
     if getattr(tokenizer, "chat_template", None) is None:
         raise InvalidRequest(f"{name} has no chat template; give its prompt as a string")
@@ -80,8 +80,15 @@ def write_chat(encoder: TextEncoder, chat: Chat) -> Written:
     return Written(text, written_by_template(encoder.specials, given, text, write))
 
 
-def _given(chat: Chat) -> dict[str, Any]:
-    """All that a template is given, checked and copied: plain values and nothing else."""
+def plain_chat(chat: Chat) -> dict[str, Any]:
+    """All that a template is given, checked and copied: plain values and nothing else.
+
+    Returns:
+        ``messages``, ``tools`` (or None) and ``options``, the template's further variables.
+
+    Raises:
+        InvalidRequest: not a chat.
+    """
     if not isinstance(chat.continue_final_message, bool):
         raise InvalidRequest(
             f"continue_final_message is {chat.continue_final_message!r}; allowed: a bool"

@@ -211,10 +211,15 @@ def check_template(name: str, template: Any, tokenizer: PreTrainedTokenizerBase 
     """InvalidRequest: it lacks ``{prompt}``, or there is no tokenizer for it; names the model."""
     if template is None:
         return
+    check_template_text(name, template)
+    if tokenizer is None:
+        raise InvalidRequest(f"{name} has no tokenizer, so it can have no prompt_template")
+
+
+def check_template_text(name: str, template: Any) -> None:
+    """InvalidRequest: it lacks ``{prompt}``; names the model."""
     if not isinstance(template, str) or template.count(PLACEHOLDER) != 1:
         raise InvalidRequest(
             f"prompt_template of {name} is {template!r}; it must hold {PLACEHOLDER} exactly once"
         )
     check_unicode(template, f"prompt_template of {name}")
-    if tokenizer is None:
-        raise InvalidRequest(f"{name} has no tokenizer, so it can have no prompt_template")

@@ -1,0 +1,94 @@
+"""Account: what one search has cost its server, and what it may."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from w2s_fast.result import RemoteUsage
+
+_NO_END = 1_000_000
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of one search; None: as much as it takes.
+
+    Attributes:
+        requests: sent at most, those that are tried again included. tokens: read and sampled.
+        prices: of a million tokens that are read, and of a million that are sampled.
+    """
+
+    requests: int | None = None
+    tokens: int | None = None
+    prices: tuple[float, float] | None = None
+
+
+class Reservation(NamedTuple):
+    """Room for a request: how often it may be sent, and tokens that it may take."""
+
+    requests: int
+    tokens: int
+
+
+class Account:
+    """Counts what is sent for one search. Used in one thread.
+
+    Attributes:
+        first_prompt_tokens: of the search's prompt, as the server counts; 0: it did not say.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._requests = self._prompt = self._cached = self._completion = 0
+        self._longest_prompt = 0
+        self._reserved_requests = self._reserved_tokens = 0
+        self.first_prompt_tokens = 0
+
+    @property
+    def usage(self) -> RemoteUsage:
+        cost = None
+        if self._budget.prices is not None:
+            read, sampled = self._budget.prices
+            cost = (self._prompt * read + self._completion * sampled) / 1e6
+        return RemoteUsage(self._requests, self._prompt, self._cached, self._completion, cost)
+
+    def reserve(self, sampled: int) -> Reservation | str:
+        """Room for a request that samples so many tokens at most, or why it may not be sent."""
+        budget = self._budget
+        left = _NO_END
+        if budget.requests is not None:
+            left = budget.requests - self._requests - self._reserved_requests
+            if left < 1:
+                return f"max_requests ({budget.requests}) is used up"
+        tokens = self._longest_prompt + sampled
+        if budget.tokens is not None:
+            known = self._prompt + self._completion + self._reserved_tokens
+            if known + tokens > budget.tokens:
+                return f"max_total_tokens ({budget.tokens}) is used up"
+        self._reserved_requests += 1
+        self._reserved_tokens += tokens
+        return Reservation(left, tokens)
+
+    def settle(
+        self,
+        room: Reservation,
+        *,
+        requests: int,
+        prompt: int = 0,
+        cached: int = 0,
+        completion: int = 0,
+    ) -> None:
+        """A request that room was reserved for is over: what it really took.
+
+        Args:
+            requests: sent for it. prompt, cached, completion: tokens.
+        """
+        self._reserved_requests -= 1
+        self._reserved_tokens -= room.tokens
+        self._requests += requests
+        self._prompt += prompt
+        self._cached += cached
+        self._completion += completion
+        self._longest_prompt = max(self._longest_prompt, prompt)
+        self.first_prompt_tokens = self.first_prompt_tokens or prompt
