@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -82,6 +83,19 @@ def note_console() -> Console:
 def note(message: str, style: str = "dim") -> None:
     """One line on standard error, never wrapped, for people and for grep."""
     note_console().print(Text(message, style=style), soft_wrap=True)
+
+
+def show_warnings_as_notes() -> None:
+    """Warnings of the package itself, from here on: without the line of code that gives them."""
+    before = warnings.showwarning
+
+    def show(message: Any, category: Any, filename: str, *where: Any, **more: Any) -> None:
+        if category is UserWarning and "w2s_fast" in filename:
+            note(f"warning: {message}", style="yellow")
+        else:
+            before(message, category, filename, *where, **more)
+
+    warnings.showwarning = show
 
 
 def counting_bar(console: Console, width: int, hidden: bool) -> Progress:

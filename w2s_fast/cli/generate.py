@@ -15,24 +15,32 @@ from w2s_fast.cli.asking import Asking, TemplateNote
 from w2s_fast.cli.batch import Batch, run_batch
 from w2s_fast.cli.jsonl import Request, answer_record, encode_record, fingerprint
 from w2s_fast.cli.model_options import (
+    ApiKeyEnv,
     Attention,
     Base,
+    BaseModel,
+    BaseRoute,
+    BaseUrl,
     Compile,
     CudaGraphs,
     Device,
     Dtype,
     GuidePromptTemplate,
     KvCacheTokens,
+    MaxConcurrency,
     MaxPassTokens,
+    MaxRequests,
     MaxRows,
+    MaxTotalTokens,
     PageSize,
+    PricePerMillion,
     PromptTemplate,
     Tokenizer,
     Tuned,
     Untuned,
     Weight,
 )
-from w2s_fast.cli.models import decoder, load_engine, made_by, name_models
+from w2s_fast.cli.models import decoder, load_engine, made_by, name_models, remote_base
 from w2s_fast.cli.options import FILES, PROMPTS, SAMPLING, SEARCH, option
 from w2s_fast.cli.paths import check_input, check_output
 from w2s_fast.cli.single import print_answer, search_shown
@@ -79,6 +87,14 @@ def generate(
     untuned: Untuned = None,
     weight: Weight = None,
     tokenizer: Tokenizer = None,
+    base_url: BaseUrl = None,
+    base_model: BaseModel = None,
+    api_key_env: ApiKeyEnv = None,
+    base_route: BaseRoute = "auto",
+    max_concurrency: MaxConcurrency = 16,
+    max_requests: MaxRequests = None,
+    max_total_tokens: MaxTotalTokens = None,
+    price_per_million: PricePerMillion = None,
     method: Annotated[
         Method,
         option(
@@ -240,6 +256,16 @@ def generate(
         tokenizer=tokenizer,
         prompt_template=prompt_template,
         guide_templates=guide_prompt_template or [],
+        remote=remote_base(
+            base_url,
+            base_model,
+            api_key_env,
+            route=base_route,
+            max_concurrency=max_concurrency,
+            max_requests=max_requests,
+            max_total_tokens=max_total_tokens,
+            price_per_million=price_per_million,
+        ),
     )
     # Whatever can be refused is refused before models are loaded.
     if input is None:

@@ -26,7 +26,7 @@ from w2s_fast.cli.asking import PLAINLY, Asking
 from w2s_fast.cli.lines import MAX_LINE_BYTES, LongLine
 from w2s_fast.errors import InvalidRequest, W2SFastError
 from w2s_fast.params import SearchParams
-from w2s_fast.result import Hypothesis, SearchResult
+from w2s_fast.result import Hypothesis, SearchResult, Trace
 
 if TYPE_CHECKING:
     from w2s_fast import Chat
@@ -248,10 +248,24 @@ def answer_record(request: Request, result: SearchResult) -> Record:
     record = _record_head(request) | _hypothesis_record(result.hypotheses[0])
     if request.params.n > 1:
         record["hypotheses"] = [_hypothesis_record(each) for each in result.hypotheses]
-    record["usage"] = asdict(result.usage)
+    record["usage"] = _without_none(asdict(result.usage), "remote")
+    if result.ended_early is not None:
+        record["ended_early"] = result.ended_early
     if result.trace is not None:
-        record["trace"] = asdict(result.trace)
+        record["trace"] = _trace_record(result.trace)
     return record | _record_tail(request)
+
+
+def _trace_record(trace: Trace) -> Record:
+    """What only a remote base has is left out where there is none."""
+    record = asdict(trace)
+    for one in record["rounds"]:
+        one["candidates"] = [_without_none(each, "text") for each in one["candidates"]]
+    return record if trace.prompt is not None else {"rounds": record["rounds"]}
+
+
+def _without_none(record: Record, name: str) -> Record:
+    return {key: value for key, value in record.items() if key != name or value is not None}
 
 
 def bad_line_record(bad: BadLine) -> Record:

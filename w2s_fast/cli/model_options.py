@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from w2s_fast.cli.options import MACHINE, MODELS, PROMPTS, option
+from w2s_fast.cli.options import MACHINE, MODELS, PROMPTS, REMOTE, option
 
 Base = Annotated[
     str | None, option("--base", help="Path or hub id of the large model.", panel=MODELS)
+]
+BaseUrl = Annotated[
+    str | None,
+    option(
+        "--base-url",
+        help="The large model is behind this OpenAI-compatible server, as http://host:8000/v1.",
+        panel=REMOTE,
+    ),
+]
+BaseModel = Annotated[
+    str | None,
+    option("--base-model", help="Its name there; not given: the only one", panel=REMOTE),
+]
+ApiKeyEnv = Annotated[
+    str | None,
+    option("--api-key-env", help="Environment variable with the server's key", panel=REMOTE),
+]
+BaseRoute = Annotated[
+    Literal["auto", "completions", "chat"],
+    option("--base-route", help="By which its texts go on; auto: as it can", panel=REMOTE),
+]
+MaxConcurrency = Annotated[
+    int, option("--max-concurrency", help="Requests to it at a time", panel=REMOTE)
+]
+MaxRequests = Annotated[
+    int | None, option("--max-requests", help="To it, of one search", panel=REMOTE)
+]
+MaxTotalTokens = Annotated[
+    int | None,
+    option("--max-total-tokens", help="Read and sampled by it, of one search", panel=REMOTE),
+]
+PricePerMillion = Annotated[
+    str | None,
+    option("--price-per-million", help="IN,OUT: of its tokens, read and sampled", panel=REMOTE),
 ]
 Tuned = Annotated[
     list[str] | None,

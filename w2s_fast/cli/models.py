@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -11,16 +12,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 
 from w2s_fast import __version__
-from w2s_fast.cli.console import loading, note, note_console, quiet_transformers
+from w2s_fast.cli.console import (
+    loading,
+    note,
+    note_console,
+    quiet_transformers,
+    show_warnings_as_notes,
+)
 from w2s_fast.cli.identity import model_identity
 from w2s_fast.cli.jsonl import MadeBy
+from w2s_fast.cli.options import prices
 from w2s_fast.cli.threads import chosen_count, take_usable_cores
 from w2s_fast.errors import UnsupportedModel, W2SFastError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from w2s_fast import Engine
+    from w2s_fast import Engine, RemoteBase
 
 
 NO_MODEL = "none"  # in the place of an untuned model's name
@@ -41,7 +49,7 @@ class Models:
     """Paths or hub ids of a base and its guides; `bundled` if the user named none.
 
     ``tokenizer``: path or hub id of the base's, where it does not lie with it. ``prompt_template``:
-    of the base.
+    of the base. ``remote``: a base that is a server's; then ``base`` names no model.
     """
 
     base: str
@@ -49,10 +57,11 @@ class Models:
     bundled: bool = False
     tokenizer: str | None = None
     prompt_template: str | None = None
+    remote: RemoteBase | None = None
 
     def named(self) -> dict[str, str]:
         """Path or hub id by what errors call the model."""
-        named = {"base": self.base}
+        named = {} if self.remote else {"base": self.base}
         for g, guide in enumerate(self.guides):
             number = f" {g}" if len(self.guides) > 1 else ""
             named[f"tuned{number}"] = guide.tuned
@@ -96,6 +105,10 @@ def made_by(models: Models, device: str, dtype: str) -> MadeBy:
             found["base tokenizer"] = parts.get("tokenizer") or " ".join(parts.values())
         if models.prompt_template is not None:
             found["base prompt template"] = models.prompt_template
+        if models.remote is not None:
+            found["base server"] = models.remote.url
+            found["base model"] = models.remote.model or "the only one"
+            found["base route"] = models.remote.route
         where = pick_device(device)
         picked = pick_dtype(dtype, where)
         found["dtype"] = str(picked).removeprefix("torch.")
@@ -117,14 +130,21 @@ def name_models(
     tokenizer: str | None = None,
     prompt_template: str | None = None,
     guide_templates: Sequence[str] = (),
+    remote: RemoteBase | None = None,
 ) -> Models:
     """Checks what the user named against itself; the bundled models if that is nothing.
 
     Raises:
         typer.BadParameter: a base without its guides' partners, or the other way round.
     """
+    if remote is not None and base is not None:
+        raise typer.BadParameter("--base and --base-url: there is one base")
+    if remote is not None and tokenizer is not None:
+        raise typer.BadParameter("--tokenizer is of a base that runs here, not of a server's")
     if base is None and not tuned and not untuned:
         models = _bundled(weights)
+    elif remote is not None:
+        models = Models("", _named_guides(tuned, untuned, weights))
     else:
         models = Models(_named_base(base), _named_guides(tuned, untuned, weights))
     if guide_templates and len(guide_templates) not in (1, len(models.guides)):
@@ -135,7 +155,37 @@ def name_models(
         each = cycle(guide_templates)
         guides = [g._replace(prompt_template=text) for g, text in zip(models.guides, each)]
         models = replace(models, guides=tuple(guides))
+    if remote is not None:
+        models = replace(models, base=remote.model or remote.url, remote=remote)
     return replace(models, tokenizer=tokenizer, prompt_template=prompt_template)
+
+
+def remote_base(
+    url: str | None,
+    model: str | None,
+    key_env: str | None,
+    *,
+    price_per_million: str | None,
+    **options: Any,
+) -> RemoteBase | None:
+    """A base that is a server's; None: the options name none.
+
+    Raises:
+        typer.BadParameter: options of a server that is not named, or a variable without a key.
+        InvalidRequest: a value that is not allowed.
+    """
+    if url is None:
+        if model is not None or key_env is not None:
+            raise typer.BadParameter("--base-model and --api-key-env go with --base-url")
+        return None
+    key = None if key_env is None else os.environ.get(key_env, "").strip()
+    if key == "":
+        raise typer.BadParameter(f"--api-key-env: there is no key in {key_env}")
+    from w2s_fast import RemoteBase
+
+    return RemoteBase(
+        url, model, api_key=key, price_per_million=prices(price_per_million), **options
+    )
 
 
 def _named_base(base: str | None) -> str:
@@ -183,8 +233,11 @@ def load_engine(
     ``tokenizer``: the base's, where it is read already. ``options``: more of the engine's.
     """
     if models.bundled and not quiet:
-        note("no model named: using the bundled demo models (film, book and restaurant reviews)")
+        which = "guides" if models.remote else "demo models"
+        note(f"no model named: using the bundled {which} (film, book and restaurant reviews)")
     quiet_transformers(_bars(models))
+    if models.remote is not None:
+        show_warnings_as_notes()
     with loading(_bars(models)):
         import torch
 
@@ -195,8 +248,8 @@ def load_engine(
             # Their operations are too small to share. On two busy cores, where threads wait for
             # one another, two of them took 8 to 14 times as long as one.
             torch.set_num_threads(1)
-        return Engine(
-            base=models.base,
+        engine = Engine(
+            base=models.remote or models.base,
             guides=[Guide(**names._asdict()) for names in models.guides] or None,
             tokenizer=tokenizer or _named_tokenizer(models),
             prompt_template=models.prompt_template,
@@ -205,6 +258,9 @@ def load_engine(
             kv_cache_tokens=kv_cache_tokens,
             **options,
         )
+    if engine.server is not None and not quiet:
+        note(engine.server)
+    return engine
 
 
 def read_tokenizer(models: Models) -> PreTrainedTokenizerBase | None:
@@ -213,6 +269,8 @@ def read_tokenizer(models: Models) -> PreTrainedTokenizerBase | None:
     Raises:
         UnsupportedModel: there is none where ``--tokenizer`` leads.
     """
+    if models.remote is not None:
+        return None
     quiet_transformers(_bars(models))
     with note_console().status("reading the tokenizer"):
         from w2s_fast.models import load_tokenizer

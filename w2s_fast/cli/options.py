@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-FILES, PROMPTS, MODELS = "Files", "Prompts", "Models"
+FILES, PROMPTS, MODELS, REMOTE = "Files", "Prompts", "Models", "Remote base"
 SEARCH, SAMPLING, MACHINE = "Search", "Sampling", "Machine"
 
 
@@ -24,6 +24,17 @@ def chunk_length(text: str) -> int | list[int | None] | None:
     what = "a number of tokens, or none (whole)"
     found: int | list[int | None] | None = _by_round(text, what, ("none", "0"))
     return found
+
+
+def prices(text: str | None) -> tuple[float, float] | None:
+    """``IN,OUT`` as two numbers."""
+    if text is None:
+        return None
+    try:
+        read, sampled = map(float, text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: two numbers, as 0.5,1.5") from None
+    return read, sampled
 
 
 def _by_round(text: str, what: str, words: tuple[str, ...] = ()) -> Any:

@@ -10,24 +10,32 @@ import typer
 
 from w2s_fast.cli.console import note
 from w2s_fast.cli.model_options import (
+    ApiKeyEnv,
     Attention,
     Base,
+    BaseModel,
+    BaseRoute,
+    BaseUrl,
     Compile,
     CudaGraphs,
     Device,
     Dtype,
     GuidePromptTemplate,
     KvCacheTokens,
+    MaxConcurrency,
     MaxPassTokens,
+    MaxRequests,
     MaxRows,
+    MaxTotalTokens,
     PageSize,
+    PricePerMillion,
     PromptTemplate,
     Tokenizer,
     Tuned,
     Untuned,
     Weight,
 )
-from w2s_fast.cli.models import Models, load_engine, name_models
+from w2s_fast.cli.models import Models, load_engine, name_models, remote_base
 from w2s_fast.cli.options import MODELS, PROMPTS, SEARCH, option
 from w2s_fast.cli.usage import check_models
 from w2s_fast.errors import InvalidRequest
@@ -154,6 +162,14 @@ def serve(
         ),
     ] = False,
     tokenizer: Tokenizer = None,
+    base_url: BaseUrl = None,
+    base_model: BaseModel = None,
+    api_key_env: ApiKeyEnv = None,
+    base_route: BaseRoute = "auto",
+    max_concurrency: MaxConcurrency = 16,
+    max_requests: MaxRequests = None,
+    max_total_tokens: MaxTotalTokens = None,
+    price_per_million: PricePerMillion = None,
     prompt_template: PromptTemplate = None,
     guide_prompt_template: GuidePromptTemplate = None,
     chat_template: Annotated[
@@ -203,6 +219,16 @@ def serve(
         tokenizer=tokenizer,
         prompt_template=prompt_template,
         guide_templates=guide_prompt_template or [],
+        remote=remote_base(
+            base_url,
+            base_model,
+            api_key_env,
+            route=base_route,
+            max_concurrency=max_concurrency,
+            max_requests=max_requests,
+            max_total_tokens=max_total_tokens,
+            price_per_million=price_per_million,
+        ),
     )
     given = search_defaults(search or [])
     if not models.guides:
@@ -278,4 +304,6 @@ def _names_on_the_hub(name: str) -> list[str]:
 
 
 def _name_of(models: Models) -> str:
+    if models.remote is not None:
+        return models.remote.model or "remote"
     return "bundled" if models.bundled else models.base.rstrip("/").rsplit("/", 1)[-1]

@@ -73,6 +73,14 @@ def print_answer(prompt: str, result: SearchResult, decode: Decode, seconds: flo
         f"{usage.completion_tokens} tokens in the answer, {usage.sampled_tokens} sampled, "
         f"{usage.scored_tokens} scored by each guide, {seconds:.2f} s"
     )
+    if (remote := usage.remote) is not None:
+        cost = "" if remote.cost is None else f", cost {remote.cost:.6g}"
+        note(
+            f"{remote.requests} requests to the server: {remote.prompt_tokens} tokens read "
+            f"({remote.cached_tokens} of them cached), {remote.completion_tokens} sampled{cost}"
+        )
+    if result.ended_early is not None:
+        note(f"ended early: {result.ended_early}", style="yellow")
 
 
 def print_text(prompt: str, text: str) -> None:

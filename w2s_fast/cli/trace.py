@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,21 +53,17 @@ def trace(
 ) -> None:
     """Make a page of saved search trees: the viewer of `w2s-fast serve`, without a server."""
     from w2s_fast.serve import saved_events, saved_page
-    from w2s_fast.text import decode_response
 
     records = [record for record in _records(answers) if record.get("trace")]
     if not records:
         raise InvalidRequest(f"{answers} holds no traces; allowed: answers of generate --trace")
     asked = {} if prompts is None else dict(enumerate(_records(prompts)))
-    name = tokenizer or name_models().base
-    reader = _tokenizer_of(name, records[0])
+    decode = _decoder(tokenizer or name_models().base, records[0])
     searches = []
     for record in records:
         done = {key: record.get(key) for key in ("text", "score", "finish_reason", "usage")}
         prompt = _shown(asked.get(record["index"], {}))
-        events = saved_events(
-            prompt, _rounds(record), lambda ids: decode_response(reader, (), ids), done
-        )
+        events = saved_events(prompt, _rounds(record), decode, done)
         title = str(record.get("id", f"line {record['index'] + 1}"))
         searches.append(
             {"title": f"{title}: {prompt[:60]}" if prompt else title, "events": [*events]}
@@ -100,6 +96,16 @@ def _rounds(record: Record) -> list[Round]:
         ]
     except (KeyError, TypeError) as error:
         raise InvalidRequest(f"the trace of line {record.get('index')} is none: {error}") from None
+
+
+def _decoder(name: str, record: Record) -> Callable[[list[int]], str]:
+    """From token ids of these answers to their texts; of a remote base texts are all there is."""
+    from w2s_fast.text import decode_response
+
+    if "base server" in (record.get("made_by") or {}):
+        return str
+    tokenizer = _tokenizer_of(name, record)
+    return lambda ids: decode_response(tokenizer, (), ids)
 
 
 def _tokenizer_of(name: str, record: Record) -> PreTrainedTokenizerBase:

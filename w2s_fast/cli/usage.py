@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+REMOTE_METHODS = ("cbs", "bon", "sample")
+
+
 def check_usage(
     prompt: str | None, input: Path | None, output: Path | None, resume: bool, retry_errors: bool
 ) -> None:
@@ -51,6 +54,11 @@ def check_models(params: SearchParams, models: Models) -> None:
         raise InvalidRequest(
             "dynamic_fusion compares a guide's tuned model with its untuned one; allowed: "
             "guides that have both"
+        )
+    if models.remote is not None and params.method not in REMOTE_METHODS:
+        raise InvalidRequest(
+            f"method is {params.method!r}, which needs the base's own tokens; allowed with a "
+            f"remote base: {', '.join(REMOTE_METHODS)}"
         )
     if params.fuses is not None:
         params.betas([guide.weight for guide in models.guides])

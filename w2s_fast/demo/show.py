@@ -190,11 +190,14 @@ class _Painter:
         before = ""
         if index > 0 and candidate.parent is not None:
             last = self.rounds[index - 1]
-            before = self.decode(last.candidates[last.kept[candidate.parent]].token_ids)
-        text = printable(self.decode(candidate.token_ids)[len(before) :])
+            before = self._text_of(last.candidates[last.kept[candidate.parent]])
+        text = printable(self._text_of(candidate)[len(before) :])
         if candidate.finish_reason is not None:
             text = f"{text} [{candidate.finish_reason}]" if text else "[finished, held]"
         return text if len(text) <= SNIPPET else text[: SNIPPET - 3] + "..."
+
+    def _text_of(self, candidate: Candidate) -> str:
+        return self.decode(candidate.token_ids) if candidate.text is None else candidate.text
 
 
 def printable(text: str) -> str:

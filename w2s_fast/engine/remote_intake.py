@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -92,27 +91,18 @@ class RemoteIntake:
             raise InvalidRequest(f"method {params.method!r} needs guides; the engine has none")
 
     def _prompt(self, prompt: Prompt, params: SearchParams) -> RemotePrompt:
+        _check_no_ids(prompt)
         if (why := self._source.accepts(prompt)) is not None:
             raise InvalidRequest(why)
         account, sampling = Account(self._budget), self._sampling(params)
         greedy = params.temperature == 0
         if isinstance(prompt, str):
             check_unicode(prompt, "a prompt")
-            text = prompt
-            if self._template is not None:
-                before, after = self._template.split(PLACEHOLDER)
-                text = f"{before}{prompt}{after}"
-            return RemotePrompt(text, sampling, account, greedy)
-        given: Any = prompt
-        ids = hasattr(given, "ndim") or (
-            isinstance(given, Sequence)
-            and all(isinstance(item, (int, np.integer)) for item in given)
-        )
-        if ids:
-            raise InvalidRequest(
-                "a prompt of token ids is nothing that a remote base could read; allowed: a "
-                "string, a list of chat messages, or a Chat"
+            before, after = (
+                ("", "") if self._template is None else self._template.split(PLACEHOLDER)
             )
+            return RemotePrompt(f"{before}{prompt}{after}", sampling, account, greedy)
+        given: Any = prompt
         chat = plain_chat(given if isinstance(given, Chat) else Chat(given))
         options: dict[str, Any] = {}
         if chat["tools"] is not None:
@@ -123,21 +113,33 @@ class RemoteIntake:
         continues = isinstance(given, Chat) and given.continue_final_message
         if continues and not isinstance(messages[-1].get("content"), str):
             raise InvalidRequest("a chat goes on with its last message; allowed: one with a text")
-        json.dumps(messages)  # plain values: they always can be sent
         return RemotePrompt(messages, sampling, account, greedy, continues, options)
 
     def _sampling(self, params: SearchParams) -> dict[str, Any]:
         """The fields that a server has for it."""
-        found: dict[str, Any] = {"temperature": params.temperature}
-        if params.temperature > 0:
-            wanted = {"top_p": params.top_p, "top_k": params.top_k, "min_p": params.min_p}
-            off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
-            found.update((name, own) for name, own in wanted.items() if own != off[name])
+        if params.temperature == 0:
+            return {"temperature": 0.0}
+        # Those that are off, too: a server may have other defaults.
+        found = {name: getattr(params, name) for name in ("temperature", "top_p", "top_k", "min_p")}
         for name in sorted(self._source.lacks(found)):
-            warnings.warn(
-                f"{self._source.about}: {name}={found.pop(name)} has no effect there", stacklevel=2
-            )
+            value = found.pop(name)
+            if value:
+                warnings.warn(
+                    f"{self._source.about}: {name}={value} has no effect there", stacklevel=2
+                )
         return found
+
+
+def _check_no_ids(prompt: Any) -> None:
+    """InvalidRequest: it is token ids."""
+    several = isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes))
+    if hasattr(prompt, "ndim") or (
+        several and all(isinstance(item, (int, np.integer)) for item in prompt)
+    ):
+        raise InvalidRequest(
+            "a prompt of token ids is nothing that a remote base could read; allowed: a string, a "
+            "list of chat messages, or a Chat"
+        )
 
 
 def _not_here(name: str, value: Any, allowed: str) -> InvalidRequest:

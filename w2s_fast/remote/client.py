@@ -44,7 +44,7 @@ class Client:
         # The key of another service is none of this server's business.
         self._openai = openai.AsyncOpenAI(
             base_url=base.url,
-            api_key=base.api_key or "none",
+            api_key=base.api_key or "EMPTY",  # what servers without keys are told, mostly
             organization="",
             project="",
             max_retries=base.max_retries,
@@ -246,8 +246,6 @@ def _headers(base: RemoteBase) -> dict[str, Any]:
         "OpenAI-Organization": openai.Omit(),
         "OpenAI-Project": openai.Omit(),
     }
-    if base.api_key is None:
-        headers["Authorization"] = openai.Omit()
     return {**headers, **base.headers}
 
 

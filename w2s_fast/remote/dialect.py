@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from w2s_fast.remote.prompt import RemotePrompt
 from w2s_fast.result import Sample
 
 Body = dict[str, Any]
+Way = Literal["continue_final_message", "prefix", "plain"]
+WAYS: tuple[Way, ...] = get_args(Way)
 COMPLETIONS, CHAT = "/completions", "/chat/completions"
 # Of sampling: fields that not every server takes.
 OPTIONAL = frozenset(("top_k", "min_p", "seed"))
@@ -25,14 +28,17 @@ class Dialect:
         echoes: whether what it answers then begins with that message.
         optional: those of ``OPTIONAL`` that it does not refuse.
         length: what it calls the most tokens of an answer.
+        packed: it takes ``top_k`` and ``min_p`` in ``generation_config`` alone, a JSON text, and
+            draws only where that says so, as transformers' own server does.
     """
 
     texts: bool
     messages: bool
-    continuation: Literal["continue_final_message", "prefix", "plain"] = "plain"
+    continuation: Way = "plain"
     echoes: bool = False
     optional: frozenset[str] = OPTIONAL
     length: str = "max_tokens"
+    packed: bool = False
 
     def route_of(self, prompt: RemotePrompt) -> str:
         """The route that samples behind this prompt are drawn by."""
@@ -40,14 +46,24 @@ class Dialect:
 
     def body(self, prompt: RemotePrompt, behind: str) -> Body:
         """What is asked, but for the model, and how many samples of which length."""
+        taken = self._sampling(prompt)
+        if self.route_of(prompt) == COMPLETIONS:
+            return {"prompt": f"{prompt.content}{behind}", **taken}
+        return {**self.chat(prompt, behind), **prompt.options, **taken}
+
+    def _sampling(self, prompt: RemotePrompt) -> Body:
         taken = {
             name: value
             for name, value in prompt.sampling.items()
             if name in self.optional or name not in OPTIONAL
         }
-        if self.route_of(prompt) == COMPLETIONS:
-            return {"prompt": f"{prompt.content}{behind}", **taken}
-        return {**self.chat(prompt, behind), **prompt.options, **taken}
+        if not self.packed:
+            if taken.get("top_k") == 0:
+                taken["top_k"] = -1  # how most servers write "all", and some refuse 0
+            return taken
+        inner = {name: taken.pop(name) for name in ("top_k", "min_p") if name in taken}
+        inner["do_sample"] = not prompt.greedy
+        return {**taken, "generation_config": json.dumps(inner)}
 
     def chat(self, prompt: RemotePrompt, behind: str) -> Body:
         """Messages, the last of which the answer goes on with where there is one to go on with."""

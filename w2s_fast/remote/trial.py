@@ -10,7 +10,7 @@ from typing import Any
 from w2s_fast.errors import RemoteFailure
 from w2s_fast.remote.account import Account, Budget
 from w2s_fast.remote.base import RemoteBase
-from w2s_fast.remote.dialect import CHAT, COMPLETIONS, OPTIONAL, Body, Dialect
+from w2s_fast.remote.dialect import CHAT, COMPLETIONS, OPTIONAL, WAYS, Body, Dialect
 from w2s_fast.remote.failures import Answered
 from w2s_fast.remote.prompt import RemotePrompt
 
@@ -19,7 +19,15 @@ log = logging.getLogger("w2s_fast.remote")
 _PROMPT = "Name a number."
 _BEGUN = "The number that I choose is 7319"  # nobody begins an answer so by chance
 _SAMPLING = {"temperature": 0.5, "top_k": 50, "min_p": 0.001, "seed": 1}
-_OPTIONALS = (OPTIONAL, frozenset(("seed",)), frozenset[str]())
+_SEED = frozenset(("seed",))
+_NOTHING = Dialect(texts=False, messages=False)
+# From those that take all to those that take least.
+_KINDS = (
+    _NOTHING,
+    replace(_NOTHING, packed=True),
+    replace(_NOTHING, optional=_SEED),
+    replace(_NOTHING, optional=frozenset()),
+)
 _LENGTHS = ("max_tokens", "max_completion_tokens")
 
 # Sends a body to a route; its answer, or what the error was.
@@ -70,18 +78,17 @@ def told(found: Dialect) -> str:
 
 
 def _texts() -> Iterator[Dialect]:
-    for optional in _OPTIONALS:
-        yield Dialect(texts=True, messages=False, optional=optional)
+    for own in _KINDS:
+        yield replace(own, texts=True, messages=False)
 
 
 def _chats(base: RemoteBase, texts: Dialect | None) -> Iterator[Dialect]:
-    optionals = _OPTIONALS if texts is None else (texts.optional, *_OPTIONALS)
-    ways = ("continue_final_message", "prefix", "plain")
-    for optional in dict.fromkeys(optionals):
+    kinds = _KINDS if texts is None else (replace(texts, texts=False), *_KINDS)
+    ways = [way for way in WAYS if base.continuation in ("auto", way)]
+    for own in dict.fromkeys(kinds):
         for length in _LENGTHS:
             for way in ways:
-                if base.continuation in ("auto", way):
-                    yield Dialect(False, True, way, optional=optional, length=length)  # type: ignore[arg-type]
+                yield replace(own, messages=True, continuation=way, length=length)
 
 
 async def _first(

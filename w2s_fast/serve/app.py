@@ -56,7 +56,7 @@ def build_app(
             f"a round has {defaults.rows} candidates by default; allowed: "
             f"{settings.limits.candidates}"
         )
-    engine.make_request("a" if engine.tokenizer else [0], defaults)
+    engine.make_request("a" if engine.tokenizer or engine.server else [0], defaults)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -199,10 +199,11 @@ def _add_routes(app: FastAPI) -> None:
 
 
 def _model(service: Service) -> dict[str, Any]:
-    return {
+    engine = service.engine.engine
+    found = {
         "id": service.settings.name,
         "object": "model",
         "created": service.started,
         "owned_by": "w2s-fast",
-        "max_model_len": service.engine.engine.max_tokens,
     }
+    return found if engine.server else {**found, "max_model_len": engine.max_tokens}

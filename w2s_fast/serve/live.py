@@ -62,11 +62,14 @@ class RoundEvents:
         }
 
     def _added(self, candidate: Candidate) -> str:
-        whole = self._decode(candidate.token_ids)
+        whole = self._text_of(candidate)
         if candidate.parent is None:
             return whole
-        parent = self._decode(self._before[candidate.parent].token_ids)
+        parent = self._text_of(self._before[candidate.parent])
         return whole[len(parent) :] if whole.startswith(parent) else whole
+
+    def _text_of(self, candidate: Candidate) -> str:
+        return self._decode(candidate.token_ids) if candidate.text is None else candidate.text
 
 
 def saved_events(
