@@ -62,16 +62,22 @@ def running(
     app = build_app(
         engine, ServerSettings(name=name, limits=Limits(**limits), **settings), defaults
     )
-    listening = socket.create_server(("127.0.0.1", 0))
+    with listening(app) as (url, loop):
+        yield Running(url, app, engine, loop)
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
+    """Where an application listens, and the loop that it runs in."""
+    door = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
     server = _Server(config)
-    thread = threading.Thread(target=server.run, args=([listening],))
+    thread = threading.Thread(target=server.run, args=([door],))
     thread.start()
     try:
         assert server.up.wait(30) and server.loop is not None
-        port = listening.getsockname()[1]
-        yield Running(f"http://127.0.0.1:{port}", app, engine, server.loop)
+        yield f"http://127.0.0.1:{door.getsockname()[1]}", server.loop
     finally:
         server.should_exit = True
         thread.join()
-        listening.close()
+        door.close()

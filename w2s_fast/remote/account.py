@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from w2s_fast.result import RemoteUsage
 
@@ -24,11 +23,12 @@ class Budget:
     prices: tuple[float, float] | None = None
 
 
-class Reservation(NamedTuple):
-    """Room for a request: how often it may be sent, and tokens that it may take."""
+@dataclass(eq=False)
+class Reservation:
+    """Room for a request, and tokens that it may take; ``sent``: how often it was."""
 
-    requests: int
     tokens: int
+    sent: int = 0
 
 
 class Account:
@@ -53,14 +53,23 @@ class Account:
             cost = (self._prompt * read + self._completion * sampled) / 1e6
         return RemoteUsage(self._requests, self._prompt, self._cached, self._completion, cost)
 
+    @property
+    def spent(self) -> str:
+        """Why no more requests may be sent."""
+        return f"max_requests ({self._budget.requests}) is used up"
+
+    @property
+    def _left(self) -> int:
+        """Requests that nobody has reserved."""
+        if self._budget.requests is None:
+            return _NO_END
+        return self._budget.requests - self._requests - self._reserved_requests
+
     def reserve(self, sampled: int) -> Reservation | str:
         """Room for a request that samples so many tokens at most, or why it may not be sent."""
         budget = self._budget
-        left = _NO_END
-        if budget.requests is not None:
-            left = budget.requests - self._requests - self._reserved_requests
-            if left < 1:
-                return f"max_requests ({budget.requests}) is used up"
+        if self._left < 1:
+            return self.spent
         tokens = self._longest_prompt + sampled
         if budget.tokens is not None:
             known = self._prompt + self._completion + self._reserved_tokens
@@ -68,25 +77,23 @@ class Account:
                 return f"max_total_tokens ({budget.tokens}) is used up"
         self._reserved_requests += 1
         self._reserved_tokens += tokens
-        return Reservation(left, tokens)
+        return Reservation(tokens)
+
+    def send(self, room: Reservation) -> bool:
+        """Count a request that is being sent; False: it may not be sent again."""
+        if room.sent and self._left < 1:
+            return False
+        self._reserved_requests -= not room.sent
+        self._requests += 1
+        room.sent += 1
+        return True
 
     def settle(
-        self,
-        room: Reservation,
-        *,
-        requests: int,
-        prompt: int = 0,
-        cached: int = 0,
-        completion: int = 0,
+        self, room: Reservation, *, prompt: int = 0, cached: int = 0, completion: int = 0
     ) -> None:
-        """A request that room was reserved for is over: what it really took.
-
-        Args:
-            requests: sent for it. prompt, cached, completion: tokens.
-        """
-        self._reserved_requests -= 1
+        """A request that room was reserved for is over: the tokens that it really took."""
+        self._reserved_requests -= not room.sent
         self._reserved_tokens -= room.tokens
-        self._requests += requests
         self._prompt += prompt
         self._cached += cached
         self._completion += completion

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -16,6 +17,11 @@ from w2s_fast.result import SearchResult, Trace
 
 Route = Literal["auto", "completions", "chat"]
 Continuation = Literal["auto", "continue_final_message", "prefix", "plain"]
+# Of a body, what is right only as the search has it.
+_OWN_FIELDS = frozenset(
+    ("model", "prompt", "messages", "n", "max_tokens", "max_completion_tokens", "seed", "stream")
+)
+_SHORTEST_SECRET = 8  # characters of a header's value
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class RemoteBase:
 
     def __post_init__(self) -> None:
         self._check_url()
+        self._check_fields()
         for name, low in (("max_concurrency", 1), ("max_retries", 0)):
             _check_int(name, getattr(self, name), low)
         for name in ("max_requests", "max_total_tokens"):
@@ -95,13 +102,41 @@ class RemoteBase:
 
     def _check_url(self) -> None:
         parts = urlsplit(self.url) if isinstance(self.url, str) else None
+        if parts is not None and (parts.username is not None or parts.password is not None):
+            raise InvalidRequest("url holds a name or a password; allowed: api_key, or headers")
+        if parts is not None and (parts.query or parts.fragment):
+            raise InvalidRequest("url holds a query; allowed: api_key, headers, or extra_body")
         if parts is None or parts.scheme not in ("http", "https") or not parts.netloc:
             raise InvalidRequest(f"url is {self.url!r}; allowed: as http://host:8000/v1")
-        if parts.username is not None or parts.password is not None:
-            raise InvalidRequest("url holds a name or a password; allowed: api_key, or headers")
-        key = self.api_key
-        if key is not None and (not isinstance(key, str) or not key.strip() or not key.isascii()):
-            raise InvalidRequest("api_key is no key; allowed: a string of ASCII, not empty")
+
+    def _check_fields(self) -> None:
+        """What is wrong with a key is not shown."""
+        if self.api_key is not None and not _is_header(self.api_key):
+            raise InvalidRequest(
+                "api_key is no key; allowed: printable ASCII, without spaces or line ends around it"
+            )
+        headers = self.headers.items() if isinstance(self.headers, Mapping) else [(None, None)]
+        for name, value in headers:
+            if not (_is_header(name) and _is_header(value)):
+                raise InvalidRequest("headers are none; allowed: names and values in ASCII")
+        try:
+            sound = isinstance(self.extra_body, Mapping) and bool(json.dumps({**self.extra_body}))
+        except (TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise InvalidRequest("extra_body is no JSON; allowed: names and plain values")
+        for name in self.extra_body:
+            if name in _OWN_FIELDS:
+                raise InvalidRequest(f"extra_body holds {name!r}, which a search sets itself")
+
+    @property
+    def secrets(self) -> list[str]:
+        """What nobody is shown: the key, and what headers say, the longest first."""
+        words = [word for value in self.headers.values() for word in (value, *value.split())]
+        found = {word for word in words if len(word) >= _SHORTEST_SECRET}
+        if self.api_key is not None:
+            found.add(self.api_key)
+        return sorted(found, key=len, reverse=True)
 
     @classmethod
     def replay(cls, recorded: Trace | SearchResult | Iterable[Trace | SearchResult]) -> RemoteBase:
@@ -140,6 +175,11 @@ def connect(base: RemoteBase) -> Source:
             "a remote base needs the openai package: pip install 'w2s-fast[remote]'"
         ) from None
     return Client(base)
+
+
+def _is_header(value: Any) -> bool:
+    sound = isinstance(value, str) and value.isascii() and value.isprintable()
+    return sound and value == value.strip() != ""
 
 
 def _is_number(value: Any) -> bool:

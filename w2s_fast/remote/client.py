@@ -11,11 +11,11 @@ import json
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import openai
 
@@ -25,9 +25,11 @@ from w2s_fast.remote.dialect import CHAT, COMPLETIONS, OPTIONAL, Body, usage_of
 from w2s_fast.remote.drawing import Ask, Drawing, Given
 from w2s_fast.remote.failures import Answered
 from w2s_fast.remote.prompt import RemotePrompt
+from w2s_fast.remote.sending import Spent, connections, counted
 from w2s_fast.remote.trial import find_dialect, only_model, told
 from w2s_fast.result import Sample
 
+_T = TypeVar("_T")
 _CONNECT_SECONDS = 10.0
 _TRIAL_RETRIES = 1
 # Answers in a row that had fewer samples than were asked for, until no more are asked for at once.
@@ -41,19 +43,16 @@ class Client:
         """RemoteFailure: the server cannot be used."""
         self._base = base
         self._where = f"{base.url} (model {base.model})" if base.model else base.url
-        # The key of another service is none of this server's business.
         self._openai = openai.AsyncOpenAI(
             base_url=base.url,
-            api_key=base.api_key or "EMPTY",  # what servers without keys are told, mostly
-            organization="",
-            project="",
+            api_key="none",
             max_retries=base.max_retries,
             timeout=openai.Timeout(base.timeout, connect=min(base.timeout, _CONNECT_SECONDS)),
-            default_headers=_headers(base),
+            http_client=connections(base),
         )
         self._at_once = asyncio.Semaphore(base.max_concurrency)
         self._most_samples: int | None = None  # in an answer, as far as is known
-        self._short_answers = 0
+        self._short_answers = self._short_of = 0
         self._under_way: dict[Drawing, Future[None]] = {}
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(
@@ -93,42 +92,42 @@ class Client:
             drawing.cancel()
 
     async def _fill(self, prompt: RemotePrompt, drawing: Drawing, told: Callable[[], None]) -> None:
-        tasks = [asyncio.ensure_future(self._given(prompt, ask)) for ask in drawing.asks]
         try:
-            drawing.fill(await asyncio.gather(*tasks))
+            drawing.fill(await _together(self._given(prompt, ask) for ask in drawing.asks))
         except W2SFastError as error:
             drawing.fill(error=error)
         except Exception as error:
-            drawing.fill(error=Answered(error, self._base.api_key).failure(self._where, "samples"))
-        finally:  # of one that failed, or of all where nobody waits any longer
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            drawing.fill(error=self._answered(error).failure(self._where, "samples"))
         told()
 
     async def _given(self, prompt: RemotePrompt, ask: Ask) -> Given:
         """As many samples as were asked for, from as many requests as that takes."""
-        samples: list[Sample] = []
         wanted = 1 if prompt.greedy else ask.samples
-        sent = in_vain = 0
-        while len(samples) < wanted:
-            counts = self._parts(wanted - len(samples), in_vain)
-            seeds = [_seed(ask.seed, sent + i) for i in range(len(counts))]
-            sent += len(counts)
-            found = await asyncio.gather(
-                *(self._ask(prompt, ask, *own) for own in zip(counts, seeds))
+        copies = ask.samples if prompt.greedy else 1
+        # Of each request how many samples it asks for, its seed, and what came: None, no answer.
+        counts: list[int] = []
+        came: list[list[Sample] | None] = []
+        in_vain = 0
+        while (missing := wanted - sum(len(own or ()) for own in came)) > 0:
+            if None not in came:
+                counts += self._parts(missing, in_vain)
+                came += [None] * (len(counts) - len(came))
+            # Asked again with the same seed, what was not answered is what it would have been.
+            unanswered = [i for i, own in enumerate(came) if own is None]
+            found = await _together(
+                self._ask(prompt, ask, counts[i], _seed(ask.seed, i)) for i in unanswered
             )
-            came = [sample for own in found if not isinstance(own, str) for sample in own]
-            samples += came
+            for i, own in zip(unanswered, found):
+                came[i] = [] if isinstance(own, str) else own
             if ended := next((own for own in found if isinstance(own, str)), None):
-                return Given(samples[:wanted] * (ask.samples if prompt.greedy else 1), ended)
-            in_vain = 0 if came else in_vain + 1
+                return Given(_first(came, wanted) * copies, ended)
+            in_vain = 0 if any(found) else in_vain + 1
             if in_vain > self._base.max_retries:
                 raise RemoteFailure(
                     f"{self._where}: {ask.samples} samples of {ask.max_tokens} tokens: it answers "
                     f"without any, {in_vain} times; check that it is such a server, and its log"
                 )
-        return Given(samples * ask.samples if prompt.greedy else samples[:wanted])
+        return Given(_first(came, wanted) * copies)
 
     def _parts(self, wanted: int, in_vain: int) -> list[int]:
         """How many samples each request asks for."""
@@ -137,8 +136,8 @@ class Client:
 
     async def _ask(
         self, prompt: RemotePrompt, ask: Ask, count: int, seed: int
-    ) -> list[Sample] | str:
-        """Samples, ``count`` at most; or why none can come."""
+    ) -> list[Sample] | str | None:
+        """Samples, ``count`` at most; why none can come; or None where no answer did."""
         account = prompt.account
         body = {**self._dialect.body(prompt, ask.behind), self._dialect.length: ask.max_tokens}
         if count > 1:
@@ -149,35 +148,36 @@ class Client:
             room = account.reserve(count * ask.max_tokens)
             if isinstance(room, str):
                 return room
-            retries = min(self._base.max_retries, room.requests - 1)
-            requests, samples, used = retries + 1, [], (0, 0, 0)
+            samples, used = list[Sample](), (0, 0, 0)
             try:
                 route = self._dialect.route_of(prompt)
-                requests, answer = await self._post(route, body, retries)
+                with counted(partial(account.send, room)):
+                    answer = await self._post(self._openai, route, body)
                 samples = self._dialect.samples(prompt, ask.behind, answer, ask.max_tokens)
                 used = usage_of(answer, samples)
-            except ValueError:  # no answer at all: as one without samples
+            except json.JSONDecodeError:  # it was cut off on its way
+                return None
+            except ValueError:  # an answer to something else
                 pass
+            except Spent:
+                return account.spent
             except openai.OpenAIError as error:
-                answered = Answered(error, self._base.api_key)
-                requests = requests if _was_tried_again(answered) else 1
+                answered = self._answered(error)
                 if answered.context_is_full:
                     return "the context of the model is full"
                 asked = f"{count} samples of {ask.max_tokens} tokens by {route}"
                 raise answered.failure(self._where, asked) from None
             finally:
                 read, cached, sampled = used
-                account.settle(
-                    room, requests=requests, prompt=read, cached=cached, completion=sampled
-                )
+                account.settle(room, prompt=read, cached=cached, completion=sampled)
         self._learn(count, len(samples))
         return samples[:count]
 
-    async def _post(self, route: str, body: Body, retries: int) -> tuple[int, Any]:
-        """How many requests it took, and the answer. ValueError: it is none."""
-        client = self._openai
-        if retries != self._base.max_retries:
-            client = client.with_options(max_retries=retries)
+    def _answered(self, error: Exception) -> Answered:
+        return Answered(error, self._base.secrets)
+
+    async def _post(self, client: openai.AsyncOpenAI, route: str, body: Body) -> Any:
+        """The answer. JSONDecodeError: it is none."""
         body = {**body, **self._base.extra_body}
         # Servers have more fields than the client's methods know.
         raw: Any
@@ -187,18 +187,18 @@ class Client:
         else:
             tell = client.chat.completions.with_raw_response.create
             raw = await tell(model=self.model, messages=body.pop("messages"), extra_body=body)
-        try:
-            answer = json.loads(raw.content)
-        except ValueError:
-            answer = None
-        return raw.retries_taken + 1, answer if isinstance(answer, dict) else {}
+        answer = json.loads(raw.content)
+        return answer if isinstance(answer, dict) else {}
 
     def _learn(self, asked: int, came: int) -> None:
         """How many samples an answer has at most."""
-        if came >= asked or not came:
-            self._short_answers = 0 if came else self._short_answers
+        if not came:
             return
-        self._short_answers += 1
+        if came >= asked:
+            if asked > self._short_of:  # it has more than it had
+                self._short_answers = 0
+            return
+        self._short_answers, self._short_of = self._short_answers + 1, came
         if self._short_answers < _SHORT_ANSWERS:
             return
         first = self._most_samples is None
@@ -217,8 +217,11 @@ class Client:
             model = only_model(await self._listed(), self._where)
         self.model = model
 
+        retries = min(self._base.max_retries, _TRIAL_RETRIES)
+        client = self._openai.with_options(max_retries=retries)
+
         async def send(route: str, body: Body) -> Any:
-            return (await self._post(route, body, _TRIAL_RETRIES))[1]
+            return await self._post(client, route, body)
 
         try:
             dialect, refused = await find_dialect(send, self._base, self._where)
@@ -234,19 +237,22 @@ class Client:
         try:
             return [model.id async for model in self._openai.models.list()]
         except openai.OpenAIError as error:
-            raise Answered(error, self._base.api_key).failure(self._where, "its models") from None
+            raise self._answered(error).failure(self._where, "its models") from None
 
 
-def _was_tried_again(answered: Answered) -> bool:
-    return answered.status is None or answered.status in (408, 409, 429) or answered.status >= 500
+async def _together(works: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """What they give. Where one fails, or nobody waits any longer, the others end, too."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _headers(base: RemoteBase) -> dict[str, Any]:
-    headers: dict[str, Any] = {
-        "OpenAI-Organization": openai.Omit(),
-        "OpenAI-Project": openai.Omit(),
-    }
-    return {**headers, **base.headers}
+def _first(came: Sequence[list[Sample] | None], wanted: int) -> list[Sample]:
+    return [sample for own in came for sample in own or ()][:wanted]
 
 
 def _seed(seed: int, number: int) -> int:

@@ -129,20 +129,29 @@ def _shared_out(
     sizes = [len(text.encode("utf-8", "replace")) for text, _ in found]
     if all_tokens is None:  # four bytes are a token, or so
         return [max_tokens if c else min(max_tokens, -(-s // 4) + 1) for c, s in zip(cut, sizes)]
-    rest = all_tokens - max_tokens * sum(cut)
-    if rest < 0 or (rest > 0 and all(cut)):  # it has limits of its own
-        cut, rest = [False] * len(found), all_tokens
-    shares = [0 if c else size + 1 for c, size in zip(cut, sizes)]
-    tokens, given, passed = [], 0, 0
-    for is_cut, share in zip(cut, shares):
-        if is_cut:
-            tokens.append(max_tokens)
-            continue
-        passed += share
-        up_to = rest * passed // sum(shares)
-        tokens.append(up_to - given)
+    full = cut
+    rest = all_tokens - max_tokens * sum(full)
+    if rest < 0 or (rest > 0 and all(full)):  # it has limits of its own
+        full = [False] * len(found)
+    most = max_tokens if all_tokens <= max_tokens * len(found) else all_tokens
+    while True:
+        rest = all_tokens - most * sum(full)
+        shares = _by_size(rest, [0 if f else size + 1 for f, size in zip(full, sizes)])
+        over = [share > most for share in shares]
+        if not any(over):
+            return [most if f else share for f, share in zip(full, shares)]
+        full = [f or o for f, o in zip(full, over)]
+
+
+def _by_size(whole: int, sizes: Sequence[int]) -> list[int]:
+    """A whole in parts that are as large as these, to the next integer."""
+    shares, passed, given = [], 0, 0
+    for size in sizes:
+        passed += size
+        up_to = whole * passed // max(1, sum(sizes))
+        shares.append(up_to - given)
         given = up_to
-    return tokens
+    return shares
 
 
 def _number(usage: Any, name: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import openai
@@ -30,7 +31,8 @@ class Answered:
         is_no_answer: something came that is none.
     """
 
-    def __init__(self, error: Exception, key: str | None) -> None:
+    def __init__(self, error: Exception, secrets: Collection[str] = ()) -> None:
+        """``secrets``: what is not to be repeated of it."""
         self.status: int | None = None
         self.is_no_answer = isinstance(error, ValueError)
         said = f"{type(error).__name__}: {error}"
@@ -42,8 +44,8 @@ class Answered:
         elif isinstance(error, openai.APIConnectionError):
             cause = error.__cause__
             said = f"no connection: {type(cause).__name__}: {cause}" if cause else str(error)
-        if key:
-            said = said.replace(key, "...")
+        for secret in secrets:
+            said = said.replace(secret, "...")
         self.said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
 
     @property

@@ -115,7 +115,7 @@ async def _first(
             answer = await send(route, body)
             samples = dialect.samples(prompt, behind, answer, 1)
         except Exception as error:
-            answered = refused[route] = Answered(error, base.api_key)
+            answered = refused[route] = Answered(error, base.secrets)
             if answered.no_field and not answered.no_template:
                 continue  # as far as one can tell, another body may be taken
             if others or answered.no_route or answered.no_template or answered.is_no_answer:
