@@ -73,6 +73,7 @@ bench: .venv/installed ## time the parts and whole searches, and the search agai
 	$(BIN)/pytest bench/ --benchmark-autosave --benchmark-json bench/results/bench.json \
 		--benchmark-columns min,median,iqr,rounds --benchmark-sort name
 	$(BIN)/python -m bench.search --repeats 2 --released 1 --out bench/results/search.json
+	$(BIN)/python -m bench.remote --out bench/results/remote.json
 
 demo-models: .venv/installed ## train the bundled models anew (about 20 minutes on 2 cores)
 	$(BIN)/python -m w2s_fast.demo.train --out w2s_fast/demo

@@ -25,6 +25,7 @@ from w2s_fast.cli.model_options import (
     CudaGraphs,
     Device,
     Dtype,
+    ExtraBody,
     GuidePromptTemplate,
     KvCacheTokens,
     MaxConcurrency,
@@ -91,6 +92,7 @@ def generate(
     base_model: BaseModel = None,
     api_key_env: ApiKeyEnv = None,
     base_route: BaseRoute = "auto",
+    extra_body: ExtraBody = None,
     max_concurrency: MaxConcurrency = 16,
     max_requests: MaxRequests = None,
     max_total_tokens: MaxTotalTokens = None,
@@ -265,6 +267,7 @@ def generate(
             max_requests=max_requests,
             max_total_tokens=max_total_tokens,
             price_per_million=price_per_million,
+            extra_body=extra_body,
         ),
     )
     # Whatever can be refused is refused before models are loaded.

@@ -29,6 +29,10 @@ BaseRoute = Annotated[
     Literal["auto", "completions", "chat"],
     option("--base-route", help="By which its texts go on; auto: as it can", panel=REMOTE),
 ]
+ExtraBody = Annotated[
+    str | None,
+    option("--extra-body", help="JSON: further fields of every request to it", panel=REMOTE),
+]
 MaxConcurrency = Annotated[
     int, option("--max-concurrency", help="Requests to it at a time", panel=REMOTE)
 ]

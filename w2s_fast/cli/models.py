@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -109,6 +110,8 @@ def made_by(models: Models, device: str, dtype: str) -> MadeBy:
             found["base server"] = models.remote.url
             found["base model"] = models.remote.model or "the only one"
             found["base route"] = models.remote.route
+            if models.remote.extra_body:
+                found["base fields"] = json.dumps(dict(models.remote.extra_body), sort_keys=True)
         where = pick_device(device)
         picked = pick_dtype(dtype, where)
         found["dtype"] = str(picked).removeprefix("torch.")
@@ -166,6 +169,7 @@ def remote_base(
     key_env: str | None,
     *,
     price_per_million: str | None,
+    extra_body: str | None,
     **options: Any,
 ) -> RemoteBase | None:
     """A base that is a server's; None: the options name none.
@@ -183,8 +187,17 @@ def remote_base(
         raise typer.BadParameter(f"--api-key-env: there is no key in {key_env}")
     from w2s_fast import RemoteBase
 
+    try:
+        fields = {} if extra_body is None else json.loads(extra_body)
+    except ValueError as error:
+        raise typer.BadParameter(f"--extra-body is no JSON: {error}") from None
     return RemoteBase(
-        url, model, api_key=key, price_per_million=prices(price_per_million), **options
+        url,
+        model,
+        api_key=key,
+        price_per_million=prices(price_per_million),
+        extra_body=fields,
+        **options,
     )
 
 

@@ -20,6 +20,7 @@ from w2s_fast.cli.model_options import (
     CudaGraphs,
     Device,
     Dtype,
+    ExtraBody,
     GuidePromptTemplate,
     KvCacheTokens,
     MaxConcurrency,
@@ -166,6 +167,7 @@ def serve(
     base_model: BaseModel = None,
     api_key_env: ApiKeyEnv = None,
     base_route: BaseRoute = "auto",
+    extra_body: ExtraBody = None,
     max_concurrency: MaxConcurrency = 16,
     max_requests: MaxRequests = None,
     max_total_tokens: MaxTotalTokens = None,
@@ -228,6 +230,7 @@ def serve(
             max_requests=max_requests,
             max_total_tokens=max_total_tokens,
             price_per_million=price_per_million,
+            extra_body=extra_body,
         ),
     )
     given = search_defaults(search or [])
