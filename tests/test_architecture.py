@@ -70,6 +70,7 @@ ENGINE, WORDS = ("Engine", "AsyncEngine", "StreamPiece"), ("SearchParams", "Sear
 HANDED_ON = {
     "Guide": "search",
     "Chat": "text",
+    "RemoteBase": "remote",
     **dict.fromkeys(ENGINE, "engine"),
     **dict.fromkeys(WORDS, "words"),
 }
@@ -84,7 +85,7 @@ def room_of(module: tuple[str, ...]) -> str | None:
 
 
 def test_the_page_is_short() -> None:
-    assert len(PAGE.splitlines()) <= 120
+    assert len(PAGE.splitlines()) <= 130
 
 
 def test_every_room_and_every_file_is_listed_and_nothing_else() -> None:

@@ -12,6 +12,7 @@ import typer
 
 from w2s_fast.cli import options
 from w2s_fast.cli.asking import Asking, TemplateNote
+from w2s_fast.cli.base_server import remote_base
 from w2s_fast.cli.batch import Batch, run_batch
 from w2s_fast.cli.jsonl import Request, answer_record, encode_record, fingerprint
 from w2s_fast.cli.model_options import (
@@ -41,7 +42,7 @@ from w2s_fast.cli.model_options import (
     Untuned,
     Weight,
 )
-from w2s_fast.cli.models import decoder, load_engine, made_by, name_models, remote_base
+from w2s_fast.cli.models import decoder, load_engine, made_by, name_models
 from w2s_fast.cli.options import FILES, PROMPTS, SAMPLING, SEARCH, option
 from w2s_fast.cli.paths import check_input, check_output
 from w2s_fast.cli.single import print_answer, search_shown

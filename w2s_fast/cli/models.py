@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -22,7 +21,6 @@ from w2s_fast.cli.console import (
 )
 from w2s_fast.cli.identity import model_identity
 from w2s_fast.cli.jsonl import MadeBy
-from w2s_fast.cli.options import prices
 from w2s_fast.cli.threads import chosen_count, take_usable_cores
 from w2s_fast.errors import UnsupportedModel, W2SFastError
 
@@ -161,44 +159,6 @@ def name_models(
     if remote is not None:
         models = replace(models, base=remote.model or remote.url, remote=remote)
     return replace(models, tokenizer=tokenizer, prompt_template=prompt_template)
-
-
-def remote_base(
-    url: str | None,
-    model: str | None,
-    key_env: str | None,
-    *,
-    price_per_million: str | None,
-    extra_body: str | None,
-    **options: Any,
-) -> RemoteBase | None:
-    """A base that is a server's; None: the options name none.
-
-    Raises:
-        typer.BadParameter: options of a server that is not named, or a variable without a key.
-        InvalidRequest: a value that is not allowed.
-    """
-    if url is None:
-        if model is not None or key_env is not None:
-            raise typer.BadParameter("--base-model and --api-key-env go with --base-url")
-        return None
-    key = None if key_env is None else os.environ.get(key_env, "").strip()
-    if key == "":
-        raise typer.BadParameter(f"--api-key-env: there is no key in {key_env}")
-    from w2s_fast import RemoteBase
-
-    try:
-        fields = {} if extra_body is None else json.loads(extra_body)
-    except ValueError as error:
-        raise typer.BadParameter(f"--extra-body is no JSON: {error}") from None
-    return RemoteBase(
-        url,
-        model,
-        api_key=key,
-        price_per_million=prices(price_per_million),
-        extra_body=fields,
-        **options,
-    )
 
 
 def _named_base(base: str | None) -> str:

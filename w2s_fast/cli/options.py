@@ -26,17 +26,6 @@ def chunk_length(text: str) -> int | list[int | None] | None:
     return found
 
 
-def prices(text: str | None) -> tuple[float, float] | None:
-    """``IN,OUT`` as two numbers."""
-    if text is None:
-        return None
-    try:
-        read, sampled = map(float, text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}: two numbers, as 0.5,1.5") from None
-    return read, sampled
-
-
 def _by_round(text: str, what: str, words: tuple[str, ...] = ()) -> Any:
     """A number, or several with commas between, one a round; ``words`` stand for None."""
     try:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from w2s_fast.cli.base_server import remote_base
 from w2s_fast.cli.console import note
 from w2s_fast.cli.model_options import (
     ApiKeyEnv,
@@ -36,7 +37,7 @@ from w2s_fast.cli.model_options import (
     Untuned,
     Weight,
 )
-from w2s_fast.cli.models import Models, load_engine, name_models, remote_base
+from w2s_fast.cli.models import Models, load_engine, name_models
 from w2s_fast.cli.options import MODELS, PROMPTS, SEARCH, option
 from w2s_fast.cli.usage import check_models
 from w2s_fast.errors import InvalidRequest

@@ -7,7 +7,8 @@ not decide which samples are kept.
 """
 
 from w2s_fast.remote.account import Account, Budget
-from w2s_fast.remote.base import RemoteBase, connect
+from w2s_fast.remote.base import RemoteBase
+from w2s_fast.remote.connection import connect
 from w2s_fast.remote.drawing import Ask, Drawing, Given
 from w2s_fast.remote.prompt import RemotePrompt
 from w2s_fast.remote.source import Source

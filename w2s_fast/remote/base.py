@@ -9,10 +9,9 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from w2s_fast.errors import InvalidRequest, UnsupportedModel
+from w2s_fast.errors import InvalidRequest
 from w2s_fast.remote.account import Budget
-from w2s_fast.remote.replay import Replay, traces_of
-from w2s_fast.remote.source import Source
+from w2s_fast.remote.replay import traces_of
 from w2s_fast.result import SearchResult, Trace
 
 Route = Literal["auto", "completions", "chat"]
@@ -155,26 +154,6 @@ class RemoteBase:
     def budget(self) -> Budget:
         """Of each search."""
         return Budget(self.max_requests, self.max_total_tokens, self.price_per_million)
-
-
-def connect(base: RemoteBase) -> Source:
-    """Find out what the server can do, or get its recording ready.
-
-    Raises:
-        RemoteFailure: there is no such server, it refuses the key, or it has no route or model.
-        UnsupportedModel: the openai package is not installed.
-    """
-    if base.recorded is not None:
-        return Replay(base.recorded)
-    try:
-        from w2s_fast.remote.client import Client
-    except ModuleNotFoundError as error:
-        if error.name != "openai":
-            raise
-        raise UnsupportedModel(
-            "a remote base needs the openai package: pip install 'w2s-fast[remote]'"
-        ) from None
-    return Client(base)
 
 
 def _is_header(value: Any) -> bool:

@@ -61,7 +61,7 @@ class Dialect:
             if taken.get("top_k") == 0:
                 taken["top_k"] = -1  # how most servers write "all", and some refuse 0
             return taken
-        inner = {name: taken.pop(name) for name in ("top_k", "min_p") if name in taken}
+        inner: Body = {name: taken.pop(name) for name in ("top_k", "min_p") if name in taken}
         inner["do_sample"] = not prompt.greedy
         return {**taken, "generation_config": json.dumps(inner)}
 

@@ -66,7 +66,7 @@ class RemoteSide:
             request.error = drawing.error
             return
         before = self._counts_of(request)
-        counts = [before[_place(beam)] for beam in request.beams.candidates]
+        counts = [before[_parent_of(beam)] for beam in request.beams.candidates]
         lengths = [len(beam.tokens) for beam in request.beams.candidates]
         dropped: set[int] = set()
         came: dict[int, tuple[Sample, int]] = {}  # and how many ids it gave its candidate
@@ -136,9 +136,9 @@ class RemoteSide:
         parents = request.beams.kept
         groups: dict[int, list[int]] = {}
         for c, beam in enumerate(request.beams.candidates):
-            place = _place(beam)
-            if not parents or parents[place].finish_reason is None:
-                groups.setdefault(place, []).append(c)
+            parent = _parent_of(beam)
+            if not parents or parents[parent].finish_reason is None:
+                groups.setdefault(parent, []).append(c)
         return list(groups.items())
 
     def _ask_of(self, request: Request, parent: int, members: Sequence[int]) -> Ask:
@@ -187,7 +187,7 @@ class RemoteSide:
             )
 
 
-def _place(beam: Beam) -> int:
+def _parent_of(beam: Beam) -> int:
     """Of the parent among those that a round goes on from."""
     return beam.parent or 0
 
