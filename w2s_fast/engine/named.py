@@ -128,10 +128,12 @@ def name_models(
         if guide.untuned is not None:
             own.append(named(f"untuned{number}", guide.untuned, of_untuned, guide.tokenizer))
         of_guides.append(own)
-    differences = [_difference(tokenizer, own) for own in of_guides]
+    differences: list[str | None] = [REMOTE] * len(of_guides)
     if as_base is None:
-        differences = [REMOTE] * len(of_guides)
+        for own in of_guides:
+            _check_one_vocabulary(own)
     else:
+        differences = [_difference(tokenizer, own) for own in of_guides]
         sharing = [own for own, why in zip(of_guides, differences) if why is None]
         shared_vocabulary([as_base, *(model for own in sharing for model in own)], tokenizer)
     for own, why in zip(of_guides, differences):
@@ -173,8 +175,7 @@ def shared_vocabulary(
 def _difference(base: PreTrainedTokenizerBase | None, models: Sequence[Named]) -> str | None:
     """How a guide's vocabulary differs from the base's; None: it does not.
 
-    Without the base's tokenizer only the guide's own models are compared. MismatchedVocabulary if
-    they do not share one.
+    MismatchedVocabulary if its models do not share one.
     """
     found = []
     for model in models:
@@ -183,12 +184,18 @@ def _difference(base: PreTrainedTokenizerBase | None, models: Sequence[Named]) -
                 check_same_vocabulary(base, model.tokenizer, model.name)
         except MismatchedVocabulary as error:
             found.append(error)
-    if base is not None and not found:
+    if not found:
         return None
-    first, *others = [model for model in models if model.tokenizer is not None]
-    if base is not None and len(found) < len(models):
+    if len(found) < len(models):
         raise MismatchedVocabulary(f"{found[0]}; the models of a guide must share a vocabulary")
+    _check_one_vocabulary(models)
+    return str(found[0])
+
+
+def _check_one_vocabulary(models: Sequence[Named]) -> None:
+    """MismatchedVocabulary: a guide's models, which have tokenizers of their own, do not share
+    one."""
+    first, *others = [model for model in models if model.tokenizer is not None]
     for other in others:
         if first.tokenizer is not None and other.tokenizer is not None:
             check_same_vocabulary(first.tokenizer, other.tokenizer, other.name, first.name)
-    return str(found[0]) if found else None

@@ -176,8 +176,9 @@ def serve_models(
         PagedGuide(own[0], own[1] if len(own) > 1 else None, guide.weight, sizes[own[0]])
         for guide, own in zip(guides, pairs)
     ]
-    foreign = guides_of_texts(paged_guides, encoder_of)
-    if base is not None:
+    if base is None:
+        foreign = guides_of_texts(paged_guides, encoder_of)
+    else:
         foreign = foreign_guides(paged_guides, differences, encoder_of, tokenizer)
     return ServedModels(
         models=shared,
