@@ -54,9 +54,19 @@ std::int32_t Beams::new_block(std::int32_t before) {
         blocks_.push_back({});
     } else {
         free_block_ = blocks_[block].free_after;
+        ask_for(free_block_);  // it will be the next one
     }
     blocks_[block] = {before, 1, 0, Beam::kNone};
     return block;
+}
+
+// Brings what take will write to into the cache: in a long search, each block lies elsewhere.
+void Beams::ask_for(std::int32_t block) const {
+    if (block == Beam::kNone) return;
+    const auto at = std::int64_t{block} * block_size_;
+    __builtin_prefetch(&blocks_[block]);
+    __builtin_prefetch(&tokens_[at]);
+    __builtin_prefetch(&logprobs_[at]);
 }
 
 // A new block with the first tokens of another.

@@ -291,6 +291,7 @@ private:
     };
 
     std::int32_t new_block(std::int32_t before);
+    void ask_for(std::int32_t block) const;
     std::int32_t part_of(std::int32_t block, std::int32_t count);
     void cut(Beam& beam, std::int32_t length);
     void hold_block(std::int32_t block);

@@ -142,8 +142,10 @@ public:
         std::vector<RunAt> runs, long_runs;
         std::vector<PageAt> pages;
     };
-    // The same pages, to be written to `at` and the places behind it.
-    void append_table(std::int32_t slot, std::int64_t begin, std::int64_t at, Table& table) const;
+    // The pages of slots[i] from the one at begins[i] on; the one at k is to be written to
+    // starts[i] + k.
+    void append_tables(Ints slots, std::span<const std::int64_t> begins,
+                       std::span<const std::int32_t> starts, Table& table) const;
     // Slots may have changed meanwhile. PageMisuse: pages were given back, and others have their
     // place.
     void write_table(const Table& table, std::int32_t* out) const;
@@ -252,7 +254,8 @@ private:
     // multiple of kRun, the last kRun pages are written down, page after page, when they are first
     // walked: what a page follows stays what it is as long as the page is in use. A run that
     // follows another one names it, so that there is one wait a run. And where the length is a
-    // multiple of kLongRun, the last kLongRun pages are written down once more, as a long run.
+    // multiple of kLongRun, the last kLongRun pages are written down once more, as a long run, and
+    // so that there is one wait a long run, the run before it is known, too.
     static constexpr std::int64_t kRun = 16, kLongRun = 64;
     static constexpr std::int32_t kNoRun = -1;
     // The way back goes from run to run, so these lie close together, and their pages elsewhere.
@@ -260,16 +263,25 @@ private:
         std::int32_t before;           // in runs_; kNoRun: nobody has walked there yet
         std::uint32_t use = 0;         // as which the pages are written down here
         std::int32_t longer = kNoRun;  // in long_pages_, the long run that ends here, if any
-        std::int32_t first = kNoRun;   // in runs_, with which that one begins
+        std::int32_t beyond = kNoRun;  // in runs_, the run before the long one, if any
     };
+    // The way back through the pages of a slot, of which those from `begin` to `end` are left.
+    struct Way {
+        std::int64_t begin, end;
+        std::int64_t at;    // the place of page 0 in a table, or where it would be
+        std::int32_t last;  // of those that are left: a page, or in runs_ a run
+        bool in_runs;
+
+        std::int64_t left() const { return end - begin; }
+    };
+    Way way_back(std::int32_t slot, std::int64_t begin, std::int64_t at) const;
     template <typename OnPage, typename OnRun, typename OnLongRun>
-    void walk(std::int32_t slot, std::int64_t begin, OnPage on_page, OnRun on_run,
-              OnLongRun on_long_run) const;
+    void step(Way& way, OnPage on_page, OnRun on_run, OnLongRun on_long_run) const;
     void copy_run(std::int32_t run, std::int32_t* out) const;
     void copy_long_run(std::int32_t run, std::int32_t* out) const;
     std::int32_t run_up_to(std::int32_t page) const;  // in runs_
     std::int32_t run_before(std::int32_t run) const;
-    void write_down_long(std::int32_t run) const;  // the long one that ends with this one
+    void write_down_long(std::int32_t run, std::int64_t end) const;
     void forget_run(std::int32_t run);
     mutable std::vector<Run> runs_;
     struct alignas(kRun * sizeof(std::int32_t)) RunPages {  // a line of the cache

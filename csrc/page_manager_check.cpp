@@ -66,8 +66,8 @@ void PageManager::check() const {
             expect(long_pages_[runs_[run].longer].pages[i] == walked,
                    "pages of a long run were written down in another order");
         }
-        expect(run_pages_[runs_[run].first].pages[0] == long_pages_[runs_[run].longer].pages[0],
-               "a long run begins with another run");
+        expect(runs_[run].beyond == (walked == kNoPage ? kNoRun : pages_[walked].run),
+               "a long run follows another run");
     }
 
     std::vector<bool> found_free(pages, false);

@@ -19,35 +19,47 @@ std::vector<std::int32_t> PageManager::page_table(Ints slots) const {
     return table;
 }
 
-// Calls on_page(index, page), on_run(index, run) and on_long_run(index, run) for the pages of a
-// slot from `begin` on, index 0 being that one; the last ones first.
+PageManager::Way PageManager::way_back(std::int32_t slot, std::int64_t begin,
+                                       std::int64_t at) const {
+    return {begin, held_[slot], at, last_[slot], false};
+}
+
+// Calls on_page(place, page), on_run(place, run) or on_long_run(place, run) for the last pages that
+// are left, or finds the run that ends there. Asks for the memory that the next step waits for.
 template <typename OnPage, typename OnRun, typename OnLongRun>
-void PageManager::walk(std::int32_t slot, std::int64_t begin, OnPage on_page, OnRun on_run,
-                       OnLongRun on_long_run) const {
-    std::int32_t page = last_[slot];
-    std::int64_t end = held_[slot];
-    for (; end > begin && (end % kRun != 0 || end - begin < kRun); page = pages_[page].before) {
-        on_page(--end - begin, page);
-    }
-    if (end <= begin) return;
-    for (std::int32_t run = run_up_to(page);;) {
-        std::int32_t first = run;
-        if (end % kLongRun == 0 && end - begin >= kLongRun) {
-            write_down_long(run);
-            first = runs_[run].first;
-            end -= kLongRun;
-            on_long_run(end - begin, run);
-        } else {
-            end -= kRun;
-            on_run(end - begin, run);
+void PageManager::step(Way& way, OnPage on_page, OnRun on_run, OnLongRun on_long_run) const {
+    std::int32_t& last = way.last;
+    if (!way.in_runs) {
+        if (way.end % kRun == 0 && way.left() >= kRun) {
+            last = run_up_to(last);
+            way.in_runs = true;
+            __builtin_prefetch(&runs_[last]);
+            return;
         }
-        if (end - begin < kRun) {
-            page = pages_[run_pages_[first].pages[0]].before;
-            break;
-        }
-        run = run_before(first);
+        on_page(way.at + --way.end, last);
+        if (way.left() == 0) return;
+        last = pages_[last].before;
+        __builtin_prefetch(&pages_[last]);
+        return;
     }
-    for (; end > begin; page = pages_[page].before) on_page(--end - begin, page);
+    const std::int32_t run = last;
+    const bool is_long = way.end % kLongRun == 0 && way.left() >= kLongRun;
+    if (is_long) {
+        write_down_long(run, way.end);
+        way.end -= kLongRun;
+        on_long_run(way.at + way.end, run);
+    } else {
+        way.end -= kRun;
+        on_run(way.at + way.end, run);
+    }
+    if (way.left() == 0) return;
+    last = is_long ? runs_[run].beyond : run_before(run);
+    if (way.left() >= kRun) {
+        __builtin_prefetch(&runs_[last]);
+    } else {
+        last = run_pages_[last].pages.back();
+        way.in_runs = false;
+    }
 }
 
 // Of a size known beforehand: a few moves, and no call.
@@ -60,27 +72,48 @@ void PageManager::copy_long_run(std::int32_t run, std::int32_t* out) const {
 }
 
 void PageManager::copy_table(std::int32_t slot, std::int64_t begin, std::int32_t* out) const {
-    walk(
-        slot, begin, [&](std::int64_t index, std::int32_t page) { out[index] = page; },
-        [&](std::int64_t index, std::int32_t run) { copy_run(run, out + index); },
-        [&](std::int64_t index, std::int32_t run) { copy_long_run(run, out + index); });
+    for (Way way = way_back(slot, begin, -begin); way.left() > 0;) {
+        step(
+            way, [&](std::int64_t place, std::int32_t page) { out[place] = page; },
+            [&](std::int64_t place, std::int32_t run) { copy_run(run, out + place); },
+            [&](std::int64_t place, std::int32_t run) { copy_long_run(run, out + place); });
+    }
 }
 
-void PageManager::append_table(std::int32_t slot, std::int64_t begin, std::int64_t at,
-                               Table& table) const {
-    const auto place = [&](std::int64_t index) { return static_cast<std::int32_t>(at + index); };
-    walk(
-        slot, begin,
-        [&](std::int64_t index, std::int32_t page) { table.pages.push_back({place(index), page}); },
-        [&](std::int64_t index, std::int32_t run) {
-            __builtin_prefetch(&run_pages_[run]);
-            table.runs.push_back({place(index), run, runs_[run].use});
-        },
-        [&](std::int64_t index, std::int32_t run) {
-            const auto& pages = long_pages_[runs_[run].longer].pages;
-            for (std::int64_t i = 0; i < kLongRun; i += kRun) __builtin_prefetch(&pages[i]);
-            table.long_runs.push_back({place(index), run, runs_[run].use});
-        });
+void PageManager::append_tables(Ints slots, std::span<const std::int64_t> begins,
+                                std::span<const std::int32_t> starts, Table& table) const {
+    const auto take_step = [&](Way& way) {
+        step(
+            way,
+            [&](std::int64_t place, std::int32_t page) {
+                table.pages.push_back({static_cast<std::int32_t>(place), page});
+            },
+            [&](std::int64_t place, std::int32_t run) {
+                __builtin_prefetch(&run_pages_[run]);
+                table.runs.push_back({static_cast<std::int32_t>(place), run, runs_[run].use});
+            },
+            [&](std::int64_t place, std::int32_t run) {
+                const auto& pages = long_pages_[runs_[run].longer].pages;
+                for (std::int64_t i = 0; i < kLongRun; i += kRun) __builtin_prefetch(&pages[i]);
+                table.long_runs.push_back({static_cast<std::int32_t>(place), run, runs_[run].use});
+            });
+    };
+    // Each step waits for memory that the one before has found. So where there are many, ways take
+    // turns: at 64 of 280 pages that lay anywhere, it halved the time.
+    std::vector<Way> ways;
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        Way way = way_back(slots[i], begins[i], starts[i]);
+        if (way.left() >= kRun) {
+            __builtin_prefetch(&pages_[way.last]);
+            ways.push_back(way);
+        } else {
+            while (way.left() > 0) take_step(way);
+        }
+    }
+    while (!ways.empty()) {
+        for (Way& way : ways) take_step(way);
+        std::erase_if(ways, [](const Way& way) { return way.left() == 0; });
+    }
 }
 
 void PageManager::write_table(const Table& table, std::int32_t* out) const {
@@ -126,7 +159,8 @@ std::int32_t PageManager::run_before(std::int32_t run) const {
     return runs_[run].before;
 }
 
-void PageManager::write_down_long(std::int32_t run) const {
+// The long run that ends with this one. `end`: pages of a history up to there.
+void PageManager::write_down_long(std::int32_t run, std::int64_t end) const {
     if (runs_[run].longer != kNoRun) return;
     if (free_long_.empty()) {
         free_long_.push_back(static_cast<std::int32_t>(long_pages_.size()));
@@ -140,7 +174,8 @@ void PageManager::write_down_long(std::int32_t run) const {
         first = run_before(first);
         copy_run(first, pages + (i -= kRun));
     }
-    runs_[run].first = first;
+    const std::int32_t beyond = end > kLongRun ? run_before(first) : kNoRun;
+    runs_[run].beyond = beyond;
     runs_[run].longer = longer;
     free_long_.pop_back();
 }

@@ -128,18 +128,18 @@ void PassLayout::take_tables(const PageManager& pages, Ints slots) {
         first_key[s.table_row] = std::min(first_key[s.table_row], s.begin);
     }
     table_start_.reserve(slots.size());
+    std::vector<std::int64_t> begins;
+    begins.reserve(slots.size());
     std::int64_t entries = 0;
     for (std::size_t row = 0; row < slots.size(); ++row) {
         const std::int64_t begin = first_key[row] / pages.page_size();
+        begins.push_back(begin);
         table_start_.push_back(static_cast<std::int32_t>(entries - begin));
         entries += pages.held()[slots[row]] - begin;
     }
     shape_.pages = entries;
     table_.pages.reserve(4 * slots.size());
-    for (std::size_t row = 0; row < slots.size(); ++row) {
-        const std::int64_t begin = first_key[row] / pages.page_size();
-        pages.append_table(slots[row], begin, table_start_[row] + begin, table_);
-    }
+    pages.append_tables(slots, begins, table_start_, table_);
 }
 
 void PassLayout::write(std::span<std::byte> buffer, Offsets offsets, const PassShape& room,

@@ -57,7 +57,8 @@ class Expansion:
         """Sample the next ``steps`` tokens of every growing candidate; the host waits for none."""
         begun = [request for request in requests if request.begins]
         new = [request.stats for request in begun]
-        old = [request.stats for request in requests if not request.begins]
+        first = set(begun)
+        old = [request.stats for request in requests if request not in first]
         beams = [request.beams for request in requests]
         layout = DrawLayout(beams, self._managers)
         # The first token of all children of a beam comes from one row of logits, and only then
