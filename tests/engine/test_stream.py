@@ -214,7 +214,7 @@ def test_bytes_that_a_decoder_may_replace_are_held_back(tokens: list[int]) -> No
 def test_what_was_given_out_stays_whatever_a_decoder_rewrites() -> None:
     texts = ["ab", "ax!", "abc", "", "abcd"]
     pieces = Pieces(TokenDecoder(byte_tokenizer(), [70]))
-    with mock.patch("w2s_fast.engine.stream.decode_response", side_effect=texts):
+    with mock.patch("w2s_fast.engine.outcome.decode_response", side_effect=texts):
         found_pieces = [pieces.next([65] * n) for n in range(1, 6)]
     assert [piece and piece.text for piece in found_pieces] == ["ab", "", "c", "", "d"]
 

@@ -147,7 +147,7 @@ class Engine:
         source = connect(base) if isinstance(base, RemoteBase) else None
         self.server = None if source is None else source.about
         self._models = serve_models(
-            None if isinstance(base, RemoteBase) else base,
+            base,
             guides,
             tokenizer=tokenizer,
             device=where,

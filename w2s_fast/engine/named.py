@@ -14,6 +14,7 @@ from w2s_fast.engine.encoders import own_tokenizer, templates_of, tokenizer_besi
 from w2s_fast.engine.sources import key_of, resolve
 from w2s_fast.errors import MismatchedVocabulary
 from w2s_fast.models import AdapterFiles, ModelSource, look_at_model
+from w2s_fast.remote import RemoteBase
 from w2s_fast.search import Guide
 from w2s_fast.text import check_same_vocabulary, check_template, tokenizer_size
 
@@ -73,21 +74,22 @@ class NamedModels(NamedTuple):
 
 
 def name_models(
-    base: ModelSource | None,
+    base: ModelSource | RemoteBase,
     guides: Sequence[Guide],
     tokenizer: PreTrainedTokenizerBase | None,
     prompt_template: str | None,
 ) -> NamedModels:
     """Read configs and tokenizers, and compare vocabularies.
 
-    ``base``: None: it is remote, and shares its vocabulary with nobody. ``tokenizer``: the base's;
-    None: the one that lies with it.
+    A remote base shares its vocabulary with nobody. ``tokenizer``: the base's; None: the one that
+    lies with it.
 
     Raises:
         UnsupportedModel: there is no causal language model where a name leads.
         MismatchedVocabulary: a guide's models do not share one vocabulary, or it cannot be told.
         InvalidRequest: a template that cannot be used.
     """
+    remote = isinstance(base, RemoteBase)
     templates = templates_of(guides)
     configs: dict[Any, PreTrainedConfig] = {}
     tokenizers: dict[tuple[Any, int | None], PreTrainedTokenizerBase | None] = {}
@@ -105,7 +107,7 @@ def name_models(
         if key not in configs:
             configs[key] = look_at_model(weights)
         reads = (key_of(source), None if given is None else id(given))
-        if reads not in tokenizers and base is None:
+        if reads not in tokenizers and remote:
             tokenizers[reads] = own_tokenizer(name, source, weights, given)
         elif reads not in tokenizers:
             tokenizers[reads] = tokenizer_of(source, weights, tokenizer, given)
@@ -115,7 +117,7 @@ def name_models(
         return Named(name, weights, adapter, configs[key], tokenizers[reads], template)
 
     as_base = None
-    if base is not None:
+    if not isinstance(base, RemoteBase):
         of_base, _ = resolve(base)
         configs[key_of(of_base)] = look_at_model(of_base)
         tokenizer = tokenizer_beside(base, of_base) if tokenizer is None else tokenizer

@@ -26,6 +26,7 @@ from w2s_fast.models import (
     read_adapter,
     usual_pass_tokens,
 )
+from w2s_fast.remote import RemoteBase
 from w2s_fast.search import ForeignGuides, Guide, PagedGuide
 from w2s_fast.text import PromptEncoder, eos_token_ids, ids_without_token
 
@@ -99,7 +100,7 @@ class ServedModels:
 
 
 def serve_models(
-    base: ModelSource | None,
+    base: ModelSource | RemoteBase,
     guides: Sequence[Guide],
     *,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -115,7 +116,7 @@ def serve_models(
 ) -> ServedModels:
     """Load the models, and give each its pages; see :class:`w2s_fast.Engine` for the arguments.
 
-    ``base``: None: it is remote, and guides are all there is.
+    Where the base is remote, guides are all that is loaded.
 
     What can be refused by configs and tokenizers is refused before any weights are read. A model
     that is named twice is loaded once; where its prompts are the same, it has pages once.
@@ -157,7 +158,8 @@ def serve_models(
     pairs = [[paged[role.key] for role in own] for own in named.guides]
     differences = named.differences
     with_base = _flat(own for own, why in zip(pairs, differences) if why is None)
-    shared = [] if base is None else list(dict.fromkeys([models[0], *with_base]))
+    remote = isinstance(base, RemoteBase)
+    shared = [] if remote else list(dict.fromkeys([models[0], *with_base]))
     vocab_size = shared_vocabulary(shared, tokenizer) if shared else 0
     sizes = dict.fromkeys(shared, vocab_size)
     for of_one, why in zip(pairs, differences):
@@ -176,7 +178,7 @@ def serve_models(
         PagedGuide(own[0], own[1] if len(own) > 1 else None, guide.weight, sizes[own[0]])
         for guide, own in zip(guides, pairs)
     ]
-    if base is None:
+    if remote:
         foreign = guides_of_texts(paged_guides, encoder_of)
     else:
         foreign = foreign_guides(paged_guides, differences, encoder_of, tokenizer)

@@ -46,13 +46,16 @@ class Pieces:
 
     def next(self, tokens: list[int]) -> StreamPiece | None:
         """What is new in ``tokens``, the response so far; None if there is nothing."""
-        if self._ends is not None and len(tokens) > self._given:
-            tokens = tokens[: self._ends.settled(tokens, self._given)]
-        if len(tokens) <= self._given:
+        try:
+            if self._ends is not None and len(tokens) > self._given:
+                tokens = tokens[: self._ends.settled(tokens, self._given)]
+            if len(tokens) <= self._given:
+                return None
+            text = self._decoder.certain(tokens)
+        except Exception:  # a tokenizer may raise anything: the result says what is wrong
             return None
         new = self._decoder.ids(tokens[self._given :])
         self._given = len(tokens)
-        text = self._decoder.certain(tokens)
         return StreamPiece(None if text is None else self._new_text(text), new)
 
     def last(self, result: SearchResult) -> StreamPiece:

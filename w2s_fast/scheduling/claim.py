@@ -41,5 +41,12 @@ class Claim:
         self._runner.settle()
 
     def __del__(self) -> None:
+        try:
+            self._give_up()
+        except BaseException:  # nobody else is left who could
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
         if getattr(self, "_requests", None):  # it may be gone before it was made
             self.let_go()
