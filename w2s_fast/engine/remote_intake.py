@@ -67,7 +67,6 @@ class RemoteIntake:
             given=prompt,
             has_scorers=self._has_scorers,
             ends=Utf8Stops(params.stop) if params.stop else None,
-            breaks=Utf8Breaks(params.chunk_stop) if params.chunk_stop else None,
             foreign=in_foreign,
             has_guides=False,
             remote=remote,
@@ -94,15 +93,15 @@ class RemoteIntake:
     def _prompt(self, prompt: Prompt, params: SearchParams) -> RemotePrompt:
         if (why := self._source.accepts(prompt)) is not None:
             raise InvalidRequest(why)
-        account, sampling = Account(self._budget), self._sampling(params)
-        greedy = params.temperature == 0
+        breaks = Utf8Breaks(params.chunk_stop) if params.chunk_stop else None
+        own = (self._sampling(params), Account(self._budget), breaks, params.temperature == 0)
         if isinstance(prompt, str):
             check_unicode(prompt, "a prompt")
             text = prompt
             if self._template is not None:
                 before, after = self._template.split(PLACEHOLDER)
                 text = f"{before}{prompt}{after}"
-            return RemotePrompt(text, sampling, account, greedy)
+            return RemotePrompt(text, *own)
         given: Any = prompt
         ids = hasattr(given, "ndim") or (
             isinstance(given, Sequence)
@@ -124,7 +123,7 @@ class RemoteIntake:
         if continues and not isinstance(messages[-1].get("content"), str):
             raise InvalidRequest("a chat goes on with its last message; allowed: one with a text")
         json.dumps(messages)  # plain values: they always can be sent
-        return RemotePrompt(messages, sampling, account, greedy, continues, options)
+        return RemotePrompt(messages, *own, continues, options)
 
     def _sampling(self, params: SearchParams) -> dict[str, Any]:
         """The fields that a server has for it."""
