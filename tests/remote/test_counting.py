@@ -49,16 +49,18 @@ def check(result: SearchResult, params: SearchParams) -> None:
         for place, (text, reason) in enumerate(kept):
             parent = place if number else None
             if reason is not None:
-                expected.append((text, parent))
+                expected += [(text, parent)] * (copies if params.finished == "replicate" else 1)
                 continue
             draw = next(asked)
             assert draw.behind == text and len(draw.samples) == copies
             expected += [(text + sample.text, parent) for sample in draw.samples]
         assert next(asked, None) is None
-        found = [(c.text or "", c.parent) for c in r.candidates]
-        assert len(found) == len(expected)
-        for (ours, place), (whole, parent) in zip(found, expected):
-            assert whole.rstrip("\ufffd") == ours.rstrip("\ufffd") and place == parent
+        for c, (whole, parent) in zip(r.candidates, expected, strict=True):
+            assert c.parent == parent and c.text is not None
+            if c.finish_reason == "stop":  # cut here
+                assert whole.startswith(c.text)
+            else:
+                assert whole.rstrip("\ufffd") == c.text.rstrip("\ufffd")
         kept = [(r.candidates[i].text or "", r.candidates[i].finish_reason) for i in r.kept]
 
 

@@ -55,6 +55,9 @@ def test_a_server_of_chats(server: Script) -> None:
         "n": 2,
         "seed": 7,
         "temperature": 0.7,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
     }
     assert result.trace is not None
     behind = [draws[0].behind for draws in result.trace.draws]
@@ -151,13 +154,17 @@ def test_fields_that_a_server_refuses_are_not_sent(
         assert ("seed" in asked.body) == ("seed" in known)
 
 
-def test_what_changes_nothing_is_not_sent(server: Script) -> None:
+def test_what_is_off_is_said_to_be(server: Script) -> None:
+    """Servers may have other values of their own."""
     e = remote(server.url, ())
     server.begin()
     e.generate(["hello"], replace(SAMPLE, top_k=0, seed=3))
     assert server.asked[0].body == {
         "model": "words", "prompt": "hello", "max_tokens": 5, "seed": 3, "temperature": 0.7,
+        "top_p": 1.0, "top_k": -1, "min_p": 0.0,
     }  # fmt: skip
+    e.generate(["hello"], replace(SAMPLE, temperature=0.0))
+    assert {"top_p", "top_k", "min_p"}.isdisjoint(server.asked[1].body)
 
 
 def test_a_server_that_has_another_name_for_the_length(server: Script) -> None:

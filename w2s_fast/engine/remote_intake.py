@@ -26,6 +26,7 @@ from w2s_fast.search import ForeignPrompt, Request
 from w2s_fast.text import PLACEHOLDER, Chat, Prompt, check_template_text, check_unicode, plain_chat
 
 _METHODS = ("cbs", "bon", "sample")
+_OFF = {"top_k": -1, "min_p": 0.0}
 _BEGIN = [EOS]  # in the place of a prompt's tokens: what comes before a response is not known
 
 
@@ -129,13 +130,13 @@ class RemoteIntake:
         """The fields that a server has for it."""
         found: dict[str, Any] = {"temperature": params.temperature}
         if params.temperature > 0:
-            wanted = {"top_p": params.top_p, "top_k": params.top_k, "min_p": params.min_p}
-            off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
-            found.update((name, own) for name, own in wanted.items() if own != off[name])
+            # Also those that are off: servers have other values where nothing is said. -1: all.
+            found |= {"top_p": params.top_p, "top_k": params.top_k or -1, "min_p": params.min_p}
         for name in sorted(self._source.lacks(found)):
-            warnings.warn(
-                f"{self._source.about}: {name}={found.pop(name)} has no effect there", stacklevel=2
-            )
+            if (value := found.pop(name)) != _OFF[name]:
+                warnings.warn(
+                    f"{self._source.about}: {name}={value} has no effect there", stacklevel=2
+                )
         return found
 
 

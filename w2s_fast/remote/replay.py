@@ -63,7 +63,8 @@ class Replay:
 
 def traces_of(given: Any) -> list[Trace]:
     """Traces: of one or several, or of results that have them."""
-    each = [given] if isinstance(given, (Trace, SearchResult)) else list(given)
+    one_of_them = isinstance(given, (Trace, SearchResult)) or not isinstance(given, Iterable)
+    each = [given] if one_of_them else list(given)
     found = [one.trace if isinstance(one, SearchResult) else one for one in each]
     return [one if isinstance(one, Trace) else Trace() for one in found]
 
