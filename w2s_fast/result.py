@@ -95,12 +95,14 @@ class Draw:
 
     Attributes:
         behind: the response that the samples go on from. max_tokens: of each sample.
+        seed: of the first request that was sent for them.
         samples: one for each candidate, in their order.
         ended: why there are fewer than were asked for, or none; None: there are not.
     """
 
     behind: str
     max_tokens: int
+    seed: int
     samples: list[Sample]
     ended: str | None = None
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.csrc.beams_model import ModelRequest
 from tests.csrc.beams_world import (
     EOS,
     PAGE,
@@ -405,3 +406,123 @@ def test_a_text_ends_among_tokens_of_earlier_rounds() -> None:
     assert laid_out["siblings"].tolist() == [-1, -2, 1, 1]
     one.beams.end_text(2, 2, 2)
     assert one.beams.candidates[2].tokens == [4, 5] and one.beams.grown == 5
+
+
+def of_texts(**params: Any) -> Request:
+    """Of which only texts are known: no model of this process has its beams."""
+    options = {"beam_width": 2, "successors": 2, "chunk_length": 3, "max_new_tokens": 9, **params}
+    one = Request([256], [], SearchParams(**options), eos_ids=[256], has_guides=False)
+    begin_rounds([one.beams])
+    return one
+
+
+def test_texts_that_somebody_else_has_sampled_are_taken_as_they_are() -> None:
+    one = of_texts(trace=True)
+    one.beams.take_text(0, [7, 8, 9, 10, 11], sampled=3, ends=False)  # more ids than tokens
+    one.beams.take_text(1, [7, 256], sampled=2, ends=False)
+    one.beams.take_text(2, [], sampled=3, ends=False)
+    one.beams.take_text(3, [5], sampled=0, ends=True)
+    assert one.beams.sampled == 8
+    assert [(b.tokens, b.finish_reason) for b in one.beams.candidates] == [
+        ([7, 8, 9, 10, 11], None), ([7, 256], "eos"), ([], None), ([5], "length"),
+    ]  # fmt: skip
+    for candidate in (1, 3):
+        with pytest.raises(ValueError, match="only who grows"):
+            one.beams.take_text(candidate, [1], sampled=1, ends=False)
+    with pytest.raises(ValueError, match="only who grows"):
+        one.beams.take_text(0, [1], sampled=-1, ends=False)
+    one.beams.pause_growing()
+    with pytest.raises(ValueError, match="only who grows"):
+        one.beams.take_text(0, [1], sampled=1, ends=False)
+    assert one.beams.tokens_left == 0 and not one.beams.done
+    end_rounds([one.beams], np.array([[0, 2]]), [])
+    begin_rounds([one.beams])
+    assert [b.tokens for b in one.beams.candidates] == [[7, 8, 9, 10, 11]] * 2 + [[]] * 2
+    for candidate in range(4):
+        one.beams.take_text(candidate, [candidate, 256], sampled=1, ends=False)
+    end_rounds([one.beams], np.array([[3, 0]]), [])
+    assert one.beams.done and one.beams.sampled == 12
+    assert [b.tokens for b in one.beams.kept] == [[3, 256], [7, 8, 9, 10, 11, 0, 256]]
+    assert [b.parent for b in one.beams.kept] == [1, 0]
+    assert [r.kept for r in one.beams.trace()] == [[0, 2], [3, 0]]
+
+
+def test_texts_are_kept_more_than_once_where_nobody_holds_slots() -> None:
+    one = of_texts(selection="resample")
+    for candidate in range(4):
+        one.beams.take_text(candidate, [candidate + 1], sampled=1, ends=False)
+    one.beams.pause_growing()
+    end_rounds([one.beams], np.array([[2, 2]]), [])
+    begin_rounds([one.beams])
+    assert [(b.tokens, b.parent) for b in one.beams.candidates] == [([3], 0)] * 2 + [([3], 1)] * 2
+    one.beams.take_text(1, [9], sampled=1, ends=True)
+    one.beams.take_text(3, [8], sampled=1, ends=True)
+    assert [b.tokens for b in one.beams.candidates] == [[3], [3, 9], [3], [3, 8]]
+
+
+def test_a_round_of_texts_begins_again() -> None:
+    one = of_texts()
+    one.beams.take_text(0, [7], sampled=1, ends=False)
+    one.beams.start_over([])
+    begin_rounds([one.beams])
+    assert [b.tokens for b in one.beams.candidates] == [[]] * 4
+    for candidate in range(4):
+        one.beams.take_text(candidate, [candidate], sampled=1, ends=False)
+    one.beams.end_text(1, 0, 4)
+    one.beams.pause_growing()
+    end_rounds([one.beams], np.array([[1, 0]]), [])
+    one.beams.set_aside([])
+    begin_rounds([one.beams])
+    assert [(b.tokens, b.finish_reason) for b in one.beams.candidates] == [
+        ([], "stop"), ([0], None), ([0], None),
+    ]  # fmt: skip
+    one.beams.abort([])
+
+
+@drawn(100)
+@given(st.data())
+def test_rounds_of_texts_are_what_lists_of_ids_say(data: st.DataObject) -> None:
+    """Without a manager of pages."""
+    params = SearchParams(
+        beam_width=data.draw(st.integers(1, 3)), successors=data.draw(st.integers(1, 3)),
+        finished=data.draw(st.sampled_from(["hold", "replicate"])), selection="resample",
+        chunk_length=3, max_new_tokens=9,
+    )  # fmt: skip
+    one = Request([256], [], params, eos_ids=[256], has_guides=False)
+    model = ModelRequest(params, {256})
+    sampled = 0
+    for _ in range(data.draw(st.integers(1, 5))):
+        begin_rounds([one.beams])
+        model.begin()
+        for c, beam in enumerate(model.candidates):
+            if beam.reason is not None:
+                continue
+            ids = data.draw(st.lists(st.integers(0, 3), max_size=4))
+            ids += [256] * data.draw(st.booleans())
+            count, ends = data.draw(st.integers(0, 5)), data.draw(st.booleans())
+            one.beams.take_text(c, ids, sampled=count, ends=ends)
+            sampled += count
+            beam.tokens += ids
+            beam.logprobs += [0.0] * len(ids)
+            beam.reason = "eos" if ids[-1:] == [256] else "length" if ends else None
+        one.beams.pause_growing()
+        for c, beam in enumerate(model.candidates):
+            new = len(beam.tokens) - (beam.reason == "eos")
+            if beam.inherited < len(beam.tokens) and data.draw(st.integers(0, 4)) == 0:
+                if beam.paused or one.beams.candidates[c].finish_reason is None:
+                    continue  # its chunk has ended
+                length = data.draw(st.integers(0, new))
+                one.beams.end_text(c, length, 0)
+                beam.tokens, beam.logprobs = beam.tokens[:length], beam.logprobs[:length]
+                beam.inherited, beam.reason = min(beam.inherited, length), "stop"
+        found = [(b.parent, b.tokens, b.finish_reason) for b in one.beams.candidates]
+        assert found == [(b.parent, b.tokens, b.reason) for b in model.candidates]
+        places = st.integers(0, len(model.candidates) - 1)
+        kept = data.draw(st.lists(places, min_size=1, max_size=params.kept))
+        end_rounds([one.beams], np.array([kept]), [])
+        model.close(kept)
+        assert [b.tokens for b in one.beams.kept] == [b.tokens for b in model.kept]
+        assert one.beams.sampled == sampled
+        if one.beams.done:
+            break
+    assert one.beams.done == all(beam.reason is not None for beam in model.kept)

@@ -82,10 +82,10 @@ def fault_proxy(upstream: str) -> Iterator[Proxy]:
 
     def work() -> None:
         loop.run_until_complete(serve())
-        tasks = asyncio.all_tasks(loop)
-        for task in tasks:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        if tasks := asyncio.all_tasks(loop):
+            for task in tasks:
+                task.cancel()
+            loop.run_until_complete(asyncio.wait(tasks))
         loop.close()
 
     thread = threading.Thread(target=work)

@@ -10,7 +10,7 @@ from tests.support.probed import probed_once
 from w2s_fast import Engine, Guide, RemoteBase, SearchParams, SearchResult
 
 SEARCH = SearchParams(
-    beam_width=3, successors=2, chunk_length=4, max_new_tokens=14, trace=True, seed=5
+    beam_width=3, successors=2, chunk_length=4, max_new_tokens=11, trace=True, seed=5
 )
 SAMPLE = SearchParams(method="sample", max_new_tokens=5, trace=True)
 PROMPTS = ["the film was a", "hello world", "\u4eca\u5929 it's", "x"]

@@ -116,12 +116,13 @@ class RemoteReference:
         found.read += answer["usage"]["prompt_tokens"]
         found.sampled += (sampled := answer["usage"]["completion_tokens"])
         ended = [choice["finish_reason"] == "stop" for choice in answer["choices"]]
-        # Of those that ended only all together are known; how many each has does not matter.
+        # Of those that ended only all together are known: shared out by what they say.
         rest = sampled - length * ended.count(False)
-        return [
-            (choice["text"], has_ended, rest if has_ended else length)
-            for choice, has_ended in zip(answer["choices"], ended, strict=True)
-        ] * (n // own)
+        texts = [choice["text"] for choice in answer["choices"]]
+        sizes = [(len(text.encode()) + 1) * has for text, has in zip(texts, ended, strict=True)]
+        shares = [rest * sum(sizes[:i]) // (sum(sizes) or 1) for i in range(len(sizes) + 1)]
+        own_tokens = [b - a if has else length for (a, b), has in zip(pairwise(shares), ended)]
+        return list(zip(texts, ended, own_tokens)) * (n // own)
 
     def _grown(
         self, parent: Hypothesis, new: str, ended: bool, tokens: int, p: SearchParams
@@ -151,7 +152,8 @@ class RemoteReference:
             kept = len(text[len(parent.text) : cut].encode())
             if kept < size:
                 tokens = math.ceil(tokens * kept / size)
-            return Hypothesis(text[:cut], None, None, parent.tokens + tokens)
+            over = parent.tokens + tokens >= p.max_new_tokens
+            return Hypothesis(text[:cut], "length" if over else None, None, parent.tokens + tokens)
         child = Hypothesis(text, reason, None, parent.tokens + tokens)
         child.in_vain = 0 if new or ended else parent.in_vain + tokens
         return child

@@ -45,6 +45,7 @@ class Asked:
     body: dict[str, Any]
     headers: dict[str, str]
     text: str
+    port: int
     at: float = field(default_factory=time.perf_counter)
 
     @property
@@ -86,7 +87,8 @@ class Script:
         continuation: the field by which a chat goes on with its last message; None: it does so
             whenever that is the assistant's.
         echoes: whether it then answers with that message before what is new.
-        most: choices in an answer. usage: whether it counts tokens. context: tokens together.
+        most: choices in an answer. extra: further ones, that nobody asked for.
+        usage: whether it counts tokens. context: tokens together.
         choice: what comes. instead: another answer than that, or an error; None: what comes.
         delay: seconds before it answers.
         asked: all that was. left: how many did not wait for their answers. at_once: most of them.
@@ -100,6 +102,7 @@ class Script:
     continuation: str | None = "continue_final_message"
     echoes: bool = False
     most: int | None = None
+    extra: int = 0
     usage: bool = True
     context: int | None = None
     choice: Callable[[Asked, int], Choice] = drawn
@@ -152,7 +155,7 @@ def _app(script: Script) -> FastAPI:
         if not script.texts:
             return JSONResponse({"detail": "Not Found"}, 404)
         body = await request.json()
-        asked = Asked("texts", body, dict(request.headers), body["prompt"])
+        asked = Asked("texts", body, dict(request.headers), body["prompt"], _port(request))
         return await _answer(script, request, asked)
 
     @app.post("/v1/chat/completions")
@@ -161,10 +164,14 @@ def _app(script: Script) -> FastAPI:
             return JSONResponse({"detail": "Not Found"}, 404)
         body = await request.json()
         text, _ = _written(script, body)
-        asked = Asked("chats", body, dict(request.headers), text)
+        asked = Asked("chats", body, dict(request.headers), text, _port(request))
         return await _answer(script, request, asked)
 
     return app
+
+
+def _port(request: Request) -> int:
+    return 0 if request.client is None else request.client.port
 
 
 def _wrong_key(script: Script, request: Request) -> Response | None:
@@ -227,7 +234,8 @@ def _length(text: str) -> int:
 
 
 def _said(script: Script, asked: Asked) -> Response:
-    found = [script.choice(asked, i) for i in range(min(asked.samples, script.most or 10_000))]
+    count = min(asked.samples, script.most or 10_000) + script.extra
+    found = [script.choice(asked, i) for i in range(count)]
     choices: list[dict[str, Any]] = []
     for i, choice in enumerate(found):
         own: dict[str, Any] = {"index": i, "finish_reason": choice.reason}

@@ -66,7 +66,6 @@ class RemoteIntake:
             given=prompt,
             has_scorers=self._has_scorers,
             ends=Utf8Stops(params.stop) if params.stop else None,
-            breaks=Utf8Breaks(params.chunk_stop) if params.chunk_stop else None,
             foreign=in_foreign,
             has_guides=False,
             remote=remote,
@@ -94,14 +93,14 @@ class RemoteIntake:
         _check_no_ids(prompt)
         if (why := self._source.accepts(prompt)) is not None:
             raise InvalidRequest(why)
-        account, sampling = Account(self._budget), self._sampling(params)
-        greedy = params.temperature == 0
+        breaks = Utf8Breaks(params.chunk_stop) if params.chunk_stop else None
+        own = (self._sampling(params), Account(self._budget), breaks, params.temperature == 0)
         if isinstance(prompt, str):
             check_unicode(prompt, "a prompt")
             before, after = (
                 ("", "") if self._template is None else self._template.split(PLACEHOLDER)
             )
-            return RemotePrompt(f"{before}{prompt}{after}", sampling, account, greedy)
+            return RemotePrompt(f"{before}{prompt}{after}", *own)
         given: Any = prompt
         chat = plain_chat(given if isinstance(given, Chat) else Chat(given))
         options: dict[str, Any] = {}
@@ -113,7 +112,7 @@ class RemoteIntake:
         continues = isinstance(given, Chat) and given.continue_final_message
         if continues and not isinstance(messages[-1].get("content"), str):
             raise InvalidRequest("a chat goes on with its last message; allowed: one with a text")
-        return RemotePrompt(messages, sampling, account, greedy, continues, options)
+        return RemotePrompt(messages, *own, continues, options)
 
     def _sampling(self, params: SearchParams) -> dict[str, Any]:
         """The fields that a server has for it."""

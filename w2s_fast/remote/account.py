@@ -28,6 +28,7 @@ class Reservation:
     """Room for a request, and tokens that it may take; ``sent``: how often it was."""
 
     tokens: int
+    max_tokens: int
     sent: int = 0
 
 
@@ -41,7 +42,7 @@ class Account:
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._requests = self._prompt = self._cached = self._completion = 0
-        self._longest_prompt = 0
+        self._longest_prompt = self._longest_sample = 0
         self._reserved_requests = self._reserved_tokens = 0
         self.first_prompt_tokens = 0
 
@@ -65,19 +66,20 @@ class Account:
             return _NO_END
         return self._budget.requests - self._requests - self._reserved_requests
 
-    def reserve(self, sampled: int) -> Reservation | str:
-        """Room for a request that samples so many tokens at most, or why it may not be sent."""
+    def reserve(self, samples: int, max_tokens: int) -> Reservation | str:
+        """Room for a request of samples of so many tokens each, or why it may not be sent."""
         budget = self._budget
         if self._left < 1:
             return self.spent
-        tokens = self._longest_prompt + sampled
+        # A text that is sent on has grown by a sample since.
+        tokens = self._longest_prompt + self._longest_sample + samples * max_tokens
         if budget.tokens is not None:
             known = self._prompt + self._completion + self._reserved_tokens
             if known + tokens > budget.tokens:
                 return f"max_total_tokens ({budget.tokens}) is used up"
         self._reserved_requests += 1
         self._reserved_tokens += tokens
-        return Reservation(tokens)
+        return Reservation(tokens, max_tokens)
 
     def send(self, room: Reservation) -> bool:
         """Count a request that is being sent; False: it may not be sent again."""
@@ -98,4 +100,5 @@ class Account:
         self._cached += cached
         self._completion += completion
         self._longest_prompt = max(self._longest_prompt, prompt)
+        self._longest_sample = max(self._longest_sample, room.max_tokens)
         self.first_prompt_tokens = self.first_prompt_tokens or prompt

@@ -145,7 +145,7 @@ class Client:
         if "seed" in self._dialect.optional:
             body["seed"] = seed
         async with self._at_once:
-            room = account.reserve(count * ask.max_tokens)
+            room = account.reserve(count, ask.max_tokens)
             if isinstance(room, str):
                 return room
             samples, used = list[Sample](), (0, 0, 0)

@@ -130,10 +130,11 @@ def _shared_out(
     if all_tokens is None:  # four bytes are a token, or so
         return [max_tokens if c else min(max_tokens, -(-s // 4) + 1) for c, s in zip(cut, sizes)]
     full = cut
-    rest = all_tokens - max_tokens * sum(full)
-    if rest < 0 or (rest > 0 and all(full)):  # it has limits of its own
+    most = max_tokens
+    if not most * sum(full) <= all_tokens <= most * len(found):  # it has limits of its own
         full = [False] * len(found)
-    most = max_tokens if all_tokens <= max_tokens * len(found) else all_tokens
+    if all_tokens > most * len(found):
+        most = all_tokens
     while True:
         rest = all_tokens - most * sum(full)
         shares = _by_size(rest, [0 if f else size + 1 for f, size in zip(full, sizes)])

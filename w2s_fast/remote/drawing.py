@@ -74,6 +74,6 @@ class Drawing:
     def recorded(self) -> list[Draw]:
         """What was asked and came, for a trace."""
         return [
-            Draw(ask.behind, ask.max_tokens, list(given.samples), given.ended)
+            Draw(ask.behind, ask.max_tokens, ask.seed, list(given.samples), given.ended)
             for ask, given in zip(self.asks, self.given)
         ]

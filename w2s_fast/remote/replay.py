@@ -17,18 +17,19 @@ class Replay:
 
     def __init__(self, recorded: Iterable[Trace]) -> None:
         """InvalidRequest: a trace is not of a remote base."""
-        self._draws: dict[str, list[list[Draw]]] = {}
+        self._count = 0
+        self._recorded: dict[str, list[list[list[Draw]]]] = {}  # of each prompt, its searches
         for trace in recorded:
             if not isinstance(trace, Trace) or trace.prompt is None:
                 raise InvalidRequest(
                     "a trace of a remote base is needed: SearchParams(trace=True) records it"
                 )
-            self._draws[_key(trace.prompt)] = trace.draws
+            self._recorded.setdefault(_key(trace.prompt), []).append(trace.draws)
+            self._count += 1
 
     @property
     def about(self) -> str:
-        searches = "search" if len(self._draws) == 1 else "searches"
-        return f"a recording of {len(self._draws)} {searches}"
+        return f"a recording of {self._count} {'search' if self._count == 1 else 'searches'}"
 
     def accepts(self, prompt: object) -> str | None:
         return None
@@ -47,35 +48,34 @@ class Replay:
         """Nothing is ever under way."""
 
     def _given(self, prompt: RemotePrompt, drawing: Drawing) -> list[Given]:
-        rounds = self._draws.get(_key(prompt.content))
-        if rounds is None:
+        searches = self._recorded.get(_key(prompt.content))
+        if searches is None:
             raise RemoteFailure("the recording has no search of this prompt")
-        recorded = rounds[drawing.number - 1] if drawing.number <= len(rounds) else []
-        if len(recorded) != len(drawing.asks):
-            raise _another_way(drawing.number)
-        return [_given(ask, draw, drawing.number) for ask, draw in zip(drawing.asks, recorded)]
+        for draws in searches:
+            recorded = draws[drawing.number - 1] if drawing.number <= len(draws) else []
+            if len(recorded) == len(drawing.asks) and all(map(_as_then, drawing.asks, recorded)):
+                return [Given(list(draw.samples), draw.ended) for draw in recorded]
+        raise RemoteFailure(
+            f"in round {drawing.number} the search goes another way than the recorded one; "
+            "allowed: the same parameters, and guides that choose the same candidates"
+        )
 
 
 def traces_of(given: Any) -> list[Trace]:
     """Traces: of one or several, or of results that have them."""
-    each = [given] if isinstance(given, (Trace, SearchResult)) else list(given)
+    one_of_them = isinstance(given, (Trace, SearchResult)) or not isinstance(given, Iterable)
+    each = [given] if one_of_them else list(given)
     found = [one.trace if isinstance(one, SearchResult) else one for one in each]
     return [one if isinstance(one, Trace) else Trace() for one in found]
 
 
-def _given(ask: Ask, draw: Draw, number: int) -> Given:
-    as_then = draw.behind == ask.behind and draw.max_tokens == ask.max_tokens
-    enough = len(draw.samples) == ask.samples or (draw.ended and len(draw.samples) < ask.samples)
-    if not (as_then and enough):
-        raise _another_way(number)
-    return Given(list(draw.samples), draw.ended)
-
-
-def _another_way(number: int) -> RemoteFailure:
-    return RemoteFailure(
-        f"in round {number} the search goes another way than the recorded one; allowed: the same "
-        "parameters, and guides that choose the same candidates"
+def _as_then(ask: Ask, draw: Draw) -> bool:
+    """Whether that was asked for when this came."""
+    enough = len(draw.samples) == ask.samples or (
+        draw.ended is not None and len(draw.samples) < ask.samples
     )
+    same = (draw.behind, draw.max_tokens, draw.seed) == (ask.behind, ask.max_tokens, ask.seed)
+    return same and enough
 
 
 def _key(prompt: Any) -> str:

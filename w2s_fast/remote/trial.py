@@ -18,7 +18,7 @@ log = logging.getLogger("w2s_fast.remote")
 
 _PROMPT = "Name a number."
 _BEGUN = "The number that I choose is 7319"  # nobody begins an answer so by chance
-_SAMPLING = {"temperature": 0.5, "top_k": 50, "min_p": 0.001, "seed": 1}
+_SAMPLING = {"temperature": 0.5, "top_p": 0.9, "top_k": 50, "min_p": 0.001, "seed": 1}
 _SEED = frozenset(("seed",))
 _NOTHING = Dialect(texts=False, messages=False)
 # From those that take all to those that take least.

@@ -48,7 +48,7 @@ class Utf8Stops:
     """Where responses end by what they say: at the stop string that is complete first."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = {stop: _bytes(to_bytes(stop)) for stop in stops}
+        self._stops = {stop: _spelled(stop) for stop in stops}
         self._longest = max(map(len, self._stops.values()))
 
     def find(self, tokens: Sequence[int], known: int) -> Utf8End | None:
@@ -88,7 +88,7 @@ class Utf8Breaks:
     """Where responses are broken into parts: behind strings that stay in them."""
 
     def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = [_bytes(to_bytes(string)) for string in strings]
+        self._strings = [_spelled(string) for string in strings]
 
     def find(self, tokens: Sequence[int], known: int) -> int | None:
         """How many bytes there are up to the end of the next part; None: it goes on.
@@ -103,6 +103,11 @@ class Utf8Breaks:
             if (at := text.find(own, max(0, known - len(own) + 1))) >= 0
         ]
         return min(ends, default=None)
+
+
+def _spelled(string: str) -> bytes:
+    """What half a surrogate pair is written as stands in no text."""
+    return string.encode("utf-8", "surrogatepass")
 
 
 def _bytes(ids: Sequence[int]) -> bytes:

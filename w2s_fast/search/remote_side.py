@@ -31,6 +31,17 @@ class _Counts(NamedTuple):
     in_vain: int = 0
 
 
+class _Grown(NamedTuple):
+    """What a candidate got: tokens, and as how many ids."""
+
+    tokens: int
+    size: int
+
+    def part(self, size: int) -> _Grown:
+        """So many of the ids, where the rest is not kept."""
+        return _Grown(-(-self.tokens * size // self.size), size) if size < self.size else self
+
+
 class RemoteSide:
     """Has candidates grow by what a source gives.
 
@@ -69,11 +80,11 @@ class RemoteSide:
         counts = [before[_parent_of(beam)] for beam in request.beams.candidates]
         lengths = [len(beam.tokens) for beam in request.beams.candidates]
         dropped: set[int] = set()
-        came: dict[int, tuple[Sample, int]] = {}  # and how many ids it gave its candidate
+        came: dict[int, _Grown] = {}
         groups = self._groups(request)
-        for (_, members), ask, given in zip(groups, drawing.asks, drawing.given):
+        for (_, members), given in zip(groups, drawing.given):
             for c, sample in zip(members, given.samples):
-                came[c] = sample, self._grow(request, c, ask, sample, counts[c], given)
+                came[c] = self._grow(request, c, sample, counts[c], given)
             without = members[len(given.samples) :]
             for c in without:
                 request.beams.take_text(c, [], sampled=0, ends=True)
@@ -87,9 +98,9 @@ class RemoteSide:
         request.beams.pause_growing()
         drawing.dropped = dropped
         candidates = request.beams.candidates
-        for c, (sample, size) in came.items():
-            grown = max(0, len(candidates[c].tokens) - lengths[c])
-            counts[c] = _grown(counts[c], sample, size, grown)
+        for c, grown in came.items():
+            left = max(0, len(candidates[c].tokens) - lengths[c])
+            counts[c] = _grown(counts[c], grown.part(left))
         self._candidates[request] = counts
         drawing.tokens = [own.all for own in counts]
         drawing.taken = True
@@ -158,22 +169,25 @@ class RemoteSide:
         return self._kept.get(request, [_Counts()])
 
     def _grow(
-        self,
-        request: Request,
-        candidate: int,
-        ask: Ask,
-        sample: Sample,
-        counts: _Counts,
-        given: Given,
-    ) -> int:
-        """How many ids it got."""
+        self, request: Request, candidate: int, sample: Sample, counts: _Counts, given: Given
+    ) -> _Grown:
+        """Give a candidate what was sampled for it, up to where its chunk ends."""
+        assert request.remote is not None
+        most = request.params.max_new_tokens - counts.all
         ends = sample.finish_reason != "length"
-        last = counts.all + max(1, sample.tokens) >= request.params.max_new_tokens
+        found = _Grown(max(1, sample.tokens), 0)  # so that a search ends, whatever a server says
+        last = found.tokens >= most
         text = sample.text if ends or last else sample.text.rstrip(_INCOMPLETE)
         ids = to_bytes(text) + [EOS] * ends
-        over = last or given.ended is not None
+        found = found._replace(size=len(ids))
+        if (breaks := request.remote.breaks) is not None:
+            before = request.beams.candidates[candidate].tokens
+            if (end := breaks.find([*before, *ids], len(before))) is not None:
+                ids = ids[: end - len(before)]
+                found = found.part(len(ids))
+        over = found.tokens >= most or given.ended is not None
         request.beams.take_text(candidate, ids, sampled=sample.tokens, ends=over)
-        return len(ids)
+        return found
 
     def _check_said(self, request: Request, candidates: Sequence[Beam]) -> None:
         """RemoteFailure where all that the server has sampled is no text."""
@@ -192,12 +206,8 @@ def _parent_of(beam: Beam) -> int:
     return beam.parent or 0
 
 
-def _grown(counts: _Counts, sample: Sample, size: int, grown: int) -> _Counts:
-    """``size``: ids that the sample has. ``grown``: those that are left, where it was cut."""
-    tokens = max(1, sample.tokens)  # so that a search ends, whatever a server says
-    if grown < size:
-        tokens = -(-tokens * grown // size)
-    return _Counts(counts.all + tokens, 0 if grown else counts.in_vain + tokens)
+def _grown(counts: _Counts, new: _Grown) -> _Counts:
+    return _Counts(counts.all + new.tokens, 0 if new.size else counts.in_vain + new.tokens)
 
 
 def _seed(seed: int, number: int, parent: int) -> int:
