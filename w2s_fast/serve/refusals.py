@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,8 +70,8 @@ def as_refusal(error: Exception) -> Refusal:
         return error
     if isinstance(error, InvalidRequest):
         # "n is 8; allowed: ..." names its field.
-        first = str(error).split(" ", 1)[0]
-        return Refusal(400, str(error), param=first if first.isidentifier() else None)
+        first = re.match(r"([a-z_]\w*) (?:is|has|holds|must) ", str(error))
+        return Refusal(400, str(error), param=first[1] if first else None)
     if isinstance(error, (EngineFailure, Aborted)):
         return Refusal(503, str(error), code="engine_unavailable")
     if isinstance(error, W2SFastError):

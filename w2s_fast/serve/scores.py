@@ -76,7 +76,7 @@ def _scored(engine: Engine, body: ScoreBody) -> tuple[list[float], list[list[flo
     """Sums, values token by token or None where the guides read other tokens, and the tokens of
     the query."""
     queries, items = [body.query] * len(body.items), body.items
-    length = len(engine.encode(body.query))
+    length = 0 if engine.server else len(engine.encode(body.query))  # nobody knows here
     if body.of == "guides" and not engine.scores_by_token:
         return engine.score(queries, items), None, length
     model = None if body.of == "guides" else body.of
