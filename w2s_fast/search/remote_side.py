@@ -92,7 +92,10 @@ class RemoteSide:
             dropped.update(without if given.samples else without[1:])
             request.ended_early = request.ended_early or given.ended
         if not came and before == [_Counts()]:
-            request.error = InvalidRequest(f"nothing was sampled: {request.ended_early}")
+            request.error = InvalidRequest(
+                f"{self._source.about}: nothing was sampled: {request.ended_early}; allowed: a "
+                "shorter prompt, smaller max_new_tokens or chunk_length, or a larger budget"
+            )
             return
         end_texts([request])
         request.beams.pause_growing()
