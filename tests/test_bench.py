@@ -16,6 +16,7 @@ import torch
 
 import bench.cpu_attention
 import bench.host
+import bench.remote
 import bench.search
 import bench.search_cases
 import bench.threads
@@ -240,3 +241,15 @@ def test_threads_are_measured_beside_a_neighbour(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     assert found["complete"] and set(found["targets"]) < set(found["ratios"])
     assert len(found["seconds"]) == 4 and all(s > 0 for s in found["seconds"].values())
+
+
+@pytest.mark.thorough
+def test_a_base_behind_servers_is_held_against_the_same_here(tmp_path: Path) -> None:
+    out = tmp_path / "remote.json"
+    assert bench.remote.main(["--quick", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["complete"]
+    here, own, theirs = found["rows"]
+    assert here["difference"] is None and here["requests"] == 0
+    assert own["requests"] < theirs["requests"]  # which gives one sample a request
+    assert all(row["prompts"] == 2 for row in found["rows"])
