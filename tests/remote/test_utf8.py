@@ -25,7 +25,7 @@ def naive(text: str, strings: list[str], known: int) -> tuple[int, str] | None:
     return None
 
 
-@drawn(400)
+@drawn(200)
 @given(text=TEXTS, stops=STRINGS, known=st.integers(0, 14))
 def test_a_text_ends_at_the_stop_string_that_is_complete_first(
     text: str, stops: list[str], known: int
@@ -42,7 +42,7 @@ def test_a_text_ends_at_the_stop_string_that_is_complete_first(
     assert to_text(to_bytes(text)[: found.tokens]) == text[: end - len(stop)]
 
 
-@drawn(400)
+@drawn(200)
 @given(text=TEXTS, more=TEXTS, stops=STRINGS, cut=st.integers(0, 3))
 def test_what_is_settled_stays_whatever_comes(
     text: str, more: str, stops: list[str], cut: int
@@ -60,7 +60,7 @@ def test_what_is_settled_stays_whatever_comes(
         assert settled == len(to_bytes(text[: len(text) - held]))
 
 
-@drawn(400)
+@drawn(200)
 @given(text=TEXTS, strings=STRINGS, known=st.integers(0, 14))
 def test_a_chunk_ends_behind_the_string_that_is_complete_first(
     text: str, strings: list[str], known: int
