@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.command import records, run, write_lines
 from tests.support.scripted_server import MORE, Script, scripted
+from w2s_fast import Engine, Guide, RemoteBase, SearchParams
 from w2s_fast.demo import demo_model_paths
 
 KEY = "sk-in-an-environment"
@@ -87,6 +88,15 @@ def test_a_file_is_answered_and_gone_on_with(server: Script, tmp_path: Path) -> 
     other = [*options, "--resume", "--extra-body", '{"repetition_penalty": 1.2}']
     refused = run("generate", *other)
     assert refused.exit_code == 2 and "base fields" in refused.output
+    # What it recorded is searched again without the server.
+    paths = demo_model_paths()
+    again_here = Engine(
+        base=RemoteBase.replay(answers),
+        guides=Guide(str(paths.tuned), str(paths.untuned)),
+        device="cpu",
+    )
+    params = SearchParams(beam_width=2, successors=2, chunk_length=4, max_new_tokens=12)
+    assert again_here.generate("the film", params)[0].text == whole[0]["text"]
     # The page of its trees needs no tokenizer.
     page = run("trace", answers)
     assert page.exit_code == 0, page.output

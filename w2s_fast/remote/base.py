@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 from urllib.parse import urlsplit
 
 from w2s_fast.errors import InvalidRequest
@@ -16,6 +17,7 @@ from w2s_fast.result import SearchResult, Trace
 
 Route = Literal["auto", "completions", "chat"]
 Continuation = Literal["auto", "continue_final_message", "prefix", "plain"]
+Recorded: TypeAlias = Trace | SearchResult | Mapping[str, Any]
 # Of a body, what is right only as the search has it.
 _OWN_FIELDS = frozenset(
     ("model", "prompt", "messages", "n", "max_tokens", "max_completion_tokens", "seed", "stream")
@@ -138,7 +140,7 @@ class RemoteBase:
         return sorted(found, key=len, reverse=True)
 
     @classmethod
-    def replay(cls, recorded: Trace | SearchResult | Iterable[Trace | SearchResult]) -> RemoteBase:
+    def replay(cls, recorded: Recorded | Iterable[Recorded] | str | os.PathLike[str]) -> RemoteBase:
         """A base that answers as a server did, without it: what traces of searches recorded.
 
         A search that is asked again, with the same parameters and guides, finds the same. Where it
@@ -146,7 +148,11 @@ class RemoteBase:
         :class:`w2s_fast.errors.RemoteFailure`.
 
         Args:
-            recorded: traces of searches in a remote base, or results with them.
+            recorded: traces of searches in a remote base, results with them, or what
+                ``w2s-fast generate --trace`` wrote of them: records, or the path of their file.
+
+        Raises:
+            InvalidRequest: there are none.
         """
         return cls("http://replay.invalid/v1", recorded=tuple(traces_of(recorded)))
 

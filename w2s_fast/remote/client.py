@@ -32,6 +32,8 @@ from w2s_fast.result import Sample
 _T = TypeVar("_T")
 _CONNECT_SECONDS = 10.0
 _TRIAL_RETRIES = 1
+# Seconds between tries that were answered without any sample, which nobody else counts as failed.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 # Answers in a row that had fewer samples than were asked for, until no more are asked for at once.
 _SHORT_ANSWERS = 2
 
@@ -53,6 +55,7 @@ class Client:
         self._at_once = asyncio.Semaphore(base.max_concurrency)
         self._most_samples: int | None = None  # in an answer, as far as is known
         self._short_answers = self._short_of = 0
+        self._said_instead = ""
         self._under_way: dict[Drawing, Future[None]] = {}
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(
@@ -125,8 +128,11 @@ class Client:
             if in_vain > self._base.max_retries:
                 raise RemoteFailure(
                     f"{self._where}: {ask.samples} samples of {ask.max_tokens} tokens: it answers "
-                    f"without any, {in_vain} times; check that it is such a server, and its log"
+                    f"without any, {in_vain} times{self._instead}; check that it is such a server, "
+                    "and its log"
                 )
+            if in_vain:
+                await asyncio.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (in_vain - 1)))
         return Given(_first(came, wanted) * copies)
 
     def _parts(self, wanted: int, in_vain: int) -> list[int]:
@@ -157,8 +163,9 @@ class Client:
                 used = usage_of(answer, samples)
             except json.JSONDecodeError:  # it was cut off on its way
                 return None
-            except ValueError:  # an answer to something else
-                pass
+            except ValueError:  # an answer to something else; some say there what went wrong
+                said = answer.get("error") or ""
+                self._said_instead = str(said.get("message") if isinstance(said, dict) else said)
             except Spent:
                 return account.spent
             except openai.OpenAIError as error:
@@ -172,6 +179,12 @@ class Client:
                 account.settle(room, prompt=read, cached=cached, completion=sampled)
         self._learn(count, len(samples))
         return samples[:count]
+
+    @property
+    def _instead(self) -> str:
+        """What it said last in the place of samples."""
+        said = self._answered(RuntimeError(self._said_instead)).said
+        return f" ({said.removeprefix('RuntimeError: ')})" if self._said_instead else ""
 
     def _answered(self, error: Exception) -> Answered:
         return Answered(error, self._base.secrets)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from w2s_fast.errors import InvalidRequest, RemoteFailure
 from w2s_fast.remote.drawing import Ask, Drawing, Given
 from w2s_fast.remote.prompt import RemotePrompt
-from w2s_fast.result import Draw, SearchResult, Trace
+from w2s_fast.result import Draw, Sample, SearchResult, Trace
 
 
 class Replay:
@@ -62,11 +64,39 @@ class Replay:
 
 
 def traces_of(given: Any) -> list[Trace]:
-    """Traces: of one or several, or of results that have them."""
-    one_of_them = isinstance(given, (Trace, SearchResult)) or not isinstance(given, Iterable)
-    each = [given] if one_of_them else list(given)
-    found = [one.trace if isinstance(one, SearchResult) else one for one in each]
-    return [one if isinstance(one, Trace) else Trace() for one in found]
+    """Traces: of one or several, of results that have them, or of their records. InvalidRequest."""
+    if isinstance(given, (str, os.PathLike)):
+        given = _read(Path(given))
+    one_of_them = isinstance(given, (Trace, SearchResult, Mapping))
+    each = [given] if one_of_them or not isinstance(given, Iterable) else list(given)
+    return [_trace_of(one) for one in each]
+
+
+def _read(path: Path) -> list[Any]:
+    """Records of a JSONL file that have traces. InvalidRequest: it is none."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            records = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{path} is no JSONL of `generate --trace`: {error}") from error
+    return [one for one in records if isinstance(one, dict) and one.get("trace")]
+
+
+def _trace_of(one: Any) -> Trace:
+    """Without draws where it is none of a remote base."""
+    found = one.trace if isinstance(one, SearchResult) else one
+    if isinstance(found, Mapping):
+        found = found.get("trace", found)
+        try:
+            draws = [[_draw(draw) for draw in own] for own in found["draws"]]
+            return Trace([], found["prompt"], draws)
+        except (KeyError, TypeError) as error:
+            raise InvalidRequest(f"a record holds no trace of a remote base: {error}") from None
+    return found if isinstance(found, Trace) else Trace()
+
+
+def _draw(record: Mapping[str, Any]) -> Draw:
+    return Draw(**{**record, "samples": [Sample(**sample) for sample in record["samples"]]})
 
 
 def _as_then(ask: Ask, draw: Draw) -> bool:
