@@ -39,6 +39,7 @@ SEARCH = SearchParams(
 )
 START_SECONDS = 120.0
 HERE = "here"
+WIDTH = 100  # columns
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def show(rows: Sequence[Row]) -> None:
             f"{row.seconds / row.prompts:.2f}",
             f"{row.requests:.0f}" if row.requests else "",
         )
-    Console().print(table)
+    Console(width=WIDTH).print(table)
 
 
 def main(arguments: list[str] | None = None) -> int:
