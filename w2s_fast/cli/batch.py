@@ -6,11 +6,11 @@ import itertools
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import typer
 
@@ -32,12 +32,25 @@ from w2s_fast.cli.output_file import OutputFile
 from w2s_fast.cli.pace import Pace, clock
 from w2s_fast.cli.paths import STANDARD_INPUT
 from w2s_fast.params import SearchParams
-from w2s_fast.result import Usage
+from w2s_fast.result import SearchResult, Usage
 
 if TYPE_CHECKING:
-    from w2s_fast import Engine
+    from w2s_fast.stats import EngineStats
 
 Write = Callable[[Record], None]
+
+class Answers(Protocol):
+    """What answers: an engine, or several of them elsewhere."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def as_completed(
+        self, prompts: Iterable[Any], params: Iterable[SearchParams], *, at_once: int | None = None
+    ) -> Iterator[tuple[int, SearchResult]]: ...
+
 
 _STEP_TOKENS = 16  # at most, of a step of the search
 
@@ -90,7 +103,7 @@ class Batch:
 class Tally:
     """Writes records, counts them, and says how it goes."""
 
-    def __init__(self, write: Write, engine: Engine, total: int | None) -> None:
+    def __init__(self, write: Write, engine: Answers, total: int | None) -> None:
         self._write = write
         self._total = total
         self.pace = Pace(engine.stats, total)
@@ -121,14 +134,14 @@ class Tally:
         return f"{self.pace.tokens_per_s:,.0f} tokens/s sampled"
 
 
-def run_batch(load: Callable[[], Engine], batch: Batch) -> int:
+def run_batch(load: Callable[[], Answers], batch: Batch) -> int:
     """Answers the input line by line, lazily; returns how many of its lines have no answer.
 
     A record is written and flushed when its request finishes, so whenever the process ends, the
     output holds all answers that were finished, and can be gone on with.
 
     Args:
-        load: makes the engine, once both files are open and an earlier run is known to match.
+        load: makes what answers, once both files are open and an earlier run is known to match.
 
     Raises:
         InvalidRequest: the output cannot be gone on with.
@@ -160,7 +173,7 @@ def run_batch(load: Callable[[], Engine], batch: Batch) -> int:
 
 
 def _run(
-    engine: Engine,
+    engine: Answers,
     batch: Batch,
     requests: Iterator[Request | BadLine],
     write: Write,
@@ -171,7 +184,7 @@ def _run(
     lines = batch.lines() if note_console().is_terminal else None
     tally = Tally(write, engine, None if lines is None else lines - done)
     with Growing(None, note_console(), tally.so_far) as growing:
-        template_note = TemplateNote(batch.asking, engine, growing.note)
+        template_note = TemplateNote(batch.asking, engine.tokenizer, growing.note)
         running: dict[int, Request] = {}
 
         def usable() -> Iterator[Request]:
@@ -197,7 +210,7 @@ def _run(
     return tally
 
 
-def at_once(engine: Engine, params: SearchParams) -> int:
+def at_once(engine: Answers, params: SearchParams) -> int:
     """How many requests begin before each step: so many that there is room for no more when the
     first ones end. All at once they would end at once, too, and nobody would see an answer before.
     """

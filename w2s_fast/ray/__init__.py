@@ -6,6 +6,6 @@ meanwhile. What a search is, an engine knows; where actors run, Ray decides.
 
 from w2s_fast.ray.datasets import generate
 from w2s_fast.ray.engines import Engines
-from w2s_fast.ray.pool import Pool, connected
+from w2s_fast.ray.pool import Pool, connected, gpus_of, run_there
 
-__all__ = ["Engines", "Pool", "connected", "generate"]
+__all__ = ["Engines", "Pool", "connected", "generate", "gpus_of", "run_there"]

@@ -13,7 +13,7 @@ from ray.data import Dataset
 from w2s_fast import Chat, Engine, Guide
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.params import SearchParams
-from w2s_fast.ray.pool import Pool, connected, gpus_of
+from w2s_fast.ray.pool import Pool, gpus_of
 from w2s_fast.ray.searcher import Asked, Searcher
 from w2s_fast.result import Hypothesis, SearchResult, Usage
 
@@ -85,11 +85,9 @@ def generate(
     if num_gpus == 0:
         options.setdefault("device", "cpu")
     pool = Pool(actors, num_cpus, num_gpus, options.get("max_rows"))
-    return dataset.repartition(target_num_rows_per_block=pool.rows_of_task(params)).map_batches(
-        RowSearcher,
-        fn_constructor_args=(partial(Engine, base, guides, **options), params),
-        **pool.arguments(params),
-    )
+    parts = dataset.repartition(target_num_rows_per_block=pool.rows_of_task(params))
+    make = partial(Engine, base, guides, **options)
+    return pool.map_batches(parts, RowSearcher, (make, params), params)
 
 
 class RowSearcher(Searcher):

@@ -103,10 +103,8 @@ class Engines:
         given = ray.data.from_arrow(list(_tables(asked, size)))
         given.context.enable_progress_bars = False
         given.context.max_errored_blocks = -1  # they are missed here, and asked again
-        found = given.map_batches(
-            PickledSearcher,
-            fn_constructor_args=(self._make,),
-            **self._pool.arguments(self._params, alone=alone),
+        found = self._pool.map_batches(
+            given, PickledSearcher, (self._make,), self._params, alone=alone
         )
         try:
             for batch in found.iter_batches(batch_size=None, batch_format="pyarrow"):

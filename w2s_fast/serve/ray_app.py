@@ -14,12 +14,13 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
 
 from w2s_fast.serve.app import build_app
 from w2s_fast.serve.carried import Asked, Head, answered
 from w2s_fast.serve.middleware import Guard
 from w2s_fast.serve.ray_config import RayConfig
-from w2s_fast.serve.ray_front import Forwarder
+from w2s_fast.serve.ray_front import Forwarder, OneId
 from w2s_fast.serve.run import log_config
 from w2s_fast.serve.service import Service
 from w2s_fast.serve.settings import ServerSettings
@@ -71,9 +72,9 @@ class Front:
         self._replicas = replicas
         self._settings = settings
 
-    def __serve_build_asgi_app__(self) -> Guard:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         seconds = self._settings.limits.seconds
-        return Guard(Forwarder(self._replicas, seconds), self._settings)
+        return OneId(Guard(Forwarder(self._replicas, seconds), self._settings))
 
 
 def build(config: RayConfig | Mapping[str, Any]) -> Application:

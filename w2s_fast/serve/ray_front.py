@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from w2s_fast.serve.carried import Asked, Head, beginning_of
 from w2s_fast.serve.refusals import TOO_LARGE, Refusal, as_refusal, respond
@@ -132,6 +132,22 @@ class Forwarder:
         told = await self._replicas.broadcast("metrics").results_async(timeout_s=10)
         content = b"text/plain; version=0.0.4; charset=utf-8"
         return Head(200, ((b"content-type", content),)), merged(dict(told))
+
+
+class OneId:
+    """Leaves an answer's id to Serve's proxy, which adds the same."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = [(n, v) for n, v in message["headers"] if n.lower() != b"x-request-id"]
+                message = {**message, "headers": own}
+            await send(message)
+
+        await self._app(scope, receive, without_id)
 
 
 class _Merged(Collector):
