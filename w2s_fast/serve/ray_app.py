@@ -110,6 +110,7 @@ def build(config: RayConfig | Mapping[str, Any]) -> Application:
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.gpus},
         graceful_shutdown_timeout_s=config.drain,
         graceful_shutdown_wait_loop_s=0.2,
+        max_surge_percent=config.max_surge_percent,
         health_check_period_s=config.health_check_seconds,
     )
     front = serve.deployment(
@@ -120,6 +121,7 @@ def build(config: RayConfig | Mapping[str, Any]) -> Application:
         ray_actor_options={"num_cpus": config.front_cpus},
         graceful_shutdown_timeout_s=config.drain + 1,
         graceful_shutdown_wait_loop_s=0.2,
+        max_surge_percent=100,
         health_check_period_s=config.health_check_seconds,
     )
     return front.bind(replicas.bind(config), settings)

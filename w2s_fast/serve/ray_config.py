@@ -37,6 +37,8 @@ class RayConfig(BaseModel):
             not given: a quarter more, so that rows that become free are taken at the next step.
         num_cpus, num_gpus: of a replica; GPUs not given: none on ``device: cpu``, else one.
         front_replicas: processes that take requests in. front_cpus: of each.
+        max_surge_percent: of an upgrade: replicas more than there are to be, meanwhile, in percent;
+            0: an old one leaves before a new one begins, for GPUs are seldom spare.
         health_check_seconds: between two looks whether a replica is well.
     """
 
@@ -81,6 +83,7 @@ class RayConfig(BaseModel):
     num_gpus: float | None = Field(None, ge=0)
     front_replicas: int = Field(2, ge=1)
     front_cpus: float = Field(0.5, ge=0)
+    max_surge_percent: int = Field(0, ge=0, le=100)
     health_check_seconds: float = Field(10.0, gt=0)
 
     @model_validator(mode="before")
