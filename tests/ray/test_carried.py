@@ -253,6 +253,9 @@ def test_a_replica_is_given_what_its_rows_take_and_a_quarter_more() -> None:
     )
     assert (config.places, config.most_ongoing) == (8, 10)
     assert config.settings.name == "bundled" and len(config.settings.api_keys) == 1
+    remote = {"base-url": "http://h/v1", "base-model": "big", "price-per-million": "1,2"}
+    priced = RayConfig.model_validate(remote)
+    assert priced.price_per_million == (1.0, 2.0) and priced.settings.name == "big"
     assert RayConfig(device="cpu").gpus == 0 and RayConfig().gpus == 1
 
 
@@ -267,6 +270,8 @@ def test_a_replica_is_given_what_its_rows_take_and_a_quarter_more() -> None:
         ({"search": {"beams": 1}}, "beams"),
         ({"base": "x", "search": {"method": "cbs"}}, "steering needs"),
         ({"max_replicas": 3}, "go together"),
+        ({"base": "x", "base_url": "http://h/v1"}, "there is one base"),
+        ({"base_model": "x"}, "go with base_url"),
     ],
 )
 def test_what_does_not_fit_is_refused_where_it_is_written(given: Any, told: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from w2s_fast import Engine, Guide
+from w2s_fast import Engine, Guide, RemoteBase
 from w2s_fast.demo import demo_model_paths
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
 from w2s_fast.models import load_tokenizer
@@ -60,6 +61,15 @@ class RayConfig(BaseModel):
     weight: tuple[float, ...] = ()
     allow_pickles: bool = False
     tokenizer: str | None = None
+    base_url: str | None = None
+    base_model: str | None = None
+    api_key_env: str | None = None
+    base_route: Literal["auto", "completions", "chat"] = "auto"
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    max_concurrency: int = 16
+    max_requests: int | None = None
+    max_total_tokens: int | None = None
+    price_per_million: tuple[float, float] | None = None
     prompt_template: str | None = None
     guide_prompt_template: tuple[str, ...] = ()
     chat_template: Path | None = None
@@ -101,13 +111,27 @@ class RayConfig(BaseModel):
     def _one_is_a_list_of_it(cls, given: Any) -> Any:
         return given if isinstance(given, (list, tuple)) else () if given is None else (given,)
 
+    @field_validator("extra_body", mode="before")
+    @classmethod
+    def _json(cls, given: Any) -> Any:
+        return json.loads(given) if isinstance(given, str) else given
+
+    @field_validator("price_per_million", mode="before")
+    @classmethod
+    def _two_numbers(cls, given: Any) -> Any:
+        return given.split(",") if isinstance(given, str) else given
+
     @model_validator(mode="after")
     def _together(self) -> RayConfig:
         """Whatever can be refused is refused where it was written, before replicas start."""
         if len(self.tuned) != len(self.untuned):
             raise ValueError(f"each tuned needs its untuned ({_NO_MODEL}: it has none)")
-        if self.base is None and self.tuned:
+        if self.base is None and self.base_url is None and self.tuned:
             raise ValueError("tuned and untuned steer a base: name it")
+        if self.base is not None and self.base_url is not None:
+            raise ValueError("base and base_url: there is one base")
+        if self.base_url is None and (self.base_model or self.api_key_env):
+            raise ValueError("base_model and api_key_env go with base_url")
         guides = len(self.tuned) or int(self.base is None)
         if self.weight and len(self.weight) != guides:
             raise ValueError(f"{len(self.weight)} weights for {guides} guides")
@@ -147,6 +171,8 @@ class RayConfig(BaseModel):
             drain_seconds=self.drain,
         )
         named = "bundled" if self.base is None else self.base.rstrip("/").rsplit("/", 1)[-1]
+        if self.base_url is not None:
+            named = self.base_model or "remote"
         return ServerSettings(
             name=self.name or named, limits=limits, api_keys=keys, log_text=self.log_text
         )
@@ -173,11 +199,12 @@ class RayConfig(BaseModel):
 
         Raises:
             UnsupportedModel: a model cannot be loaded or served.
+            RemoteFailure: the server of a remote base cannot be used.
             InvalidRequest: weights are pickles, or an argument is not allowed.
         """
         base, guides = self._models()
         if not self.allow_pickles:
-            named = {"base": base}
+            named = {"base": base} if isinstance(base, str) else {}
             for g, guide in enumerate(guides):
                 named |= {f"tuned {g}": str(guide.tuned)}
                 if guide.untuned is not None:
@@ -210,12 +237,14 @@ class RayConfig(BaseModel):
         engine.warm_up()
         return engine
 
-    def _models(self) -> tuple[str, list[Guide]]:
-        base, tuned, untuned = self.base, self.tuned, self.untuned
+    def _models(self) -> tuple[str | RemoteBase, list[Guide]]:
+        base: str | RemoteBase | None = self.base
+        tuned, untuned = self.tuned, self.untuned
         if base is None:
             bundled = demo_model_paths()
-            base = str(bundled.base)
-            tuned, untuned = (str(bundled.tuned),), (str(bundled.untuned),)
+            base = str(bundled.base) if self.base_url is None else self._remote(self.base_url)
+            if not tuned:
+                tuned, untuned = (str(bundled.tuned),), (str(bundled.untuned),)
         weights = self.weight or (1.0,) * len(tuned)
         templates: tuple[str | None, ...] = self.guide_prompt_template or (None,)
         if len(templates) == 1:
@@ -224,3 +253,22 @@ class RayConfig(BaseModel):
             Guide(one, None if other == _NO_MODEL else other, weight, template)
             for one, other, weight, template in zip(tuned, untuned, weights, templates)
         ]
+
+    def _remote(self, url: str) -> RemoteBase:
+        """Its key stands in the environment of the machine that a replica runs on."""
+        key = None
+        if self.api_key_env is not None:
+            key = os.environ.get(self.api_key_env, "").strip()
+            if not key:
+                raise InvalidRequest(f"api_key_env: there is no key in {self.api_key_env}")
+        return RemoteBase(
+            url,
+            self.base_model,
+            api_key=key,
+            route=self.base_route,
+            max_concurrency=self.max_concurrency,
+            max_requests=self.max_requests,
+            max_total_tokens=self.max_total_tokens,
+            price_per_million=self.price_per_million,
+            extra_body=self.extra_body,
+        )
