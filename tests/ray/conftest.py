@@ -1,4 +1,4 @@
-"""A real Ray, of this machine alone, for all tests of a worker; and engines as its actors make them."""
+"""A real Ray, of this machine alone, for all tests of a worker."""
 
 from __future__ import annotations
 

@@ -229,7 +229,8 @@ def test_what_waits_too_long_or_behind_too_many_is_told_so() -> None:
 
 
 def test_metrics_of_replicas_stand_side_by_side() -> None:
-    told = "# HELP w2s:steps_total Steps.\n# TYPE w2s:steps_total counter\nw2s:steps_total{m=\"x\"} %d.0\n"
+    head = "# HELP w2s:steps_total Steps.\n# TYPE w2s:steps_total counter\n"
+    told = head + 'w2s:steps_total{m="x"} %d.0\n'
     text = merged({"a": told % 1, "b": told % 2}).decode()
     assert text.count("# HELP") == 1
     assert 'w2s:steps_total{m="x",replica="a"} 1.0' in text

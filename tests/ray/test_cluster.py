@@ -72,7 +72,12 @@ def test_the_file_is_an_application_s() -> None:
 def test_every_command_is_tried_or_known() -> None:
     """What is tried below, and by tests of `generate`; `ray start` is what Cluster does."""
     known = ("pip install", "ray start --", "serve deploy deploy/ray-serve.yaml", "serve status")
-    known += ("serve shutdown", "curl localhost:8000/ready", "export RAY_ADDRESS", "w2s-fast generate --ray")
+    known += (
+        "serve shutdown",
+        "curl localhost:8000/ready",
+        "export RAY_ADDRESS",
+        "w2s-fast generate --ray",
+    )
     assert len(commands()) >= 10
     for command in commands():
         assert command.startswith(known), command

@@ -187,6 +187,8 @@ def test_streams_under_a_replica_that_is_killed_are_whole_or_say_so(
     texts = expected(alone, ["The film"] * 20, seeds)
     until(lambda: len(application.told("w2s:steps_total")) == 2)
 
+    lost: list[str] = []
+
     async def ask() -> list[str | None]:
         async with application.shared() as client:
             first = asyncio.Event()
@@ -201,9 +203,8 @@ def test_streams_under_a_replica_that_is_killed_are_whole_or_say_so(
                         first.set()
                         text += piece.choices[0].text
                 except openai.APIError as error:
-                    assert "replica was lost" in str(error)
-                    assert texts[seed].startswith(text)
-                    return None
+                    lost.append(str(error))
+                    return text if texts[seed].startswith(text) else None
                 return text
 
             async def kill() -> None:
@@ -214,5 +215,6 @@ def test_streams_under_a_replica_that_is_killed_are_whole_or_say_so(
             return answers
 
     found = asyncio.run(ask())
-    assert all(text in (None, whole) for text, whole in zip(found, texts))
-    assert sum(text is not None for text in found) >= 10
+    assert None not in found  # what has been said was right
+    assert all("replica was lost" in error for error in lost)
+    assert sum(text != whole for text, whole in zip(found, texts)) <= len(lost) <= 10

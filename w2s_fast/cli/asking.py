@@ -34,9 +34,7 @@ PLAINLY = Asking()
 class TemplateNote:
     """Says once that a model with a chat template is given plain text, which is seldom meant."""
 
-    def __init__(
-        self, asking: Asking, tokenizer: Any, say: Callable[[str], None] = note
-    ) -> None:
+    def __init__(self, asking: Asking, tokenizer: Any, say: Callable[[str], None] = note) -> None:
         """``tokenizer``: the base's; None: it has none, or it is not known here."""
         has_template = getattr(tokenizer, "chat_template", None) is not None
         self._to_say = has_template and not asking.templated

@@ -7,10 +7,10 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import typer
 
@@ -30,7 +30,8 @@ from w2s_fast.cli.jsonl import (
 from w2s_fast.cli.lines import LongLine, read_lines
 from w2s_fast.cli.output_file import OutputFile
 from w2s_fast.cli.pace import Pace, clock
-from w2s_fast.cli.paths import STANDARD_INPUT
+from w2s_fast.cli.parquet import ParquetOutput, parquet_lines
+from w2s_fast.cli.paths import STANDARD_INPUT, is_parquet
 from w2s_fast.params import SearchParams
 from w2s_fast.result import SearchResult, Usage
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from w2s_fast.stats import EngineStats
 
 Write = Callable[[Record], None]
+Lines: TypeAlias = Iterator[bytes | LongLine]
+
 
 class Answers(Protocol):
     """What answers: an engine, or several of them elsewhere."""
@@ -60,8 +63,8 @@ class Batch:
     """What is to be answered, and how.
 
     Attributes:
-        input: of JSON lines; ``STANDARD_INPUT`` is that.
-        output: None: standard output.
+        input: of JSON lines, or of Parquet; ``STANDARD_INPUT`` is that.
+        output: the same; None: standard output.
         params: of lines that set none. asking: how their texts are put.
         made_by: names what answers.
     """
@@ -74,30 +77,36 @@ class Batch:
     resume: bool = False
     retry_errors: bool = False
 
-    def open(self) -> AbstractContextManager[BinaryIO]:
+    @contextmanager
+    def open(self) -> Iterator[Lines]:
         if self.input == STANDARD_INPUT:
-            return nullcontext(sys.stdin.buffer)
-        return self.input.open("rb")
+            yield read_lines(sys.stdin.buffer)
+        elif is_parquet(self.input):
+            yield parquet_lines(self.input)
+        else:
+            with self.input.open("rb") as file:
+                yield read_lines(file)
 
-    def requests(self, file: BinaryIO) -> Iterator[Request | BadLine]:
-        return read_requests(read_lines(file), self.params, self.made_by, self.asking)
+    def requests(self, lines: Lines) -> Iterator[Request | BadLine]:
+        return read_requests(lines, self.params, self.made_by, self.asking)
 
     def lines(self) -> int | None:
         """How many there are to be answered; None: that is not known before they are read."""
-        if self.input == STANDARD_INPUT or not stat.S_ISREG(self.input.stat().st_mode):
+        if self.input == STANDARD_INPUT:
             return None
-        with self.open() as file:
-            return sum(
-                isinstance(line, LongLine) or bool(line.strip()) for line in read_lines(file)
-            )
+        if not (is_parquet(self.input) or stat.S_ISREG(self.input.stat().st_mode)):
+            return None
+        with self.open() as lines:
+            return sum(isinstance(line, LongLine) or bool(line.strip()) for line in lines)
 
-    def open_output(self, path: Path) -> OutputFile:
+    def open_output(self, path: Path) -> OutputFile | ParquetOutput:
+        kind: type[OutputFile] | type[ParquetOutput]
+        kind = ParquetOutput if is_parquet(path) else OutputFile
         # Of standard input nothing can be gone on with, so there is no output yet.
         if not self.resume or self.input == STANDARD_INPUT:
-            return OutputFile.create(path)
-        with self.open() as file:
-            requests = self.requests(file)
-            return OutputFile.resume(path, requests, self.made_by, self.retry_errors)
+            return kind.create(path)
+        with self.open() as lines:
+            return kind.resume(path, self.requests(lines), self.made_by, self.retry_errors)
 
 
 class Tally:

@@ -59,12 +59,18 @@ def generate(
         Path | None,
         option(
             "--input",
-            help="JSONL: prompt or messages, optional id, any search parameter; -: standard input",
+            help="JSONL (or .parquet): prompt or messages, optional id, any search parameter; "
+            "-: standard input",
             panel=FILES,
         ),
     ] = None,
     output: Annotated[
-        Path | None, option("--output", help="JSONL; default: standard output", panel=FILES)
+        Path | None,
+        option(
+            "--output",
+            help="JSONL, or a folder .parquet; default: standard output",
+            panel=FILES,
+        ),
     ] = None,
     resume: Annotated[
         bool, option("--resume", help="Go on with an interrupted --output.", panel=FILES)
@@ -302,7 +308,9 @@ def generate(
     )
     if prompt is None:
         assert input is not None
-        how = partial(Batch, input, output, params, asking, resume=resume, retry_errors=retry_errors)
+        how = partial(
+            Batch, input, output, params, asking, resume=resume, retry_errors=retry_errors
+        )
         if ray:
             with spread(models, load, params, device, dtype, actors or 1, max_rows) as engines:
                 failed = run_batch(engines.load, how(made_by=engines.made_by))

@@ -64,7 +64,9 @@ def spread(
             device = "cpu" if device == "auto" else device
             makers = made_by(models, device, dtype)
         if models.bundled:
-            note("no model named: using the bundled demo models (film, book and restaurant reviews)")
+            note(
+                "no model named: using the bundled demo models (film, book and restaurant reviews)"
+            )
         pool = Pool(actors, num_gpus=gpus, max_rows=max_rows)
         make = partial(load, device=device, quiet=True)
         yield Spread(lambda: Engines(make, pool, params, read_tokenizer(models)), makers)

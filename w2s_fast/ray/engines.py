@@ -93,9 +93,7 @@ class Engines:
         """Of what has come back: ``finished``, ``failed``, and tokens; all else is 0."""
         return self._stats
 
-    def _answered(
-        self, asked: dict[int, Asked], alone: bool
-    ) -> Iterator[tuple[int, SearchResult]]:
+    def _answered(self, asked: dict[int, Asked], alone: bool) -> Iterator[tuple[int, SearchResult]]:
         """Results as they come, without those whose actor died too often."""
         if not asked:
             return

@@ -32,7 +32,7 @@ _MOST_IN_FRONT = 10_000  # requests that a process in front holds; replicas' lim
 class Replica:
     """One engine, and the application of ``w2s-fast serve`` around it."""
 
-    async def __init__(self, config: RayConfig) -> None:
+    async def __init__(self, config: RayConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         logging.config.dictConfig(log_config())
         engine = await asyncio.to_thread(config.load)
         self._app = build_app(engine, config.settings, config.defaults)
