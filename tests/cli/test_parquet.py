@@ -67,11 +67,16 @@ def test_it_can_be_read_while_it_grows_and_what_waits_is_written_at_the_end(
 ) -> None:
     monkeypatch.setattr("w2s_fast.cli.parquet._ROWS", 2)
     path = tmp_path / "out.parquet"
-    with pytest.raises(KeyboardInterrupt), ParquetOutput.create(path) as output:
-        for request in requests(5):
-            output.write(record_of(request))
-        assert [row["index"] for row in rows(path)] == [0, 1, 2, 3]
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with ParquetOutput.create(path) as output:
+            for request in requests(5):
+                output.write(record_of(request))
+            assert [row["index"] for row in rows(path)] == [0, 1, 2, 3]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [row["index"] for row in rows(path)] == [0, 1, 2, 3, 4]
 
 

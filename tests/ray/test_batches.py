@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import ray
 
@@ -17,6 +19,7 @@ from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.demo import demo_model_paths
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.ray import Engines, Pool, connected
+from w2s_fast.ray.datasets import RowSearcher
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("ray_here")]
 
@@ -40,7 +43,7 @@ def test_an_actor_that_is_killed_loses_no_prompt_and_doubles_none(
 ) -> None:
     """Nor does a prompt whose request fails harm any other."""
     prompts = [*PROMPTS, [10**8], *PROMPTS * 3]
-    params = [SearchParams(**{**vars(PARAMS), "seed": seed}) for seed in range(len(prompts))]
+    params = [replace(PARAMS, seed=seed) for seed in range(len(prompts))]
     engines = Engines(partial(make_noted, tmp_path), SMALL, PARAMS)
     found = []
     for index, result in engines.as_completed(prompts, params):
@@ -67,10 +70,30 @@ def test_a_prompt_that_kills_its_process_is_given_up_and_the_others_are_answered
     found = list(engines.as_completed(prompts, [PARAMS] * len(prompts)))
     assert sorted(index for index, _ in found) == list(range(len(prompts)))
     results = dict(found)
-    assert "died" in str(results.pop(5).error)
+    assert "no actor could answer it" in str(results.pop(5).error)
     assert [results[i].text for i in sorted(results)] == texts_of(alone, PROMPTS[:8])
 
 
+def test_a_row_is_answered_as_a_prompt_is_and_keeps_its_other_columns(alone: Engine) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "The film", "messages": None, "seed": 7, "n": None, "mine": [1]},
+        {"prompt": None, "messages": None, "seed": None, "n": None, "mine": [2]},
+        {"prompt": "The book", "messages": None, "seed": None, "n": 0, "mine": [3]},
+        {"prompt": "The book", "messages": None, "seed": None, "n": 2, "mine": [4]},
+    ]
+    found = RowSearcher(lambda: alone, PARAMS)(pa.Table.from_pylist(rows)).to_pylist()
+    assert [row["mine"] for row in found] == [[1], [2], [3], [4]]
+    first, last = (
+        alone.generate(prompt, replace(PARAMS, **own))[0]
+        for prompt, own in (("The film", {"seed": 7}), ("The book", {"n": 2}))
+    )
+    assert (found[0]["text"], found[0]["score"]) == (first.text, first.score)
+    assert [one["text"] for one in found[3]["hypotheses"]] == [h.text for h in last.hypotheses]
+    assert "one" in found[1]["error"]["message"] and "n is 0" in found[2]["error"]["message"]
+    assert found[1]["text"] is None and found[1]["usage"] is None
+
+
+@pytest.mark.thorough
 def test_a_dataset_s_rows_come_back_with_results(alone: Engine, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"id": f"row {i}", "prompt": prompt, "seed": None, "successors": None}
@@ -93,7 +116,7 @@ def test_a_dataset_s_rows_come_back_with_results(alone: Engine, tmp_path: Path) 
     found.write_parquet(str(tmp_path / "out"))
     back = {row["id"]: row for row in ray.data.read_parquet(str(tmp_path / "out")).take_all()}
     assert sorted(back) == [row["id"] for row in rows]
-    seeded = SearchParams(**{**vars(PARAMS), "seed": 7})
+    seeded = replace(PARAMS, seed=7)
     params = [PARAMS, seeded, PARAMS, PARAMS, PARAMS, PARAMS]
     for i, result in enumerate(alone.generate(PROMPTS[:6], params)):
         own = back[f"row {i}"]

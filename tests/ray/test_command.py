@@ -41,7 +41,7 @@ def plain(prompts: Path) -> list[str]:
 
 def interrupted(prompts: Path, output: Path, by: int) -> int:
     """A run on the Ray that is there, in a process that is ended in its midst; its exit code."""
-    command = [sys.executable, "-m", "w2s_fast.cli", "generate", "--ray", "--actors", "2"]
+    command = [sys.executable, "-m", "w2s_fast.cli", "generate", "--ray", "--actors", "1"]
     address = ray.get_runtime_context().gcs_address
     with subprocess.Popen(
         [*command, "--input", str(prompts), "--output", str(output), *OPTIONS],

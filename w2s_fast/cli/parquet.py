@@ -1,7 +1,7 @@
 """Parquet in and out: rows that say what lines of JSON say, and an output of whole files.
 
-A Parquet file can be read only when it is closed. So an output is a folder, as other tools have data
-sets, to which a file is added whenever there is enough for one, or enough time has passed.
+A Parquet file can be read only when it is closed. So an output is a folder, as other tools have
+data sets, to which a file is added whenever there is enough for one, or enough time has passed.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class ParquetOutput:
             for file in _files(path):
                 for row in _rows(file):
                     check_same_makers(dict(row["made_by"] or ()) or None, made_by, path)
-                    failed = row["error"] is not None
-                    answers[int(row["index"])] = Answer(str(row["fingerprint"]), failed)
+                    bad = row["error"] is not None
+                    answers[int(row["index"])] = Answer(str(row["fingerprint"]), bad)
             check_same_run(answers, requests)
             for half in path.glob("*.part"):
                 half.unlink()

@@ -85,7 +85,8 @@ class Engines:
                 log.warning("asking again, one by one", extra={"prompts": len(asked)})
         for index in asked:
             error = EngineFailure(
-                f"the process that answered it died {RETRIES + 2} times; see Ray's logs of it"
+                f"no actor could answer it in {RETRIES + 2} tries, as one that dies of it cannot; "
+                "Ray's logs say more"
             )
             yield index, SearchResult([], Usage(0, 0, 0, 0), error=error)
 
