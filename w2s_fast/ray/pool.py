@@ -122,7 +122,7 @@ def connected(
         return
     with waiting():
         # Who reads results wants to see neither how they are made nor what actors print.
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
