@@ -49,7 +49,7 @@ def read_answers(path: Path, made_by: MadeBy) -> tuple[dict[int, Answer], int]:
                 )
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise _not_ours(path, number) from error
-            _check_same_makers(record.get("made_by"), made_by, path)
+            check_same_makers(record.get("made_by"), made_by, path)
             whole_bytes += len(line)
     return answers, whole_bytes
 
@@ -72,7 +72,7 @@ def _not_ours(path: Path, number: int) -> InvalidRequest:
     return InvalidRequest(f"cannot resume: line {number} of {path} is no record of w2s-fast")
 
 
-def _check_same_makers(then: object, now: MadeBy, path: Path) -> None:
+def check_same_makers(then: object, now: MadeBy, path: Path) -> None:
     """What made an answer must be what makes the others; what differs is named."""
     if then == now:
         return

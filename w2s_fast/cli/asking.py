@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from w2s_fast.cli.console import note
-
-if TYPE_CHECKING:
-    from w2s_fast import Engine
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,9 @@ PLAINLY = Asking()
 class TemplateNote:
     """Says once that a model with a chat template is given plain text, which is seldom meant."""
 
-    def __init__(self, asking: Asking, engine: Engine, say: Callable[[str], None] = note) -> None:
-        has_template = getattr(engine.tokenizer, "chat_template", None) is not None
+    def __init__(self, asking: Asking, tokenizer: Any, say: Callable[[str], None] = note) -> None:
+        """``tokenizer``: the base's; None: it has none, or it is not known here."""
+        has_template = getattr(tokenizer, "chat_template", None) is not None
         self._to_say = has_template and not asking.templated
         self._say = say
 

@@ -6,11 +6,11 @@ import itertools
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import typer
 
@@ -30,14 +30,30 @@ from w2s_fast.cli.jsonl import (
 from w2s_fast.cli.lines import LongLine, read_lines
 from w2s_fast.cli.output_file import OutputFile
 from w2s_fast.cli.pace import Pace, clock
-from w2s_fast.cli.paths import STANDARD_INPUT
+from w2s_fast.cli.parquet import ParquetOutput, parquet_lines
+from w2s_fast.cli.paths import STANDARD_INPUT, is_parquet
 from w2s_fast.params import SearchParams
-from w2s_fast.result import Usage
+from w2s_fast.result import SearchResult, Usage
 
 if TYPE_CHECKING:
-    from w2s_fast import Engine
+    from w2s_fast.stats import EngineStats
 
 Write = Callable[[Record], None]
+Lines: TypeAlias = Iterator[bytes | LongLine]
+
+
+class Answers(Protocol):
+    """What answers: an engine, or several of them elsewhere."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def as_completed(
+        self, prompts: Iterable[Any], params: Iterable[SearchParams], *, at_once: int | None = None
+    ) -> Iterator[tuple[int, SearchResult]]: ...
+
 
 _STEP_TOKENS = 16  # at most, of a step of the search
 
@@ -47,8 +63,8 @@ class Batch:
     """What is to be answered, and how.
 
     Attributes:
-        input: of JSON lines; ``STANDARD_INPUT`` is that.
-        output: None: standard output.
+        input: of JSON lines, or of Parquet; ``STANDARD_INPUT`` is that.
+        output: the same; None: standard output.
         params: of lines that set none. asking: how their texts are put.
         made_by: names what answers.
     """
@@ -61,36 +77,42 @@ class Batch:
     resume: bool = False
     retry_errors: bool = False
 
-    def open(self) -> AbstractContextManager[BinaryIO]:
+    @contextmanager
+    def open(self) -> Iterator[Lines]:
         if self.input == STANDARD_INPUT:
-            return nullcontext(sys.stdin.buffer)
-        return self.input.open("rb")
+            yield read_lines(sys.stdin.buffer)
+        elif is_parquet(self.input):
+            yield parquet_lines(self.input)
+        else:
+            with self.input.open("rb") as file:
+                yield read_lines(file)
 
-    def requests(self, file: BinaryIO) -> Iterator[Request | BadLine]:
-        return read_requests(read_lines(file), self.params, self.made_by, self.asking)
+    def requests(self, lines: Lines) -> Iterator[Request | BadLine]:
+        return read_requests(lines, self.params, self.made_by, self.asking)
 
     def lines(self) -> int | None:
         """How many there are to be answered; None: that is not known before they are read."""
-        if self.input == STANDARD_INPUT or not stat.S_ISREG(self.input.stat().st_mode):
+        if self.input == STANDARD_INPUT:
             return None
-        with self.open() as file:
-            return sum(
-                isinstance(line, LongLine) or bool(line.strip()) for line in read_lines(file)
-            )
+        if not (is_parquet(self.input) or stat.S_ISREG(self.input.stat().st_mode)):
+            return None
+        with self.open() as lines:
+            return sum(isinstance(line, LongLine) or bool(line.strip()) for line in lines)
 
-    def open_output(self, path: Path) -> OutputFile:
+    def open_output(self, path: Path) -> OutputFile | ParquetOutput:
+        kind: type[OutputFile] | type[ParquetOutput]
+        kind = ParquetOutput if is_parquet(path) else OutputFile
         # Of standard input nothing can be gone on with, so there is no output yet.
         if not self.resume or self.input == STANDARD_INPUT:
-            return OutputFile.create(path)
-        with self.open() as file:
-            requests = self.requests(file)
-            return OutputFile.resume(path, requests, self.made_by, self.retry_errors)
+            return kind.create(path)
+        with self.open() as lines:
+            return kind.resume(path, self.requests(lines), self.made_by, self.retry_errors)
 
 
 class Tally:
     """Writes records, counts them, and says how it goes."""
 
-    def __init__(self, write: Write, engine: Engine, total: int | None) -> None:
+    def __init__(self, write: Write, engine: Answers, total: int | None) -> None:
         self._write = write
         self._total = total
         self.pace = Pace(engine.stats, total)
@@ -121,14 +143,14 @@ class Tally:
         return f"{self.pace.tokens_per_s:,.0f} tokens/s sampled"
 
 
-def run_batch(load: Callable[[], Engine], batch: Batch) -> int:
+def run_batch(load: Callable[[], Answers], batch: Batch) -> int:
     """Answers the input line by line, lazily; returns how many of its lines have no answer.
 
     A record is written and flushed when its request finishes, so whenever the process ends, the
     output holds all answers that were finished, and can be gone on with.
 
     Args:
-        load: makes the engine, once both files are open and an earlier run is known to match.
+        load: makes what answers, once both files are open and an earlier run is known to match.
 
     Raises:
         InvalidRequest: the output cannot be gone on with.
@@ -160,7 +182,7 @@ def run_batch(load: Callable[[], Engine], batch: Batch) -> int:
 
 
 def _run(
-    engine: Engine,
+    engine: Answers,
     batch: Batch,
     requests: Iterator[Request | BadLine],
     write: Write,
@@ -171,7 +193,7 @@ def _run(
     lines = batch.lines() if note_console().is_terminal else None
     tally = Tally(write, engine, None if lines is None else lines - done)
     with Growing(None, note_console(), tally.so_far) as growing:
-        template_note = TemplateNote(batch.asking, engine, growing.note)
+        template_note = TemplateNote(batch.asking, engine.tokenizer, growing.note)
         running: dict[int, Request] = {}
 
         def usable() -> Iterator[Request]:
@@ -197,7 +219,7 @@ def _run(
     return tally
 
 
-def at_once(engine: Engine, params: SearchParams) -> int:
+def at_once(engine: Answers, params: SearchParams) -> int:
     """How many requests begin before each step: so many that there is room for no more when the
     first ones end. All at once they would end at once, too, and nobody would see an answer before.
     """

@@ -43,9 +43,10 @@ from w2s_fast.cli.model_options import (
     Weight,
 )
 from w2s_fast.cli.models import decoder, load_engine, made_by, name_models
-from w2s_fast.cli.options import FILES, PROMPTS, SAMPLING, SEARCH, option
+from w2s_fast.cli.options import FILES, MACHINE, PROMPTS, SAMPLING, SEARCH, option
 from w2s_fast.cli.paths import check_input, check_output
 from w2s_fast.cli.single import print_answer, search_shown
+from w2s_fast.cli.spread import spread
 from w2s_fast.cli.usage import chat_tokenizer, check_models, check_usage
 from w2s_fast.params import Finished, Method, Proposal, ScoreKind, SearchParams, Selection
 
@@ -58,12 +59,18 @@ def generate(
         Path | None,
         option(
             "--input",
-            help="JSONL: prompt or messages, optional id, any search parameter; -: standard input",
+            help="JSONL (or .parquet): prompt or messages, optional id, any search parameter; "
+            "-: standard input",
             panel=FILES,
         ),
     ] = None,
     output: Annotated[
-        Path | None, option("--output", help="JSONL; default: standard output", panel=FILES)
+        Path | None,
+        option(
+            "--output",
+            help="JSONL, or a folder .parquet; default: standard output",
+            panel=FILES,
+        ),
     ] = None,
     resume: Annotated[
         bool, option("--resume", help="Go on with an interrupted --output.", panel=FILES)
@@ -81,6 +88,13 @@ def generate(
     system: Annotated[
         str | None,
         option("--system", help="System message before it; implies --chat", panel=PROMPTS),
+    ] = None,
+    ray: Annotated[
+        bool, option("--ray", help="Answer the --input on a cluster of Ray.", panel=MACHINE)
+    ] = False,
+    actors: Annotated[
+        int | None,
+        option("--actors", help="With --ray: engines, a GPU each, not given: 1", panel=MACHINE),
     ] = None,
     prompt_template: PromptTemplate = None,
     guide_prompt_template: GuidePromptTemplate = None,
@@ -220,7 +234,7 @@ def generate(
 
     Exit code: 0 all well, 1 some input lines failed, 2 nothing could be run or written.
     """
-    check_usage(prompt, input, output, resume, retry_errors)
+    check_usage(prompt, input, output, resume, retry_errors, ray, actors)
     params = SearchParams(
         method=method,
         proposal=proposal,
@@ -282,9 +296,8 @@ def generate(
     load = partial(
         load_engine,
         models,
-        device,
-        dtype,
-        kv_cache_tokens,
+        dtype=dtype,
+        kv_cache_tokens=kv_cache_tokens,
         tokenizer=chat_tokenizer(models) if asking.chat else None,
         attention=attention,
         cuda_graphs=cuda_graphs,
@@ -295,12 +308,18 @@ def generate(
     )
     if prompt is None:
         assert input is not None
-        makers = made_by(models, device, dtype)
-        batch = Batch(input, output, params, asking, makers, resume, retry_errors)
-        raise typer.Exit(1 if run_batch(load, batch) else 0)
-    engine = load()
+        how = partial(
+            Batch, input, output, params, asking, resume=resume, retry_errors=retry_errors
+        )
+        if ray:
+            with spread(models, load, params, device, dtype, actors or 1, max_rows) as engines:
+                failed = run_batch(engines.load, how(made_by=engines.made_by))
+        else:
+            failed = run_batch(partial(load, device), how(made_by=made_by(models, device, dtype)))
+        raise typer.Exit(1 if failed else 0)
+    engine = load(device)
     asked = asking.prompt(prompt)
-    TemplateNote(asking, engine).see(asked)
+    TemplateNote(asking, engine.tokenizer).see(asked)
     before = "" if asking.chat else prompt
     start = time.perf_counter()
     result = search_shown(engine, asked, params, before=before, text=not json)

@@ -51,7 +51,7 @@ class OutputFile:
             file = path.open("xb", buffering=0)
         except FileExistsError as error:
             raise already_there(path) from error
-        _lock(file, path)
+        lock(file, path)
         return cls(path, file, is_new=True)
 
     @classmethod
@@ -81,7 +81,7 @@ class OutputFile:
         path = path.resolve()
         file = path.open("r+b", buffering=0)
         try:
-            _lock(file, path)
+            lock(file, path)
             answers, whole_bytes = read_answers(path, made_by)
             check_same_run(answers, requests)
             cut_bytes = path.stat().st_size - whole_bytes
@@ -152,7 +152,7 @@ def _without(file: io.FileIO, path: Path, dropped: Set[int]) -> io.FileIO:
                     _write_all(copy, line)
         os.fsync(copy.fileno())
         shutil.copymode(path, draft)
-        _lock(copy, draft)
+        lock(copy, draft)
         draft.replace(path)
     except BaseException as error:
         copy.close()
@@ -170,7 +170,7 @@ def _write_all(file: io.FileIO, data: bytes) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _lock(file: io.FileIO, path: Path) -> None:
+def lock(file: io.FileIO, path: Path) -> None:
     """Released by the operating system when the process ends, however it ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

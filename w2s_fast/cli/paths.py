@@ -12,6 +12,11 @@ from w2s_fast.errors import InvalidRequest
 STANDARD_INPUT = Path("-")
 
 
+def is_parquet(path: Path) -> bool:
+    """By its name: a file, or a folder of them."""
+    return path.suffix == ".parquet"
+
+
 def check_input(path: Path) -> None:
     """Whether lines can be read there. Opens nothing: it may be a pipe.
 
@@ -23,7 +28,7 @@ def check_input(path: Path) -> None:
     """
     if path == STANDARD_INPUT:
         return
-    if stat.S_ISDIR(path.stat().st_mode):
+    if stat.S_ISDIR(path.stat().st_mode) and not is_parquet(path):
         raise InvalidRequest(f"--input {path} is a folder; allowed: a file of JSON lines")
     if not os.access(path, os.R_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -43,6 +48,9 @@ def check_output(path: Path, input: Path, resume: bool) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
         return
     mode = path.stat().st_mode
+    if is_parquet(path):
+        _check_parquet_output(path, input, resume)
+        return
     if not stat.S_ISREG(mode) or str(path).startswith(("/dev/std", "/dev/fd/", "/proc/")):
         kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device"
         raise InvalidRequest(
@@ -57,6 +65,19 @@ def check_output(path: Path, input: Path, resume: bool) -> None:
     if piped or not stat.S_ISREG(input.stat().st_mode):
         raise InvalidRequest(f"--resume reads its input twice, and {input} is not a file")
     if not os.access(path, os.R_OK | os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def _check_parquet_output(path: Path, input: Path, resume: bool) -> None:
+    if not path.is_dir():
+        raise InvalidRequest(f"--output {path} is no folder, which an output of Parquet is")
+    if input != STANDARD_INPUT and path.samefile(input):
+        raise InvalidRequest(f"--input and --output are the same folder, {path}")
+    if not resume:
+        raise already_there(path)
+    if input == STANDARD_INPUT:
+        raise InvalidRequest(f"--resume reads its input twice, and {input} is not a file")
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 

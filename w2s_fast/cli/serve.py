@@ -210,7 +210,13 @@ def serve(
     try:
         from pydantic import SecretStr
 
-        from w2s_fast.serve import Limits, ServerSettings, build_app, run_server
+        from w2s_fast.serve import (
+            Limits,
+            ServerSettings,
+            build_app,
+            check_weights,
+            run_server,
+        )
     except ModuleNotFoundError as error:
         note(f"error: {error.name} is missing; pip install w2s-fast[serve]", style="red")
         raise typer.Exit(2) from None
@@ -240,7 +246,7 @@ def serve(
     defaults = SearchParams(**given)
     check_models(defaults, models)
     if not allow_pickles:
-        _check_weights(models)
+        check_weights(models.named())
     limits = Limits(
         body_bytes=max_body,
         prompts=max_prompts,
@@ -274,37 +280,6 @@ def serve(
         engine.tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     engine.warm_up()
     run_server(build_app(engine, settings, defaults), settings, host, port)
-
-
-def _check_weights(models: Models) -> None:
-    """InvalidRequest: a model's weights are pickles, which may hold code.
-
-    Of a hub id that cannot be looked at, the loading says so.
-    """
-    from w2s_fast.models import find_files
-
-    for role, source in models.named().items():
-        where = find_files(source)
-        folder = Path(where.name)
-        if folder.is_dir():
-            names = [path.name for path in folder.iterdir()]
-        else:
-            names = _names_on_the_hub(where.name)
-        safe = any(name.endswith((".safetensors", ".gguf")) for name in names)
-        if names and not safe and any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-            raise InvalidRequest(
-                f"{role} ({source}) has its weights as pickles, which may hold code; allowed: "
-                "safetensors, GGUF, or --allow-pickles"
-            )
-
-
-def _names_on_the_hub(name: str) -> list[str]:
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().list_repo_files(name)
-    except Exception:  # no answer, or no such model
-        return []
 
 
 def _name_of(models: Models) -> str:

@@ -19,7 +19,13 @@ REMOTE_METHODS = ("cbs", "bon", "sample")
 
 
 def check_usage(
-    prompt: str | None, input: Path | None, output: Path | None, resume: bool, retry_errors: bool
+    prompt: str | None,
+    input: Path | None,
+    output: Path | None,
+    resume: bool,
+    retry_errors: bool,
+    ray: bool = False,
+    actors: int | None = None,
 ) -> None:
     """Whether the options go together.
 
@@ -34,6 +40,12 @@ def check_usage(
         raise typer.BadParameter("--resume goes on with an --output file: name it")
     if retry_errors and not resume:
         raise typer.BadParameter("--retry-errors goes with --resume")
+    if ray and input is None:
+        raise typer.BadParameter("--ray goes with --input")
+    if actors is not None and not ray:
+        raise typer.BadParameter("--actors goes with --ray")
+    if actors is not None and actors < 1:
+        raise typer.BadParameter(f"--actors is {actors}; allowed: an integer >= 1")
     try:
         (prompt or "").encode("utf-8")
     except UnicodeEncodeError:

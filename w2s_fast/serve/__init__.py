@@ -9,5 +9,14 @@ from w2s_fast.serve.live import saved_events
 from w2s_fast.serve.page import saved_page
 from w2s_fast.serve.run import run_server
 from w2s_fast.serve.settings import Limits, ServerSettings
+from w2s_fast.serve.weights import check_weights
 
-__all__ = ["Limits", "ServerSettings", "build_app", "run_server", "saved_events", "saved_page"]
+__all__ = [
+    "Limits",
+    "ServerSettings",
+    "build_app",
+    "check_weights",
+    "run_server",
+    "saved_events",
+    "saved_page",
+]

@@ -1,0 +1,94 @@
+"""`w2s-fast generate --ray`: one output, whoever answers, and whatever interrupts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from tests.support.command import run
+
+pytestmark = pytest.mark.long
+
+OPTIONS = ["--max-new-tokens", "12", "--beam-width", "2", "--successors", "2", "--dtype", "float64"]
+COUNT = 300
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of which one line cannot be used, and another one's request fails."""
+    path = tmp_path_factory.mktemp("prompts") / "in.jsonl"
+    lines = [json.dumps({"prompt": f"The film number {i}", "seed": i}) for i in range(COUNT)]
+    lines[3], lines[5] = "bad", json.dumps({"prompt": [10**8]})
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(prompts: Path) -> list[str]:
+    """The lines that a run without Ray writes."""
+    path = prompts.with_name("plain.jsonl")
+    assert run("generate", "--input", prompts, "--output", path, *OPTIONS).exit_code == 1
+    return sorted(path.read_text().splitlines())
+
+
+def interrupted(prompts: Path, output: Path, by: int) -> int:
+    """A run on the Ray that is there, in a process that is ended in its midst; its exit code."""
+    command = [sys.executable, "-m", "w2s_fast.cli", "generate", "--ray", "--actors", "1"]
+    address = ray.get_runtime_context().gcs_address
+    with subprocess.Popen(
+        [*command, "--input", str(prompts), "--output", str(output), *OPTIONS],
+        env={**os.environ, "RAY_ADDRESS": address},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        end = time.monotonic() + 120
+        while not output.exists() or output.read_bytes().count(b"\n") < 20:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        # It can be read while it grows: all but the last line are whole.
+        for line in output.read_text().split("\n")[:-1]:
+            json.loads(line)
+        process.send_signal(by)
+        _, told = process.communicate(timeout=60)
+    if by == signal.SIGINT:
+        assert "--resume goes on" in told
+    assert 20 <= output.read_bytes().count(b"\n") < COUNT
+    return process.returncode
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_an_interrupted_run_is_gone_on_with_without_ray(
+    prompts: Path, plain: list[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    assert interrupted(prompts, output, signal.SIGINT) == 130
+    resumed = run("generate", "--input", prompts, "--output", output, "--resume", *OPTIONS)
+    assert resumed.exit_code == 1
+    assert sorted(output.read_text().splitlines()) == plain
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("ray_here")
+def test_a_run_whose_process_was_killed_is_gone_on_with_on_ray(
+    prompts: Path, plain: list[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    assert interrupted(prompts, output, signal.SIGKILL) == -signal.SIGKILL
+    arguments = ["--input", prompts, "--output", output, "--resume", "--ray", "--actors", "2"]
+    assert run("generate", *arguments, *OPTIONS).exit_code == 1
+    assert sorted(output.read_text().splitlines()) == plain
+
+
+def test_ray_goes_with_an_input_and_actors_with_ray(prompts: Path) -> None:
+    assert "--ray goes with --input" in run("generate", "The film", "--ray").stderr
+    told = run("generate", "--input", prompts, "--actors", "2").stderr
+    assert "--actors goes with --ray" in told
+    assert run("generate", "--input", prompts, "--ray", "--actors", "0").exit_code == 2
