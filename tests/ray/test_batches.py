@@ -51,7 +51,8 @@ def test_an_actor_that_is_killed_loses_no_prompt_and_doubles_none(
             os.kill(int(min(tmp_path.iterdir()).name), signal.SIGKILL)
         found.append((index, result))
     assert len(found) == len(dict(found)) == len(prompts)
-    assert len(list(tmp_path.iterdir())) == 3  # two, and one begun again
+    # Where the other one is quick enough, the one that died need not begin again.
+    assert len(list(tmp_path.iterdir())) >= 2
     expected = alone.generate(prompts, params, on_error="return")
     for index, result in found:
         assert result.hypotheses == expected[index].hypotheses
