@@ -1,0 +1,357 @@
+"""Many replicas behind a router, on paper: tokens a second, latencies, memory, and what it costs.
+
+    python -m bench.fleet --out bench/results/fleet.json --plot docs/fleet.svg
+    python -m bench.fleet --quick                      few replicas: does it run?
+
+A simulation (bench/fleet_simulation.py) of replicas whose rounds take as long as they were measured
+to take, or as a formula says (bench/fleet_setups.py). Nothing is measured here, and no network,
+failure or start of a replica is simulated. What is assumed is in the report, and in docs/fleet.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.fleet_plot import plot
+from bench.fleet_setups import (
+    PROMPT,
+    Setup,
+    cost_of,
+    eight,
+    eight_by_formula,
+    gpt2_xl,
+    interpolated,
+    seventy,
+)
+from bench.fleet_simulation import (
+    LOAD,
+    PREFIX,
+    ROUTERS,
+    Replica,
+    Summary,
+    Traffic,
+    arrivals,
+    simulate,
+    summary,
+)
+from bench.reports import facts, run, save
+
+PASS_TOKENS = 8192  # of prompts between two rounds: an engine's default where memory is not tight
+# Assumed: of a router that counts requests in one process, and of one that compares prompts, too.
+DECISION_S, SLOW_DECISION_S = 50e-6, 200e-6
+SLOW_PREFIX = f"{PREFIX}, 200 us"
+AT_LOAD = 0.7  # of what replicas can do if nothing is cached
+OVER = 1.5  # more than they can do: what comes out is all that they can
+PRICE = 3.0  # assumed: dollars for an hour of a GPU, whichever
+PAYS = 0.01  # a gain below this is not worth a router that knows prompts
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is simulated. ``each``: requests a replica; ``least``: in all."""
+
+    replicas: tuple[int, ...] = (1, 3, 10, 30, 100, 300, 1000)
+    few: tuple[int, ...] = (1, 10, 100, 1000)  # of the setups that are larger
+    each: int = 300
+    least: int = 20_000
+    of_loads: int = 100  # replicas in the tables that do not go by their number
+    of_sharing: int = 32
+    each_sharing: int = 600
+
+
+QUICK = Scale((1, 4), (1, 4), each=40, least=100, of_loads=4, of_sharing=2, each_sharing=60)
+
+
+def capacity(setup: Setup, traffic: Traffic) -> float:
+    """Requests a second that a replica can do at most, if nothing of their prompts is cached."""
+    rounds = setup.rounds_ms[setup.most] / 1e3 / setup.most * traffic.mean_rounds(setup.chunk)
+    prompts = setup.prompt_seconds(PASS_TOKENS) / PASS_TOKENS * traffic.prompt
+    return 1 / (rounds + prompts)
+
+
+def replica_of(setup: Setup, traffic: Traffic, cache_tokens: int | None = None) -> Replica:
+    """``cache_tokens``: None: what the memory leaves."""
+    times = (interpolated(setup.rounds_ms, n) / 1e3 for n in range(1, setup.most + 1))
+    if cache_tokens is None:
+        cache_tokens = setup.cache_tokens(traffic.prompt, traffic.mean_answer)
+    return Replica(
+        [0.0, *times], setup.prompt_seconds, setup.chunk, PASS_TOKENS, cache_tokens
+    )  # fmt: skip
+
+
+def found(
+    setup: Setup,
+    traffic: Traffic,
+    router: str,
+    replicas: int,
+    count: int,
+    load: float,
+    *,
+    decision_s: float = DECISION_S,
+    cache_tokens: int | None = None,
+) -> Summary:
+    """What a fleet does with so many requests, at ``load`` times what it can do uncached."""
+    rate = load * replicas * capacity(setup, traffic)
+    asked = arrivals(traffic, rate, count, seed=0)
+    replica = replica_of(setup, traffic, cache_tokens)
+    outcome = simulate(replica, replicas, traffic, asked, router, decision_s=decision_s)
+    return summary(asked, outcome, traffic.prompt)
+
+
+def scaling_rows(
+    setup: Setup, traffic: Traffic, sizes: Sequence[int], scale: Scale, routers: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """By the number of replicas, at a fixed load of each."""
+    for replicas in sizes:
+        for router in routers:
+            slow = router == SLOW_PREFIX
+            decision = SLOW_DECISION_S if slow else DECISION_S
+            count = max(scale.least, scale.each * replicas)
+            own = PREFIX if slow else router
+            seen = found(setup, traffic, own, replicas, count, AT_LOAD, decision_s=decision)
+            rate = AT_LOAD * replicas * capacity(setup, traffic)
+            yield {
+                "setup": setup.name, "replicas": replicas, "router": router,
+                "router_busy": rate * decision, **asdict(seen),
+            }  # fmt: skip
+
+
+def load_rows(setup: Setup, traffic: Traffic, scale: Scale) -> Iterator[dict[str, Any]]:
+    """By the load of each replica: what routing by load is worth."""
+    replicas = scale.of_loads
+    count = max(scale.least, scale.each * replicas)
+    for load in (0.3, 0.5, 0.7, 0.8, 0.9):
+        for router in ROUTERS:
+            seen = found(setup, traffic, router, replicas, count, load)
+            yield {"setup": setup.name, "load": load, "router": router, **asdict(seen)}
+
+
+def gain_row(
+    setup: Setup, traffic: Traffic, scale: Scale, cache_tokens: int | None = None
+) -> dict[str, Any]:
+    """Routing by prefix beside routing by load: what comes out at most, and the 99th percentile.
+
+    ``gain``: of answer tokens a second when more is asked than can be done.
+    """
+    replicas = scale.of_sharing
+    count = replicas * scale.each_sharing
+    if cache_tokens is None:
+        cache_tokens = setup.cache_tokens(traffic.prompt, traffic.mean_answer)
+    by: dict[str, tuple[Summary, Summary]] = {}
+    for router in (LOAD, PREFIX):
+        by[router] = tuple(  # type: ignore[assignment]
+            found(setup, traffic, router, replicas, count, load, cache_tokens=cache_tokens)
+            for load in (OVER, AT_LOAD)
+        )
+    (load_over, load_at), (prefix_over, prefix_at) = by[LOAD], by[PREFIX]
+    return {
+        "setup": setup.name, "prompt": traffic.prompt, "shared": traffic.shared,
+        "groups": traffic.groups, "cache_tokens": cache_tokens,
+        "cached_by_load": load_over.cached, "cached_by_prefix": prefix_over.cached,
+        "gain": prefix_over.tokens_per_s / load_over.tokens_per_s - 1,
+        "p99_by_load": load_at.p99, "p99_by_prefix": prefix_at.p99,
+    }  # fmt: skip
+
+
+def memory_row(setup: Setup, traffic: Traffic, price: float) -> dict[str, Any]:
+    """Bytes of the weights and of a request when its answer is of mean length; dollars."""
+    base, *guides = (model.weights.kv_bytes for model in setup.models)
+    parts = setup.request_parts(traffic.prompt, traffic.mean_answer)
+    tokens = sum(parts)
+    rate = capacity(setup, traffic)
+    answer = rate * traffic.mean_tokens
+    return {
+        "setup": setup.name, "gpu": setup.gpu, "gpus": setup.gpus, "rounds": setup.source,
+        "chunk": setup.chunk, "at_once": setup.most, "weight_bytes": setup.weight_bytes,
+        "kv_bytes": setup.kv_bytes, "request_parts": parts,
+        "request_bytes": tokens * setup.kv_bytes,
+        "of_base": tokens * base, "of_guides": tokens * sum(guides),
+        "fit": setup.page_tokens // tokens,
+        "cache_tokens": setup.cache_tokens(traffic.prompt, traffic.mean_answer),
+        "prompt_share": setup.prompt_share, "prompt_ms": 1e3 * setup.prompt_seconds(PASS_TOKENS)
+        * traffic.prompt / PASS_TOKENS,
+        "requests_per_s": rate, "tokens_per_s": answer,
+        "cost_full": cost_of(1000, answer, setup.gpus, price),
+        "cost_at_load": cost_of(1000, AT_LOAD * answer, setup.gpus, price),
+        "router_full_at": {
+            str(us): 1 / (us * 1e-6 * AT_LOAD * rate) for us in (50, 200, 1000)
+        },
+    }  # fmt: skip
+
+
+def pays_from(rows: Sequence[dict[str, Any]]) -> int | None:
+    """The fewest shared tokens from which on routing by prefix is worth it; None: it never is."""
+    by_shared = sorted(rows, key=lambda row: row["shared"])
+    worth = None
+    for row in reversed(by_shared):
+        if row["gain"] < PAYS:
+            break
+        worth = int(row["shared"])
+    return worth
+
+
+def simulated(
+    report: dict[str, Any], scale: Scale, price: float, quick: bool
+) -> Iterator[dict[str, Any]]:
+    """The report, as it grows."""
+    traffic = Traffic(groups=50) if quick else Traffic()
+    xl, setups = gpt2_xl(), [gpt2_xl(), eight(), seventy()]
+    report["traffic"] = asdict(traffic)
+    report["assumed"] = {
+        "at_load": AT_LOAD, "over": OVER, "decision_s": DECISION_S,
+        "slow_decision_s": SLOW_DECISION_S, "pass_tokens": PASS_TOKENS, "price": price,
+        "pays": PAYS, "scale": asdict(scale),
+    }  # fmt: skip
+    report["memory"] = [memory_row(setup, traffic, price) for setup in setups]
+    yield report
+    report["scaling"] = []
+    for setup in setups:
+        own = setup.name == xl.name
+        sizes, routers = (scale.replicas, (*ROUTERS, SLOW_PREFIX)) if own else (scale.few, ROUTERS)
+        for row in scaling_rows(setup, traffic, sizes, scale, routers):
+            report["scaling"].append(row)
+            yield report
+    report["loads"] = list(load_rows(xl, traffic, scale))
+    yield report
+    report["sharing"], cache = [], xl.cache_tokens(PROMPT, traffic.mean_answer)
+    for cache_tokens in (cache // 4, cache, 4 * cache):
+        for shared in (0, 128, 256, 384, 480):
+            own_traffic = replace(traffic, shared=shared, own=PROMPT - shared)
+            report["sharing"].append(gain_row(xl, own_traffic, scale, cache_tokens))
+            yield report
+    counts = (5, 50) if quick else (20, 200, 2000, 20_000, 200_000)
+    report["groups"] = [gain_row(xl, replace(traffic, groups=n), scale) for n in counts]
+    yield report
+    report["prompts"] = []
+    for prompt in (512, 2048, 8192):
+        long = replace(traffic, shared=prompt * 3 // 4, own=prompt // 4)
+        report["prompts"].append(gain_row(eight_by_formula(prompt), long, scale))
+        yield report
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The tables of a report that is whole; they stand in docs/fleet.md as well."""
+    said = ["Weights and a request", ""]
+    said += table(
+        ["models", "GPUs a replica", "weights", "a token in all models", "a request",
+         "of it in the base", "in the guides", "of them fit", "run at once"],
+        [
+            [
+                row["setup"], f"{row['gpus']} {row['gpu']}", f"{row['weight_bytes'] / 1e9:.1f} GB",
+                f"{row['kv_bytes']:,} B", f"{row['request_bytes'] / 1e9:.2f} GB",
+                f"{row['of_base'] / 1e9:.2f} GB", f"{row['of_guides'] / 1e9:.2f} GB",
+                f"{row['fit']:,}", str(row["at_once"]),
+            ]
+            for row in report["memory"]
+        ],
+    )  # fmt: skip
+    said += ["", "What a replica does at most, and what it costs", ""]
+    said += table(
+        ["models", "a prompt, ms", "requests/s", "answer tokens/s", "$ for 1,000 tokens, full",
+         f"at {report['assumed']['at_load']:.0%}", "router full at: 50 us", "200 us", "1 ms"],
+        [
+            [
+                row["setup"], f"{row['prompt_ms']:.1f}", f"{row['requests_per_s']:.2f}",
+                f"{row['tokens_per_s']:,.0f}", f"{row['cost_full']:.5f}",
+                f"{row['cost_at_load']:.5f}",
+                *(f"{n:,.0f}" for n in row["router_full_at"].values()),
+            ]
+            for row in report["memory"]
+        ],
+    )  # fmt: skip
+    said += ["", "By the number of replicas", ""]
+    said += table(
+        ["models", "replicas", "router", "its process is busy", "answer tokens/s", "p50, s",
+         "p99, s", "cached"],
+        [
+            [
+                row["setup"], f"{row['replicas']:,}", row["router"], f"{row['router_busy']:.1%}",
+                f"{row['tokens_per_s']:,.0f}", *_latencies(row), f"{row['cached']:.0%}",
+            ]
+            for row in report["scaling"]
+        ],
+    )  # fmt: skip
+    said += ["", "By load", ""]
+    said += table(
+        ["load", "p50, s: random", "by load", "by prefix", "p99, s: random", "by load",
+         "by prefix"],
+        [
+            [f"{load:.0%}", *(f"{by[r][q]:.2f}" for q in ("p50", "p99") for r in ROUTERS)]
+            for load, by in _by_load(report["loads"]).items()
+        ],
+    )  # fmt: skip
+    for title, name in (
+        ("By shared tokens and cache", "sharing"),
+        ("By groups", "groups"),
+        ("By prompts", "prompts"),
+    ):
+        said += ["", title, ""]
+        said += table(
+            ["prompt", "shared", "groups", "cache, tokens", "cached by load", "by prefix",
+             "gain", "p99, s: by load", "by prefix"],
+            [
+                [
+                    f"{row['prompt']:,}", f"{row['shared']:,}", f"{row['groups']:,}",
+                    f"{row['cache_tokens']:,}", f"{row['cached_by_load']:.0%}",
+                    f"{row['cached_by_prefix']:.0%}", f"{row['gain']:+.1%}",
+                    f"{row['p99_by_load']:.2f}", f"{row['p99_by_prefix']:.2f}",
+                ]
+                for row in report[name]
+            ],
+        )  # fmt: skip
+    said.append("")
+    for cache in dict.fromkeys(row["cache_tokens"] for row in report["sharing"]):
+        least = pays_from([row for row in report["sharing"] if row["cache_tokens"] == cache])
+        told = "never" if least is None else f"from {least} shared tokens on"
+        said.append(f"Worth {PAYS:.0%} with a cache of {cache:,} tokens: {told}")
+    return said
+
+
+def _latencies(row: dict[str, Any]) -> list[str]:
+    """Where the router is asked for more than it can do, they grow as long as that lasts."""
+    if row["router_busy"] >= 1:
+        return ["grows", "grows"]
+    return [f"{row['p50']:.2f}", f"{row['p99']:.2f}"]
+
+
+def _by_load(rows: Sequence[dict[str, Any]]) -> dict[float, dict[str, dict[str, Any]]]:
+    by: dict[float, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by.setdefault(row["load"], {})[row["router"]] = row
+    return by
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.fleet")
+    parser.add_argument("--quick", action="store_true", help="few replicas: does it run?")
+    parser.add_argument("--price", type=float, default=PRICE, help="dollars an hour of a GPU")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path, help="an SVG of it; needs matplotlib")
+    args = parser.parse_args(arguments)
+    report = facts("bench.fleet", sys.argv[1:] if arguments is None else arguments)
+    begin = time.perf_counter()
+    for grown in simulated(report, QUICK if args.quick else Scale(), args.price, args.quick):
+        save(args.out, grown, complete=False)
+    report["seconds"] = time.perf_counter() - begin
+    save(args.out, report, complete=True)
+    print("\n".join(lines(report)))
+    print(f"simulated in {report['seconds']:.0f} s", file=sys.stderr)
+    if args.plot is not None:
+        plot(report, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main()))
