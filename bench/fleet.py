@@ -62,7 +62,7 @@ class Scale:
     least: int = 20_000
     of_loads: int = 100  # replicas in the tables that do not go by their number
     of_sharing: int = 32
-    each_sharing: int = 600
+    each_sharing: int = 1000
 
 
 QUICK = Scale((1, 4), (1, 4), each=40, least=100, of_loads=4, of_sharing=2, each_sharing=60)

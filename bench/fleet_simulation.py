@@ -312,8 +312,9 @@ class Summary:
     """Of a stretch in which the fleet neither fills nor empties.
 
     Attributes:
-        tokens_per_s: of answers, each written evenly while it runs. p50, p99: seconds from a request's coming to its
-            answer's end, of those that came in it. cached: share of their prompts' tokens.
+        tokens_per_s: of answers, each written evenly while it runs.
+        p50, p99: seconds from a request's coming to its answer's end, of those that came in it.
+        cached: share of the tokens of their prompts.
         at_replicas: requests there on average, from the first arrival to the last end.
     """
 
