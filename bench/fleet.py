@@ -30,9 +30,11 @@ from bench.fleet_setups import (
     seventy,
 )
 from bench.fleet_simulation import (
+    BOUND,
     LOAD,
     PREFIX,
     ROUTERS,
+    SLACK,
     Replica,
     Summary,
     Traffic,
@@ -58,14 +60,22 @@ class Scale:
 
     replicas: tuple[int, ...] = (1, 3, 10, 30, 100, 300, 1000)
     few: tuple[int, ...] = (1, 10, 100, 1000)  # of the setups that are larger
-    each: int = 300
+    each: int = 200
     least: int = 20_000
     of_loads: int = 100  # replicas in the tables that do not go by their number
     of_sharing: int = 32
-    each_sharing: int = 1000
+    each_sharing: int = 800
+    bounds: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 4.0)
+    loads: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9)
+    caches: tuple[float, ...] = (0.25, 1, 4)  # of what the memory leaves
+    shared: tuple[int, ...] = (0, 128, 256, 384, 480)
+    groups: tuple[int, ...] = (20, 200, 2000, 20_000, 200_000)
+    prompts: tuple[int, ...] = (512, 2048, 8192)
 
 
-QUICK = Scale((1, 4), (1, 4), each=40, least=100, of_loads=4, of_sharing=2, each_sharing=60)
+QUICK = Scale(
+    (1, 4), (1, 4), 40, 100, 4, 2, 60, (1.0,), (0.7,), (0.25,), (0, 384), (50,), (512,),
+)  # fmt: skip
 
 
 def capacity(setup: Setup, traffic: Traffic) -> float:
@@ -94,13 +104,16 @@ def found(
     load: float,
     *,
     decision_s: float = DECISION_S,
+    bound: float = BOUND,
     cache_tokens: int | None = None,
 ) -> Summary:
     """What a fleet does with so many requests, at ``load`` times what it can do uncached."""
     rate = load * replicas * capacity(setup, traffic)
     asked = arrivals(traffic, rate, count, seed=0)
     replica = replica_of(setup, traffic, cache_tokens)
-    outcome = simulate(replica, replicas, traffic, asked, router, decision_s=decision_s)
+    outcome = simulate(
+        replica, replicas, traffic, asked, router, decision_s=decision_s, bound=bound
+    )  # fmt: skip
     return summary(asked, outcome, traffic.prompt)
 
 
@@ -126,10 +139,19 @@ def load_rows(setup: Setup, traffic: Traffic, scale: Scale) -> Iterator[dict[str
     """By the load of each replica: what routing by load is worth."""
     replicas = scale.of_loads
     count = max(scale.least, scale.each * replicas)
-    for load in (0.3, 0.5, 0.7, 0.8, 0.9):
+    for load in scale.loads:
         for router in ROUTERS:
             seen = found(setup, traffic, router, replicas, count, load)
             yield {"setup": setup.name, "load": load, "router": router, **asdict(seen)}
+
+
+def bound_rows(setup: Setup, traffic: Traffic, scale: Scale) -> Iterator[dict[str, Any]]:
+    """By how much more than the mean a replica may have for its prompts' sake."""
+    replicas = scale.of_loads
+    count = max(scale.least, scale.each * replicas)
+    for bound in scale.bounds:
+        seen = found(setup, traffic, PREFIX, replicas, count, AT_LOAD, bound=bound)
+        yield {"setup": setup.name, "bound": bound, **asdict(seen)}
 
 
 def gain_row(
@@ -206,6 +228,7 @@ def simulated(
     report["assumed"] = {
         "at_load": AT_LOAD, "over": OVER, "decision_s": DECISION_S,
         "slow_decision_s": SLOW_DECISION_S, "pass_tokens": PASS_TOKENS, "price": price,
+        "bound": BOUND, "slack": SLACK,
         "pays": PAYS, "scale": asdict(scale),
     }  # fmt: skip
     report["memory"] = [memory_row(setup, traffic, price) for setup in setups]
@@ -213,23 +236,25 @@ def simulated(
     report["scaling"] = []
     for setup in setups:
         own = setup.name == xl.name
-        sizes, routers = (scale.replicas, (*ROUTERS, SLOW_PREFIX)) if own else (scale.few, ROUTERS)
+        sizes, routers = (
+            (scale.replicas, (*ROUTERS, SLOW_PREFIX)) if own else (scale.few, (LOAD, PREFIX))
+        )
         for row in scaling_rows(setup, traffic, sizes, scale, routers):
             report["scaling"].append(row)
             yield report
     report["loads"] = list(load_rows(xl, traffic, scale))
+    report["bounds"] = list(bound_rows(xl, traffic, scale))
     yield report
     report["sharing"], cache = [], xl.cache_tokens(PROMPT, traffic.mean_answer)
-    for cache_tokens in (cache // 4, cache, 4 * cache):
-        for shared in (0, 128, 256, 384, 480):
+    for cache_tokens in (int(part * cache) for part in scale.caches):
+        for shared in scale.shared:
             own_traffic = replace(traffic, shared=shared, own=PROMPT - shared)
             report["sharing"].append(gain_row(xl, own_traffic, scale, cache_tokens))
             yield report
-    counts = (5, 50) if quick else (20, 200, 2000, 20_000, 200_000)
-    report["groups"] = [gain_row(xl, replace(traffic, groups=n), scale) for n in counts]
+    report["groups"] = [gain_row(xl, replace(traffic, groups=n), scale) for n in scale.groups]
     yield report
     report["prompts"] = []
-    for prompt in (512, 2048, 8192):
+    for prompt in scale.prompts:
         long = replace(traffic, shared=prompt * 3 // 4, own=prompt // 4)
         report["prompts"].append(gain_row(eight_by_formula(prompt), long, scale))
         yield report
@@ -292,6 +317,19 @@ def lines(report: dict[str, Any]) -> list[str]:
             for load, by in _by_load(report["loads"]).items()
         ],
     )  # fmt: skip
+    said += ["", "By the bound of a router that knows prompts", ""]
+    said += table(
+        ["bound, times the mean load", "p50, s", "p99, s", "cached"],
+        [
+            [
+                f"{row['bound']:.2f}",
+                f"{row['p50']:.2f}",
+                f"{row['p99']:.2f}",
+                f"{row['cached']:.0%}",
+            ]
+            for row in report["bounds"]
+        ],
+    )
     for title, name in (
         ("By shared tokens and cache", "sharing"),
         ("By groups", "groups"),

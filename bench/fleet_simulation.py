@@ -23,6 +23,7 @@ Integers = npt.NDArray[np.int64]
 
 RANDOM, LOAD, PREFIX = "random", "load", "prefix"
 ROUTERS = (RANDOM, LOAD, PREFIX)
+BOUND, SLACK = 1.25, 2  # assumed: times the mean load, and requests on top of it
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Router:
     """
 
     def __init__(
-        self, name: str, loads: list[int], seed: int, bound: float = 1.25, slack: int = 2
+        self, name: str, loads: list[int], seed: int, bound: float = BOUND, slack: int = SLACK
     ) -> None:
         assert name in ROUTERS, name
         self._name, self._loads = name, loads
@@ -218,6 +219,7 @@ def simulate(
     router: str,
     *,
     decision_s: float = 0.0,
+    bound: float = BOUND,
     warm: bool = True,
     seed: int = 0,
 ) -> Outcome:
@@ -225,6 +227,7 @@ def simulate(
 
     Args:
         decision_s: seconds that the router takes for each request, one after the other.
+        bound: of a router that knows prompts.
         warm: whether caches begin full of what was asked for before, in no order; else empty.
     """
     count = len(asked.times)
@@ -234,7 +237,7 @@ def simulate(
     if warm:
         _warm(states, replica.cache_tokens, traffic, seed)
     loads = [0] * replicas
-    route = Router(router, loads, seed).choose
+    route = Router(router, loads, seed, bound).choose
     entered, finished = [math.nan] * count, [math.nan] * count
     chosen, cached = [0] * count, [0] * count
     ends: list[tuple[float, int]] = []  # of rounds: when, and whose
