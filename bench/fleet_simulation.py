@@ -23,7 +23,9 @@ Integers = npt.NDArray[np.int64]
 
 RANDOM, LOAD, PREFIX = "random", "load", "prefix"
 ROUTERS = (RANDOM, LOAD, PREFIX)
-BOUND, SLACK = 1.25, 2  # assumed: times the mean load, and requests on top of it
+# Times the mean load, and requests on top of it: more costs the slowest answers time, and finds little
+# more (the table of bounds, docs/fleet.md).
+BOUND, SLACK = 1.0, 2
 
 
 @dataclass(frozen=True)

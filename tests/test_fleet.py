@@ -17,7 +17,7 @@ import pytest
 import bench.fleet
 from bench import fleet_setups as setups
 from bench import random_models as shapes
-from bench.fleet import PASS_TOKENS, capacity, lines, pays_from, replica_of
+from bench.fleet import PASS_TOKENS, capacity, replica_of
 from bench.fleet_setups import Model, Setup, interpolated
 from bench.fleet_simulation import (
     LOAD,
@@ -35,6 +35,7 @@ from bench.fleet_simulation import (
     summary,
 )
 from bench.fleet_simulation import Outcome as Seen
+from bench.fleet_tables import lines, pays_from
 
 ROOT = Path(__file__).parents[1]
 XL, EIGHT, SEVENTY = setups.gpt2_xl(), setups.eight(), setups.seventy()
