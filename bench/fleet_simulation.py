@@ -23,8 +23,8 @@ Integers = npt.NDArray[np.int64]
 
 RANDOM, LOAD, PREFIX = "random", "load", "prefix"
 ROUTERS = (RANDOM, LOAD, PREFIX)
-# Times the mean load, and requests on top of it: more costs the slowest answers time, and finds little
-# more (the table of bounds, docs/fleet.md).
+# Times the mean load, and requests on top of it. With more the slowest answers take longer, and
+# little more is found: the table of bounds in docs/fleet.md.
 BOUND, SLACK = 1.0, 2
 
 

@@ -126,7 +126,7 @@ def pays_from(rows: Sequence[dict[str, Any]]) -> int | None:
     by_shared = sorted(rows, key=lambda row: row["shared"])
     worth = None
     for row in reversed(by_shared):
-        if row["gain"] < PAYS:
+        if round(row["gain"], 3) < PAYS:  # as the table shows it
             break
         worth = int(row["shared"])
     return worth
