@@ -64,6 +64,11 @@ class EngineFailure(W2SFastError, RuntimeError):
     """A model failed in a way that no single request is to blame for; see ``__cause__``."""
 
 
+class RankFailure(EngineFailure):
+    """Of an engine on several ranks one has died or gone another way: the group is of no more use,
+    and every request of it ends. The message says what to do; other engines can take them."""
+
+
 class RemoteFailure(W2SFastError, RuntimeError):
     """The server of a remote base cannot be used, or did not give what it was asked for; the
     message names it, what was asked, and what to change. No key is in it."""

@@ -118,4 +118,5 @@ class Decoder:
             if missing is not None:
                 draw = draw._replace(logprobs=draw.logprobs + missing)
             drawn.put(step, draw, others)
+            self.models[0].agree(drawn.memory[step])
         return drawn

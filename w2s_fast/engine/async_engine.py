@@ -15,7 +15,7 @@ from typing import Any
 from w2s_fast._pages import Hold
 from w2s_fast.engine.engine import Engine
 from w2s_fast.engine.stream import StreamPiece
-from w2s_fast.errors import Aborted, EngineFailure, W2SFastError
+from w2s_fast.errors import Aborted, EngineFailure, InvalidRequest, W2SFastError
 from w2s_fast.models import ModelSource
 from w2s_fast.params import SearchParams
 from w2s_fast.result import Round, SearchResult
@@ -43,6 +43,7 @@ class AsyncEngine:
         base: an :class:`Engine`, or what one is made of, together with ``guides`` and ``options``.
 
     Raises:
+        InvalidRequest: the base is divided among several ranks.
         EngineFailure: the :class:`Engine` was made before ``os.fork``, by the parent.
     """
 
@@ -53,6 +54,11 @@ class AsyncEngine:
         **options: Any,
     ) -> None:
         self.engine = base if isinstance(base, Engine) else Engine(base, guides, **options)
+        if self.engine.tensor_parallel > 1:
+            raise InvalidRequest(
+                "an AsyncEngine with tensor_parallel: its requests reach one rank only; allowed: "
+                "Engine, asked for the same on every rank"
+            )
         self._runner = self.engine.runner
         self._runner.process.check()
         self._lock = threading.Lock()  # guards what follows

@@ -21,7 +21,16 @@ from w2s_fast.engine.remote_intake import RemoteIntake
 from w2s_fast.engine.served import serve_models
 from w2s_fast.engine.stream import Pieces, StreamPiece
 from w2s_fast.errors import InvalidRequest, W2SFastError
-from w2s_fast.models import ModelSource, PagedModel, pick_device, total_bytes, usual_rows
+from w2s_fast.models import (
+    ModelSource,
+    PagedModel,
+    Ranks,
+    check_shardable,
+    device_of_rank,
+    pick_device,
+    total_bytes,
+    usual_rows,
+)
 from w2s_fast.params import SearchParams
 from w2s_fast.remote import RemoteBase, connect
 from w2s_fast.result import SearchResult, TokenLogProbs
@@ -93,9 +102,13 @@ class Engine:
             tight. There the room for such a pass is measured, and no pages take it.
         prompt_template: text around every plain prompt of the base, ``{prompt}`` in it; guides
             have their own. Chat messages go through each model's own chat template.
+        tensor_parallel: how many processes hold the base together, each on a device of its own. All
+            of them run the same program, as torchrun starts it, and get the same results: see
+            docs/parallel.md. Nothing is recorded then.
 
     Attributes:
         server: of a remote base, what it was found to be and to take, in a line; else None.
+        tensor_parallel: how many processes hold the base together.
 
     It serves the process that made it. In a child by ``os.fork`` every way to ask raises
     :class:`EngineFailure` at once; make another one there, or start children with ``spawn``.
@@ -125,6 +138,7 @@ class Engine:
         max_pass_tokens: int | None = None,
         prefix_cache: bool = True,
         prompt_template: str | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
         _check_positive("page_size", page_size)
         for name, value in (
@@ -134,15 +148,26 @@ class Engine:
         ):
             if value is not None:
                 _check_positive(name, value)
+        _check_positive("tensor_parallel", tensor_parallel)
         guides = _checked_guides(guides)
         weighted = with_weights(scorers)
-        where = pick_device(device)
-        # Refused before models are loaded.
+        # Refused before models are loaded, and before the ranks wait for each other.
+        if tensor_parallel == 1:
+            where = pick_device(device)
+        else:
+            where = device_of_rank(device, tensor_parallel)
+            _check_divisible(base, compile, tensor_parallel)
+            cuda_graphs = False
         backend = find_backend(attention, where)
         if compile and not (cuda_graphs and can_record(where, backend)):
             raise refuse_compile()
         if max_rows is None:
             max_rows = usual_rows(where.type, total_bytes(where))
+        ranks = None
+        if tensor_parallel > 1:
+            ranks = Ranks(tensor_parallel, where)
+            (max_rows,) = ranks.least([max_rows])
+        self.tensor_parallel = tensor_parallel
         # The server, too, is asked before.
         source = connect(base) if isinstance(base, RemoteBase) else None
         self.server = None if source is None else source.about
@@ -159,8 +184,9 @@ class Engine:
             max_pass_tokens=max_pass_tokens,
             prefix_cache=prefix_cache,
             prompt_template=None if source else prompt_template,
+            ranks=ranks,
         )
-        judge = Judge(weighted, partial(scored_candidate, self.tokenizer))
+        judge = Judge(weighted, partial(scored_candidate, self.tokenizer), ranks)
         self._search: Search | RemoteSearch
         if source is not None:
             self._search = RemoteSearch(source, judge.news.tell, self._models.foreign, where)
@@ -174,7 +200,7 @@ class Engine:
             self._to_request = RemoteIntake(
                 source, base.budget, self._models, prompt_template, has_scorers=bool(weighted)
             ).request
-        self.runner = Runner(self._search, self._scheduler, judge)
+        self.runner = Runner(self._search, self._scheduler, judge, ranks=ranks)
         # Requests that one iteration has under way: more than can run, so that none ever waits for
         # the caller's iterable to be read.
         self._read_ahead = max_rows + _READ_AHEAD
@@ -311,7 +337,7 @@ class Engine:
         """
         if at_once is not None:
             _check_positive("at_once", at_once)
-        self.runner.process.check()
+        self.runner.check()
         source = enumerate(pair(as_prompts(prompts), params))
         own = Claim(self.runner)
         indices: dict[Request, int] = {}
@@ -388,7 +414,7 @@ class Engine:
         statistics or prefix caches. An engine that records passes does so when it is made;
         on a CPU, and where there is no room for such a search, there is nothing to do.
         """
-        self.runner.process.check()
+        self.runner.check()
         search = self._search
         if isinstance(search, RemoteSearch):
             return
@@ -460,7 +486,7 @@ class Engine:
         responses: Sequence[str | Sequence[int]],
     ) -> list[list[list[float]]]:
         """Of each guide, each response, and each of its tokens."""
-        self.runner.process.check()
+        self.runner.check()
         given = self._intake.given(guides, prompts, responses)
         return [score_given(self.runner, guide, texts) for guide, texts in zip(guides, given)]
 
@@ -479,7 +505,7 @@ class Engine:
             InvalidRequest: not a text, or one that is too long. Nothing is read then.
             NumericalError: the base gave NaN or infinity in a text.
         """
-        self.runner.process.check()
+        self.runner.check()
         found = self._intake.readable(texts)
         size = self._models.vocab_size
         return list(read_given(self.runner, self.base, found, top, size))
@@ -494,7 +520,7 @@ class Engine:
 
     def make_request(self, prompt: Prompt, params: SearchParams, priority: int = 0) -> Request:
         """Check and encode one prompt, for :attr:`runner`. InvalidRequest, and nothing is held."""
-        self.runner.process.check()
+        self.runner.check()
         return self._to_request(prompt, params, priority)
 
     def pieces(self, request: Request) -> Pieces:
@@ -516,6 +542,17 @@ def _checked_guides(given: Any) -> list[Guide]:
         if not isinstance(guide.weight, (int, float)) or not math.isfinite(guide.weight):
             raise InvalidRequest(f"weight of a guide is {guide.weight!r}; allowed: a number")
     return guides
+
+
+def _check_divisible(base: ModelSource | RemoteBase, compile: bool, ranks: int) -> None:
+    """Whether this base can be divided among so many ranks; see :func:`check_shardable`."""
+    if isinstance(base, RemoteBase):
+        raise InvalidRequest(
+            "tensor_parallel with a remote base; allowed: a model that is read here"
+        )
+    if compile:
+        raise InvalidRequest("compile with tensor_parallel; allowed: either of them")
+    check_shardable(base, ranks)
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -18,6 +18,7 @@ from w2s_fast.models import (
     Adapter,
     ModelSource,
     PagedModel,
+    Ranks,
     activation_bytes,
     activations_of,
     free_bytes,
@@ -113,10 +114,12 @@ def serve_models(
     max_pass_tokens: int | None,
     prefix_cache: bool,
     prompt_template: str | None,
+    ranks: Ranks | None = None,
 ) -> ServedModels:
     """Load the models, and give each its pages; see :class:`w2s_fast.Engine` for the arguments.
 
-    Where the base is remote, guides are all that is loaded.
+    Where the base is remote, guides are all that is loaded. Among ``ranks`` the base is divided,
+    and guides, if they are the same model; each rank has all of the others.
 
     What can be refused by configs and tokenizers is refused before any weights are read. A model
     that is named twice is loaded once; where its prompts are the same, it has pages once.
@@ -128,17 +131,27 @@ def serve_models(
     """
     named = name_models(base, guides, tokenizer, prompt_template)
     roles, tokenizer = named.distinct(), None if named.base is None else named.base.tokenizer
+    divided = None
+    if ranks is not None and named.base is not None:
+        divided = key_of(named.base.source)
+        for role in roles:
+            if role.adapter is not None and key_of(role.source) == divided:
+                raise InvalidRequest(
+                    f"{role.name}: an adapter of the base, with tensor_parallel; allowed: guides "
+                    "over models of their own, or a merged one"
+                )
     loaded: dict[Any, PreTrainedModel] = {}
     adapters: dict[Any, Adapter] = {}
     for role in roles:
         key = key_of(role.source)
         if key not in loaded:
-            loaded[key] = load_model(role.source, device, dtype, role.config)
+            own = ranks if key == divided else None
+            loaded[key] = load_model(role.source, device, dtype, role.config, own)
         if role.adapter is not None and (key, role.adapter_key) not in adapters:
             adapters[key, role.adapter_key] = read_adapter(role.adapter, loaded[key])
     weights = [loaded[key_of(role.source)] for role in roles]
 
-    tokens, max_pass_tokens = _room(weights, kv_cache_tokens, max_pass_tokens, max_rows)
+    tokens, max_pass_tokens = _room(weights, kv_cache_tokens, max_pass_tokens, max_rows, ranks)
     models = [
         PagedModel(
             weight,
@@ -150,6 +163,7 @@ def serve_models(
             attention=attention,
             max_pass_tokens=max_pass_tokens,
             adapter=adapters.get((key_of(role.source), role.adapter_key)),
+            ranks=ranks if key_of(role.source) == divided else None,
         )
         for weight, role in zip(weights, roles)
     ]
@@ -203,13 +217,21 @@ def _room(
     kv_cache_tokens: int | None,
     max_pass_tokens: int | None,
     max_rows: int,
+    ranks: Ranks | None,
 ) -> tuple[int, int]:
-    """Tokens of each model's KV cache, and of a pass."""
+    """Tokens of each model's KV cache, and of a pass; on several ranks what all of them have."""
     if not weights:
         return 0, 0
     max_pass_tokens, activations = _passes(weights, max_pass_tokens, max_rows)
+    sharers = 1
+    if ranks is not None:
+        sharers = ranks.on_host
+        (max_pass_tokens,) = ranks.least([max_pass_tokens])
     useful = _useful_tokens(weights[0], max_rows)
-    return kv_cache_tokens or kv_tokens_that_fit(weights, useful, activations), max_pass_tokens
+    tokens = kv_cache_tokens or kv_tokens_that_fit(weights, useful, activations, sharers)
+    if ranks is not None:
+        (tokens,) = ranks.least([tokens])
+    return tokens, max_pass_tokens
 
 
 def _passes(

@@ -22,6 +22,8 @@ from w2s_fast.models.inference import inference
 from w2s_fast.models.limits import main_memory
 from w2s_fast.models.load import (
     ModelSource,
+    check_shardable,
+    device_of_rank,
     load_model,
     load_tokenizer,
     look_at_model,
@@ -39,6 +41,7 @@ from w2s_fast.models.memory import (
 )
 from w2s_fast.models.model import PagedModel
 from w2s_fast.models.passes import forward_in_passes
+from w2s_fast.models.ranks import Ranks
 from w2s_fast.models.together import Groups
 
 __all__ = [
@@ -50,9 +53,12 @@ __all__ = [
     "LowRank",
     "ModelSource",
     "PagedModel",
+    "Ranks",
     "activation_bytes",
     "activations_of",
     "check_adapter",
+    "check_shardable",
+    "device_of_rank",
     "find_adapter",
     "find_files",
     "forward_in_passes",

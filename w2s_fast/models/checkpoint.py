@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from w2s_fast.errors import UnsupportedModel, some_of
@@ -42,13 +43,19 @@ def read_config(files: ModelFiles) -> PreTrainedConfig:
 
 
 def read_checkpoint(
-    files: ModelFiles, config: PreTrainedConfig, dtype: torch.dtype | None, device: torch.device
+    files: ModelFiles,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    ranks: int = 1,
 ) -> PreTrainedModel:
     """The causal language model in these files: on ``device`` if it is quantised, else on the CPU.
 
     Args:
         config: what :func:`read_config` has found there.
         dtype: None: the checkpoint's own.
+        ranks: among how many it is divided: of several each gets its part, as DTensors on its
+            accelerator.
 
     Raises:
         UnsupportedModel: weights are missing, left over or of another shape; says which.
@@ -61,6 +68,8 @@ def read_checkpoint(
         options["quantization_config"] = GgufConfig(dequantize=True)
     elif says_quantised(config) and device.type != "cpu":
         options["device_map"] = {"": device}
+    if ranks > 1:
+        options["distributed_config"] = DistributedConfig(tp_size=ranks, tp_plan="auto")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         files.name,
         config=config,

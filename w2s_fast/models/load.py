@@ -20,9 +20,12 @@ from transformers import (
 )
 
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
+from w2s_fast.models.adapters import find_adapter
 from w2s_fast.models.bars import no_bars
 from w2s_fast.models.checkpoint import read_checkpoint, read_config, says_quantised
 from w2s_fast.models.files import ModelFiles, check_packages, find_files, looks_local
+from w2s_fast.models.ranks import Ranks, check_environment
+from w2s_fast.models.sharding import own_part, why_not
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +42,60 @@ def pick_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InvalidRequest(f"device {device!r} cannot be used: {error}") from error
     return picked
+
+
+def device_of_rank(device: str | torch.device, size: int) -> torch.device:
+    """``device`` as this rank of so many has it: ``"auto"`` and ``"cuda"`` are the GPU of its
+    number on its machine.
+
+    transformers puts a model's parts on the accelerator that it finds, and on the CPU where there
+    is none.
+
+    Raises:
+        InvalidRequest: this is none of so many ranks, or the device is another's, or one where no
+            model is read.
+    """
+    check_environment(size)
+    own = int(os.environ.get("LOCAL_RANK", 0))
+    wanted = pick_device(device)
+    if (wanted.type == "cuda") != torch.cuda.is_available():
+        raise InvalidRequest(
+            f"device {device!r} with tensor_parallel; allowed: "
+            f"{'cuda' if torch.cuda.is_available() else 'cpu'}, where this machine's ranks run"
+        )
+    if wanted.type != "cuda":
+        return wanted
+    if wanted.index not in (None, own):
+        raise InvalidRequest(f"device {device!r} of rank {own} on its machine; allowed: cuda")
+    torch.cuda.set_device(own)
+    return torch.device("cuda", own)
+
+
+def check_shardable(source: ModelSource, size: int) -> None:
+    """Whether so many ranks can hold this model together, before any weights are read.
+
+    Raises:
+        InvalidRequest: it is loaded already, or an adapter; or that is no model's name.
+        UnsupportedModel: it is packed, has no plan for it, or heads that cannot be dealt out.
+    """
+    if isinstance(source, PreTrainedModel):
+        raise InvalidRequest(
+            "tensor_parallel with a loaded model as the base; allowed: its path or hub id, of "
+            "which each rank reads its own part"
+        )
+    if find_adapter(source) is not None:
+        raise InvalidRequest("tensor_parallel with an adapter as the base; allowed: a whole model")
+    config = look_at_model(source)
+    files = find_files(source)
+    if files.gguf is not None:
+        why: str | None = "it is a GGUF file"
+    else:
+        why = "its weights are quantised" if says_quantised(config) else why_not(config, size)
+    if why is not None:
+        raise UnsupportedModel(
+            f"model {files.path!r} ({config.model_type}) cannot be divided among {size} ranks: "
+            f"{why}"
+        )
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None:
@@ -99,13 +156,15 @@ def load_model(
     device: torch.device,
     dtype: str | torch.dtype,
     config: PreTrainedConfig | None = None,
+    ranks: Ranks | None = None,
 ) -> PreTrainedModel:
     """The model, on ``device``.
 
     Says what it reads in the log of this module, at level INFO; where that is heard, transformers
     draws its bars, too.
 
-    ``config``: what :func:`look_at_model` has found; None: it is looked at now.
+    ``config``: what :func:`look_at_model` has found; None: it is looked at now. ``ranks``: among
+    which it is divided, where :func:`check_shardable` has passed it; None: this has all of it.
 
     A loaded model keeps its own dtype for ``"auto"``; it is moved in place where it must be, and
     otherwise left as it is. A quantised one is neither moved nor converted: from a path its own
@@ -131,7 +190,7 @@ def load_model(
             wanted = None if dtype == "auto" else wanted
             model = read_checkpoint(files, config, wanted, device)
         else:
-            model = _read_plain(files, config, wanted, device)
+            model = _read_plain(files, config, wanted, device, ranks)
     nn.Module.eval(model)
     _log.info("%s", _described(model, time.perf_counter() - start))
     return model
@@ -152,14 +211,21 @@ def _loading(files: ModelFiles) -> Iterator[None]:
 
 
 def _read_plain(
-    files: ModelFiles, config: PreTrainedConfig, dtype: torch.dtype | None, device: torch.device
+    files: ModelFiles,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    ranks: Ranks | None,
 ) -> PreTrainedModel:
-    model = read_checkpoint(files, config, dtype, device)
+    size = 1 if ranks is None else ranks.size
+    model = read_checkpoint(files, config, dtype, device, size)
     as_half = read_as(model.dtype, device)
     if dtype is None and as_half is not model.dtype:
         # Read once more: converted afterwards, what has to stay in float32 would not.
         del model
-        model = read_checkpoint(files, config, as_half, device)
+        model = read_checkpoint(files, config, as_half, device, size)
+    if ranks is not None:
+        own_part(model, ranks)
     nn.Module.to(model, device)
     return model
 

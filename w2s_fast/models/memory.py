@@ -76,7 +76,7 @@ def activation_bytes(found: Sequence[Activations], pass_tokens: int, max_rows: i
 
 
 def kv_tokens_that_fit(
-    models: Sequence[PreTrainedModel], useful_tokens: int, activations: int = 0
+    models: Sequence[PreTrainedModel], useful_tokens: int, activations: int = 0, sharers: int = 1
 ) -> int:
     """Tokens of KV cache for each of these models, out of one budget.
 
@@ -85,9 +85,10 @@ def kv_tokens_that_fit(
     Args:
         useful_tokens: more than this would never be used.
         activations: bytes that passes need, out of the same budget.
+        sharers: processes on this machine that each take as much of a CPU's memory.
     """
     device = models[0].device
-    share = _GPU_SHARE if device.type == "cuda" else _CPU_SHARE
+    share = _GPU_SHARE if device.type == "cuda" else _CPU_SHARE / sharers
     bytes_per_token = 0
     for model in models:
         shape = kv_shape(model)

@@ -33,6 +33,7 @@ from w2s_fast.models.inference import inference
 from w2s_fast.models.lm_head import LMHead
 from w2s_fast.models.memory import CPU_PASS_TOKENS
 from w2s_fast.models.probe import kv_shape
+from w2s_fast.models.ranks import Ranks
 from w2s_fast.models.rounding import agree
 
 
@@ -74,6 +75,7 @@ class PagedModel:
         name: what errors call it, for example ``"base"`` or ``"tuned guide"``.
         model: the caller's model object; nothing of it is ever changed here.
         adapter: what is added to its weights in its passes; or None.
+        ranks: among which it is divided; None: it is whole.
         view: what passes run: the same weights in eval mode, under paged attention.
         pool: its pages; slots are allocated, forked and released there.
         backend: what computes its attention; see :mod:`w2s_fast.attention`.
@@ -101,11 +103,13 @@ class PagedModel:
         attention: str = "auto",
         max_pass_tokens: int = CPU_PASS_TOKENS,
         adapter: Adapter | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Take the model on, with room for ``kv_cache_tokens`` tokens in ``max_slots`` sequences.
 
         ``adapter``: read for this model object; it changes what passes compute here, and nothing of
-        the model. Others over the same object compute without it.
+        the model. Others over the same object compute without it. ``ranks``: among which it is
+        divided; pages hold the keys and values of this one's heads.
 
         The model object is left as it is, and runs here in eval mode whatever it is set to. It
         shares its weights: after they were changed, see :meth:`follow`.
@@ -118,6 +122,7 @@ class PagedModel:
         self.model = model
         self.name = name
         self.adapter = adapter
+        self.ranks = ranks
         self._watch = Watch(model)
         self._broken: UnsupportedModel | None = None
         self.moves = 0
@@ -202,6 +207,11 @@ class PagedModel:
             hidden = run_body(self.view, there, plan.positions, plan)
         self.pool.extend(slots, counts)
         return hidden
+
+    def agree(self, tensor: Tensor) -> Tensor:
+        """What decides on the ways of sequences: of several ranks all go on with rank 0's, in
+        place. RankFailure."""
+        return tensor if self.ranks is None else self.ranks.agree(tensor)
 
     def check(self) -> None:
         """UnsupportedModel: the caller has made another model of it."""

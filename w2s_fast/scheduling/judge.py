@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
-from w2s_fast.errors import ScorerFailure
+from w2s_fast.errors import RankFailure, ScorerFailure
+from w2s_fast.models import Ranks
 from w2s_fast.scheduling.news import News
 from w2s_fast.scorer import ScoredCandidate, Scorer, WeightedScorer
 from w2s_fast.search import Beam, OpenChoice, Request
@@ -17,6 +19,7 @@ from w2s_fast.search import Beam, OpenChoice, Request
 Describe = Callable[[Request, Beam], ScoredCandidate]
 # A choice that counts as long as it is the request's.
 Open: TypeAlias = tuple[Request, OpenChoice]
+T = TypeVar("T")
 _Described: TypeAlias = tuple[OpenChoice, list[ScoredCandidate]]
 
 
@@ -38,9 +41,14 @@ class Judge:
     """
 
     def __init__(
-        self, scorers: Sequence[WeightedScorer] = (), describe: Describe = without_text
+        self,
+        scorers: Sequence[WeightedScorer] = (),
+        describe: Describe = without_text,
+        ranks: Ranks | None = None,
     ) -> None:
-        """``describe``: a candidate as scorers see it."""
+        """``describe``: a candidate as scorers see it. ``ranks``: that take the same decisions:
+        rank 0's scorers and choices are called, between two steps and not beside them."""
+        self._ranks = ranks
         self._scorers = list(scorers)
         self._describe = describe
         self._handed_over: deque[Open] = deque()
@@ -49,8 +57,14 @@ class Judge:
         self.news = News()
 
     def hand_over(self, choices: Sequence[Open]) -> None:
-        """Have these decided. Returns at once."""
+        """Have these decided. Returns at once, but on one of several ranks."""
         self._handed_over.extend(choices)
+        if self._ranks is not None:
+            # When a thread is done is not the same on all ranks.
+            self._work()
+            for _, choice in choices:
+                choice.handed_over = True
+            return
         threading.Thread(target=self._work, name="w2s-fast scorers", daemon=True).start()
         # Last: who is interrupted before hands them over again, and they are decided once.
         for _, choice in choices:
@@ -65,6 +79,9 @@ class Judge:
             found = [own for own in taken if own[0].choice is own[1] and not own[1].decided]
             try:
                 self._decide(found)
+            except RankFailure as failure:
+                for _, choice in found:
+                    choice.error = RankFailure(str(failure))
             except BaseException as error:  # nobody may wait for a thread that is no more
                 for _, choice in found:
                     if not choice.decided:
@@ -81,38 +98,52 @@ class Judge:
             except Exception as error:  # a tokenizer may raise anything
                 choice.error = _failure("decoding the candidates", error)
         for scorer, weight in self._scorers:
-            described = _score(scorer, weight, described)
+            described = self._score(scorer, weight, described)
         for choice, seen in described:
             try:
-                choice.decide(seen)
+                choice.kept = self._shared(partial(_chosen, choice, seen))
+            except RankFailure:
+                raise
             except Exception as error:
                 choice.error = _failure("the choice", error)
 
+    def _score(
+        self, scorer: Scorer, weight: float, described: list[_Described]
+    ) -> list[_Described]:
+        """Add a scorer's values; those that it did not fail for."""
+        if not described:
+            return []
+        together = [candidate for _, seen in described for candidate in seen]
+        try:
+            values = self._shared(partial(_values, scorer, together))
+        except RankFailure:
+            raise
+        except Exception as error:
+            if len(described) > 1:
+                return [own for one in described for own in self._score(scorer, weight, [one])]
+            described[0][0].error = _failure("a scorer", error)
+            return []
+        begin = 0
+        for choice, seen in described:
+            with np.errstate(all="ignore"):
+                choice.extras += weight * np.array(values[begin : begin + len(seen)])
+            begin += len(seen)
+            if not np.isfinite(choice.extras).all():
+                index = int(np.argmin(np.isfinite(choice.extras)))
+                choice.error = ScorerFailure(
+                    f"a scorer's value, weighted, of candidate {index} of round {choice.number} is "
+                    f"{choice.extras[index]}; allowed: finite numbers"
+                )
+        return [(choice, seen) for choice, seen in described if choice.error is None]
 
-def _score(scorer: Scorer, weight: float, described: list[_Described]) -> list[_Described]:
-    """Add a scorer's values; those that it did not fail for."""
-    if not described:
-        return []
-    together = [candidate for _, seen in described for candidate in seen]
-    try:
-        values = _values(scorer, together)
-    except Exception as error:
-        if len(described) > 1:
-            return [own for one in described for own in _score(scorer, weight, [one])]
-        described[0][0].error = _failure("a scorer", error)
-        return []
-    begin = 0
-    for choice, seen in described:
-        with np.errstate(all="ignore"):
-            choice.extras += weight * np.array(values[begin : begin + len(seen)])
-        begin += len(seen)
-        if not np.isfinite(choice.extras).all():
-            index = int(np.argmin(np.isfinite(choice.extras)))
-            choice.error = ScorerFailure(
-                f"a scorer's value, weighted, of candidate {index} of round {choice.number} is "
-                f"{choice.extras[index]}; allowed: finite numbers"
-            )
-    return [(choice, seen) for choice, seen in described if choice.error is None]
+    def _shared(self, make: Callable[[], T]) -> T:
+        """What is made; of several ranks by the first, for all."""
+        return make() if self._ranks is None else self._ranks.share(make)
+
+
+def _chosen(choice: OpenChoice, seen: Sequence[ScoredCandidate]) -> list[int] | None:
+    choice.decide(seen)
+    return choice.kept
 
 
 def _values(scorer: Scorer, candidates: Sequence[ScoredCandidate]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -12,8 +13,8 @@ from typing import NamedTuple
 from w2s_fast._pages import Hold, are_done, progress
 from w2s_fast.cache import PagePool
 from w2s_fast.decoding import HomeStream
-from w2s_fast.errors import Aborted, EngineFailure, OutOfPages, W2SFastError
-from w2s_fast.models import inference
+from w2s_fast.errors import Aborted, EngineFailure, OutOfPages, RankFailure, W2SFastError
+from w2s_fast.models import Ranks, inference
 from w2s_fast.scheduling.cohorts import cohorts_of
 from w2s_fast.scheduling.judge import Judge
 from w2s_fast.scheduling.process import OwnProcess
@@ -72,9 +73,11 @@ class Runner:
         judge: Judge | None = None,
         *,
         cohorts: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """``judge``: None: one without scorers. ``cohorts``: in how many the requests run; None: by
-        their rows, see :mod:`.cohorts`."""
+        their rows, see :mod:`.cohorts`. ``ranks``: that all take these steps."""
+        self._ranks = ranks
         self._search = search
         self._scheduler = scheduler
         self._judge = judge or Judge()
@@ -101,6 +104,12 @@ class Runner:
         self._busy_s = 0.0
         self._sampled_tokens = 0
         self._scored_tokens = 0
+
+    def check(self) -> None:
+        """EngineFailure: this is another process; or, as RankFailure, its ranks are apart."""
+        self.process.check()
+        if self._ranks is not None:
+            self._ranks.check()
 
     def turn(self) -> Hold:
         """For ``with``: nobody else takes a step meanwhile. Not reentrant.
@@ -237,6 +246,7 @@ class Runner:
     def _end_turn(self, error: BaseException | None) -> None:
         try:
             if error is not None:
+                self._tell_ranks(error)
                 self._mend(error)
             self._whole = True
         finally:
@@ -404,8 +414,11 @@ class Runner:
         begin = time.perf_counter()
         self._stepping = requests
         try:
+            if self._ranks is not None:
+                self._ranks.check_same(_sum_of(requests))
             work()
         except Exception as error:
+            self._tell_ranks(error)
             self._mend(error)
         finally:
             self._busy_s += time.perf_counter() - begin
@@ -414,6 +427,12 @@ class Runner:
             self._sampled_tokens += sampled
             self._scored_tokens += scored
         self._stepping = ()
+
+    def _tell_ranks(self, error: BaseException) -> None:
+        """What goes wrong here only must not let the other ranks wait for this one. Errors of this
+        package follow from what was asked, and come on all of them."""
+        if self._ranks is not None and not isinstance(error, W2SFastError):
+            self._ranks.leave(f"{type(error).__name__}: {error}")
 
     def _step_taken(self, requests: Sequence[Request]) -> None:
         """Let those go who are done, and tell the others."""
@@ -486,9 +505,17 @@ def _counts(requests: Sequence[Request]) -> tuple[int, int, int]:
     return sum(request.stats.rounds for request in requests), sampled, scored + foreign
 
 
+def _sum_of(requests: Sequence[Request]) -> int:
+    """A number that tells whether ranks are at the same: who takes part, and how far each is."""
+    known = [(len(r.prompt), r.prompt[-1], r.params.seed, r.beams.round) for r in requests]
+    return zlib.crc32(repr(known).encode())
+
+
 def _failure(error: BaseException | None) -> EngineFailure:
     if error is None:
         return EngineFailure("the step was interrupted")
+    if isinstance(error, RankFailure):
+        return RankFailure(str(error))
     failure = EngineFailure(f"{type(error).__name__}: {error}")
     if isinstance(error, Exception):  # an interrupt is its receiver's, with all that it refers to
         failure.__cause__ = error

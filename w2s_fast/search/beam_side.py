@@ -49,6 +49,7 @@ class BeamSide:
             logits = self._base.first_logits(requests)
             count = max(request.continuations for request in requests)
             found = likeliest(logits, min(count, logits.shape[1]))
+            self._base.model.agree(found)
         return Continuations(list(requests), begun, Reading(found))
 
     def keep(self, found: Continuations) -> None:

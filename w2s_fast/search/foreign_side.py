@@ -12,7 +12,7 @@ without.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -140,7 +140,15 @@ class ForeignSide:
         run_tokens: tokens of responses that each of them has run, all together.
     """
 
-    def __init__(self, foreign: ForeignGuides | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        foreign: ForeignGuides | None,
+        device: torch.device,
+        agree: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """``agree``: what is done to what the choice of candidates follows from; see
+        :meth:`PagedModel.agree`."""
+        self._agree = agree
         self._foreign = foreign
         guides = [] if foreign is None else foreign.guides
         self.models: list[PagedModel] = [] if foreign is None else list(foreign.translators)
@@ -382,7 +390,10 @@ class ForeignSide:
             return [torch.cat(own) for own in found]
 
         of_groups = two_at_a_time(self._lane, len(self._groups.members), run)
-        logprobs = Reading(*self._groups.in_order(of_groups)).wait()
+        tensors = self._groups.in_order(of_groups)
+        if self._agree is not None:
+            tensors = [self._agree(own) for own in tensors]
+        logprobs = Reading(*tensors).wait()
         for m, (model, own, found) in enumerate(zip(self.models, runs, logprobs)):
             values = found.double().numpy()
             ends = np.cumsum([len(one.targets) for one in own])

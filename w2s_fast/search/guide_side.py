@@ -39,6 +39,7 @@ class GuideSide:
         self._vocab_size = vocab_size
         self._graphs = graphs
         self._device = models[0].device
+        self._agree = models[0].agree
         self._lane = Lane(self._device)
         self._models = list(enumerate(models))[1:]  # by their roles
         self._managers = [model.pool.manager for _, model in self._models]
@@ -157,6 +158,7 @@ class GuideSide:
             max_candidates=max_candidates,
             max_width=max_width,
         )
+        self._agree(packed)
         shape = (rounds, candidates, len(new), max_width)
         return Selection(packed, shape, layout.cu_tokens, guides)
 

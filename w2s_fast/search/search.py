@@ -118,7 +118,7 @@ class Search:
         self.fused = FusedSide(
             self.models, self.guides.roles, self.guides.weights, vocab_size, together
         )
-        self.foreign = ForeignSide(foreign, base.device)
+        self.foreign = ForeignSide(foreign, base.device, base.agree)
         self._ahead = ahead
         self.records = graphs is not None
         self._managers = [model.pool.manager for model in self.models]
