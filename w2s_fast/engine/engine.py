@@ -117,6 +117,7 @@ class Engine:
         UnsupportedModel: a model cannot be loaded or served.
         MismatchedVocabulary: a guide's models do not share one vocabulary, or it cannot be told.
         RemoteFailure: the server of a remote base cannot be used.
+        EngineFailure: of several processes not all come together; RankFailure: one has died since.
         InvalidRequest: an argument is not allowed.
     """
 
@@ -167,6 +168,7 @@ class Engine:
         if tensor_parallel > 1:
             ranks = Ranks(tensor_parallel, where)
             (max_rows,) = ranks.least([max_rows])
+        self._shows_progress = ranks is None or ranks.rank == 0
         self.tensor_parallel = tensor_parallel
         # The server, too, is asked before.
         source = connect(base) if isinstance(base, RemoteBase) else None
@@ -304,6 +306,7 @@ class Engine:
         prompts = as_prompts(prompts)
         total = len(prompts) if isinstance(prompts, Sized) else None
         found = {}
+        progress = progress and self._shows_progress
         # Closed here, even where an exception, and with it this frame, is kept.
         completing = closing(self.as_completed(prompts, params, priority=priority))
         with progress_bar(total, show=progress) as advance, completing as completed:
