@@ -15,7 +15,7 @@ LM_EVAL := build/lm-eval
 MODELS :=
 FETCH := fetch-models $(MODELS) $(if $(ACCEPT_GEMMA_TERMS),--accept-gemma-terms) $(if $(YES),--yes)
 
-.PHONY: help demo serve real test real-test thorough alpaca image-steps aot lint bench demo-models real-adapter clean
+.PHONY: help demo serve real test real-test thorough cluster alpaca image-steps aot lint bench demo-models real-adapter clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,7 +36,7 @@ test: export PYTHONDONTWRITEBYTECODE =
 test: $(OLD_TRITON)/installed $(LM_EVAL)/installed
 test: .venv/installed ## run the tests, on all cores (at most 8)
 	W2S_FAST_BACKEND=interpret $(BIN)/pytest $(SPREAD) -m "not thorough" tests/interpret
-	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m "not (every_gpu or thorough)"
+	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m "not (every_gpu or thorough or cluster)"
 	@# Another process, with the older Triton first on its path.
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest $(SPREAD) -m "not every_gpu" -k 90-bf16 \
 		tests/kernels/test_aot.py
@@ -45,6 +45,9 @@ thorough: export PYTHONDONTWRITEBYTECODE =
 thorough: .venv/installed ## what `make test` leaves out: it takes long, and seldom fails alone
 	W2S_FAST_BACKEND=interpret $(BIN)/pytest $(SPREAD) -m thorough tests/interpret
 	W2S_FAST_INTERPRETED=1 $(BIN)/pytest $(SPREAD) -m thorough
+
+cluster: .venv/installed ## what takes minutes on Ray: two nodes, killed drivers, deadly prompts
+	$(BIN)/pytest -m cluster tests/ray
 
 real-test: .venv/installed ## fetch real models (it asks first), and run the tests on them
 	$(BIN)/w2s-fast $(FETCH)

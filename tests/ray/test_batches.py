@@ -62,7 +62,7 @@ def test_an_actor_that_is_killed_loses_no_prompt_and_doubles_none(
     assert stats.sampled_tokens == sum(r.usage.sampled_tokens for r in expected)
 
 
-@pytest.mark.thorough
+@pytest.mark.cluster
 def test_a_prompt_that_kills_its_process_is_given_up_and_the_others_are_answered(
     alone: Engine, tmp_path: Path
 ) -> None:
@@ -94,7 +94,7 @@ def test_a_row_is_answered_as_a_prompt_is_and_keeps_its_other_columns(alone: Eng
     assert found[1]["text"] is None and found[1]["usage"] is None
 
 
-@pytest.mark.thorough
+@pytest.mark.cluster
 def test_a_dataset_s_rows_come_back_with_results(alone: Engine, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"id": f"row {i}", "prompt": prompt, "seed": None, "successors": None}

@@ -86,7 +86,7 @@ def test_an_interrupted_run_is_gone_on_with_without_ray(
     assert sorted(output.read_text().splitlines()) == plain
 
 
-@pytest.mark.thorough
+@pytest.mark.cluster
 @pytest.mark.usefixtures("ray_here")
 def test_a_run_whose_process_was_killed_is_gone_on_with_on_ray(
     prompts: Path, plain: list[str], tmp_path: Path
