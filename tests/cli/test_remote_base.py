@@ -130,7 +130,8 @@ def test_fields_of_ones_own_are_sent(server: Script) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--base-model", "words"], "go with --base-url"),
+        (["--base-model", "words"], "without --base-url there is no use for --base-model"),
+        (["--max-requests", "3"], "without --base-url there is no use for --max-requests"),
         (["--base-url", "http://127.0.0.1:9/v1", "--base", "gpt2"], "there is one base"),
         (["--base-url", "ftp://a"], "allowed: as http://host:8000/v1"),
         (["--base-url", "http://a/v1", "--api-key-env", "NO_SUCH_KEY"], "no key in NO_SUCH_KEY"),

@@ -27,8 +27,11 @@ def remote_base(
         InvalidRequest: a value that is not allowed.
     """
     if url is None:
-        if model is not None or key_env is not None:
-            raise typer.BadParameter("--base-model and --api-key-env go with --base-url")
+        given = {"base-model": model, "api-key-env": key_env, "extra-body": extra_body}
+        given |= {"price-per-million": price_per_million, "max-requests": options["max_requests"]}
+        given |= {"max-total-tokens": options["max_total_tokens"]}
+        if alone := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise typer.BadParameter(f"without --base-url there is no use for {', '.join(alone)}")
         return None
     key = None if key_env is None else os.environ.get(key_env, "").strip()
     if key == "":
