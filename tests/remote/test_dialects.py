@@ -205,6 +205,19 @@ def test_a_model_without_a_chat_template_is_asked_for_texts(server: Script) -> N
     assert e.server == f"{server.url} (model words): texts"
 
 
+def test_texts_and_chats_each_have_their_own_word_for_the_length(server: Script) -> None:
+    def refuse(asked: Asked) -> Response | None:
+        wrong = "max_tokens" if asked.route == "chats" else "max_completion_tokens"
+        return error(400, f"Unsupported parameter: {wrong}") if wrong in asked.body else None
+
+    server.instead = refuse
+    e = remote(server.url, ())
+    server.begin()
+    for result in e.generate(["hello", MESSAGES], SAMPLE):
+        assert result.error is None
+    assert {asked.route for asked in server.asked} == {"texts", "chats"}
+
+
 def test_chats_are_sent_with_all_that_they_have(server: Script) -> None:
     e = remote(server.url, ())
     server.begin()

@@ -188,6 +188,13 @@ def pieces(asked: Asked, index: int) -> Choice:
     return Choice(PIECES[number], "length", asked.max_tokens)
 
 
+def test_in_cohorts_each_finds_the_same(words: Script, scripted_engine: Engine) -> None:
+    e = remote(words.url)
+    e.runner._cohorts = 2
+    expected = scripted_engine.generate(PROMPTS, SEARCH)
+    assert [*map(told, e.generate(PROMPTS, SEARCH))] == [*map(told, expected)]
+
+
 @pytest.mark.parametrize("method", ["cbs", "chat"])
 def test_what_came_is_sent_on_and_given_out_byte_for_byte(method: str) -> None:
     with scripted(choice=pieces, texts=method == "cbs") as server:

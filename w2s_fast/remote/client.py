@@ -145,7 +145,9 @@ class Client:
     ) -> list[Sample] | str | None:
         """Samples, ``count`` at most; why none can come; or None where no answer did."""
         account = prompt.account
-        body = {**self._dialect.body(prompt, ask.behind), self._dialect.length: ask.max_tokens}
+        route = self._dialect.route_of(prompt)
+        body = self._dialect.body(prompt, ask.behind)
+        body[self._dialect.length_of(route)] = ask.max_tokens
         if count > 1:
             body["n"] = count
         if "seed" in self._dialect.optional:
@@ -156,7 +158,6 @@ class Client:
                 return room
             samples, used = list[Sample](), (0, 0, 0)
             try:
-                route = self._dialect.route_of(prompt)
                 with counted(partial(account.send, room)):
                     answer = await self._post(self._openai, route, body)
                 samples = self._dialect.samples(prompt, ask.behind, answer, ask.max_tokens)

@@ -27,7 +27,7 @@ class Dialect:
         continuation: how a chat goes on with its last message.
         echoes: whether what it answers then begins with that message.
         optional: those of ``OPTIONAL`` that it does not refuse.
-        length: what it calls the most tokens of an answer.
+        length: what it calls the most tokens of an answer in a chat; of texts it is ``max_tokens``.
         packed: it takes ``top_k`` and ``min_p`` in ``generation_config`` alone, a JSON text, and
             draws only where that says so, as transformers' own server does.
     """
@@ -43,6 +43,10 @@ class Dialect:
     def route_of(self, prompt: RemotePrompt) -> str:
         """The route that samples behind this prompt are drawn by."""
         return COMPLETIONS if isinstance(prompt.content, str) and self.texts else CHAT
+
+    def length_of(self, route: str) -> str:
+        """What the most tokens of an answer are called there."""
+        return self.length if route == CHAT else "max_tokens"
 
     def body(self, prompt: RemotePrompt, behind: str) -> Body:
         """What is asked, but for the model, and how many samples of which length."""

@@ -110,7 +110,7 @@ async def _first(
     prompt = RemotePrompt(_PROMPT, _SAMPLING, Account(Budget()))
     behind = _BEGUN if route == CHAT else ""
     for dialect in dialects:
-        body = {**dialect.body(prompt, behind), dialect.length: 1}
+        body = {**dialect.body(prompt, behind), dialect.length_of(route): 1}
         try:
             answer = await send(route, body)
             samples = dialect.samples(prompt, behind, answer, 1)
