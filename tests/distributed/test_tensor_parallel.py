@@ -33,6 +33,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_biased(root / "llama", root / "biased")
     save_tiny(root / "tuned", "gpt2", seed=1)
     save_tiny(root / "untuned", "gpt2", seed=2)
+    shutil.copytree(root / "untuned", root / "broken")
+    (root / "broken" / "model.safetensors").write_bytes(b"no weights")
     return root
 
 
@@ -153,7 +155,55 @@ def test_ranks_that_are_asked_for_different_things_say_so(run_ranks: RunRanks) -
         assert found is not None
         assert "the same calls" in found["first"] and "the same calls" in found["then"]
         assert found["score"].startswith("RankFailure")
-        assert "asked for the same on every rank" in found["async"]
+        assert found["async"].startswith(("RankFailure", "InvalidRequest: rank 1 leads"))
+
+
+class TestLeading:
+    """Rank 0 alone is asked, and the others do what it does."""
+
+    def test_it_finds_what_one_process_finds(self, run_ranks: RunRanks, models: Path) -> None:
+        first, second = run_ranks("led")
+        assert first is not None and second is not None
+        alone = rank_program.led(models)
+        assert_same(first["answers"], json.loads(json.dumps(alone["answers"])))
+        assert first["answers"][-1].startswith("InvalidRequest")
+        assert_same(first["after"], alone["after"])
+        assert "leads already" in first["again"] and "where a rank leads" in first["weights"]
+        assert first["left"].startswith("Aborted: the ranks are led no longer")
+
+    def test_all_ranks_hold_the_same_and_one_is_asked(self, run_ranks: RunRanks) -> None:
+        first, second = run_ranks("led")
+        assert first is not None and second is not None
+        assert second["called"] == 0
+        for what in ("pools", "counts", "after"):
+            assert first[what] == second[what]
+        assert first["counts"][2] == 2  # given up: what was closed, and what was left over
+
+    def test_many_ask_behind_asyncio(self, run_ranks: RunRanks, models: Path) -> None:
+        first, second = run_ranks("served")
+        assert first is not None and second is not None
+        assert "rank 1 leads; allowed: rank 0, and Engine.follow" in second["why"]
+        assert_same(first["found"], rank_program.served(models)["found"])
+
+    def test_where_a_rank_dies_all_requests_end(self, run_ranks: RunRanks) -> None:
+        first, second = run_ranks("led_to_death")
+        assert second is None and first is not None
+        assert set(first["errors"]) == {"RankFailure"} and first["next"] == "RankFailure"
+        assert not first["alive"]
+
+    def test_it_may_have_nothing_to_do_for_long(self, run_ranks: RunRanks) -> None:
+        first, second = run_ranks("idle")
+        assert first is not None and first["found"] and second == {}
+
+    def test_others_that_do_not_follow_are_noticed(self, run_ranks: RunRanks) -> None:
+        for found in run_ranks("not_followed"):
+            assert found is not None and "the same calls" in found["why"]
+
+    def test_a_rank_that_cannot_load_keeps_nobody_waiting(self, run_ranks: RunRanks) -> None:
+        first, second = run_ranks("unread")
+        assert first is not None and second is not None
+        assert second["why"].startswith("UnsupportedModel")
+        assert first["why"].startswith("RankFailure")
 
 
 class TestRefusals:

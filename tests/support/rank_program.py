@@ -6,13 +6,19 @@ left in FOUND, as JSON, by the number of the rank.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 import w2s_fast.models.memory as memory
 from w2s_fast import AsyncEngine, Engine, Guide, ScoredCandidate, SearchParams
@@ -25,6 +31,8 @@ from w2s_fast.result import SearchResult
 FAMILIES = ("llama", "biased", "qwen3", "mistral", "gemma2")
 PROMPTS = ("ab", "hello there", "once upon a time there was")
 SMALL = SearchParams(max_new_tokens=10, chunk_length=3, beam_width=2, successors=3)
+
+LONG = SearchParams(max_new_tokens=24, chunk_length=2, beam_width=2, successors=2)
 
 
 def ranks() -> int:
@@ -125,6 +133,133 @@ def killed(folder: Path) -> dict[str, Any]:
     return {"errors": errors, "next": error_of(lambda: own.generate("ab", SMALL))}
 
 
+def led(folder: Path) -> dict[str, Any]:
+    """Rank 0 alone is asked, by many at once and in any order; the other one follows."""
+    seen: list[int] = []
+
+    def scorer(candidates: Sequence[ScoredCandidate]) -> list[float]:
+        seen.append(len(candidates))
+        return [float(sum(c.token_ids) % 7) for c in candidates]
+
+    def choice(values: Sequence[float], candidates: Sequence[ScoredCandidate]) -> list[int]:
+        return sorted(range(len(values)), key=lambda i: (-values[i], i))[-2:]
+
+    own = engine(folder, scorers=[scorer], kv_cache_tokens=512)
+    found: dict[str, Any] = {}
+    left = None
+    if rank() > 0:
+        own.follow()
+        found["called"] = len(seen)
+    else:
+        with own.lead():
+            if ranks() > 1:
+                found["again"] = error_of(lambda: AsyncEngine(own))
+                found["weights"] = error_of(own.weights_changed)
+            found |= asyncio.run(_asked(own, choice))
+            left = own.stream(PROMPTS[1], LONG)
+            next(left)
+    counts = own.stats()
+    found["pools"] = {
+        name: [p.used_pages, p.cached_pages, p.cache_hit_tokens] for name, p in counts.pools.items()
+    }
+    found["counts"] = [counts.rounds, counts.finished, counts.aborted, counts.set_aside]
+    if left is not None:
+        found["left"] = error_of(lambda: list(left))
+    # Behind it all of them are asked again.
+    found["after"] = found_in(own.generate(PROMPTS[0], SMALL))
+    return found
+
+
+async def _asked(own: Engine, choice: Any) -> dict[str, Any]:
+    loop = asyncio.get_running_loop()
+    given_up = own.stream(PROMPTS[2], LONG)
+    next(given_up)
+    asked: list[Callable[[], Any]] = [
+        lambda: found_in(own.generate(PROMPTS, several())),
+        lambda: found_in(own.generate("chosen", several(selection=choice)[0])),
+        lambda: "".join(piece.text for piece in own.stream("streamed", SMALL)),
+        lambda: own.score(list(PROMPTS), ["some", "given", "texts"]),
+        lambda: own.token_scores(["ab"], ["cd"], model="base"),
+        lambda: [list(top) for top in own.log_probs(["hello"], top=2)[0].top[1:] if top],
+        lambda: error_of(lambda: own.generate("ab", SearchParams(max_new_tokens=10**6))),
+    ]
+    answers = await asyncio.gather(*(loop.run_in_executor(None, one) for one in asked))
+    given_up.close()
+    return {"answers": list(answers)}
+
+
+def served(folder: Path) -> dict[str, Any]:
+    """The same behind asyncio."""
+    own = engine(folder)
+    if rank() > 0:
+        why = error_of(lambda: AsyncEngine(own))
+        own.follow()
+        return {"why": why}
+
+    async def ask() -> list[Any]:
+        async with AsyncEngine(own) as many:
+            tasks = [asyncio.ensure_future(many.generate(p, q)) for p, q in zip(PROMPTS, several())]
+            tasks.append(asyncio.ensure_future(many.generate(PROMPTS[0], SMALL)))
+            await asyncio.sleep(0.05)
+            tasks[-1].cancel()
+            pieces = [piece async for piece in many.stream("a stream", SMALL)]
+            results = [await task for task in tasks[:-1]]
+            return [found_in(results), "".join(piece.text for piece in pieces)]
+
+    return {"found": asyncio.run(ask())}
+
+
+def led_to_death(folder: Path) -> dict[str, Any]:
+    """A rank that follows dies while others are asked for."""
+    own = engine(folder)
+    if rank() > 0:
+        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        own.follow()
+
+    async def ask() -> dict[str, Any]:
+        async with AsyncEngine(own) as many:
+            params = SearchParams(max_new_tokens=60, chunk_length=2)
+            tasks = [asyncio.ensure_future(_until_error(many, p, params)) for p in PROMPTS]
+            errors = await asyncio.gather(*tasks)
+            return {"errors": errors, "alive": many.alive, "next": await _until_error(many, "ab")}
+
+    return asyncio.run(ask())
+
+
+async def _until_error(many: AsyncEngine, prompt: str, params: SearchParams = SMALL) -> str:
+    while True:
+        try:
+            await many.generate(prompt, params)
+        except W2SFastError as error:
+            return type(error).__name__
+
+
+def idle(folder: Path) -> dict[str, Any]:
+    """Rank 0 has nothing to do for longer than an exchange may take."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+    own = engine(folder)
+    if rank() > 0:
+        own.follow()
+        return {}
+    with own.lead():
+        time.sleep(4)
+        return {"found": found_in(own.generate("ab", SMALL))}
+
+
+def not_followed(folder: Path) -> dict[str, Any]:
+    """Rank 0 leads, and the other one goes its own way."""
+    own = engine(folder)
+    if rank() == 0:
+        return {"why": error_of(lambda: own.lead().__enter__())}
+    return {"why": error_of(lambda: own.generate("ab", SMALL))}
+
+
+def unread(folder: Path) -> dict[str, Any]:
+    """Rank 1 cannot read a guide; the other one must not wait for it."""
+    guides = Guide(str(folder / "tuned"), str(folder / ("broken" if rank() else "untuned")))
+    return {"why": error_of(lambda: engine(folder, guides=guides))}
+
+
 def apart(folder: Path) -> dict[str, Any]:
     """The ranks ask for different things."""
     own = engine(folder)
@@ -133,6 +268,7 @@ def apart(folder: Path) -> dict[str, Any]:
         "first": error_of(lambda: own.generate("ab", other)),
         "then": error_of(lambda: own.generate("ab", SMALL)),
         "async": error_of(lambda: AsyncEngine(own)),
+        "follow": error_of(own.follow),
         "score": error_of(lambda: own.score(["ab"], ["c"])),
     }
 

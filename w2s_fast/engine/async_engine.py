@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -15,7 +15,7 @@ from typing import Any
 from w2s_fast._pages import Hold
 from w2s_fast.engine.engine import Engine
 from w2s_fast.engine.stream import StreamPiece
-from w2s_fast.errors import Aborted, EngineFailure, InvalidRequest, W2SFastError
+from w2s_fast.errors import Aborted, EngineFailure, W2SFastError
 from w2s_fast.models import ModelSource
 from w2s_fast.params import SearchParams
 from w2s_fast.result import Round, SearchResult
@@ -42,8 +42,11 @@ class AsyncEngine:
     Args:
         base: an :class:`Engine`, or what one is made of, together with ``guides`` and ``options``.
 
+    Where the base is divided among several ranks, rank 0 has it, and leads the others until it is
+    closed: see :meth:`Engine.follow`.
+
     Raises:
-        InvalidRequest: the base is divided among several ranks.
+        InvalidRequest: this is another rank than the first, or it leads already.
         EngineFailure: the :class:`Engine` was made before ``os.fork``, by the parent.
     """
 
@@ -54,13 +57,10 @@ class AsyncEngine:
         **options: Any,
     ) -> None:
         self.engine = base if isinstance(base, Engine) else Engine(base, guides, **options)
-        if self.engine.tensor_parallel > 1:
-            raise InvalidRequest(
-                "an AsyncEngine with tensor_parallel: its requests reach one rank only; allowed: "
-                "Engine, asked for the same on every rank"
-            )
         self._runner = self.engine.runner
         self._runner.process.check()
+        self._leads = ExitStack()
+        self._leads.enter_context(self.engine.lead())
         self._lock = threading.Lock()  # guards what follows
         self._callers: set[_Caller] = set()  # of requests that have not ended
         self._end: W2SFastError | None = None  # why nothing more is taken on
@@ -133,8 +133,9 @@ class AsyncEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are taken on: it was not closed, and its thread has not ended."""
-        return self._end is None and self._thread.is_alive()
+        """Whether requests are taken on: it was not closed, its thread has not ended, and of
+        several ranks none has died."""
+        return self._end is None and self._thread.is_alive() and self._runner.together
 
     def weights_changed(self) -> None:
         """See :meth:`Engine.weights_changed`."""
@@ -160,6 +161,7 @@ class AsyncEngine:
             await asyncio.to_thread(self._thread.join)
         except RuntimeError:  # no thread is lent any more: the interpreter is shutting down
             self._thread.join()
+        self._leads.close()
 
     async def __aenter__(self) -> AsyncEngine:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ from w2s_fast.scheduling import (
     read_given,
     rehearse,
     score_given,
+    works_of,
 )
 from w2s_fast.scorer import Scorer, with_weights
 from w2s_fast.search import (
@@ -103,12 +104,12 @@ class Engine:
         prompt_template: text around every plain prompt of the base, ``{prompt}`` in it; guides
             have their own. Chat messages go through each model's own chat template.
         tensor_parallel: how many processes hold the base together, each on a device of its own. All
-            of them run the same program, as torchrun starts it, and get the same results: see
-            docs/parallel.md. Nothing is recorded then.
+            of them run the same program, as torchrun starts it, and get the same results, or
+            follow the first: see :meth:`lead` and docs/parallel.md. Nothing is recorded then.
 
     Attributes:
         server: of a remote base, what it was found to be and to take, in a line; else None.
-        tensor_parallel: how many processes hold the base together.
+        tensor_parallel: how many processes hold the base together. rank: which one this is, from 0.
 
     It serves the process that made it. In a child by ``os.fork`` every way to ask raises
     :class:`EngineFailure` at once; make another one there, or start children with ``spawn``.
@@ -168,26 +169,27 @@ class Engine:
         if tensor_parallel > 1:
             ranks = Ranks(tensor_parallel, where)
             (max_rows,) = ranks.least([max_rows])
-        self._shows_progress = ranks is None or ranks.rank == 0
+        self.rank = 0 if ranks is None else ranks.rank
         self.tensor_parallel = tensor_parallel
         # The server, too, is asked before.
         source = connect(base) if isinstance(base, RemoteBase) else None
         self.server = None if source is None else source.about
-        self._models = serve_models(
-            base,
-            guides,
-            tokenizer=tokenizer,
-            device=where,
-            dtype=dtype,
-            kv_cache_tokens=kv_cache_tokens,
-            page_size=page_size,
-            attention=attention,
-            max_rows=max_rows,
-            max_pass_tokens=max_pass_tokens,
-            prefix_cache=prefix_cache,
-            prompt_template=None if source else prompt_template,
-            ranks=ranks,
-        )
+        with nullcontext() if ranks is None else ranks.staying():
+            self._models = serve_models(
+                base,
+                guides,
+                tokenizer=tokenizer,
+                device=where,
+                dtype=dtype,
+                kv_cache_tokens=kv_cache_tokens,
+                page_size=page_size,
+                attention=attention,
+                max_rows=max_rows,
+                max_pass_tokens=max_pass_tokens,
+                prefix_cache=prefix_cache,
+                prompt_template=None if source else prompt_template,
+                ranks=ranks,
+            )
         judge = Judge(weighted, partial(scored_candidate, self.tokenizer), ranks)
         self._search: Search | RemoteSearch
         if source is not None:
@@ -306,7 +308,7 @@ class Engine:
         prompts = as_prompts(prompts)
         total = len(prompts) if isinstance(prompts, Sized) else None
         found = {}
-        progress = progress and self._shows_progress
+        progress = progress and self.rank == 0
         # Closed here, even where an exception, and with it this frame, is kept.
         completing = closing(self.as_completed(prompts, params, priority=priority))
         with progress_bar(total, show=progress) as advance, completing as completed:
@@ -407,8 +409,48 @@ class Engine:
         not wait, and takes effect before the next step: cached prompts go, and running requests
         are recomputed from the hypotheses that they have kept. Weights must not change *during* a
         step, that is, while another thread runs requests of this engine.
+
+        Raises:
+            InvalidRequest: this rank leads others, whose weights it says nothing of.
         """
         self.runner.weights_changed()
+
+    def lead(self) -> AbstractContextManager[None]:
+        """For ``with``, on rank 0 of several: it alone is asked within, in any way and from any
+        thread, and the others do what it does, in :meth:`follow`.
+
+        At the end the others go on behind :meth:`follow`; what is still under way is
+        :class:`Aborted`. Of one process alone nothing is changed. An
+        :class:`w2s_fast.AsyncEngine` leads by itself.
+
+        Raises:
+            InvalidRequest: this is another rank, or it leads already.
+            RankFailure: on entering: one has died, or does not follow.
+        """
+        if self.tensor_parallel == 1:
+            return nullcontext()
+        if self.rank != 0:
+            raise InvalidRequest(
+                f"rank {self.rank} leads; allowed: rank 0, and Engine.follow on the others"
+            )
+        return self.runner.lead()
+
+    def follow(self) -> None:
+        """On every rank but 0: do what rank 0 is asked for, until it leads no longer.
+
+        Scorers and choices are called on rank 0 only; but all ranks need the same settings of
+        engine, tokenizer and chat template, since each reads prompts itself.
+
+        Raises:
+            InvalidRequest: this is rank 0, or the only process.
+            RankFailure: one has died, or rank 0 does not lead.
+        """
+        if self.rank == 0:
+            raise InvalidRequest("rank 0 follows; allowed: Engine.lead, and AsyncEngine")
+        assert isinstance(self._search, Search)  # of remote bases there is one rank
+        size = self._models.vocab_size
+        works = works_of(self.runner, self._search, self._scheduler, size)
+        self.runner.follow(self._to_request, works)
 
     def warm_up(self) -> None:
         """Do what the first requests would else wait for: compile kernels, record passes.

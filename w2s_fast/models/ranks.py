@@ -1,15 +1,17 @@
 """Ranks: the processes that run one model together, each with its part of the weights.
 
 Every rank runs the same program: it makes the same engine and asks it for the same, in the same
-order. What is decided follows from numbers, and those that decide are rank 0's on all of them: so
-the ranks stay together even where their devices round differently.
+order, or follows rank 0, which says what it is asked. What is decided follows from numbers, and
+those that decide are rank 0's on all of them: so the ranks stay together even where their devices
+round differently.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,8 @@ from w2s_fast.errors import EngineFailure, InvalidRequest, RankFailure
 
 T = TypeVar("T")
 
+# Rank 0 may have nothing to do for long. That it has died shows at once, by its closed connections.
+_LONG = timedelta(days=1000)
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -62,10 +66,16 @@ class Ranks:
             self._group: Any = dist.new_group(backend=backend)
             # What the host decides on never waits for a GPU, and who has died is noticed at once.
             self._host: Any = dist.new_group(backend="gloo") if backend == "nccl" else self._group
+            self._orders: Any = dist.new_group(backend="gloo", timeout=_LONG)
         except Exception as error:
             raise EngineFailure(f"the ranks do not come together: {error}") from error
         self.rank, self.size = dist.get_rank(), size
         self.on_host = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+
+    @property
+    def broken(self) -> bool:
+        """Whether the group is of no more use."""
+        return self._broken is not None
 
     def check(self) -> None:
         """RankFailure: the group is broken."""
@@ -81,8 +91,8 @@ class Ranks:
         if self._broken is not None:
             return
         self._broken = str(why).strip().split("\n")[0] or type(why).__name__
-        groups = {id(group): group for group in (self._group, self._host)}
-        self._group = self._host = None
+        groups = {id(group): group for group in (self._group, self._host, self._orders)}
+        self._group = self._host = self._orders = None
         for group in groups.values():
             with suppress(Exception):  # it may be as broken as it is
                 if self.device.type == "cuda":
@@ -90,9 +100,18 @@ class Ranks:
             with suppress(Exception):
                 dist.destroy_process_group(group)
 
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """For ``with``: who is stopped within leaves, so that the others do not wait."""
+        try:
+            yield
+        except BaseException as error:
+            self.leave(f"{type(error).__name__}: {error}")
+            raise
+
     def add(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place: the same bits on each. RankFailure."""
-        self._exchange(dist.all_reduce, tensor, on_host=False)
+        self._exchange(dist.all_reduce, tensor, group=self._group)
         return tensor
 
     def agree(self, tensor: Tensor) -> Tensor:
@@ -100,13 +119,13 @@ class Ranks:
         if not tensor.numel():
             return tensor
         there = tensor.contiguous()
-        self._exchange(dist.broadcast, there, 0, on_host=False)
+        self._exchange(dist.broadcast, there, 0, group=self._group)
         return tensor if there is tensor else tensor.copy_(there)
 
     def least(self, numbers: Sequence[int]) -> list[int]:
         """The smallest over all ranks, of each of these numbers. RankFailure."""
         found = torch.tensor(numbers, dtype=torch.int64)
-        self._exchange(dist.all_reduce, found, dist.ReduceOp.MIN)
+        self._exchange(dist.all_reduce, found, dist.ReduceOp.MIN, group=self._host)
         return [int(number) for number in found.tolist()]
 
     def share(self, make: Callable[[], T]) -> T:
@@ -125,13 +144,20 @@ class Ranks:
             except Exception as error:
                 failure = error
                 found[1] = f"{type(error).__name__}: {error}"
-        self._exchange(dist.broadcast_object_list, found, 0)
+        self._exchange(dist.broadcast_object_list, found, 0, group=self._host)
         if failure is not None:
             raise failure
         if found[1] is not None:
             raise EngineFailure(f"on rank 0: {found[1]}")
         made: T = found[0]
         return made
+
+    def order(self, given: Any = None) -> Any:
+        """What rank 0 gives, on all of them; it has to be picklable. The others wait for it,
+        however long that is. RankFailure."""
+        found = [given]
+        self._exchange(dist.broadcast_object_list, found, 0, group=self._orders)
+        return found[0]
 
     def check_same(self, number: int) -> None:
         """Whether all ranks are about to do the same, as a number below 2**62 tells it.
@@ -147,10 +173,10 @@ class Ranks:
             )
             self.check()
 
-    def _exchange(self, work: Callable[..., Any], *args: Any, on_host: bool = True) -> None:
+    def _exchange(self, work: Callable[..., Any], *args: Any, group: Any) -> None:
         self.check()
         try:
-            work(*args, group=self._host if on_host else self._group)
+            work(*args, group=group)
         except Exception as error:
             self.leave(f"an exchange with the others failed: {error}")
             self.check()

@@ -12,6 +12,7 @@ from w2s_fast.scheduling.rehearsal import rehearse
 from w2s_fast.scheduling.runner import Runner
 from w2s_fast.scheduling.scheduler import Scheduler
 from w2s_fast.scheduling.scoring import Given, check_room, score_given
+from w2s_fast.scheduling.works import works_of
 
 __all__ = [
     "Claim",
@@ -24,4 +25,5 @@ __all__ = [
     "read_given",
     "rehearse",
     "score_given",
+    "works_of",
 ]

@@ -10,9 +10,11 @@ from torch import Tensor
 from w2s_fast.errors import InvalidRequest, NumericalError
 from w2s_fast.models import PagedModel, forward_in_passes
 from w2s_fast.result import TokenLogProbs
+from w2s_fast.scheduling.orders import Work
 from w2s_fast.scheduling.runner import Runner
 from w2s_fast.scheduling.scheduler import Room
 
+READ = "read"  # the work of :func:`read_one`: a model, by its name, and the rest
 # Rows of logits at a time: each is as wide as the vocabulary, and in float32.
 _ROWS = 64
 
@@ -52,16 +54,24 @@ def read_given(
         NumericalError: the model gave NaN or infinity.
     """
     for text in texts:
-        # The last token is not run: nothing is asked of what would follow.
-        with runner.turn_with([Room(model.pool, _pages(text, model.pool.page_size), 1)]):
-            slots = model.pool.allocate(1)
-            found: list[tuple[Tensor, Tensor, Tensor]] = []
-            if len(text) > 1:
-                for part, hidden in forward_in_passes(model, slots, text[:-1], [len(text) - 1]):
-                    targets = text[1 + part.tokens.start : 1 + part.tokens.stop]
-                    found += _of_rows(model, hidden, targets, top, vocab_size)
-            model.pool.release(slots)
-        yield _joined(model, text, found)
+        yield read_one(runner, model, text, top, vocab_size)
+
+
+def read_one(
+    runner: Runner, model: PagedModel, text: Sequence[int], top: int, vocab_size: int
+) -> TokenLogProbs:
+    """The same of one text."""
+    rooms = [Room(model.pool, _pages(text, model.pool.page_size), 1)]
+    # The last token is not run: nothing is asked of what would follow.
+    with runner.turn_with(rooms, Work(READ, (model.name, list(text), top, vocab_size))):
+        slots = model.pool.allocate(1)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        if len(text) > 1:
+            for part, hidden in forward_in_passes(model, slots, text[:-1], [len(text) - 1]):
+                targets = text[1 + part.tokens.start : 1 + part.tokens.stop]
+                found += _of_rows(model, hidden, targets, top, vocab_size)
+        model.pool.release(slots)
+    return _joined(model, text, found)
 
 
 def _pages(text: Sequence[int], page_size: int) -> int:

@@ -13,10 +13,12 @@ import numpy as np
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.params import SearchParams
 from w2s_fast.scheduling.footprint import pages_at_most
+from w2s_fast.scheduling.orders import Work
 from w2s_fast.scheduling.runner import Runner
 from w2s_fast.scheduling.scheduler import Room, Scheduler
 from w2s_fast.search import Request, Search
 
+REHEARSE = "rehearse"  # the work of :func:`rehearse`
 # Two rounds of what most people ask for: from the prompt, and from hypotheses.
 _USUAL = SearchParams(
     beam_width=4, successors=4, chunk_length=5, max_new_tokens=10, ignore_eos=True
@@ -54,7 +56,7 @@ def rehearse(runner: Runner, search: Search, scheduler: Scheduler, vocab_size: i
         scheduler.check(request())
     except InvalidRequest:
         return
-    with runner.turn_with(_rooms(search, request())), _without_traces(search):
+    with runner.turn_with(_rooms(search, request()), Work(REHEARSE)), _without_traces(search):
         for _ in range(_TIMES):
             one = request()
             while not one.done:

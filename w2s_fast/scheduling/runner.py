@@ -6,17 +6,36 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 
 from w2s_fast._pages import Hold, are_done, progress
 from w2s_fast.cache import PagePool
 from w2s_fast.decoding import HomeStream
-from w2s_fast.errors import Aborted, EngineFailure, OutOfPages, RankFailure, W2SFastError
+from w2s_fast.errors import (
+    Aborted,
+    EngineFailure,
+    InvalidRequest,
+    OutOfPages,
+    RankFailure,
+    W2SFastError,
+)
 from w2s_fast.models import Ranks, inference
 from w2s_fast.scheduling.cohorts import cohorts_of
 from w2s_fast.scheduling.judge import Judge
+from w2s_fast.scheduling.orders import (
+    TOGETHER,
+    Following,
+    GivenUp,
+    Leading,
+    MakeRequest,
+    Order,
+    Orders,
+    Work,
+    Works,
+)
 from w2s_fast.scheduling.process import OwnProcess
 from w2s_fast.scheduling.scheduler import Room, Scheduler
 from w2s_fast.search import InFlight, RemoteSearch, Request, Search
@@ -87,7 +106,8 @@ class Runner:
         self._turn = threading.Lock()
         self._next_turn = threading.Lock()
         self._arrived: deque[Request] = deque()
-        self._given_up: deque[tuple[Request, W2SFastError]] = deque()
+        self._given_up: deque[GivenUp] = deque()
+        self._orders: Orders | None = None  # of several ranks, where one of them leads
         self._weights_changed = threading.Event()  # somebody said so
         self._following = (
             False  # whether changed weights are being followed, or were not to the end
@@ -96,6 +116,7 @@ class Runner:
         self._stepping: Sequence[Request] = ()  # those of the step that is being worked at
         self._in_flight: tuple[InFlight, ...] = ()  # the oldest first; nobody is in two of them
         self._cohorts = cohorts
+        self._followed = 0  # how often weights were
         self._whole = True  # whether the last turn came to its end
         self._outcomes = _Outcomes()
         self._set_aside = 0
@@ -111,6 +132,11 @@ class Runner:
         if self._ranks is not None:
             self._ranks.check()
 
+    @property
+    def together(self) -> bool:
+        """Whether all ranks are there, as far as is known."""
+        return self._ranks is None or not self._ranks.broken
+
     def turn(self) -> Hold:
         """For ``with``: nobody else takes a step meanwhile. Not reentrant.
 
@@ -119,8 +145,10 @@ class Runner:
         """
         return self.turn_with(())
 
-    def turn_with(self, rooms: Sequence[Room]) -> Hold:
+    def turn_with(self, rooms: Sequence[Room], work: Work | None = None) -> Hold:
         """For ``with``: a turn in which so many pages and slots are free.
+
+        ``work``: what is done in it, where ranks follow that have to do the same.
 
         Running requests are set aside for it, the least urgent first, and go on afterwards. Steps
         in flight are finished, and those in the middle of a round end it before that, in steps in
@@ -136,7 +164,7 @@ class Runner:
         return Hold(
             self._turn,
             queue=self._next_turn,
-            begin=partial(self._begin_turn, rooms) if rooms else self._begin_turn,
+            begin=partial(self._begin_turn, rooms, work) if rooms else self._begin_turn,
             end=self._end_turn,
             after=self.settle,
         )
@@ -167,6 +195,7 @@ class Runner:
         while had and self._given_up:
             with Hold(self._turn, wait=False, begin=self._begin_turn, end=self._end_turn) as had:
                 if had:
+                    self._tell_orders(Order("settle"))
                     self._settle()
 
     def advance(
@@ -186,12 +215,69 @@ class Runner:
             if not progress and not over:
                 bell.get()
 
+    @contextmanager
+    def lead(self) -> Iterator[None]:
+        """For ``with``: the first of several ranks is the only one that is asked, and has the
+        others do what it does. At its end whatever is under way is given up.
+
+        Raises:
+            InvalidRequest: it leads already.
+            RankFailure: the ranks are apart.
+        """
+        assert self._ranks is not None
+        with self.turn():
+            if self._orders is not None:
+                raise InvalidRequest("this rank leads already; allowed: one Engine.lead at a time")
+            self._ranks.check_same(TOGETHER)
+            self._orders = Leading(self._ranks)
+        try:
+            yield
+        finally:
+            with self.turn():
+                for request in (*self._under_way, *self._arrived):
+                    self.give_up(request, Aborted("the ranks are led no longer"))
+                self._tell_orders(Order("settle"))
+                self._settle()
+                self._tell_orders(Order("end"))
+                self._orders = None
+
+    def follow(self, make: MakeRequest, works: Works) -> None:
+        """Do what rank 0 does as long as it leads.
+
+        Args:
+            make: a request, of the prompt, the parameters and the priority that rank 0 was given.
+            works: what is done in turns, by the names that those who take them give it.
+
+        Raises:
+            RankFailure: the ranks are apart.
+        """
+        assert self._ranks is not None
+        self._ranks.check_same(TOGETHER)
+        self._orders = orders = Following(self._ranks, make)
+        try:
+            while (order := orders.next()).kind != "end":
+                self._follow(order, works)
+        finally:
+            self._orders = None
+
+    def _follow(self, order: Order, works: Works) -> None:
+        if order.work is not None:
+            with suppress(W2SFastError):  # it is the caller's, on rank 0
+                works[order.work.name](*order.work.arguments)
+            return
+        with self.turn():
+            if order.kind == "step":
+                self._advance()
+            else:
+                self._settle()
+
     def wake(self) -> None:
         """Have those who wait for news look again whether they still want to."""
         self._news.tell()
 
     @inference  # once: each part of a turn would enter it by itself
     def _advance(self) -> bool:
+        self._tell_orders(Order("step"))
         progress = self._step()
         self.record_missed()
         return progress
@@ -211,7 +297,15 @@ class Runner:
                 return
 
     def weights_changed(self) -> None:
-        """Nothing that was computed so far is used from the next step on. Never waits."""
+        """Nothing that was computed so far is used from the next step on. Never waits.
+
+        InvalidRequest: ranks follow this one, and their weights are others.
+        """
+        if self._orders is not None:
+            raise InvalidRequest(
+                "weights_changed where a rank leads; allowed: on every rank, outside of "
+                "Engine.lead and AsyncEngine"
+            )
         self._weights_changed.set()
         self._news.tell()
 
@@ -235,12 +329,13 @@ class Runner:
             pools={model.name: _pool_stats(model.pool) for model in self._search.all_models},
         )
 
-    def _begin_turn(self, rooms: Sequence[Room] = ()) -> None:
+    def _begin_turn(self, rooms: Sequence[Room] = (), work: Work | None = None) -> None:
         self._home.enter()
         if not self._whole:
             self._mend(None)
         self._whole = False
         if rooms:
+            self._tell_orders(Order("work", work))
             self._make_room(rooms)
 
     def _end_turn(self, error: BaseException | None) -> None:
@@ -281,7 +376,10 @@ class Runner:
     def _settle(self) -> None:
         # Nobody leaves a queue before it is dealt with: who is interrupted does it again.
         given_up = len(self._given_up)  # before the arrivals: who is given up has arrived before
-        while self._arrived:
+        arrived = len(self._arrived)
+        if self._orders is not None:
+            arrived, given_up = self._orders.exchange(self._arrived, self._given_up)
+        for _ in range(arrived):
             request = self._arrived[0]
             if request not in self._under_way:
                 self._scheduler.submit(request)
@@ -363,6 +461,7 @@ class Runner:
         changed = [model.name for model in self._search.all_models if model.follow(announced)]
         if changed:
             self._in_flight = ()
+            self._followed += 1
         for request in list(self._scheduler.running) if changed else ():
             self._search.start_over(request)
             if len(request.agreed) > len(request.agreed_tokens()):
@@ -415,7 +514,7 @@ class Runner:
         self._stepping = requests
         try:
             if self._ranks is not None:
-                self._ranks.check_same(_sum_of(requests))
+                self._ranks.check_same(_sum_of(requests) + self._followed)
             work()
         except Exception as error:
             self._tell_ranks(error)
@@ -427,6 +526,11 @@ class Runner:
             self._sampled_tokens += sampled
             self._scored_tokens += scored
         self._stepping = ()
+
+    def _tell_orders(self, order: Order) -> None:
+        """What this turn is about to do, to ranks that follow."""
+        if self._orders is not None:
+            self._orders.tell(order)
 
     def _tell_ranks(self, error: BaseException) -> None:
         """What goes wrong here only must not let the other ranks wait for this one. Errors of this
@@ -506,7 +610,8 @@ def _counts(requests: Sequence[Request]) -> tuple[int, int, int]:
 
 
 def _sum_of(requests: Sequence[Request]) -> int:
-    """A number that tells whether ranks are at the same: who takes part, and how far each is."""
+    """A number that tells whether ranks are at the same: who takes part, and how far each is.
+    Weights that were changed on some of them only are to be told, too."""
     known = [(len(r.prompt), r.prompt[-1], r.params.seed, r.beams.round) for r in requests]
     return zlib.crc32(repr(known).encode())
 

@@ -10,10 +10,12 @@ import torch
 
 from w2s_fast.errors import InvalidRequest, NumericalError
 from w2s_fast.models import PagedModel
+from w2s_fast.scheduling.orders import Work
 from w2s_fast.scheduling.runner import Runner
 from w2s_fast.scheduling.scheduler import Room
 from w2s_fast.search import PagedGuide
 
+SCORE = "score"  # the work of :func:`score_batch`: a guide, by what it is made of, and texts
 # Tokens of a pass: so many that reading the weights no longer counts, so few that running requests
 # do not wait long.
 _MOST_TOKENS = 2048
@@ -62,29 +64,33 @@ def score_given(runner: Runner, guide: PagedGuide, texts: Sequence[Given]) -> li
     Raises:
         NumericalError: names the first model that gave NaN or infinity, and where.
     """
-    scores: list[list[float]] = []
-    for batch in _batches(texts, guide):
-        pages = zip(*(text.pages(guide.models[0].pool.page_size) for text in batch))
-        rooms = [Room(m.pool, sum(own), len(batch)) for m, own in zip(guide.models, pages)]
-        prompts = list(zip(*(text.prompts for text in batch)))
-        with runner.turn_with(rooms):
-            slots = guide.prefill(prompts)
-            before = [[prompt[-1] for prompt in own] for own in prompts]
-            found = guide.append(slots, before, [text.response for text in batch])
-            counts = [len(text.response) for text in batch]
-            for model, logprobs in zip(guide.models, found):
-                for own in torch.split(logprobs.cpu(), counts):
-                    if not own.isfinite().all():
-                        raise NumericalError.at(model.name, int(own.isfinite().long().argmin()))
-            # Others may be asked about behind the same prompts.
-            for model, own_slots, own_prompts in zip(guide.models, slots, prompts):
-                model.pool.remember(own_slots, [prompt[:-1] for prompt in own_prompts])
-            guide.release(slots)
-        ratios = found[0].double()
-        if len(found) > 1:
-            ratios = ratios - found[1].double()
-        scores += [own.tolist() for own in torch.split(guide.weight * ratios, counts)]
-    return scores
+    return [own for batch in _batches(texts, guide) for own in score_batch(runner, guide, batch)]
+
+
+def score_batch(runner: Runner, guide: PagedGuide, batch: Sequence[Given]) -> list[list[float]]:
+    """The same of texts that run in one turn."""
+    pages = zip(*(text.pages(guide.models[0].pool.page_size) for text in batch))
+    rooms = [Room(m.pool, sum(own), len(batch)) for m, own in zip(guide.models, pages)]
+    prompts = list(zip(*(text.prompts for text in batch)))
+    names = [model.name for model in guide.models]
+    work = Work(SCORE, (names, guide.weight, guide.vocab_size, batch))
+    with runner.turn_with(rooms, work):
+        slots = guide.prefill(prompts)
+        before = [[prompt[-1] for prompt in own] for own in prompts]
+        found = guide.append(slots, before, [text.response for text in batch])
+        counts = [len(text.response) for text in batch]
+        for model, logprobs in zip(guide.models, found):
+            for own in torch.split(logprobs.cpu(), counts):
+                if not own.isfinite().all():
+                    raise NumericalError.at(model.name, int(own.isfinite().long().argmin()))
+        # Others may be asked about behind the same prompts.
+        for model, own_slots, own_prompts in zip(guide.models, slots, prompts):
+            model.pool.remember(own_slots, [prompt[:-1] for prompt in own_prompts])
+        guide.release(slots)
+    ratios = found[0].double()
+    if len(found) > 1:
+        ratios = ratios - found[1].double()
+    return [own.tolist() for own in torch.split(guide.weight * ratios, counts)]
 
 
 def _batches(texts: Sequence[Given], guide: PagedGuide) -> Iterator[Sequence[Given]]:
