@@ -25,6 +25,8 @@ PIPE_WIDTH = 100  # columns where there is no terminal to ask
 READER_GONE = 128 + signal.SIGPIPE  # the exit code that a shell gives for it
 
 
+_rank: int | None = None  # None: nobody else says the same
+
 # What a write says where no file is at fault but its disk is.
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -65,7 +67,7 @@ def _errors_as_lines() -> Iterator[None]:
             message = f"standard output: {error.strerror}; --resume goes on with an --output"
         else:
             raise
-    note(f"error: {' '.join(message.split())}", style="red")
+    _complain(" ".join(message.split()))
     raise typer.Exit(2)
 
 
@@ -77,12 +79,24 @@ def out_console(plain: bool = False) -> Console:
 
 def note_console() -> Console:
     """Standard error: everything that is not a result."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=_rank is not None)
+
+
+def speak_as_rank(rank: int) -> None:
+    """From here on this process, one of several that do the same, says only what goes wrong."""
+    global _rank
+    _rank = rank
 
 
 def note(message: str, style: str = "dim") -> None:
     """One line on standard error, never wrapped, for people and for grep."""
     note_console().print(Text(message, style=style), soft_wrap=True)
+
+
+def _complain(message: str) -> None:
+    who = "" if _rank is None else f"rank {_rank}: "
+    text = Text(f"{who}error: {message}", style="red")
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
 def show_warnings_as_notes() -> None:

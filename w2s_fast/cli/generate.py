@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,6 +38,7 @@ from w2s_fast.cli.model_options import (
     PageSize,
     PricePerMillion,
     PromptTemplate,
+    TensorParallel,
     Tokenizer,
     Tuned,
     Untuned,
@@ -45,6 +47,7 @@ from w2s_fast.cli.model_options import (
 from w2s_fast.cli.models import decoder, load_engine, made_by, name_models
 from w2s_fast.cli.options import FILES, MACHINE, PROMPTS, SAMPLING, SEARCH, option
 from w2s_fast.cli.paths import check_input, check_output
+from w2s_fast.cli.ranks import follow, follows, led
 from w2s_fast.cli.single import print_answer, search_shown
 from w2s_fast.cli.spread import spread
 from w2s_fast.cli.usage import chat_tokenizer, check_models, check_usage
@@ -219,6 +222,7 @@ def generate(
         int, option("--seed", help="Same request, same seed, same tokens", panel=SAMPLING)
     ] = DEFAULT.seed,
     device: Device = "auto",
+    tensor_parallel: TensorParallel = 1,
     dtype: Dtype = "auto",
     attention: Attention = "auto",
     cuda_graphs: CudaGraphs = True,
@@ -234,7 +238,8 @@ def generate(
 
     Exit code: 0 all well, 1 some input lines failed, 2 nothing could be run or written.
     """
-    check_usage(prompt, input, output, resume, retry_errors, ray, actors)
+    check_usage(prompt, input, output, resume, retry_errors, ray, actors, tensor_parallel)
+    one_of_others = follows(tensor_parallel)
     params = SearchParams(
         method=method,
         proposal=proposal,
@@ -288,7 +293,7 @@ def generate(
     # Whatever can be refused is refused before models are loaded.
     if input is None:
         check_models(params, models)
-    else:
+    elif not one_of_others:
         check_input(input)
         if output is not None:
             check_output(output, input, resume)
@@ -305,7 +310,10 @@ def generate(
         page_size=page_size,
         max_rows=max_rows,
         max_pass_tokens=max_pass_tokens,
+        tensor_parallel=tensor_parallel,
     )
+    if one_of_others:
+        follow(partial(load, device))
     if prompt is None:
         assert input is not None
         how = partial(
@@ -315,15 +323,18 @@ def generate(
             with spread(models, load, params, device, dtype, actors or 1, max_rows) as engines:
                 failed = run_batch(engines.load, how(made_by=engines.made_by))
         else:
-            failed = run_batch(partial(load, device), how(made_by=made_by(models, device, dtype)))
+            makers = made_by(models, device, dtype)
+            with ExitStack() as stack:
+                own = partial(stack.enter_context, led(tensor_parallel, partial(load, device)))
+                failed = run_batch(own, how(made_by=makers))
         raise typer.Exit(1 if failed else 0)
-    engine = load(device)
-    asked = asking.prompt(prompt)
-    TemplateNote(asking, engine.tokenizer).see(asked)
-    before = "" if asking.chat else prompt
-    start = time.perf_counter()
-    result = search_shown(engine, asked, params, before=before, text=not json)
-    seconds = time.perf_counter() - start
+    with led(tensor_parallel, partial(load, device)) as engine:
+        asked = asking.prompt(prompt)
+        TemplateNote(asking, engine.tokenizer).see(asked)
+        before = "" if asking.chat else prompt
+        start = time.perf_counter()
+        result = search_shown(engine, asked, params, before=before, text=not json)
+        seconds = time.perf_counter() - start
     if json:
         makers = made_by(models, device, dtype)
         print_ = fingerprint(makers, None, asked, params)

@@ -83,6 +83,12 @@ GuidePromptTemplate = Annotated[
     ),
 ]
 Device = Annotated[str, option("--device", help="auto, cpu, cuda", panel=MACHINE)]
+TensorParallel = Annotated[
+    int,
+    option(
+        "--tensor-parallel", help="Processes that hold the base together, a GPU each", panel=MACHINE
+    ),
+]
 Dtype = Annotated[str, option("--dtype", help="auto, float32, bfloat16, float16", panel=MACHINE)]
 Attention = Annotated[str, option("--attention", help="auto, triton, flash, torch", panel=MACHINE)]
 CudaGraphs = Annotated[

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,6 +34,7 @@ from w2s_fast.cli.model_options import (
     PageSize,
     PricePerMillion,
     PromptTemplate,
+    TensorParallel,
     Tokenizer,
     Tuned,
     Untuned,
@@ -39,9 +42,13 @@ from w2s_fast.cli.model_options import (
 )
 from w2s_fast.cli.models import Models, load_engine, name_models
 from w2s_fast.cli.options import MODELS, PROMPTS, SEARCH, option
+from w2s_fast.cli.ranks import follow, follows, others
 from w2s_fast.cli.usage import check_models
 from w2s_fast.errors import InvalidRequest
 from w2s_fast.params import SearchParams
+
+if TYPE_CHECKING:
+    from w2s_fast import Engine
 
 SERVER, LIMITS = "Server", "Limits"
 
@@ -194,6 +201,7 @@ def serve(
         ),
     ] = None,
     device: Device = "auto",
+    tensor_parallel: TensorParallel = 1,
     dtype: Dtype = "auto",
     attention: Attention = "auto",
     cuda_graphs: CudaGraphs = True,
@@ -262,24 +270,39 @@ def serve(
         api_keys=tuple(map(SecretStr, filter(None, api_key or ()))),
         log_text=log_text,
     )
-    engine = load_engine(
-        models,
-        device,
-        dtype,
-        kv_cache_tokens,
-        attention=attention,
-        cuda_graphs=cuda_graphs,
-        compile=compile,
-        page_size=page_size,
-        max_rows=max_rows,
-        max_pass_tokens=max_pass_tokens,
-    )
-    if chat_template is not None:
-        if engine.tokenizer is None:
-            raise InvalidRequest("--chat-template needs a tokenizer; the base has none")
-        engine.tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
-    engine.warm_up()
-    run_server(build_app(engine, settings, defaults), settings, host, port)
+
+    def load(quiet: bool = False) -> Engine:
+        engine = load_engine(
+            models,
+            device,
+            dtype,
+            kv_cache_tokens,
+            quiet,
+            attention=attention,
+            cuda_graphs=cuda_graphs,
+            compile=compile,
+            page_size=page_size,
+            max_rows=max_rows,
+            max_pass_tokens=max_pass_tokens,
+            tensor_parallel=tensor_parallel,
+        )
+        if chat_template is not None:
+            if engine.tokenizer is None:
+                raise InvalidRequest("--chat-template needs a tokenizer; the base has none")
+            engine.tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        engine.warm_up()
+        return engine
+
+    if follows(tensor_parallel):
+        follow(load)
+    with others(tensor_parallel) as ranks:
+        engine = load()
+        # What cannot serve any more ends, and whoever looks after it starts it anew.
+        ranks.ready(at_loss=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_server(build_app(engine, settings, defaults), settings, host, port)
+        if ranks.lost:
+            note("error: one of the ranks has ended", style="red")
+            raise typer.Exit(1)
 
 
 def _name_of(models: Models) -> str:
