@@ -44,6 +44,11 @@ def pick_device(device: str | torch.device) -> torch.device:
     return picked
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """The same device, by the name that tensors on it have: ``"cuda"`` is one with a number."""
+    return torch.empty(0, device=device).device
+
+
 def device_of_rank(device: str | torch.device, size: int) -> torch.device:
     """``device`` as this rank of so many has it: ``"auto"`` and ``"cuda"`` are the GPU of its
     number on its machine.
