@@ -145,7 +145,7 @@ def name_models(
         if guide.untuned is not None:
             own.append(named(f"untuned{number}", guide.untuned, of_untuned, there, guide.tokenizer))
         of_guides.append(own)
-    _check_loaded_once([*_flat(of_guides), *([] if as_base is None else [as_base])])
+    _check_loaded_once([*([] if as_base is None else [as_base]), *_flat(of_guides)])
     differences: list[str | None] = [REMOTE] * len(of_guides)
     if as_base is None:
         for own in of_guides:
@@ -173,8 +173,8 @@ def _check_loaded_once(models: Sequence[Named]) -> None:
         if isinstance(model.source, PreTrainedModel) and model.device != first.device:
             raise InvalidRequest(
                 f"{first.name} and {model.name} are one loaded {type(model.source).__name__}, on "
-                f"{first.device} and on {model.device}; allowed: one device, or its path or hub id, "
-                "which is read for each of them"
+                f"{first.device} and on {model.device}; allowed: one device, or its path, which is "
+                "read for each of them"
             )
 
 
