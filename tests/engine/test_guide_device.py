@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from tests.support.tiny_models import byte_tokenizer, save_tiny, tiny_model
 from w2s_fast import Engine, Guide, SearchParams, SearchResult
 from w2s_fast.engine import served
 from w2s_fast.errors import InvalidRequest
+from w2s_fast.models import load_model
 from w2s_fast.models.activations import Activations
 from w2s_fast.models.memory import kv_tokens_that_fit
 
@@ -121,6 +123,27 @@ def expected() -> Callable[..., list[Any]]:
         return known[count, name]
 
     return of
+
+
+@contextmanager
+def reading() -> Iterator[Device]:
+    """A device on which models are read, too: as transformers reads them where there is none, for
+    it makes use of devices that the stand-in knows nothing of; and then moved."""
+    with Device() as device:
+
+        def load(source: Any, where: torch.device, *args: Any) -> Any:
+            with device._away():
+                model = load_model(source, HOST, *args)
+            return torch.nn.Module.to(model, where)
+
+        def weights(folder: str, device: str) -> dict[str, torch.Tensor]:
+            return {name: own.to(device) for name, own in load_peft_weights(folder, "cpu").items()}
+
+        with (
+            mock.patch("w2s_fast.engine.served.load_model", load),
+            mock.patch("peft.utils.load_peft_weights", weights),
+        ):
+            yield device
 
 
 def devices_of(engine: Engine) -> list[torch.device]:
@@ -285,7 +308,7 @@ def test_a_base_that_is_named_on_another_device_is_a_model_more(folders: list[Pa
     engine = engine_of(base, [Guide(base, small)], HOST)
     assert engine.guides[0].models[0] is engine.base
     wanted = contrasted(engine)
-    with Device() as device:
+    with reading() as device:
         engine = engine_of(base, [Guide(base, small, device=DEVICE)], HOST)
         tuned = engine.guides[0].models[0]
         assert tuned is not engine.base and tuned.model is not engine.base.model
@@ -327,12 +350,8 @@ def test_adapters_are_read_for_each_device(folders: list[Path], tmp_path: Path) 
         engine = engine_of(base, own, HOST)
         return [found(engine.generate(["a film"], each)) for each in params]
 
-    def there(files: str, device: str) -> dict[str, Any]:
-        """The file's own library has never heard of the other device."""
-        return {name: own.to(device) for name, own in load_peft_weights(files, "cpu").items()}
-
     wanted = searched(one, two)
-    with Device(), mock.patch("peft.utils.load_peft_weights", there):
+    with reading():
         assert searched(replace(one, device=DEVICE), two) == wanted
         assert searched(replace(one, device=DEVICE), replace(two, device=DEVICE)) == wanted
 
