@@ -1,4 +1,4 @@
-"""Streams on several CUDA devices, and which of these is the current one, on a stand-in for them."""
+"""Streams on several CUDA devices, and which of these is the current one, on a stand-in."""
 
 from __future__ import annotations
 
