@@ -232,31 +232,33 @@ def test_a_model_that_waits_is_run_without_and_others_are_recorded(kind: str, cu
 def test_streams_are_not_shared_as_long_as_there_are_others(cuda: Cuda) -> None:
     """torch hands out the same ones again after 32."""
     owners = [Lane(DEVICE) for _ in range(20)]
-    kept = [owner._stream for owner in owners]
+    kept = [owner._streams[0] for owner in owners]
     for _ in range(40):
-        assert Lane(DEVICE)._stream not in kept  # and is let go
+        assert Lane(DEVICE)._streams[0] not in kept  # and is let go
     owners += [Lane(DEVICE) for _ in range(12)]
-    kept = [owner._stream for owner in owners]
+    kept = [owner._streams[0] for owner in owners]
     assert len(set(kept)) == 32
     shared = Lane(DEVICE)
-    assert shared._stream in kept  # none is left: better shared than refused
+    assert shared._streams[0] in kept  # none is left: better shared than refused
     del shared
     gc.collect()
     for _ in owners:  # who shared it has let go of it, and its first owner has not
-        assert Lane(DEVICE)._stream in kept
-    gone = owners.pop()._stream
-    assert Lane(DEVICE)._stream == gone
+        assert Lane(DEVICE)._streams[0] in kept
+    gone = owners.pop()._streams[0]
+    assert Lane(DEVICE)._streams[0] == gone
 
 
 def test_recorders_and_lanes_have_streams_of_their_own(cuda: Cuda) -> None:
     owners: list[Any] = [own(DEVICE) for _ in range(8) for own in (CudaRecorder, Lane, HomeStream)]
-    assert len({owner._stream for owner in owners}) == len(owners)
+    streams = {own for owner in owners for own in getattr(owner, "_streams", ())}
+    streams |= {owner._stream for owner in owners if isinstance(owner, CudaRecorder)}
+    assert len(streams) == len(owners)
 
 
 def test_work_at_home_is_in_order_with_the_callers(cuda: Cuda) -> None:
     home = HomeStream(DEVICE)
-    assert home._stream is not None
-    at_home = home._stream.number
+    assert len(home._streams) == 1
+    at_home = home._streams[0].number
     assert cuda.waits == [(at_home, 0)]  # for what was made on the way here
     cuda.waits.clear()
     theirs = cuda.stream_of(DEVICE)
@@ -285,13 +287,13 @@ def test_every_turn_of_an_engine_is_at_home_whatever_ends_it(cuda: Cuda) -> None
     seen.clear()
     assert found(engine.generate(RAGGED_PROMPTS, MIXED)) == expected
     engine.score([[1, 2]], [[3, 4]])
-    assert seen == {home._stream} and cuda.current_stream().number == 0
+    assert seen == {home._streams[0]} and cuda.current_stream().number == 0
     for handle in handles:
         handle.remove()
 
     def fail() -> None:
         with engine.runner.turn():
-            assert cuda.current_stream() == home._stream
+            assert cuda.current_stream() == home._streams[0]
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.support.async_tasks import run, until
+from tests.support.device import DEVICE, Device
 from tests.support.engines import quiet
 from tests.support.foreign_guides import pair, pairs
 from tests.support.remote_engines import PROMPTS, SAMPLE, SEARCH, remote, told
@@ -401,3 +402,27 @@ def test_aborted_requests_say_so(endless: Script) -> None:
     e.runner.settle()
     assert isinstance(e.result(request).error, Aborted)
     assert_all_guides_free(e)
+
+
+def test_guides_on_a_device_of_their_own(words: Script) -> None:
+    """And each on another: what they say is read together."""
+    wanted = [told(own) for own in remote(words.url, KINDS).generate(PROMPTS, SEARCH)]
+
+    def there(*devices: torch.device | str) -> list[Guide]:
+        return [
+            replace(
+                guide,
+                tuned=copy.deepcopy(guide.tuned),
+                untuned=copy.deepcopy(guide.untuned),
+                device=device,
+            )
+            for guide, device in zip(pairs(*KINDS), devices)
+        ]
+
+    with Device():
+        for devices in ((DEVICE, DEVICE), ("cpu", DEVICE)):
+            engine = remote(words.url, guides=there(*devices))
+            assert [guide.models[0].device for guide in engine.guides] == [
+                *map(torch.device, devices)
+            ]
+            assert [told(own) for own in engine.generate(PROMPTS, SEARCH)] == wanted

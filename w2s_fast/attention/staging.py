@@ -98,6 +98,15 @@ def launch_copy(source: Tensor, target: Tensor) -> None:
     target.copy_(source, non_blocking=True)
 
 
+def brought(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device: itself where it lies there already.
+
+    Nobody waits, but for copies to the host: who reads them there would come too soon.
+    """
+    to_host = device.type == "cpu" and tensor.device.type != "cpu"
+    return tensor.to(device, non_blocking=not to_host)
+
+
 def to_device(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
     """Arrays of one dimension as tensors on a device, in one copy."""
     fields = Fields({name: Field(_TORCH[a.dtype], a.shape) for name, a in arrays.items()})

@@ -85,9 +85,9 @@ class Others:
             process.kill()
 
     def _start(self, size: int) -> None:
-        from torch.distributed import TCPStore
+        import torch.distributed as dist
 
-        self._store = TCPStore(_HERE, 0, size, is_master=True, wait_for_workers=False)
+        self._store = dist.TCPStore(_HERE, 0, size, is_master=True, wait_for_workers=False)
         own = {
             "WORLD_SIZE": size,
             "LOCAL_WORLD_SIZE": size,

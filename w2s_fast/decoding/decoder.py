@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from w2s_fast._pages import DrawLayout
+from w2s_fast.attention import brought
 from w2s_fast.decoding.barred import Barred
 from w2s_fast.decoding.decode_graphs import DecodeGraphs
 from w2s_fast.decoding.decoding import Decoding
@@ -46,19 +47,20 @@ class Decoder:
         self._drawing = Drawing(self._groups, bodies, guides, vocab_size, Lane(models[0].device))
 
     def logits(self, model: int, hidden: Tensor) -> Tensor:
-        """Hidden states [N, D] of one model -> logits [N, vocab_size]."""
+        """Hidden states [N, D] of one model -> logits [N, vocab_size], on its device."""
         return self._drawing.logits(model, hidden)
 
     def _step(self, decodings: Sequence[Decoding], tokens: Tensor) -> list[Tensor]:
-        """Append tokens int64 [S] in each model: last hidden states [S, D] of each."""
+        """Append tokens int64 [S] in each model: last hidden states [S, D] of each, where it is."""
         found: list[list[Tensor]] = []
         for members, together in zip(self._groups.members, self._groups.together):
             own = [decodings[m] for m in members]
+            there = brought(tokens, self.models[members[0]].device)
             if together is None or len(own) * len(tokens) > together.most_tokens:
-                found.append([decoding.step(tokens) for decoding in own])
+                found.append([decoding.step(there) for decoding in own])
                 continue
             plans = [decoding.next_plan() for decoding in own]
-            found.append(together.run([tokens] * len(own), plans))
+            found.append(together.run([there] * len(own), plans))
             for decoding in own:
                 decoding.count(1)
         return self._groups.in_order(found)
@@ -81,11 +83,12 @@ class Decoder:
         Args:
             rows: the same S in each model.
             sampling: their settings. fusion: those of models that draw together.
-            logits: of each model [S, V], from which the first tokens are drawn.
+            logits: of each model [S, V], on its device, from which the first tokens are drawn.
             barred: what some of these rows may not draw yet; no recording serves that.
 
         Returns:
-            What each step drew, on the device: nothing has been waited for.
+            What each step drew, on the base's device: nothing has been waited for, but for what is
+            run on a CPU.
 
         Raises:
             OutOfPages: there is no room for so many tokens.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from w2s_fast.attention import StaticPlan
+from w2s_fast.attention import StaticPlan, brought
 from w2s_fast.decoding.draws import Draw
 from w2s_fast.decoding.fusion import Fusion, GuideRoles
 from w2s_fast.decoding.lane import Lane
@@ -84,10 +84,11 @@ class Drawing(NamedTuple):
     def draw_from(
         self, logits: Sequence[Tensor], sampling: SamplingBatch, fusion: Fusion | None
     ) -> tuple[Draw, Tensor | None]:
-        """The same from logits of each model [S, V]."""
+        """The same from logits of each model [S, V], on its device; drawn is on the base's."""
         if fusion is None:
             return sampling.draw(logits[0]), None
-        return fusion.draw(logits, self.guides, sampling)
+        here = [brought(own, logits[0].device) for own in logits]
+        return fusion.draw(here, self.guides, sampling)
 
     def logits(self, model: int, hidden: Tensor) -> Tensor:
         """Hidden states [N, D] of a model -> logits [N, vocab_size]."""

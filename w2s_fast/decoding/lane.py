@@ -1,9 +1,9 @@
-"""Lane: a CUDA stream beside the current one, for work that need not wait for it."""
+"""Lane: CUDA streams beside the current ones, for work that need not wait for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -11,29 +11,32 @@ from w2s_fast.decoding.streams import own_stream
 
 
 class Lane:
-    """Work that runs beside what the current stream does next.
+    """Work that runs beside what the current streams do next.
 
     Tensors may be passed in and out freely, as long as both sides of :meth:`beside` keep theirs
     until :meth:`join`: their memory is then given back where all its uses are in the past.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        """On a device without streams, work is done at once."""
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._stream = own_stream(device, self)
+    def __init__(self, *devices: torch.device) -> None:
+        """A stream on each of these devices. On one without streams, work is done at once."""
+        self._streams = [
+            own_stream(device, self) for device in dict.fromkeys(devices) if device.type == "cuda"
+        ]
 
     @contextmanager
     def beside(self) -> Iterator[None]:
         """What is launched within begins after all that was launched before."""
-        if self._stream is None:
+        if not self._streams:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
+        for stream in self._streams:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with ExitStack() as stack:
+            for stream in reversed(self._streams):  # the first one's device is the current one then
+                stack.enter_context(torch.cuda.stream(stream))
             yield
 
     def join(self) -> None:
         """What is launched from now on waits for the work beside."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        for stream in self._streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)

@@ -1,4 +1,4 @@
-"""CUDA streams of our own: which ones, and the one that all work of an engine runs on."""
+"""CUDA streams of our own: which ones, and those that all work of an engine runs on."""
 
 from __future__ import annotations
 
@@ -37,36 +37,44 @@ class HomeStream:
     """The stream that all work of an engine runs on, whatever thread and stream asks for it.
 
     So what one thread has launched comes before what another goes on with. To be used by one
-    thread at a time. On a device without streams nothing happens.
+    thread at a time. On a device without streams nothing happens; of several each has one.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        """Its work comes after what the current stream has been given so far."""
-        self._device = device
-        self._stream: torch.cuda.Stream | None = None
-        self._before: tuple[int, torch.cuda.Stream] | None = None
-        if device.type == "cuda":
-            self._stream = own_stream(device, self)
-            self._stream.wait_stream(torch.cuda.current_stream(device))
+    def __init__(self, *devices: torch.device) -> None:
+        """Its work comes after what the current streams have been given so far.
+
+        ``devices``: that work runs on; the first CUDA device is the current one then.
+        """
+        self._streams = [
+            own_stream(device, self) for device in dict.fromkeys(devices) if device.type == "cuda"
+        ]
+        self._before: tuple[int, list[torch.cuda.Stream]] | None = None
+        for stream in self._streams:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
 
     def enter(self) -> None:
-        """From here on this thread works at home, behind all that its own stream was given."""
-        if self._stream is None:
+        """From here on this thread works at home, behind all that its own streams were given."""
+        if not self._streams:
             return
-        before = torch.cuda.current_device(), torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(before[1])
+        theirs = [torch.cuda.current_stream(own.device) for own in self._streams]
+        before = torch.cuda.current_device(), theirs
+        for own, stream in zip(self._streams, theirs):
+            own.wait_stream(stream)
         self._before = before
-        torch.cuda.set_stream(self._stream)
+        for own in reversed(self._streams):
+            torch.cuda.set_stream(own)
 
     def leave(self) -> None:
-        """Back to the thread's own stream, which waits for the work at home.
+        """Back to the thread's own streams, which wait for the work at home.
 
         May be interrupted, and called again.
         """
-        if self._stream is None or self._before is None:
+        if self._before is None:
             return
-        device, stream = self._before
-        torch.cuda.set_stream(stream)
+        device, theirs = self._before
+        for stream in theirs:
+            torch.cuda.set_stream(stream)
         torch.cuda.set_device(device)
-        stream.wait_stream(self._stream)
+        for own, stream in zip(self._streams, theirs):
+            stream.wait_stream(own)
         self._before = None

@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from w2s_fast.attention import find_backend
 from w2s_fast.decoding import can_record, record_passes, refuse_compile
 from w2s_fast.engine.intake import Intake, as_prompts, pair
+from w2s_fast.engine.named import device_of
 from w2s_fast.engine.outcome import failed, response_decoder, result_of, scored_candidate
 from w2s_fast.engine.progress import progress_bar
 from w2s_fast.engine.remote_intake import RemoteIntake
-from w2s_fast.engine.served import serve_models
+from w2s_fast.engine.served import attention_on, serve_models
 from w2s_fast.engine.stream import Pieces, StreamPiece
 from w2s_fast.errors import InvalidRequest, W2SFastError
 from w2s_fast.models import (
@@ -80,15 +81,16 @@ class Engine:
             weighted, are added to the guides' score of every ``cbs`` and ``bon`` request; plain
             sampling, W = K = 1 included, asks nobody.
         tokenizer: the base's, where it does not lie with the model.
-        device: ``"auto"``, or anything torch accepts.
+        device: ``"auto"``, or anything torch accepts; guides may have one of their own.
         dtype: of weights and KV; ``"auto"`` is float32 on a CPU. Elsewhere it is the checkpoint's
             own, but that of a checkpoint in float32 is bfloat16 on CUDA from compute capability
             8.0 on. A loaded model keeps its own.
-        kv_cache_tokens: room for tokens in each model; None measures the free memory.
+        kv_cache_tokens: room for tokens in each model; None measures the free memory, of several
+            devices that of the one with the least room.
         page_size: tokens in a page.
         attention: what computes attention: ``"triton"`` (on CUDA), ``"flash"`` (on CUDA, where
             flash-attn 2 or 3 is installed) or ``"torch"`` (anywhere); ``"auto"`` is triton where it
-            runs, else torch.
+            runs, else torch. Guides on a CPU, beside a base that is on none, take ``"auto"``.
         cuda_graphs: on CUDA, with attention ``"triton"``: replay small passes as CUDA graphs. The
             usual ones are recorded at the start, others when their shape comes again.
         compile: run what is recorded through ``torch.compile``, which takes minutes for large
@@ -158,9 +160,12 @@ class Engine:
             where = pick_device(device)
         else:
             where = device_of_rank(device, tensor_parallel)
-            _check_divisible(base, compile, tensor_parallel)
+            _check_divisible(base, guides, compile, tensor_parallel)
             cuda_graphs = False
         backend = find_backend(attention, where)
+        for guide in guides:
+            there = device_of(guide, where)
+            find_backend(attention_on(there, attention, where), there)
         if compile and not (cuda_graphs and can_record(where, backend)):
             raise refuse_compile()
         if max_rows is None:
@@ -193,10 +198,10 @@ class Engine:
         judge = Judge(weighted, partial(scored_candidate, self.tokenizer), ranks)
         self._search: Search | RemoteSearch
         if source is not None:
-            self._search = RemoteSearch(source, judge.news.tell, self._models.foreign, where)
+            self._search = RemoteSearch(source, judge.news.tell, self._models.foreign)
         else:
             records = cuda_graphs and can_record(where, backend)
-            self._search = self._search_here(where, records, max_rows, compile)
+            self._search = self._search_here(records, max_rows, compile)
         self._scheduler = Scheduler(self._search.models, max_rows)
         self._intake = Intake(self._models, self._scheduler, has_scorers=bool(weighted))
         self._to_request = self._intake.request
@@ -211,21 +216,22 @@ class Engine:
         if isinstance(self._search, Search) and self._search.records:
             self.warm_up()
 
-    def _search_here(
-        self, where: torch.device, records: bool, max_rows: int, compile: bool
-    ) -> Search:
+    def _search_here(self, records: bool, max_rows: int, compile: bool) -> Search:
         """``records``: whether passes are recorded."""
         graphs = score_graphs = None
+        models, device = self._models.models, self.base.device
+        apart = any(model.device != device for model in models)
         if records:
             graphs = record_passes(
                 self.base,
-                self._models.of_guides,
-                roles=roles_of(self._models.sharing, self._models.models),
+                [m for m in self._models.of_guides if can_record(m.device, m.backend)],
+                # What several devices do together is no recording of one.
+                roles=() if apart else roles_of(self._models.sharing, models),
                 vocab_size=self._models.vocab_size,
                 max_rows=max_rows,
                 compile=compile,
             )
-            if self._models.of_guides:
+            if self._models.of_guides and not apart:
                 score_graphs = ScoreGraphs(
                     self._models.sharing,
                     self._models.models,
@@ -239,7 +245,9 @@ class Engine:
             self._models.vocab_size,
             graphs,
             score_graphs,
-            ahead=records or where.type == "cuda",
+            # A guide on a CPU would run what is drawn behind an end, while nobody else works.
+            ahead=(records or device.type == "cuda")
+            and not (apart and any(model.device.type == "cpu" for model in models)),
             foreign=self._models.foreign,
         )
 
@@ -589,11 +597,18 @@ def _checked_guides(given: Any) -> list[Guide]:
     return guides
 
 
-def _check_divisible(base: ModelSource | RemoteBase, compile: bool, ranks: int) -> None:
+def _check_divisible(
+    base: ModelSource | RemoteBase, guides: Sequence[Guide], compile: bool, ranks: int
+) -> None:
     """Whether this base can be divided among so many ranks; see :func:`check_shardable`."""
     if isinstance(base, RemoteBase):
         raise InvalidRequest(
             "tensor_parallel with a remote base; allowed: a model that is read here"
+        )
+    if any(guide.device is not None for guide in guides):
+        raise InvalidRequest(
+            "a guide's device with tensor_parallel; allowed: none, for each rank has the guides on "
+            "its own device"
         )
     if compile:
         raise InvalidRequest("compile with tensor_parallel; allowed: either of them")

@@ -5,15 +5,16 @@ What does not go together is found here, where it costs a moment, and not after 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from w2s_fast.engine.encoders import own_tokenizer, templates_of, tokenizer_beside, tokenizer_of
 from w2s_fast.engine.sources import key_of, resolve
-from w2s_fast.errors import MismatchedVocabulary
-from w2s_fast.models import AdapterFiles, ModelSource, look_at_model
+from w2s_fast.errors import InvalidRequest, MismatchedVocabulary
+from w2s_fast.models import AdapterFiles, ModelSource, exact_device, look_at_model, pick_device
 from w2s_fast.remote import RemoteBase
 from w2s_fast.search import Guide
 from w2s_fast.text import check_same_vocabulary, check_template, tokenizer_size
@@ -22,12 +23,14 @@ REMOTE = "the base is remote, and its tokens are not known"
 
 
 class Named(NamedTuple):
-    """What a model is to do: two with the same source, adapter, tokenizer and template are one.
+    """What a model is to do: two with the same source, adapter, tokenizer, template and device are
+    one.
 
     Attributes:
         name: what errors call it.
         source: of its weights.
         adapter: what is added to them; or None.
+        device: where it lies.
     """
 
     name: str
@@ -36,10 +39,16 @@ class Named(NamedTuple):
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase | None
     template: str | None
+    device: torch.device
 
     @property
     def key(self) -> tuple[Any, Any, int, str | None]:
-        return key_of(self.source), self.adapter_key, id(self.tokenizer), self.template
+        return self.weights_key, self.adapter_key, id(self.tokenizer), self.template
+
+    @property
+    def weights_key(self) -> tuple[Any, torch.device]:
+        """Equal for the same weights on the same device."""
+        return key_of(self.source), self.device
 
     @property
     def adapter_key(self) -> Any:
@@ -67,7 +76,7 @@ class NamedModels(NamedTuple):
 
     def distinct(self) -> list[Named]:
         """Each model once, by the first of its names; the base first."""
-        every = [model for own in self.guides for model in own]
+        every = _flat(self.guides)
         every = every if self.base is None else [self.base, *every]
         first = {model.key: model for model in reversed(every)}
         return [model for model in every if first[model.key] is model]
@@ -78,16 +87,18 @@ def name_models(
     guides: Sequence[Guide],
     tokenizer: PreTrainedTokenizerBase | None,
     prompt_template: str | None,
+    device: torch.device,
 ) -> NamedModels:
     """Read configs and tokenizers, and compare vocabularies.
 
     A remote base shares its vocabulary with nobody. ``tokenizer``: the base's; None: the one that
-    lies with it.
+    lies with it. ``device``: of the base, and of guides that name none.
 
     Raises:
         UnsupportedModel: there is no causal language model where a name leads.
         MismatchedVocabulary: a guide's models do not share one vocabulary, or it cannot be told.
-        InvalidRequest: a template that cannot be used.
+        InvalidRequest: a template or a device that cannot be used, or a loaded model that is named
+            on two devices.
     """
     remote = isinstance(base, RemoteBase)
     templates = templates_of(guides)
@@ -98,6 +109,7 @@ def name_models(
         name: str,
         source: ModelSource,
         template: str | None,
+        where: torch.device,
         given: PreTrainedTokenizerBase | None = None,
         beside: ModelSource | None = None,
     ) -> Named:
@@ -114,7 +126,7 @@ def name_models(
         if not isinstance(source, PreTrainedModel):
             name = f"{name} ({source})"
         check_template(name, template, tokenizers[reads])
-        return Named(name, weights, adapter, configs[key], tokenizers[reads], template)
+        return Named(name, weights, adapter, configs[key], tokenizers[reads], template, where)
 
     as_base = None
     if not isinstance(base, RemoteBase):
@@ -122,14 +134,18 @@ def name_models(
         configs[key_of(of_base)] = look_at_model(of_base)
         tokenizer = tokenizer_beside(base, of_base) if tokenizer is None else tokenizer
         tokenizers[key_of(base), None] = tokenizer
-        as_base = named("base", base, prompt_template)
+        as_base = named("base", base, prompt_template, device)
     of_guides: list[list[Named]] = []
     for g, (guide, (of_tuned, of_untuned)) in enumerate(zip(guides, templates)):
-        number = f" {g}" if len(guides) > 1 else ""
-        own = [named(f"tuned{number}", guide.tuned, of_tuned, guide.tokenizer, guide.untuned)]
+        number, there = f" {g}" if len(guides) > 1 else "", device_of(guide, device)
+        tuned = named(
+            f"tuned{number}", guide.tuned, of_tuned, there, guide.tokenizer, guide.untuned
+        )
+        own = [tuned]
         if guide.untuned is not None:
-            own.append(named(f"untuned{number}", guide.untuned, of_untuned, guide.tokenizer))
+            own.append(named(f"untuned{number}", guide.untuned, of_untuned, there, guide.tokenizer))
         of_guides.append(own)
+    _check_loaded_once([*([] if as_base is None else [as_base]), *_flat(of_guides)])
     differences: list[str | None] = [REMOTE] * len(of_guides)
     if as_base is None:
         for own in of_guides:
@@ -137,11 +153,29 @@ def name_models(
     else:
         differences = [_difference(tokenizer, own) for own in of_guides]
         sharing = [own for own, why in zip(of_guides, differences) if why is None]
-        shared_vocabulary([as_base, *(model for own in sharing for model in own)], tokenizer)
+        shared_vocabulary([as_base, *_flat(sharing)], tokenizer)
     for own, why in zip(of_guides, differences):
         if why is not None:
             shared_vocabulary(own, own[0].tokenizer)
     return NamedModels(as_base, of_guides, differences)
+
+
+def device_of(guide: Guide, device: torch.device) -> torch.device:
+    """Where a guide's models lie, in an engine on ``device``. InvalidRequest: they cannot."""
+    return exact_device(device if guide.device is None else pick_device(guide.device))
+
+
+def _check_loaded_once(models: Sequence[Named]) -> None:
+    """InvalidRequest: a loaded model, of which there is one, is named on two devices."""
+    on: dict[Any, Named] = {}
+    for model in models:
+        first = on.setdefault(key_of(model.source), model)
+        if isinstance(model.source, PreTrainedModel) and model.device != first.device:
+            raise InvalidRequest(
+                f"{first.name} and {model.name} are one loaded {type(model.source).__name__}, on "
+                f"{first.device} and on {model.device}; allowed: one device, or its path, which is "
+                "read for each of them"
+            )
 
 
 class HasLogits(Protocol):
@@ -172,6 +206,10 @@ def shared_vocabulary(
                     "beside it, or Guide(tokenizer=...)"
                 )
     return min([size, *(model.vocab_size for model in models[1:])])
+
+
+def _flat(lists: Iterable[Sequence[Named]]) -> list[Named]:
+    return [model for own in lists for model in own]
 
 
 def _difference(base: PreTrainedTokenizerBase | None, models: Sequence[Named]) -> str | None:

@@ -21,6 +21,7 @@ from w2s_fast.models import (
     Ranks,
     activation_bytes,
     activations_of,
+    exact_device,
     free_bytes,
     kv_tokens_that_fit,
     load_model,
@@ -122,14 +123,17 @@ def serve_models(
     and guides, if they are the same model; each rank has all of the others.
 
     What can be refused by configs and tokenizers is refused before any weights are read. A model
-    that is named twice is loaded once; where its prompts are the same, it has pages once.
+    that is named twice is loaded once on a device; where its prompts are the same, it has pages
+    once.
 
     Raises:
         UnsupportedModel: a model cannot be loaded or served.
         MismatchedVocabulary: a guide's models do not share one vocabulary, or it cannot be told.
-        InvalidRequest: there is no room for any tokens, or a template that cannot be used.
+        InvalidRequest: there is no room for any tokens, or a template or a guide's device that
+            cannot be used.
     """
-    named = name_models(base, guides, tokenizer, prompt_template)
+    device = exact_device(device)
+    named = name_models(base, guides, tokenizer, prompt_template, device)
     roles, tokenizer = named.distinct(), None if named.base is None else named.base.tokenizer
     divided = None
     if ranks is not None and named.base is not None:
@@ -143,15 +147,15 @@ def serve_models(
     loaded: dict[Any, PreTrainedModel] = {}
     adapters: dict[Any, Adapter] = {}
     for role in roles:
-        key = key_of(role.source)
+        key = role.weights_key
         if key not in loaded:
-            own = ranks if key == divided else None
-            loaded[key] = load_model(role.source, device, dtype, role.config, own)
+            own = ranks if key_of(role.source) == divided else None
+            loaded[key] = load_model(role.source, role.device, dtype, role.config, own)
         if role.adapter is not None and (key, role.adapter_key) not in adapters:
             adapters[key, role.adapter_key] = read_adapter(role.adapter, loaded[key])
-    weights = [loaded[key_of(role.source)] for role in roles]
+    weights = [loaded[role.weights_key] for role in roles]
 
-    tokens, max_pass_tokens = _room(weights, kv_cache_tokens, max_pass_tokens, max_rows, ranks)
+    tokens, pass_tokens = _room(weights, kv_cache_tokens, max_pass_tokens, max_rows, ranks)
     models = [
         PagedModel(
             weight,
@@ -160,9 +164,9 @@ def serve_models(
             page_size=page_size,
             max_slots=_MAX_SLOTS,
             prefix_cache=prefix_cache,
-            attention=attention,
-            max_pass_tokens=max_pass_tokens,
-            adapter=adapters.get((key_of(role.source), role.adapter_key)),
+            attention=attention_on(role.device, attention, device),
+            max_pass_tokens=pass_tokens[weight.device],
+            adapter=adapters.get((role.weights_key, role.adapter_key)),
             ranks=ranks if key_of(role.source) == divided else None,
         )
         for weight, role in zip(weights, roles)
@@ -212,26 +216,37 @@ def _flat(lists: Iterable[Sequence[PagedModel]]) -> list[PagedModel]:
     return [model for own in lists for model in own]
 
 
+def attention_on(there: torch.device, attention: str, device: torch.device) -> str:
+    """What an engine on ``device`` that was asked for some attention computes it by elsewhere: on
+    a CPU there is nothing to choose."""
+    return "auto" if there.type == "cpu" and device.type != "cpu" else attention
+
+
 def _room(
     weights: Sequence[PreTrainedModel],
     kv_cache_tokens: int | None,
     max_pass_tokens: int | None,
     max_rows: int,
     ranks: Ranks | None,
-) -> tuple[int, int]:
-    """Tokens of each model's KV cache, and of a pass; on several ranks what all of them have."""
-    if not weights:
-        return 0, 0
-    max_pass_tokens, activations = _passes(weights, max_pass_tokens, max_rows)
-    sharers = 1
-    if ranks is not None:
-        sharers = ranks.on_host
-        (max_pass_tokens,) = ranks.least([max_pass_tokens])
-    useful = _useful_tokens(weights[0], max_rows)
-    tokens = kv_cache_tokens or kv_tokens_that_fit(weights, useful, activations, sharers)
-    if ranks is not None:
+) -> tuple[int, dict[torch.device, int]]:
+    """Tokens of each model's KV cache, and of a pass by devices; on several ranks what all have.
+
+    Each device has a budget of its own. The tokens are those for which there is room on all.
+    """
+    tokens, of_pass = kv_cache_tokens or 0, {}
+    for device in dict.fromkeys(model.device for model in weights):
+        there = [model for model in weights if model.device == device]
+        of_pass[device], activations = _passes(there, max_pass_tokens, max_rows)
+        sharers = 1
+        if ranks is not None:
+            sharers = ranks.on_host
+            (of_pass[device],) = ranks.least([of_pass[device]])
+        if kv_cache_tokens is None:
+            useful = tokens or _useful_tokens(weights[0], max_rows)
+            tokens = kv_tokens_that_fit(there, useful, activations, sharers)
+    if ranks is not None and weights:
         (tokens,) = ranks.least([tokens])
-    return tokens, max_pass_tokens
+    return tokens, of_pass
 
 
 def _passes(
@@ -240,7 +255,7 @@ def _passes(
     """Tokens of a pass, and bytes that passes and padded heads need: measured on CUDA, where they
     count.
 
-    ``models``: the base, and those of the guides. On a CPU pages leave far more than that.
+    ``models``: those of one device, the one that decodes first. On a CPU pages leave far more.
     """
     device = models[0].device
     if device.type != "cuda":

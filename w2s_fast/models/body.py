@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def run_body(
     ``view``: ours of the model, under paged attention. ``body``: what to run in the place of
     ``view.base_model``: the same, compiled.
     """
-    with outside_autocast(tokens.device):
+    with undisturbed(tokens.device):
         out = (view.base_model if body is None else body)(
             input_ids=tokens[None],
             position_ids=positions[None],
@@ -82,17 +82,32 @@ def eager_logits(
     """
     view = view_of(model, name, "eager").model if own is None else own
     try:
-        with torch.inference_mode(), outside_autocast(model.device):
+        with torch.inference_mode(), undisturbed(model.device):
             return [view(input_ids=text[None], use_cache=False).logits[0] for text in texts]
     except Exception as error:
         raise refuse(model, name, f"its own forward failed: {error}") from error
 
 
-def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products in the weights' own dtype, whatever the caller has switched on around us."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+@contextmanager
+def _undisturbed(device: torch.device, current: bool) -> Iterator[None]:
+    with ExitStack() as stack:
+        if not current:
+            stack.enter_context(torch.cuda.device(device))
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
+
+
+def undisturbed(device: torch.device) -> AbstractContextManager[Any]:
+    """For work on a device, whatever the caller has switched on around us: products are in the
+    weights' own dtype, and of several CUDA devices it is the current one.
+
+    Some libraries launch their kernels on the current device, and events are of its stream.
+    """
+    current = device.type != "cuda" or torch.cuda.current_device() == device.index
+    if current and not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return _undisturbed(device, current)
 
 
 def probe_ids(model: PreTrainedModel, count: int) -> Tensor:

@@ -39,9 +39,14 @@ def pick_device(device: str | torch.device) -> torch.device:
     try:
         picked = torch.device(device)
         torch.empty(0, device=picked)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise InvalidRequest(f"device {device!r} cannot be used: {error}") from error
     return picked
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """The same device, by the name that tensors on it have: ``"cuda"`` is one with a number."""
+    return torch.empty(0, device=device).device
 
 
 def device_of_rank(device: str | torch.device, size: int) -> torch.device:

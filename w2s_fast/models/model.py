@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from w2s_fast.attention import RowTree, choose_backend
+from w2s_fast.attention import RowTree, brought, choose_backend
 from w2s_fast.cache import NO_COPIES, Int32Array, Ints, PagePool
 from w2s_fast.errors import InvalidRequest, UnsupportedModel, W2SFastError
 from w2s_fast.kernels.linear_logprob_partials import Partials
@@ -22,10 +22,10 @@ from w2s_fast.models.adapters import Adapter
 from w2s_fast.models.body import (
     PROBE_TOKENS,
     eager_logits,
-    outside_autocast,
     probe_ids,
     refuse,
     run_body,
+    undisturbed,
     view_of,
 )
 from w2s_fast.models.changes import Change, Watch
@@ -183,7 +183,7 @@ class PagedModel:
         Args:
             slots: S slots of the pool, each once.
             tokens: T, the sequences' new tokens one after the other. Numbers, or a tensor int64
-                on the host, travel with the plan; one on the device is taken from there.
+                on the host, travel with the plan; one on a device is taken from there.
             counts: S numbers >= 1 that sum to T.
             tree: which of the slots share which of their first tokens; None: none do.
             copies: pages to be copied before, for these slots; see :meth:`PagePool.copy_pages`.
@@ -196,15 +196,16 @@ class PagedModel:
             UnsupportedModel: the caller has made another model of it.
         """
         self.check()
-        self.pool.reserve(slots, counts)
-        hidden = None
-        if self.replays is not None:
-            hidden = self.replays.run(slots, tokens, counts, tree, copies)
-        if hidden is None:
-            self.pool.copy_pages(copies)
-            plan = self.backend.make(self.pool, slots, counts, tree)
-            there = torch.as_tensor(tokens).to(self.device, torch.int64, non_blocking=True)
-            hidden = run_body(self.view, there, plan.positions, plan)
+        with undisturbed(self.device):
+            self.pool.reserve(slots, counts)
+            hidden = None
+            if self.replays is not None:
+                hidden = self.replays.run(slots, tokens, counts, tree, copies)
+            if hidden is None:
+                self.pool.copy_pages(copies)
+                plan = self.backend.make(self.pool, slots, counts, tree)
+                there = brought(torch.as_tensor(tokens, dtype=torch.int64), self.device)
+                hidden = run_body(self.view, there, plan.positions, plan)
         self.pool.extend(slots, counts)
         return hidden
 
@@ -229,7 +230,7 @@ class PagedModel:
     def logits(self, hidden: Tensor, own: bool = False) -> Tensor:
         """Hidden states [N, D] -> logits [N, V], as the model defines them; -inf where forbidden,
         unless its ``own`` are asked for."""
-        with outside_autocast(self.device):
+        with undisturbed(self.device):
             return self.head.logits(hidden, own)
 
     @inference
@@ -237,7 +238,7 @@ class PagedModel:
         self, hidden: Tensor, tokens: Tensor, vocab_size: int | None = None
     ) -> Partials:
         """log p(tokens[i] | hidden[i]), N of them; ids from ``vocab_size`` on are padding."""
-        with outside_autocast(self.device):
+        with undisturbed(self.device):
             return self.head.token_partials(hidden, tokens, vocab_size)
 
     def follow(self, announced: bool = False) -> bool:

@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from w2s_fast.attention import ATTENTION_NAME, Attends, AttentionPlan, LayerOptions, RowTree
+from w2s_fast.attention import (
+    ATTENTION_NAME,
+    Attends,
+    AttentionPlan,
+    LayerOptions,
+    RowTree,
+    brought,
+)
 from w2s_fast.cache import NO_COPIES, Int32Array, Ints, as_int32
 from w2s_fast.models.body import PROBE_TOKENS, probe_ids, refuse, run_body
 from w2s_fast.models.deltas import Bounds, with_deltas
@@ -74,7 +81,7 @@ class Together:
             for model, own, new, tree in zip(self.models, slots, counts, trees)
         ]
         device = self.models[0].device
-        there = [torch.as_tensor(own).to(device, torch.int64, non_blocking=True) for own in tokens]
+        there = [brought(torch.as_tensor(own, dtype=torch.int64), device) for own in tokens]
         hidden = self.run(there, plans)
         for model, own, new in zip(self.models, slots, counts):
             model.pool.extend(own, new)

@@ -102,7 +102,7 @@ class Runner:
         self._judge = judge or Judge()
         self._news = self._judge.news
         self.process = OwnProcess()
-        self._home = HomeStream(search.device)
+        self._home = HomeStream(*search.devices)
         self._turn = threading.Lock()
         self._next_turn = threading.Lock()
         self._arrived: deque[Request] = deque()

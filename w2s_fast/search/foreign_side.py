@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from w2s_fast._pages import Beam
-from w2s_fast.attention import Reading
+from w2s_fast.attention import Reading, brought
 from w2s_fast.cache import PagePool, as_int32
 from w2s_fast.decoding import Lane
 from w2s_fast.errors import EngineFailure, InvalidRequest, NumericalError, OutOfPages, W2SFastError
@@ -143,7 +143,6 @@ class ForeignSide:
     def __init__(
         self,
         foreign: ForeignGuides | None,
-        device: torch.device,
         agree: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """``agree``: what is done to what the choice of candidates follows from; see
@@ -159,7 +158,7 @@ class ForeignSide:
         self._eos = [of[model].eos_token_id for model in self.models]
         self._vocab_sizes = [of[model].guide.vocab_size for model in self.models]
         self._groups = Groups(self.models)
-        self._lane = Lane(device)
+        self._lane = Lane(*(model.device for model in self.models))
         self._of: dict[Request, _Readings] = {}
 
     def enter(self, requests: Sequence[Request]) -> set[Request]:
@@ -393,7 +392,8 @@ class ForeignSide:
         tensors = self._groups.in_order(of_groups)
         if self._agree is not None:
             tensors = [self._agree(own) for own in tensors]
-        logprobs = Reading(*tensors).wait()
+        device = self.models[0].device  # one reading is of one
+        logprobs = Reading(*(brought(own, device) for own in tensors)).wait()
         for m, (model, own, found) in enumerate(zip(self.models, runs, logprobs)):
             values = found.double().numpy()
             ends = np.cumsum([len(one.targets) for one in own])

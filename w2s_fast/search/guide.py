@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from w2s_fast.attention import RowTree
+from w2s_fast.attention import RowTree, brought
 from w2s_fast.cache import NO_COPIES, Int32Array, Ints
 from w2s_fast.decoding import Lane
 from w2s_fast.kernels.linear_logprob_partials import Partials
@@ -28,8 +28,8 @@ from w2s_fast.search.beginnings import prefill
 class Guide:
     """A tuned small model and its untuned starting point (path, hub id or loaded model).
 
-    A model that is named more than once, the base included, is loaded once. Where it has the same
-    prompts in all of its roles, it also runs once.
+    A model that is named more than once, the base included, is loaded once on each device. Where it
+    has the same prompts in all of its roles there, it also runs once.
 
     Args:
         tuned: the model that prefers what is wanted. The base, with a smaller one as untuned, is
@@ -42,6 +42,9 @@ class Guide:
             both models, or a pair (for tuned, for untuned), in which None is no template. Chat
             messages go through each model's own chat template: that of the tokenizer that lies
             with it, else the base's.
+        tokenizer: of both models, where it does not lie with them.
+        device: where both models lie: anything torch accepts, or ``"auto"``; None: the engine's.
+            On another one the base, named here, is a model more. See docs/parallel.md.
     """
 
     tuned: ModelSource
@@ -49,6 +52,7 @@ class Guide:
     weight: float = 1.0
     prompt_template: str | tuple[str | None, str | None] | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    device: str | torch.device | None = None
 
 
 class ChunkRows(NamedTuple):
@@ -157,6 +161,9 @@ def score_chunks(
     Args:
         targets: int64 [T], the tokens of S chunks. counts: S, how many each has, at least one.
         groups: of the models. rows: for each of them. vocab_size: ids from here on are padding.
+
+    Returns:
+        Of each model, where ``targets`` are: from other devices finished log-probs are brought.
     """
     if len(counts) == 0:  # all texts have ended before their first new token
         nothing = Partials.of_logprobs(torch.zeros(0, device=targets.device))
@@ -165,6 +172,7 @@ def score_chunks(
     def run(g: int) -> list[Partials]:
         models = [groups.models[m] for m in groups.members[g]]
         own = [rows[m] for m in groups.members[g]]
+        there = brought(targets, models[0].device)
         found: list[list[Partials]] = [[] for _ in models]
         for i, part, hidden in groups.forward(
             g,
@@ -174,11 +182,18 @@ def score_chunks(
             [one.tree for one in own],
             [one.copies for one in own],
         ):
-            partials = models[i].token_partials(hidden, targets[part.tokens], vocab_size)
+            partials = models[i].token_partials(hidden, there[part.tokens], vocab_size)
             found[i].append(partials)
         return [_joined(parts) for parts in found]
 
-    return groups.in_order(two_at_a_time(lane, len(groups.members), run))
+    found = groups.in_order(two_at_a_time(lane, len(groups.members), run))
+    here = targets.device
+    return [own if own.target.device == here else _brought(own, here) for own in found]
+
+
+def _brought(partials: Partials, device: torch.device) -> Partials:
+    """On another device: merged, for that is a number a token, and not one for each split."""
+    return Partials.of_logprobs(brought(partials.logprobs(), device))
 
 
 def _joined(parts: Sequence[Partials]) -> Partials:

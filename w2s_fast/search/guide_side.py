@@ -40,8 +40,8 @@ class GuideSide:
         self._graphs = graphs
         self._device = models[0].device
         self._agree = models[0].agree
-        self._lane = Lane(self._device)
         self._models = list(enumerate(models))[1:]  # by their roles
+        self._lane = Lane(*(model.device for model in models))
         self._managers = [model.pool.manager for _, model in self._models]
         self._groups = Groups(models[1:])
 

@@ -28,7 +28,7 @@ class RemoteSearch:
 
     Attributes:
         models: that share a vocabulary with the base: none.
-        foreign: the guides. device: theirs.
+        foreign: the guides.
         ahead: whether steps are launched before the host has read the last: never.
     """
 
@@ -39,18 +39,21 @@ class RemoteSearch:
         source: Source,
         told: Callable[[], None],
         foreign: ForeignGuides | None,
-        device: torch.device,
     ) -> None:
         """``told``: called when samples have come, in any thread."""
         self.models: list[PagedModel] = []
-        self.device = device
-        self.foreign = ForeignSide(foreign, device)
+        self.foreign = ForeignSide(foreign)
         self._remote = RemoteSide(source, told)
         self._choices = Choices([], self.foreign, [self.foreign, self._remote])
 
     @property
     def all_models(self) -> list[PagedModel]:
         return list(self.foreign.models)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The guides'."""
+        return list(dict.fromkeys(model.device for model in self.all_models))
 
     @property
     def decoded(self) -> Decoded:

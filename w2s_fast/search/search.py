@@ -118,16 +118,16 @@ class Search:
         self.fused = FusedSide(
             self.models, self.guides.roles, self.guides.weights, vocab_size, together
         )
-        self.foreign = ForeignSide(foreign, base.device, base.agree)
+        self.foreign = ForeignSide(foreign, base.agree)
         self._ahead = ahead
         self.records = graphs is not None
         self._managers = [model.pool.manager for model in self.models]
         self._choices = Choices(self.models, self.foreign, [self.foreign])
 
     @property
-    def device(self) -> torch.device:
-        """Of the base."""
-        return self.base.model.device
+    def devices(self) -> list[torch.device]:
+        """Of all models; the base's is the first."""
+        return list(dict.fromkeys(model.device for model in self.all_models))
 
     @property
     def decoded(self) -> Decoded:
