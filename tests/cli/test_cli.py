@@ -60,6 +60,14 @@ def test_a_terminal_is_told_what_each_model_is(
     assert "reading" not in result.output and "Llama" not in result.output
 
 
+def test_guides_may_lie_on_a_device_of_their_own(models: DemoModels) -> None:
+    here = run("generate", "The film", *named(models), *SMALL, "--device", "cpu")
+    there = run("generate", "The film", *named(models), *SMALL, "--guide-device", "cpu")
+    assert there.exit_code == 0 and there.stdout == here.stdout
+    nowhere = run("generate", "The film", *named(models), *SMALL, "--guide-device", "nowhere")
+    assert nowhere.exit_code == 2 and "device 'nowhere' cannot be used" in nowhere.stderr
+
+
 def test_json_is_one_record_with_all_hypotheses(models: DemoModels) -> None:
     result = run("generate", "The film", "--json", "-n", "3", *named(models), *SMALL)
     record = json.loads(result.stdout)

@@ -28,6 +28,7 @@ from w2s_fast.cli.model_options import (
     Device,
     Dtype,
     ExtraBody,
+    GuideDevice,
     GuidePromptTemplate,
     KvCacheTokens,
     MaxConcurrency,
@@ -222,6 +223,7 @@ def generate(
         int, option("--seed", help="Same request, same seed, same tokens", panel=SAMPLING)
     ] = DEFAULT.seed,
     device: Device = "auto",
+    guide_device: GuideDevice = None,
     tensor_parallel: TensorParallel = 1,
     dtype: Dtype = "auto",
     attention: Attention = "auto",
@@ -278,6 +280,7 @@ def generate(
         tokenizer=tokenizer,
         prompt_template=prompt_template,
         guide_templates=guide_prompt_template or [],
+        guide_device=guide_device,
         remote=remote_base(
             base_url,
             base_model,

@@ -83,6 +83,9 @@ GuidePromptTemplate = Annotated[
     ),
 ]
 Device = Annotated[str, option("--device", help="auto, cpu, cuda", panel=MACHINE)]
+GuideDevice = Annotated[
+    str | None, option("--guide-device", help="The guides', if it is another", panel=MACHINE)
+]
 TensorParallel = Annotated[
     int,
     option(

@@ -41,6 +41,7 @@ class GuideNames(NamedTuple):
     untuned: str | None
     weight: float
     prompt_template: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,19 @@ def made_by(models: Models, device: str, dtype: str) -> MadeBy:
             found["base route"] = models.remote.route
             if models.remote.extra_body:
                 found["base fields"] = json.dumps(dict(models.remote.extra_body), sort_keys=True)
-        where = pick_device(device)
-        picked = pick_dtype(dtype, where)
-        found["dtype"] = str(picked).removeprefix("torch.")
-        if picked is None:
+
+        def dtype_on(device: str) -> str:
+            where = pick_device(device)
+            picked = pick_dtype(dtype, where)
+            if picked is not None:
+                return str(picked).removeprefix("torch.")
             half = read_as(torch.float32, where) is not torch.float32
-            found["dtype"] = "checkpoint's, float32 as bfloat16" if half else "checkpoint's"
+            return "checkpoint's, float32 as bfloat16" if half else "checkpoint's"
+
+        found["dtype"] = dtype_on(device)
+        elsewhere = {dtype_on(g.device) for g in models.guides if g.device is not None}
+        if elsewhere - {found["dtype"]}:
+            found["guides' dtype"] = ", ".join(sorted(elsewhere))
         found["w2s-fast"] = __version__
         for package in ("torch", "transformers"):
             found[package] = version(package).split("+")[0]  # behind it: for which device
@@ -131,6 +139,7 @@ def name_models(
     tokenizer: str | None = None,
     prompt_template: str | None = None,
     guide_templates: Sequence[str] = (),
+    guide_device: str | None = None,
     remote: RemoteBase | None = None,
 ) -> Models:
     """Checks what the user named against itself; the bundled models if that is nothing.
@@ -155,6 +164,9 @@ def name_models(
     if guide_templates:
         each = cycle(guide_templates)
         guides = [g._replace(prompt_template=text) for g, text in zip(models.guides, each)]
+        models = replace(models, guides=tuple(guides))
+    if guide_device is not None:
+        guides = [guide._replace(device=guide_device) for guide in models.guides]
         models = replace(models, guides=tuple(guides))
     if remote is not None:
         models = replace(models, base=remote.model or remote.url, remote=remote)

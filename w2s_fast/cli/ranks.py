@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
@@ -85,9 +85,10 @@ class Others:
             process.kill()
 
     def _start(self, size: int) -> None:
-        import torch.distributed as dist
+        import torch.distributed
 
-        self._store = dist.TCPStore(_HERE, 0, size, is_master=True, wait_for_workers=False)
+        distributed: Any = torch.distributed  # it says nothing of its stores to type checkers
+        self._store = distributed.TCPStore(_HERE, 0, size, is_master=True, wait_for_workers=False)
         own = {
             "WORLD_SIZE": size,
             "LOCAL_WORLD_SIZE": size,

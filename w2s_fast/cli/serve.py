@@ -24,6 +24,7 @@ from w2s_fast.cli.model_options import (
     Device,
     Dtype,
     ExtraBody,
+    GuideDevice,
     GuidePromptTemplate,
     KvCacheTokens,
     MaxConcurrency,
@@ -201,6 +202,7 @@ def serve(
         ),
     ] = None,
     device: Device = "auto",
+    guide_device: GuideDevice = None,
     tensor_parallel: TensorParallel = 1,
     dtype: Dtype = "auto",
     attention: Attention = "auto",
@@ -236,6 +238,7 @@ def serve(
         tokenizer=tokenizer,
         prompt_template=prompt_template,
         guide_templates=guide_prompt_template or [],
+        guide_device=guide_device,
         remote=remote_base(
             base_url,
             base_model,
