@@ -15,6 +15,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support import forked_python, rank_program
+from tests.support.adapters import save_adapter
+from tests.support.gguf_files import gguf_llama, write_gguf
 from tests.support.tiny_models import draw_weights, save_tiny, tiny_model
 from w2s_fast import Engine, Guide, RemoteBase
 from w2s_fast.errors import InvalidRequest, UnsupportedModel
@@ -36,6 +38,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root / "untuned", root / "broken")
     (root / "broken" / "model.safetensors").write_bytes(b"no weights")
     return root
+
+
+@pytest.fixture(scope="module")
+def adapter(models: Path) -> Path:
+    """Of the base, beside it."""
+    base = AutoModelForCausalLM.from_pretrained(models / "llama")
+    base.config._name_or_path = str(models / "llama")
+    return save_adapter(base, models / "adapter")
 
 
 def save_biased(llama: Path, folder: Path) -> None:
@@ -195,6 +205,13 @@ class TestLeading:
         first, second = run_ranks("idle")
         assert first is not None and first["found"] and second == {}
 
+    def test_adapters_of_the_base_are_refused_on_all(
+        self, run_ranks: RunRanks, adapter: Path
+    ) -> None:
+        for found in run_ranks("adapted"):
+            assert found is not None and "an adapter of the base" in found["why"]
+            assert found["why"].startswith("InvalidRequest")
+
     def test_others_that_do_not_follow_are_noticed(self, run_ranks: RunRanks) -> None:
         for found in run_ranks("not_followed"):
             assert found is not None and "the same calls" in found["why"]
@@ -243,6 +260,13 @@ class TestRefusals:
 
     def test_compile(self, models: Path) -> None:
         assert "compile" in self.refused(models / "llama", compile=True)
+
+    def test_gguf(self, tmp_path: Path) -> None:
+        path = write_gguf(tmp_path / "base.gguf", gguf_llama())
+        assert "GGUF" in self.refused(path)
+
+    def test_adapters_as_the_base(self, adapter: Path) -> None:
+        assert "allowed: a whole model" in self.refused(adapter)
 
     def test_numbers(self, models: Path) -> None:
         assert "tensor_parallel is 0" in self.refused(models / "llama", 0)

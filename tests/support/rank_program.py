@@ -254,6 +254,12 @@ def not_followed(folder: Path) -> dict[str, Any]:
     return {"why": error_of(lambda: own.generate("ab", SMALL))}
 
 
+def adapted(folder: Path) -> dict[str, Any]:
+    """The tuned guide is an adapter of the base."""
+    guides = Guide(str(folder / "adapter"), str(folder / "llama"))
+    return {"why": error_of(lambda: engine(folder, guides=guides))}
+
+
 def unread(folder: Path) -> dict[str, Any]:
     """Rank 1 cannot read a guide; the other one must not wait for it."""
     guides = Guide(str(folder / "tuned"), str(folder / ("broken" if rank() else "untuned")))
