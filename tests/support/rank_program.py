@@ -27,6 +27,7 @@ from w2s_fast.models.limits import Memory
 from w2s_fast.models.ranks import Ranks
 from w2s_fast.result import SearchResult
 
+DEVICE = os.environ.get("RANKS_ON", "cpu")
 # "biased": a Llama with biases in all of its linear modules.
 FAMILIES = ("llama", "biased", "qwen3", "mistral", "gemma2")
 PROMPTS = ("ab", "hello there", "once upon a time there was")
@@ -47,8 +48,8 @@ def engine(folder: Path, family: str = "llama", **options: Any) -> Engine:
     options.setdefault("guides", Guide(str(folder / "tuned"), str(folder / "untuned")))
     return Engine(
         str(folder / family),
-        dtype="float64",
-        device="cpu",
+        dtype="float32" if DEVICE == "cuda" else "float64",
+        device=DEVICE,
         tensor_parallel=ranks(),
         **{"kv_cache_tokens": 2048, **options},
     )
