@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 import w2s_fast.models.memory as memory
+from tests.support.foreign_guides import pair
 from w2s_fast import AsyncEngine, Engine, Guide, ScoredCandidate, SearchParams
 from w2s_fast.errors import RankFailure, W2SFastError
 from w2s_fast.models.limits import Memory
@@ -134,6 +135,13 @@ def killed(folder: Path) -> dict[str, Any]:
     return {"errors": errors, "next": error_of(lambda: own.generate("ab", SMALL))}
 
 
+class Unsent(str):
+    """A prompt that is a string, and cannot be sent to another process."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("not to be pickled")
+
+
 def led(folder: Path) -> dict[str, Any]:
     """Rank 0 alone is asked, by many at once and in any order; the other one follows."""
     seen: list[int] = []
@@ -145,7 +153,9 @@ def led(folder: Path) -> dict[str, Any]:
     def choice(values: Sequence[float], candidates: Sequence[ScoredCandidate]) -> list[int]:
         return sorted(range(len(values)), key=lambda i: (-values[i], i))[-2:]
 
-    own = engine(folder, scorers=[scorer], kv_cache_tokens=512)
+    # One of the base's vocabulary, and one of another.
+    guides = [Guide(str(folder / "tuned"), str(folder / "untuned")), pair("bpe-first")]
+    own = engine(folder, guides=guides, scorers=[scorer], kv_cache_tokens=512)
     found: dict[str, Any] = {}
     left = None
     if rank() > 0:
@@ -183,6 +193,8 @@ async def _asked(own: Engine, choice: Any) -> dict[str, Any]:
         lambda: own.token_scores(["ab"], ["cd"], model="base"),
         lambda: [list(top) for top in own.log_probs(["hello"], top=2)[0].top[1:] if top],
         lambda: error_of(lambda: own.generate("ab", SearchParams(max_new_tokens=10**6))),
+        lambda: found_in(own.generate(Unsent("a text"), SMALL)),
+        lambda: found_in(own.generate("stopped", several(stop=["e", "a"], chunk_stop=["o"])[1])),
     ]
     answers = await asyncio.gather(*(loop.run_in_executor(None, one) for one in asked))
     given_up.close()

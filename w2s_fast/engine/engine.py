@@ -446,8 +446,8 @@ class Engine:
     def follow(self) -> None:
         """On every rank but 0: do what rank 0 is asked for, until it leads no longer.
 
-        Scorers and choices are called on rank 0 only; but all ranks need the same settings of
-        engine, tokenizer and chat template, since each reads prompts itself.
+        Prompts are read, and scorers and choices are called, on rank 0 only; but the engines have
+        to be made alike, with as many scorers, and the same tokenizer for stop strings.
 
         Raises:
             InvalidRequest: this is rank 0, or the only process.
@@ -458,7 +458,7 @@ class Engine:
         assert isinstance(self._search, Search)  # of remote bases there is one rank
         size = self._models.vocab_size
         works = works_of(self.runner, self._search, self._scheduler, size)
-        self.runner.follow(self._to_request, works)
+        self.runner.follow(self._intake.same, works)
 
     def warm_up(self) -> None:
         """Do what the first requests would else wait for: compile kernels, record passes.

@@ -103,6 +103,8 @@ def foreign_prompt(
     for model, translation in foreign.translators.items():
         encoder = encoder_of[model]
         own = prompt if tokenizer is None else in_words(prompt, tokenizer, encoder.name)
+        if isinstance(own, str):
+            own = str(own)  # nothing more than that: other ranks may have to read it
         written = encoder.as_text(own)
         same = (text for other, w, text in known if other is translation and w == written)
         assert isinstance(translation, Translation)

@@ -17,7 +17,7 @@ from w2s_fast.errors import InvalidRequest
 from w2s_fast.models import PagedModel
 from w2s_fast.params import SearchParams
 from w2s_fast.scheduling import Given, Scheduler, check_readable, check_room
-from w2s_fast.search import PagedGuide, Request
+from w2s_fast.search import ForeignPrompt, PagedGuide, Request
 from w2s_fast.text import Breaks, Chat, Prompt, PromptEncoder, StopStrings, decode_response
 
 
@@ -70,6 +70,29 @@ class Intake:
                 raise InvalidRequest(
                     f"stop_token_ids holds {token}; allowed: below {models.vocab_size}"
                 )
+        request = self._made(prompts, in_foreign, params, int(priority), given=prompt)
+        self._scheduler.check(request)
+        return request
+
+    def same(
+        self,
+        prompts: Sequence[Sequence[int]],
+        foreign: ForeignPrompt | None,
+        params: SearchParams,
+        priority: int,
+    ) -> Request:
+        """The request that :meth:`request` has made on another rank, of what it holds there."""
+        return self._made(prompts, foreign, params, priority)
+
+    def _made(
+        self,
+        prompts: Sequence[Sequence[int]],
+        foreign: ForeignPrompt | None,
+        params: SearchParams,
+        priority: int,
+        given: Any = None,
+    ) -> Request:
+        models = self._models
         base, *of_guides = prompts
         ends = None
         if params.stop:
@@ -81,22 +104,20 @@ class Intake:
             if models.tokenizer is None:
                 raise InvalidRequest("chunk_stop needs a tokenizer; the engine has none")
             breaks = Breaks(models.tokenizer, base, params.chunk_stop)
-        request = Request(
+        return Request(
             base,
             of_guides,
             params,
-            int(priority),
+            priority,
             models.eos_token_ids,
             params.betas([guide.weight for guide in models.guides]) if params.fuses else (),
-            given=prompt,
+            given=given,
             has_scorers=self._has_scorers,
             ends=ends,
             breaks=breaks,
-            foreign=in_foreign,
-            has_guides=None if in_foreign is None else bool(models.sharing),
+            foreign=foreign,
+            has_guides=None if foreign is None else bool(models.sharing),
         )
-        self._scheduler.check(request)
-        return request
 
     def given(
         self,

@@ -1,14 +1,14 @@
 """Orders: of several ranks the first is asked, and takes the others along.
 
 What rank 0 is about to do it tells the others before it does it; they do the same, each with
-requests of its own, made of the same prompts. So they hold the same as long as the same follows
+requests of its own, made of the same tokens. So they hold the same as long as the same follows
 from it, which is what the rest of this room sees to.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias
@@ -16,10 +16,13 @@ from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias
 from w2s_fast.errors import Aborted, RankFailure, W2SFastError
 from w2s_fast.models import Ranks
 from w2s_fast.params import SearchParams
-from w2s_fast.search import Request
+from w2s_fast.search import ForeignPrompt, Request
 
 GivenUp: TypeAlias = tuple[Request, W2SFastError]
-MakeRequest: TypeAlias = Callable[[Any, SearchParams, int], Request]
+# Of its prompts' tokens, the prompt as foreign guides have it, its parameters, and its priority.
+MakeRequest: TypeAlias = Callable[
+    [Sequence[Sequence[int]], ForeignPrompt | None, SearchParams, int], Request
+]
 
 
 class Work(NamedTuple):
@@ -44,10 +47,11 @@ class Order(NamedTuple):
 
 
 class _Arrival(NamedTuple):
-    """A request as its caller asked for it."""
+    """A request, without what its caller gave: that may be anything, and is not needed."""
 
     number: int
-    prompt: Any
+    prompts: Sequence[Sequence[int]]
+    foreign: ForeignPrompt | None
     params: SearchParams
     priority: int
     streams: bool
@@ -107,7 +111,9 @@ class Leading:
         if callable(params.selection):
             # It is called here only, and what it is need not be picklable.
             params = replace(params, selection=_not_here)
-        return _Arrival(number, request.given, params, request.priority, request.streams)
+        return _Arrival(
+            number, request.prompts, request.foreign, params, request.priority, request.streams
+        )
 
 
 class Following:
@@ -138,7 +144,7 @@ class Following:
 
     def _made(self, arrival: _Arrival) -> Request:
         try:
-            request = self._make(arrival.prompt, arrival.params, arrival.priority)
+            request = self._make(arrival.prompts, arrival.foreign, arrival.params, arrival.priority)
         except Exception as error:  # rank 0 could make it
             self._ranks.leave(f"a request cannot be made here: {type(error).__name__}: {error}")
             self._ranks.check()

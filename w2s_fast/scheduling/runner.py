@@ -245,7 +245,7 @@ class Runner:
         """Do what rank 0 does as long as it leads.
 
         Args:
-            make: a request, of the prompt, the parameters and the priority that rank 0 was given.
+            make: a request, of what rank 0 has made of its prompt.
             works: what is done in turns, by the names that those who take them give it.
 
         Raises:
