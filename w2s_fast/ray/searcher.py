@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 from w2s_fast import Engine
 from w2s_fast.errors import EngineFailure
 from w2s_fast.params import SearchParams
+from w2s_fast.ray.group import RankGroup
+from w2s_fast.ray.pool import Pool
 from w2s_fast.result import SearchResult
 
 Asked: TypeAlias = tuple[Any, SearchParams]  # a prompt as engines take it, and how to search
@@ -20,9 +23,19 @@ _FAILED = 70  # exit code of a process that cannot go on
 class Searcher:
     """For ``map_batches``: batches come in several threads, and one engine runs all of them."""
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
-        """``make``: the engine, in the process that it is to run in."""
-        self._engine = make()
+    def __init__(self, make: Callable[[], Engine], pool: Pool | None = None) -> None:
+        """``make``: the engine, in the process that it is to run in; of the pool's
+        ``tensor_parallel`` ranks, if they are several."""
+        if pool is None or pool.tensor_parallel == 1:
+            self._engine = make()
+            return
+        resources = {"CPU": pool.num_cpus, "GPU": pool.num_gpus}
+        group = RankGroup(make, pool.tensor_parallel, resources)
+        self._engine = group.engine
+        self._leads = ExitStack()  # as long as this process is there
+        self._leads.enter_context(self._engine.lead())
+        # Where a pass waits for a rank that has died, it would for long.
+        group.watch(lambda why: self._end(EngineFailure(why)))
 
     def search(self, asked: Sequence[Asked]) -> list[SearchResult]:
         """A result for each, in their order; a failed one carries its error.
