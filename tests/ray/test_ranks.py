@@ -70,9 +70,9 @@ def others() -> set[int]:
     session = ray._private.worker._global_node.get_session_dir_path()  # type: ignore[attr-defined]
     for process in psutil.process_iter():
         try:
-            if process.cmdline()[:1] == ["ray::_Rank.follow"]:
-                if any(session in word for word in process.parent().cmdline()):
-                    found.add(process.pid)
+            is_one = process.cmdline()[:1] == ["ray::_Rank.follow"]
+            if is_one and any(session in word for word in process.parent().cmdline()):
+                found.add(process.pid)
         except (psutil.Error, AttributeError):  # it has ended meanwhile
             continue
     return found
@@ -130,9 +130,6 @@ def test_no_rank_outlives_the_first_one(ray_here: None, models: Path) -> None:
     assert len(others() - before) == 1
     ray.kill(holder)
     until(lambda: not others() - before, 30)
-    names = [one["name"] for one in ray.util.placement_group_table().values()
-             if one["state"] != "REMOVED"]  # fmt: skip
-    assert not [name for name in names if "w2s-fast" in name]
 
 
 def test_why_a_rank_failed_is_told_and_what_is_missing(ray_here: None, models: Path) -> None:
@@ -152,8 +149,8 @@ def test_why_a_rank_failed_is_told_and_what_is_missing(ray_here: None, models: P
     cases = [(broken, EACH), (partial(divided, models), {"CPU": 99.0}), (broken, {"CPU": 0.0})]
     first, second, third = ray.get([there.remote(*case) for case in cases], timeout=90)
     assert first == "EngineFailure: rank 1 of 2: KeyError: 'it lies elsewhere'"
-    assert "no room for 1 ranks more, each with 99 CPU; free in the cluster: " in second
-    assert third.startswith("InvalidRequest: num_cpus and num_gpus")
+    assert "no room for 1 of 2 ranks, each with 99 CPU; free in the cluster: " in second
+    assert third.startswith("InvalidRequest: a rank has no resources")
 
 
 def test_a_rank_s_gpu_is_the_one_that_it_sees() -> None:
@@ -161,7 +158,8 @@ def test_a_rank_s_gpu_is_the_one_that_it_sees() -> None:
     assert [seat["LOCAL_RANK"] for seat in _seats(one)] == [0, 0, 0, 0]
     assert [seat["LOCAL_RANK"] for seat in _seats([("a", 8), ("b", 8), ("a", 8)])] == [0, 0, 1]
     assert [seat["LOCAL_RANK"] for seat in _seats([("a", 0), ("a", 0)])] == [0, 1]
-    assert [seat["LOCAL_WORLD_SIZE"] for seat in _seats([("a", 1), ("b", 1), ("a", 1)])] == [2, 1, 2]  # fmt: skip
+    apart = _seats([("a", 1), ("b", 1), ("a", 1)])
+    assert [seat["LOCAL_WORLD_SIZE"] for seat in apart] == [2, 1, 2]
 
 
 # --- batches
@@ -171,7 +169,6 @@ def test_a_rank_s_gpu_is_the_one_that_it_sees() -> None:
 def test_a_dataset_under_a_rank_that_is_killed_has_one_result_a_prompt(
     ray_here: None, models: Path, alone: Engine
 ) -> None:
-    """Twice: of an idle rank, and in the midst of it."""
     rows = [{"prompt": f"film {i}", "seed": i} for i in range(64)]
     found = w2s_fast.ray.generate(
         ray.data.from_items(rows),
@@ -186,7 +183,7 @@ def test_a_dataset_under_a_rank_that_is_killed_has_one_result_a_prompt(
 
     def kill() -> None:
         until(lambda: others() - before)
-        time.sleep(0.5)
+        time.sleep(1.5)  # whatever it is at: it may be reading its model
         for pid in others() - before:
             os.kill(pid, signal.SIGKILL)
             killed.set()

@@ -66,8 +66,8 @@ def generate(
         base, guides: paths or hub ids that lead to the models on every machine.
         params: of rows that set nothing else.
         actors: so many, or between two numbers.
-        num_cpus, num_gpus: of each, or of each rank of its engine; GPUs not given: one, where the cluster has any and ``device``
-            is not ``"cpu"``.
+        num_cpus, num_gpus: of each, or of each rank of its engine; GPUs not given: one, where the
+            cluster has any and ``device`` is not ``"cpu"``.
         options: of :class:`w2s_fast.Engine`. With ``tensor_parallel`` each actor starts the other
             ranks of its engine, so the cluster needs room for ``actors * tensor_parallel`` of them.
 
@@ -78,7 +78,7 @@ def generate(
         parameters are not kept.
 
     Raises:
-        InvalidRequest: ``actors`` or ``tensor_parallel`` cannot be used, or a column is called as a result is.
+        InvalidRequest: ``actors`` cannot be used, or a column is called as a result is.
     """
     params = params or SearchParams()
     if num_gpus is None:

@@ -12,18 +12,16 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util import get_node_ip_address
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_placement_group,
-    placement_group,
-    remove_placement_group,
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
 )
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from w2s_fast import Engine
-from w2s_fast.errors import EngineFailure, InvalidRequest
+from w2s_fast.errors import EngineFailure, InvalidRequest, RankFailure
 
 _SECONDS = 300.0  # that machines with so much may need until they have come
 _MOMENT = 2.0  # in which a rank that broke the group has said why
@@ -54,25 +52,29 @@ class RankGroup:
             size: how many ranks there are.
             resources: of each of the others: ``CPU``, ``GPU``, and whatever else a cluster has.
             placement: whose first bundle is this process's, and whose next ones are the others';
-                None: one of its own is made.
+                None: they are where there is room, on this machine first. Ray keeps a placement
+                group of an actor's until its driver ends; resources of processes it does not.
             seconds: to wait for these resources.
 
         Raises:
-            EngineFailure: resources are missing, or a rank failed: with its own cause.
+            EngineFailure: resources are missing, or another rank failed: with its own cause.
+            RankFailure: another rank has died.
             InvalidRequest: a rank without any resources.
             Exception: what ``make`` raises here.
         """
         if dist.is_initialized():
-            raise EngineFailure("this process is in a group of ranks, or was when that failed; start another process")
-        self._own_placement = placement is None
-        self._placement = placement or _placement_of_own(size - 1, resources)
+            raise EngineFailure(
+                "this process is in a group of ranks, or was when that failed; start another one"
+            )
+        if not any(resources.values()):
+            raise InvalidRequest("a rank has no resources; allowed: num_cpus or num_gpus above 0")
         self._ranks: list[Any] = []
         self._running: list[Any] = []
         self._before = dict(os.environ)
         self._over = threading.Event()
         self._making: threading.Thread | None = None
         try:
-            self._start(size, resources, seconds)
+            self._start(size, resources, placement, seconds)
             self.engine = self._made(make)
         except BaseException as error:
             self.close()
@@ -103,9 +105,6 @@ class RankGroup:
         for rank in self._ranks:
             with suppress(Exception):
                 ray.kill(rank)
-        if self._own_placement:
-            with suppress(Exception):
-                remove_placement_group(self._placement)
         if self._making is not None:
             # What it waits for has gone. A thread that waits all the same is left to itself.
             self._making.join(_MOMENT)
@@ -117,32 +116,37 @@ class RankGroup:
             if name in self._before:
                 os.environ[name] = self._before[name]
 
-    def _start(self, size: int, resources: Mapping[str, float], seconds: float) -> None:
+    def _start(
+        self,
+        size: int,
+        resources: Mapping[str, float],
+        placement: PlacementGroup | None,
+        seconds: float,
+    ) -> None:
         """Begin the other ranks' processes, and find out where they are."""
-        if not self._placement.wait(seconds):
+        kinds = {"num_cpus": "CPU", "num_gpus": "GPU"}
+        options: dict[str, Any] = {option: resources.get(kind, 0) for option, kind in kinds.items()}
+        options["resources"] = {k: v for k, v in resources.items() if k not in kinds.values()}
+        for r in range(1, size):
+            if placement is not None:
+                where: Any = PlacementGroupSchedulingStrategy(placement, r)
+            else:  # beside this process, where there is room
+                here = ray.get_runtime_context().get_node_id()
+                where = NodeAffinitySchedulingStrategy(here, True, _spill_on_unavailable=True)
+            rank = ray.remote(_Rank).options(max_restarts=0, scheduling_strategy=where, **options)
+            self._ranks.append(rank.remote())
+        asked = [rank.place.remote() for rank in self._ranks]
+        try:
+            self._places = [_place(), *ray.get(asked, timeout=seconds)]
+        except GetTimeoutError:
+            missing = len(ray.wait(asked, num_returns=size - 1, timeout=0)[1])
             free = ray.available_resources()
             names = sorted({*resources, "CPU", "GPU"})
             raise EngineFailure(
-                f"after {seconds:g} s there is no room for {size - 1} ranks more, each with "
+                f"after {seconds:g} s there is no room for {missing} of {size} ranks, each with "
                 f"{_told(resources)}; free in the cluster: "
                 + _told({name: free.get(name, 0.0) for name in names})
-            )
-        first = 0 if self._own_placement else 1
-        kinds = {"num_cpus": "CPU", "num_gpus": "GPU"}
-        self._ranks = [
-            ray.remote(_Rank)
-            .options(
-                **{option: resources.get(kind, 0) for option, kind in kinds.items()},
-                resources={k: v for k, v in resources.items() if k not in kinds.values()},
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._placement, placement_group_bundle_index=first + r
-                ),
-            )
-            .remote()
-            for r in range(size - 1)
-        ]
-        self._places = [_place(), *ray.get([rank.place.remote() for rank in self._ranks])]
+            ) from None
 
     def _made(self, make: Callable[[], Engine]) -> Engine:
         """The engine, once all are together. What goes wrong on another rank is seen meanwhile."""
@@ -173,28 +177,40 @@ class RankGroup:
             ended, _ = ray.wait(self._running, timeout=0.1)
         if made.done() and not ended and made.exception() is None:
             return made.result()
-        # Whoever failed first, the others fail by it; what they say of that says little.
+        # Whoever failed first, the others fail by it, and who that was nobody knows.
         self._making.join(_MOMENT)
         failure = made.exception() if made.done() else None
-        if failure is not None and not isinstance(failure, EngineFailure):
-            raise failure
         ended, _ = ray.wait(self._running, num_returns=size - 1, timeout=_MOMENT)
-        if (why := self._why(ended)) is not None or failure is None:
-            raise EngineFailure(why or "a rank follows no longer") from failure
-        raise failure
+        causes = self._causes(ended)
+        why = "; ".join(causes.values())
+        if any(not isinstance(cause, Exception) for cause in causes):
+            raise RankFailure(why)
+        if failure is None:
+            raise EngineFailure(why or "a rank follows no longer")
+        if all(type(cause) is type(failure) for cause in causes):
+            raise failure
+        if not isinstance(failure, EngineFailure):
+            why = f"rank 0 of {size}: {type(failure).__name__}: {failure}; {why}"
+        raise EngineFailure(why) from failure
 
     def _why(self, ended: Sequence[Any]) -> str | None:
-        """Of these ranks' ends: one that is not another one's fault, if there is one."""
-        found: list[tuple[bool, str]] = []
+        """Of these ranks' ends; None: none of them failed."""
+        return "; ".join(self._causes(ended).values()) or None
+
+    def _causes(self, ended: Sequence[Any]) -> dict[BaseException | str, str]:
+        """Of these ranks' ends, and as they are told; without those that are another rank's fault,
+        unless there are no others. Of one that died it is only told."""
+        found: dict[Any, str] = {}
         for reference in ended:
+            rank = f"rank {self._running.index(reference) + 1} of {len(self._running) + 1}"
             try:
                 ray.get(reference)
+            except RayTaskError as error:
+                found[error.cause] = f"{rank}: {_cause(error)}"
             except RayError as error:
-                cause = error.cause if isinstance(error, RayTaskError) else error
-                rank = self._running.index(reference) + 1
-                told = f"rank {rank} of {len(self._running) + 1}: {_cause(error)}"
-                found.append((isinstance(cause, EngineFailure), told))
-        return min(found)[1] if found else None
+                found[rank] = f"{rank}: {_cause(error)}"
+        own = {cause: told for cause, told in found.items() if not isinstance(cause, RankFailure)}
+        return own or found
 
 
 class _Rank:
@@ -250,22 +266,6 @@ def _join(seat: Mapping[str, Any], backend: str, store: Any = None) -> None:
     if store is None:
         store = dist.TCPStore(seat["MASTER_ADDR"], seat["MASTER_PORT"], size, is_master=False)
     dist.init_process_group(backend, store=store, rank=seat["RANK"], world_size=size)
-
-
-def _placement_of_own(count: int, resources: Mapping[str, float]) -> PlacementGroup:
-    """Room for so many ranks.
-
-    An actor that is begun again has the room that it had before, whose ranks ended with it.
-    """
-    bundle = {name: amount for name, amount in resources.items() if amount}
-    if not bundle:
-        raise InvalidRequest("num_cpus and num_gpus of a rank are 0; allowed: one of them above 0")
-    actor = ray.get_runtime_context().get_actor_id()
-    name = f"w2s-fast ranks of {actor}" if actor else ""
-    if name:
-        with suppress(ValueError):  # there is none yet
-            return get_placement_group(name)
-    return placement_group([bundle] * count, "PACK", name)
 
 
 def _told(resources: Mapping[str, float]) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from w2s_fast import Engine
-from w2s_fast.errors import EngineFailure
+from w2s_fast.errors import EngineFailure, RankFailure
 from w2s_fast.params import SearchParams
 from w2s_fast.ray.group import RankGroup
 from w2s_fast.ray.pool import Pool
@@ -30,12 +29,15 @@ class Searcher:
             self._engine = make()
             return
         resources = {"CPU": pool.num_cpus, "GPU": pool.num_gpus}
-        group = RankGroup(make, pool.tensor_parallel, resources)
-        self._engine = group.engine
-        self._leads = ExitStack()  # as long as this process is there
-        self._leads.enter_context(self._engine.lead())
-        # Where a pass waits for a rank that has died, it would for long.
-        group.watch(lambda why: self._end(EngineFailure(why)))
+        try:
+            group = RankGroup(make, pool.tensor_parallel, resources)
+            self._engine = group.engine
+            self._lead = self._engine.lead()  # as long as this process is there
+            self._lead.__enter__()
+        except RankFailure as error:  # begun again, it has other ranks
+            _end(error)
+        # A pass on GPUs that waits for a rank that has died would do so for minutes.
+        group.watch(_end)
 
     def search(self, asked: Sequence[Asked]) -> list[SearchResult]:
         """A result for each, in their order; a failed one carries its error.
@@ -49,12 +51,13 @@ class Searcher:
         try:
             results = self._engine.generate(prompts, params, on_error="return", progress=False)
         except EngineFailure as error:
-            self._end(error)
+            _end(error)
         for result in results:
             if isinstance(result.error, EngineFailure):
-                self._end(result.error)
+                _end(result.error)
         return results
 
-    def _end(self, error: EngineFailure) -> None:
-        print(f"the engine has failed, and its process ends: {error}", file=sys.stderr, flush=True)
-        os._exit(_FAILED)
+
+def _end(why: object) -> NoReturn:
+    print(f"the engine has failed, and its process ends: {why}", file=sys.stderr, flush=True)
+    os._exit(_FAILED)

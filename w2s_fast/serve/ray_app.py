@@ -73,9 +73,7 @@ class Replica:
 
         assert placement is not None  # it was made with this replica: see `build`
         resources = placement.bundle_specs[-1]
-        self._group = RankGroup(
-            config.load, config.tensor_parallel, resources, placement=placement
-        )
+        self._group = RankGroup(config.load, config.tensor_parallel, resources, placement=placement)
         # Rank 0 would notice by itself only when it is asked next; and in the middle of a pass, on
         # GPUs, after minutes.
         self._group.watch(self._end)
