@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
 )
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from w2s_fast import Engine
 from w2s_fast.errors import EngineFailure, InvalidRequest, RankFailure
@@ -143,8 +144,8 @@ class RankGroup:
             free = ray.available_resources()
             names = sorted({*resources, "CPU", "GPU"})
             raise EngineFailure(
-                f"after {seconds:g} s there is no room for {missing} of {size} ranks, each with "
-                f"{_told(resources)}; free in the cluster: "
+                f"after {seconds:g} s {missing} of {size} ranks have not begun, each of which "
+                f"needs {_told(resources)}; free in the cluster: "
                 + _told({name: free.get(name, 0.0) for name in names})
             ) from None
 
@@ -153,7 +154,7 @@ class RankGroup:
         size = len(self._places)
         host = get_node_ip_address()
         # A port that is free, and taken at once: nobody else can come in between.
-        store = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
+        store = TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
         shared = {"WORLD_SIZE": size, "MASTER_ADDR": host, "MASTER_PORT": store.port}
         own, *others = [{**shared, **seat} for seat in _seats(self._places)]
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -264,7 +265,7 @@ def _join(seat: Mapping[str, Any], backend: str, store: Any = None) -> None:
     os.environ.update({name: str(seat[name]) for name in _VARIABLES})
     size = seat["WORLD_SIZE"]
     if store is None:
-        store = dist.TCPStore(seat["MASTER_ADDR"], seat["MASTER_PORT"], size, is_master=False)
+        store = TCPStore(seat["MASTER_ADDR"], seat["MASTER_PORT"], size, is_master=False)
     dist.init_process_group(backend, store=store, rank=seat["RANK"], world_size=size)
 
 
