@@ -123,6 +123,7 @@ class Holder:
         self._group = RankGroup(partial(divided, models), 2, EACH)
 
 
+@pytest.mark.cluster
 def test_no_rank_outlives_the_first_one(ray_here: None, models: Path) -> None:
     before = others()
     holder = ray.remote(Holder).options(num_cpus=0.1).remote()
@@ -239,6 +240,7 @@ def url(ray_here: None, models: Path) -> Iterator[str]:
     serve.shutdown()
 
 
+@pytest.mark.cluster
 def test_requests_under_a_rank_that_is_killed_are_all_answered(
     url: str, models: Path, alone: Engine
 ) -> None:

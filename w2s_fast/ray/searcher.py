@@ -25,7 +25,7 @@ class Searcher:
     def __init__(self, make: Callable[[], Engine], pool: Pool | None = None) -> None:
         """``make``: the engine, in the process that it is to run in; of the pool's
         ``tensor_parallel`` ranks, if they are several."""
-        if pool is None or pool.tensor_parallel == 1:
+        if pool is None or pool.tensor_parallel <= 1:
             self._engine = make()
             return
         resources = {"CPU": pool.num_cpus, "GPU": pool.num_gpus}
