@@ -16,6 +16,7 @@ from starlette.types import Message
 from tests.serve.conftest import DEFAULTS, make_engine
 from w2s_fast.serve import ServerSettings, build_app
 from w2s_fast.serve.carried import Asked, Head, answered, beginning_of
+from w2s_fast.serve.ray_app import Replica
 from w2s_fast.serve.ray_config import RayConfig
 from w2s_fast.serve.ray_front import Forwarder, merged
 from w2s_fast.serve.ray_router import Beginnings
@@ -71,6 +72,37 @@ def test_who_stops_listening_has_left() -> None:
             assert engine.stats().running == 0 and app.state.service.gate.under_way == 0
 
     asyncio.run(leave())
+
+
+def test_a_replica_whose_engine_has_failed_ends_and_says_nothing() -> None:
+    app = build_app(make_engine(), ServerSettings(name="tiny"), DEFAULTS)
+
+    class Ended(Exception):
+        """In the place of the process's end."""
+
+    class Own(Replica):
+        def __init__(self) -> None:
+            self._app = app
+
+        def _end(self, why: str) -> None:
+            raise Ended(why)
+
+        def __del__(self) -> None:  # type: ignore[override]
+            """Nothing was begun."""
+
+    async def ask() -> None:
+        async with app.router.lifespan_context(app):
+            asked = Asked("POST", "/v1/completions", b"", JSON, b'{"prompt": "ab"}')
+            (head, *_) = [piece async for piece in Own().answer(asked)]
+            assert isinstance(head, Head) and head.status == 200
+            await app.state.service.engine.close()
+            with pytest.raises(Ended, match="has failed"):
+                await anext(Own().answer(asked))
+            app.state.service.gate.draining = True  # then it has only been closed
+            (head, *_) = [piece async for piece in Own().answer(asked)]
+            assert isinstance(head, Head) and head.status == 503
+
+    asyncio.run(ask())
 
 
 def test_what_an_application_did_not_say_is_an_error() -> None:

@@ -29,8 +29,9 @@ SMALL = {"num_cpus": 0.1, "num_gpus": 0}
 
 def commands() -> list[str]:
     """Lines of the page's blocks that a shell reads."""
-    blocks = re.findall(r"^```\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    read = [block for language, block in blocks if not language]
+    return [line.split("  #")[0].strip() for block in read for line in block.splitlines()]
 
 
 def scripts() -> Path:

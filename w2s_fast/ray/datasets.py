@@ -66,9 +66,10 @@ def generate(
         base, guides: paths or hub ids that lead to the models on every machine.
         params: of rows that set nothing else.
         actors: so many, or between two numbers.
-        num_cpus, num_gpus: of each; GPUs not given: one, where the cluster has any and ``device``
-            is not ``"cpu"``.
-        options: of :class:`w2s_fast.Engine`.
+        num_cpus, num_gpus: of each, or of each rank of its engine; GPUs not given: one, where the
+            cluster has any and ``device`` is not ``"cpu"``.
+        options: of :class:`w2s_fast.Engine`. With ``tensor_parallel`` each actor starts the other
+            ranks of its engine, so the cluster needs room for ``actors * tensor_parallel`` of them.
 
     Returns:
         Its rows, in any order, with columns more: ``text``, ``token_ids``, ``score`` (nats) and
@@ -84,17 +85,23 @@ def generate(
         num_gpus = gpus_of(options.get("device", "auto"))
     if num_gpus == 0:
         options.setdefault("device", "cpu")
-    pool = Pool(actors, num_cpus, num_gpus, options.get("max_rows"))
+    pool = Pool(
+        actors,
+        num_cpus,
+        num_gpus,
+        options.get("max_rows"),
+        tensor_parallel=options.get("tensor_parallel", 1),
+    )
     parts = dataset.repartition(target_num_rows_per_block=pool.rows_of_task(params))
     make = partial(Engine, base, guides, **options)
-    return pool.map_batches(parts, RowSearcher, (make, params), params)
+    return pool.map_batches(parts, RowSearcher, (make, params, pool), params)
 
 
 class RowSearcher(Searcher):
     """From and to columns."""
 
-    def __init__(self, make: Any, params: SearchParams) -> None:
-        super().__init__(make)
+    def __init__(self, make: Any, params: SearchParams, pool: Pool | None = None) -> None:
+        super().__init__(make, pool)
         self._params = params
 
     def __call__(self, batch: pa.Table) -> pa.Table:

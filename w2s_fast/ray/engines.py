@@ -43,7 +43,8 @@ class Engines:
         """Starts nothing. To be used while connected: :func:`w2s_fast.ray.connected`.
 
         Args:
-            make: an engine, in the process of an actor; it is sent there by pickle.
+            make: an engine, in the process of an actor; it is sent there by pickle. An engine of
+                several ranks is made on each, as many as ``pool.tensor_parallel``.
             params: of a usual prompt: how many an actor is given at a time.
         """
         self.tokenizer = tokenizer
@@ -103,7 +104,7 @@ class Engines:
         given.context.enable_progress_bars = False
         given.context.max_errored_blocks = -1  # they are missed here, and asked again
         found = self._pool.map_batches(
-            given, PickledSearcher, (self._make,), self._params, alone=alone
+            given, PickledSearcher, (self._make, self._pool), self._params, alone=alone
         )
         try:
             for batch in found.iter_batches(batch_size=None, batch_format="pyarrow"):

@@ -30,20 +30,27 @@ class Pool:
 
     Attributes:
         actors: so many, or between two numbers, as there is to do.
-        num_cpus, num_gpus: of each; see :func:`gpus_of`.
+        num_cpus, num_gpus: of each rank of an engine; see :func:`gpus_of`.
         max_rows: of each engine; None: as it chooses.
+        tensor_parallel: ranks of an engine. The first is the actor, and it has the others started.
     """
 
     actors: int | tuple[int, int] = 1
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     max_rows: int | None = None
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         least, most = self.actors if isinstance(self.actors, tuple) else (self.actors, self.actors)
         if not 1 <= least <= most:
             raise InvalidRequest(
                 f"actors is {self.actors!r}; allowed: an integer >= 1, or two, the least first"
+            )
+        if self.tensor_parallel > 1 and least != most:
+            # Ray Data would count an actor's own resources only, and begin more than there is room.
+            raise InvalidRequest(
+                f"actors is {self.actors!r} with tensor_parallel; allowed: an integer >= 1"
             )
 
     def rows_of_task(self, params: SearchParams) -> int:

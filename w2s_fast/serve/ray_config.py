@@ -36,7 +36,10 @@ class RayConfig(BaseModel):
             are to be more replicas; not given: as many as its rows take at once.
         max_ongoing_requests: bodies that a replica is given at a time, the others wait in front;
             not given: a quarter more, so that rows that become free are taken at the next step.
-        num_cpus, num_gpus: of a replica; GPUs not given: none on ``device: cpu``, else one.
+        num_cpus, num_gpus: of a replica, or of each of its ranks; GPUs not given: none on
+            ``device: cpu``, else one.
+        tensor_parallel: ranks that hold the base of a replica together, a process each.
+        placement_strategy: whether these have to be on one machine, or are so if there is room.
         front_replicas: processes that take requests in. front_cpus: of each.
         max_surge_percent: of an upgrade: replicas more than there are to be, meanwhile, in percent;
             0: an old one leaves before a new one begins, for GPUs are seldom spare.
@@ -91,6 +94,8 @@ class RayConfig(BaseModel):
     max_ongoing_requests: int | None = Field(None, ge=1)
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float | None = Field(None, ge=0)
+    tensor_parallel: int = Field(1, ge=1)
+    placement_strategy: Literal["PACK", "STRICT_PACK"] = "PACK"
     front_replicas: int = Field(2, ge=1)
     front_cpus: float = Field(0.5, ge=0)
     max_surge_percent: int = Field(0, ge=0, le=100)
@@ -139,6 +144,11 @@ class RayConfig(BaseModel):
             raise ValueError(f"{len(self.guide_prompt_template)} templates for {guides} guides")
         if (self.min_replicas is None) != (self.max_replicas is None):
             raise ValueError("min_replicas and max_replicas go together")
+        if self.tensor_parallel > 1:
+            if self.base_url is not None or self.compile:
+                raise ValueError("tensor_parallel goes neither with base_url nor with compile")
+            if not self.num_cpus and not self.gpus:
+                raise ValueError("num_cpus and num_gpus are 0: a rank needs one of them")
         try:
             defaults = self.defaults
         except TypeError as error:
@@ -189,13 +199,13 @@ class RayConfig(BaseModel):
 
     @property
     def gpus(self) -> float:
-        """Of a replica."""
+        """Of a replica, or of each of its ranks."""
         if self.num_gpus is not None:
             return self.num_gpus
         return 0.0 if self.device == "cpu" else 1.0
 
     def load(self) -> Engine:
-        """The engine of a replica, where it is to run.
+        """The engine of a replica, where it is to run; of several ranks on each.
 
         Raises:
             UnsupportedModel: a model cannot be loaded or served.
@@ -229,6 +239,7 @@ class RayConfig(BaseModel):
             max_rows=self.max_rows,
             max_pass_tokens=self.max_pass_tokens,
             kv_cache_tokens=self.kv_cache_tokens,
+            tensor_parallel=self.tensor_parallel,
         )
         if self.chat_template is not None:
             if engine.tokenizer is None:
