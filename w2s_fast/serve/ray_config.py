@@ -75,6 +75,7 @@ class RayConfig(BaseModel):
     price_per_million: tuple[float, float] | None = None
     prompt_template: str | None = None
     guide_prompt_template: tuple[str, ...] = ()
+    guide_device: str | None = None
     chat_template: Path | None = None
     search: dict[str, Any] = Field(default_factory=dict)
     device: str = "auto"
@@ -261,7 +262,13 @@ class RayConfig(BaseModel):
         if len(templates) == 1:
             templates *= len(tuned)
         return base, [
-            Guide(one, None if other == _NO_MODEL else other, weight, template)
+            Guide(
+                one,
+                None if other == _NO_MODEL else other,
+                weight,
+                template,
+                device=self.guide_device,
+            )
             for one, other, weight, template in zip(tuned, untuned, weights, templates)
         ]
 
