@@ -1,4 +1,4 @@
-"""Ray: batches on many machines, by Ray Data: a pool of actors, an engine each, on one rank or more.
+"""Ray: batches on many machines, by Ray Data: a pool of actors, an engine each, on a rank or more.
 
 Owns how prompts are dealt out and results come back, each exactly once, whatever happens to actors
 meanwhile. What a search is, an engine knows; where actors run, Ray decides.
