@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from tests.support.command import run
+from tests.support.tiny_models import save_tiny
 
 pytestmark = pytest.mark.long
 
@@ -37,6 +38,25 @@ def plain(prompts: Path) -> list[str]:
     path = prompts.with_name("plain.jsonl")
     assert run("generate", "--input", prompts, "--output", path, *OPTIONS).exit_code == 1
     return sorted(path.read_text().splitlines())
+
+
+@pytest.mark.cluster
+def test_an_actor_s_engine_may_be_of_several_ranks(ray_here: None, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base", "llama", seed=3)
+    save_tiny(tmp_path / "tuned", "gpt2", seed=1)
+    save_tiny(tmp_path / "untuned", "gpt2", seed=2)
+    roles = ("base", "tuned", "untuned")
+    named = [part for role in roles for part in (f"--{role}", str(tmp_path / role))]
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"a {i}", "seed": i}) for i in range(20)))
+    found = []
+    for where in (["--device", "cpu"], ["--ray", "--device", "cpu", "--tensor-parallel", "2"]):
+        output = tmp_path / f"{len(found)}.jsonl"
+        ran = run("generate", "--input", path, "--output", output, *named, *OPTIONS, *where)
+        assert ran.exit_code == 0, ran.output
+        records = [json.loads(line) for line in output.read_text().splitlines()]
+        found.append(sorted((r["index"], r["token_ids"]) for r in records))
+    assert found[0] == found[1] and len(found[0]) == 20
 
 
 def interrupted(prompts: Path, output: Path, by: int) -> int:

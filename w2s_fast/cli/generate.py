@@ -98,7 +98,7 @@ def generate(
     ] = False,
     actors: Annotated[
         int | None,
-        option("--actors", help="With --ray: engines, a GPU each, not given: 1", panel=MACHINE),
+        option("--actors", help="With --ray: engines, not given: 1", panel=MACHINE),
     ] = None,
     prompt_template: PromptTemplate = None,
     guide_prompt_template: GuidePromptTemplate = None,
@@ -240,8 +240,8 @@ def generate(
 
     Exit code: 0 all well, 1 some input lines failed, 2 nothing could be run or written.
     """
-    check_usage(prompt, input, output, resume, retry_errors, ray, actors, tensor_parallel)
-    one_of_others = follows(tensor_parallel)
+    check_usage(prompt, input, output, resume, retry_errors, ray, actors)
+    one_of_others = not ray and follows(tensor_parallel)
     params = SearchParams(
         method=method,
         proposal=proposal,
@@ -323,7 +323,8 @@ def generate(
             Batch, input, output, params, asking, resume=resume, retry_errors=retry_errors
         )
         if ray:
-            with spread(models, load, params, device, dtype, actors or 1, max_rows) as engines:
+            pool = (actors or 1, max_rows, tensor_parallel)
+            with spread(models, load, params, device, dtype, *pool) as engines:
                 failed = run_batch(engines.load, how(made_by=engines.made_by))
         else:
             makers = made_by(models, device, dtype)

@@ -41,6 +41,7 @@ def spread(
     dtype: str,
     actors: int,
     max_rows: int | None,
+    tensor_parallel: int = 1,
 ) -> Iterator[Spread]:
     """While connected to the cluster, or to one that is started for that.
 
@@ -67,6 +68,6 @@ def spread(
             note(
                 "no model named: using the bundled demo models (film, book and restaurant reviews)"
             )
-        pool = Pool(actors, num_gpus=gpus, max_rows=max_rows)
+        pool = Pool(actors, num_gpus=gpus, max_rows=max_rows, tensor_parallel=tensor_parallel)
         make = partial(load, device=device, quiet=True)
         yield Spread(lambda: Engines(make, pool, params, read_tokenizer(models)), makers)

@@ -26,7 +26,6 @@ def check_usage(
     retry_errors: bool,
     ray: bool = False,
     actors: int | None = None,
-    tensor_parallel: int = 1,
 ) -> None:
     """Whether the options go together.
 
@@ -47,8 +46,6 @@ def check_usage(
         raise typer.BadParameter("--actors goes with --ray")
     if actors is not None and actors < 1:
         raise typer.BadParameter(f"--actors is {actors}; allowed: an integer >= 1")
-    if ray and tensor_parallel != 1:
-        raise typer.BadParameter("--tensor-parallel and --ray: give one of the two")
     try:
         (prompt or "").encode("utf-8")
     except UnicodeEncodeError:
