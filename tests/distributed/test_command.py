@@ -109,6 +109,7 @@ class TestServer:
         assert process.wait(60) == 1
 
 
+@pytest.mark.thorough
 def test_whoever_is_interrupted_leaves_no_rank_behind(named: list[str], tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": "x" * 20, "seed": i}) for i in range(400)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
