@@ -196,8 +196,9 @@ async def _asked(own: Engine, choice: Any) -> dict[str, Any]:
         lambda: found_in(own.generate(Unsent("a text"), SMALL)),
         lambda: found_in(own.generate("stopped", several(stop=["e", "a"], chunk_stop=["o"])[1])),
     ]
-    answers = await asyncio.gather(*(loop.run_in_executor(None, one) for one in asked))
-    given_up.close()
+    tasks = [loop.run_in_executor(None, one) for one in asked]
+    given_up.close()  # while it is under way, with the others
+    answers = await asyncio.gather(*tasks)
     return {"answers": list(answers)}
 
 
