@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from bench.serving import served
-from tests.support.tiny_models import save_tiny
+from tests.support.tiny_models import save_trio
 
 COMMAND = [sys.executable, "-m", "w2s_fast.cli"]
 SECONDS = 120
@@ -25,12 +25,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    root = tmp_path_factory.mktemp("models")
-    save_tiny(root / "base", "llama", seed=3)
-    save_tiny(root / "tuned", "gpt2", seed=1)
-    save_tiny(root / "untuned", "gpt2", seed=2)
-    roles = ("base", "tuned", "untuned")
-    models = [part for role in roles for part in (f"--{role}", str(root / role))]
+    root = save_trio(tmp_path_factory.mktemp("models"))
+    named = {"base": "llama", "tuned": "tuned", "untuned": "untuned"}
+    models = [part for role, name in named.items() for part in (f"--{role}", str(root / name))]
     return [*models, "--device", "cpu", "--dtype", "float64"]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.tiny_models import save_tiny
+from tests.support.tiny_models import save_trio
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 180
@@ -23,11 +23,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="less than
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    save_tiny(root / "llama", "llama", seed=3)
-    save_tiny(root / "tuned", "gpt2", seed=1)
-    save_tiny(root / "untuned", "gpt2", seed=2)
-    return root
+    return save_trio(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("name", ["methods", "led", "served"])

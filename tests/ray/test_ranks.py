@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from ray import serve
 
 import w2s_fast.ray
-from tests.support.tiny_models import save_tiny
+from tests.support.tiny_models import save_trio
 from w2s_fast import Engine, Guide, SearchParams
 from w2s_fast.errors import EngineFailure, InvalidRequest
 from w2s_fast.ray import Pool, RankGroup
@@ -44,11 +44,7 @@ EACH = {"CPU": 0.1}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    save_tiny(root / "llama", "llama", seed=3)
-    save_tiny(root / "tuned", "gpt2", seed=1)
-    save_tiny(root / "untuned", "gpt2", seed=2)
-    return root
+    return save_trio(tmp_path_factory.mktemp("models"))
 
 
 def guide(models: Path) -> Guide:

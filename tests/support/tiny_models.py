@@ -212,3 +212,11 @@ def save_tiny(
     model.save_pretrained(folder)
     (tokenizer or byte_tokenizer()).save_pretrained(folder)
     return folder
+
+
+def save_trio(root: Path) -> Path:
+    """Folders ``llama``, a base that ranks can divide, ``tuned`` and ``untuned``, a guide of it."""
+    save_tiny(root / "llama", "llama", seed=3)
+    save_tiny(root / "tuned", "gpt2", seed=1)
+    save_tiny(root / "untuned", "gpt2", seed=2)
+    return root
