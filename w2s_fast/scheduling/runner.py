@@ -335,6 +335,8 @@ class Runner:
             self._mend(None)
         self._whole = False
         if rooms:
+            if work is None and self._orders is not None:
+                raise EngineFailure("a turn of work that ranks which follow are not told of")
             self._tell_orders(Order("work", work))
             self._make_room(rooms)
 
